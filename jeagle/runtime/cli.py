@@ -1,0 +1,75 @@
+"""How a command ends: with a sentence where the user can help, a traceback where only a programmer can."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from jeagle.errors import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 128 + 2  # as shells count SIGINT
+BROKEN_PIPE = 128 + 13  # as shells count SIGPIPE
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Calls main with the process's arguments and exits with what it returns (None is 0).
+
+    A UserError becomes `error: ...` on stderr and status 2, Ctrl-C one line and 130, a reader that went away a quiet
+    141, any other exception a traceback and 1. SystemExit passes through. In a run of several processes one that
+    fails leaves at once, because waiting for the others, as jax does at exit, would hang them all.
+    """
+    status = _status(main)
+    if status and _among_others():
+        _flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _status(main: Callable[[list[str]], int | None]) -> int:
+    try:
+        status = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        _say(f"error: {error}")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        _say("\ninterrupted: the same command goes on from what it has finished.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more on its way out: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except SystemExit as leave:
+        if leave.code is None or isinstance(leave.code, int):
+            return leave.code or 0
+        _say(str(leave.code))
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _among_others() -> bool:
+    """Whether this process belongs to a jax.distributed run; does not import jax for it."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass

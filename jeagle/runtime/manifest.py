@@ -1,0 +1,160 @@
+"""Files and folders that are either finished or absent, and manifests that say what they were made from.
+
+A folder counts as finished when it holds manifest.json, which is written last. A process that is killed leaves at
+most a sibling whose name starts with a dot and ends in .partial; the next writer of the same path on the same machine
+removes it. One path is written by one thread of a process at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Writes `path` whole or not at all, making its parent folders; text is written as UTF-8."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    aside = _aside(path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty sibling folder that replaces `path` when the block succeeds, and vanishes when it does not.
+
+    An older `path` stays as it is until then.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    aside = _aside(path)
+    aside.mkdir()
+    try:
+        yield aside
+        _flush(aside)
+        _replace_folder(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def canonical(tree: Any) -> str:
+    """JSON of `tree` that does not depend on the order of its keys: sorted, without spaces, plain UTF-8."""
+    return json.dumps(tree, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint(tree: Any) -> str:
+    """First 16 hex digits of the sha256 of `tree`'s canonical JSON."""
+    return hashlib.sha256(canonical(tree).encode("utf-8")).hexdigest()[:16]
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """First 16 hex digits of the sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Dotted names of the fields whose values differ or that only one of the two has, sorted.
+
+    Trees are compared as JSON would hold them, so a tuple equals a list.
+    """
+    old, new = _flat(json.loads(canonical(old))), _flat(json.loads(canonical(new)))
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def read_manifest(folder: str | Path) -> dict | None:
+    """The manifest of a finished folder; None where there is none or it cannot be read, so the folder is unfinished."""
+    try:
+        tree = json.loads((Path(folder) / MANIFEST).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return tree if isinstance(tree, dict) else None
+
+
+def write_manifest(folder: str | Path, tree: dict) -> None:
+    """Writes folder/manifest.json: call it last, since it is what makes the folder count as finished."""
+    atomic_write(Path(folder) / MANIFEST, json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
+    """Canonical JSON of each leaf by its dotted name: unlike Python, JSON tells true from 1."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = canonical(value)
+    return flat
+
+
+def _aside(path: Path, suffix: str = ".partial") -> Path:
+    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}{suffix}")
+
+
+def _machine() -> str:
+    return "".join(c if c.isalnum() else "-" for c in socket.gethostname()) or "here"
+
+
+def _flush(folder: Path) -> None:
+    """On disk before the rename is: a folder that survives a power cut under its final name is whole."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _replace_folder(aside: Path, path: Path) -> None:
+    """A full folder cannot be renamed over: the old one steps aside first and goes last."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    if not path.exists():
+        os.rename(aside, path)
+        return
+    old = _aside(path, ".old.partial")
+    os.rename(path, old)
+    os.rename(aside, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed writers of `path` left behind; a living process, or another machine, keeps its own."""
+    start = f".{path.name}.{_machine()}."
+    for left in path.parent.glob(f"{glob.escape(start)}*.partial"):
+        process = left.name[len(start) :].split(".")[0]
+        if not process.isdigit() or (int(process) != os.getpid() and _alive(int(process))):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

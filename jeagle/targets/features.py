@@ -1,0 +1,40 @@
+"""Batch -> Features: what a draft learns from."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jeagle.align import select, take_rows
+from jeagle.joints import Batch, Features
+from jeagle.targets.decoder import Decoder
+
+VOCABULARY_CHUNK = 256  # positions whose logits over the whole vocabulary exist at a time
+
+
+def features(model: Decoder, batch: Batch, taps: tuple[int, ...], wanted_BT: jax.Array, width: int) -> Features:
+    """The features of packed rows; greedy and lse only where `wanted_BT` holds, at most `width` positions a row."""
+    taps_BTAH, last_BTH = model.forward(batch.tokens_BT, batch.positions_BT, batch.segments_BT, taps)
+    chosen = select(wanted_BT, width)
+    greedy_BN, lse_BN = greedy_and_lse(model, take_rows(last_BTH, chosen.positions_BN))
+    rows = jnp.arange(wanted_BT.shape[0])[:, None]
+    empty = jnp.zeros(wanted_BT.shape, jnp.float32)
+    lse_BT = empty.at[rows, chosen.positions_BN].set(jnp.where(chosen.live_BN, lse_BN, 0.0))
+    greedy_BT = empty.astype(jnp.int32).at[rows, chosen.positions_BN].set(jnp.where(chosen.live_BN, greedy_BN, 0))
+    return Features(taps_BTAH, last_BTH, greedy_BT, lse_BT)
+
+
+def greedy_and_lse(model: Decoder, last_BNH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """argmax (int32) and logsumexp (float32) of the logits, [B, N] each, a chunk of positions at a time."""
+    batch, width, hidden = last_BNH.shape
+    total = batch * width
+    chunk = min(VOCABULARY_CHUNK, total)
+    chunks = -(-total // chunk)
+    padded = jnp.pad(last_BNH.reshape(total, hidden), ((0, chunks * chunk - total), (0, 0)))
+
+    def one(last: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.logits(last)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jax.nn.logsumexp(logits, axis=-1)
+
+    greedy, lse = jax.lax.map(one, padded.reshape(chunks, chunk, hidden))
+    return greedy.reshape(-1)[:total].reshape(batch, width), lse.reshape(-1)[:total].reshape(batch, width)
