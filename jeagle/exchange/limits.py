@@ -1,0 +1,80 @@
+"""What an engine cannot serve, said before anything is written.
+
+Read in vLLM 0.32.0 (model_executor/models/llama_eagle3.py, qwen3_eagle3.py, transformers_utils/configs/speculators) and
+SGLang 0.5.23 (srt/models/llama_eagle3.py, llama.py). Neither engine reports a flag that it ignores: a draft that breaks
+one of these rules loads, and is accepted less often or never.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jeagle.errors import UserError
+from jeagle.joints import DraftSpec
+
+Layout = Literal["plain", "speculators"]
+
+READ_IN = {"SGLang": "0.5.23", "vLLM": "0.32.0"}
+"""The version of each engine whose source the rules below were read in."""
+
+
+def check_spec(spec: DraftSpec, target_layers: int) -> None:
+    """UserError unless the spec makes sense for a target of so many layers, whatever serves it."""
+    taps = list(spec.taps)
+    if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] > target_layers:
+        raise UserError(
+            f"The draft's taps {taps} must be layer boundaries from 0 to {target_layers}, rising, each once."
+        )
+    if spec.draft_vocab > spec.target_vocab:
+        raise UserError(f"The draft's vocabulary of {spec.draft_vocab} is above the target's of {spec.target_vocab}.")
+    if spec.norm_before_fc and spec.fc_norm:
+        raise UserError("The draft has both norm_before_fc and fc_norm, which exclude each other: switch one off.")
+
+
+def check_sglang(spec: DraftSpec, target_layers: int) -> None:
+    """UserError, naming SGLang and the flag, unless SGLang serves this draft as it was trained."""
+    reasons = sglang_limits(spec, target_layers)
+    elsewhere = "" if vllm_limits(spec, "speculators") else " vLLM can: export it for vLLM."
+    if reasons:
+        raise UserError(f"SGLang cannot serve this draft as it was trained: {'; '.join(reasons)}.{elsewhere}")
+
+
+def check_vllm(spec: DraftSpec, layout: Layout) -> None:
+    """UserError, naming vLLM and the flag, unless vLLM serves this draft as it was trained."""
+    reasons = vllm_limits(spec, layout)
+    elsewhere = "" if vllm_limits(spec, "speculators") else ' Choose the layout "speculators".'
+    if reasons:
+        raise UserError(f"vLLM cannot serve this draft as it was trained: {'; '.join(reasons)}.{elsewhere}")
+
+
+def sglang_limits(spec: DraftSpec, target_layers: int) -> list[str]:
+    """Why SGLang would not serve this draft as it was trained, a clause for each reason; empty when it does."""
+    reasons = {
+        "norm_before_residual is true, and its residual is always the raw feature": spec.norm_before_residual,
+        f"taps holds {target_layers}, and it captures before a layer, so never after the last one": (
+            target_layers in spec.taps
+        ),
+        "taps holds 0, the embeddings, which would be layer id -1": 0 in spec.taps,
+        "qk_norm is true, and its draft has no norm on queries and keys": spec.qk_norm,
+        "attention_bias is true, and its draft has no biases": spec.attention_bias,
+        f"layers is {spec.layers}, and its draft has one": spec.layers != 1,
+        f"sliding_window is {spec.sliding_window}, which it does not take from a draft's config": (
+            spec.sliding_window != 0
+        ),
+    }
+    return _no_head_norm(spec) + [reason for reason, holds in reasons.items() if holds]
+
+
+def vllm_limits(spec: DraftSpec, layout: Layout) -> list[str]:
+    """Why vLLM would not serve this draft as it was trained, a clause for each reason; empty when it does."""
+    reasons = {
+        'qk_norm is true, which it takes only in the layout "speculators"': spec.qk_norm and layout == "plain",
+        "qk_norm and attention_bias are both true, and it would drop the bias of o_proj": (
+            spec.qk_norm and spec.attention_bias
+        ),
+    }
+    return _no_head_norm(spec) + [reason for reason, holds in reasons.items() if holds]
+
+
+def _no_head_norm(spec: DraftSpec) -> list[str]:
+    return [] if spec.head_norm else ["head_norm is false, and it always norms what lm_head reads"]

@@ -1,0 +1,89 @@
+"""Orbax checkpoints of named arrays, saved asynchronously and restored exactly."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jeagle.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run, a folder each, named by step.
+
+    A tree of arrays is stored by dotted names, so that what is read back does not depend on the classes that held it.
+    """
+
+    def __init__(self, folder: Path, *, keep: int):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.folder = folder
+
+    def latest(self) -> int | None:
+        """The newest step that was saved whole; one that was cut off does not count."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, tree: Any) -> None:
+        """Copies the arrays off the device and returns; they are written in the background."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(step, args=ocp.args.StandardSave(_named(tree)))
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The tree saved at `step`, laid out as `like` is.
+
+        Raises:
+          UserError: when there is no such step, or its arrays are not those of `like`.
+        """
+        if step not in self._manager.all_steps():
+            have = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {have}.")
+        wanted = _named(like)
+        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in wanted.items()}
+        try:
+            found = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"The checkpoint {self.folder / str(step)} does not fit this configuration "
+                f"({str(error).splitlines()[0][:200]}): use the settings that it was made with, or another run name."
+            ) from error
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+
+    def wait(self) -> None:
+        """Until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def load_named(folder: Path, step: int | str) -> tuple[int, dict[str, Any]]:
+    """(step, arrays by name) of a checkpoint on this process's host memory; "last" is the newest.
+
+    Raises:
+      UserError: when there is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: the run has saved no checkpoint yet.")
+    with ocp.CheckpointManager(folder.absolute()) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise UserError(f"{folder} holds no finished checkpoint: let the run save one first.")
+        chosen = steps[-1] if step == "last" else int(step)
+        if chosen not in steps:
+            raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+        return chosen, manager.restore(chosen, args=ocp.args.StandardRestore())

