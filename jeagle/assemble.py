@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,3 +230,9 @@ def run_folder(path: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no run: it has no config.json. Name the folder that training wrote, runs/NAME.")
     return folder
+
+
+def draft_params(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The draft's parameters by dotted name, from a checkpoint's arrays by tree path."""
+    own = {name: array for name, array in tree.items() if name.startswith(".draft")}
+    return {".".join(re.findall(r"\['?(\w+)'?\]", name)): np.asarray(array) for name, array in own.items()}

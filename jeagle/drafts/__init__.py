@@ -1,6 +1,7 @@
-"""The trainable part: Batch + Features + Tables -> Predictions."""
+"""The trainable part: Batch + Features + Tables -> Predictions; and the same draft as it decodes."""
 
+from jeagle.drafts.decode import advance, choose, empty_cache
 from jeagle.drafts.eagle3 import Eagle3
 from jeagle.drafts.ttt import unroll
 
-__all__ = ["Eagle3", "unroll"]
+__all__ = ["Eagle3", "advance", "choose", "empty_cache", "unroll"]

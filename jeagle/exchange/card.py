@@ -92,7 +92,7 @@ def readme(export: Export) -> str:
     parts = [
         _front_matter(card),
         f"# {title}\n\nAn EAGLE-3 draft model for speculative decoding with {_code(card.target_ref or target)}, "
-        f"trained with jeagle {jeagle.__version__}. It proposes tokens, the target checks them: the text stays the target's.",
+        f"trained with jeagle {jeagle.__version__}. It proposes, the target checks: the text stays the target's.",
         "## Measured acceptance\n\n" + _acceptance(card),
         "## Serving\n\n" + _serving(export, target),
         "## How it was made\n\n" + _facts(export),

@@ -1,7 +1,7 @@
 """Frozen targets: finding and loading them, features of packed rows, KV-cached generation."""
 
 from jeagle.targets.decoder import Decoder
-from jeagle.targets.features import features, greedy_and_lse
+from jeagle.targets.features import features, greedy_and_gap, greedy_and_lse
 from jeagle.targets.generate import Answer, generate
 from jeagle.targets.load import Target, abstract_target, load_target, random_target
 from jeagle.targets.reference import TargetFiles, resolve
@@ -20,6 +20,7 @@ __all__ = [
     "end_token_ids",
     "features",
     "generate",
+    "greedy_and_gap",
     "greedy_and_lse",
     "load_target",
     "load_tokenizer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +27,25 @@ def features(model: Decoder, batch: Batch, taps: tuple[int, ...], wanted_BT: jax
 
 
 def greedy_and_lse(model: Decoder, last_BNH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """argmax (int32) and logsumexp (float32) of the logits, [B, N] each, a chunk of positions at a time."""
+    """argmax (int32) and logsumexp (float32) of the logits, [B, N] each."""
+    return over_vocabulary(model, last_BNH, lambda logits: jax.nn.logsumexp(logits, axis=-1))
+
+
+def greedy_and_gap(model: Decoder, last_BNH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """argmax (int32) of the logits and how far it lies above the next best (float32), [B, N] each."""
+
+    def gap(logits: jax.Array) -> jax.Array:
+        best = logits.max(axis=-1, keepdims=True)
+        is_best = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1)[..., None]
+        return best[..., 0] - jnp.where(is_best, -jnp.inf, logits).max(axis=-1)
+
+    return over_vocabulary(model, last_BNH, gap)
+
+
+def over_vocabulary(
+    model: Decoder, last_BNH: jax.Array, figure: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """argmax and a figure of each position's logits, a chunk of positions at a time."""
     batch, width, hidden = last_BNH.shape
     total = batch * width
     chunk = min(VOCABULARY_CHUNK, total)
@@ -34,7 +54,7 @@ def greedy_and_lse(model: Decoder, last_BNH: jax.Array) -> tuple[jax.Array, jax.
 
     def one(last: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(last)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jax.nn.logsumexp(logits, axis=-1)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), figure(logits)
 
-    greedy, lse = jax.lax.map(one, padded.reshape(chunks, chunk, hidden))
-    return greedy.reshape(-1)[:total].reshape(batch, width), lse.reshape(-1)[:total].reshape(batch, width)
+    greedy, figures = jax.lax.map(one, padded.reshape(chunks, chunk, hidden))
+    return greedy.reshape(-1)[:total].reshape(batch, width), figures.reshape(-1)[:total].reshape(batch, width)

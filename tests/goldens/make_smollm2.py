@@ -9,7 +9,7 @@ Run it in an environment of its own, from the repository's root, on the file of 
 environment prints its path: `python -c "from jeagle.targets import resolve as r; print(r('pypi:...').path)"`):
 
     python3.11 -m venv goldens_env
-    goldens_env/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 jinja2 numpy
+    goldens_env/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0 jinja2 numpy
     goldens_env/bin/pip install --no-deps cyllama==0.2.18
     goldens_env/bin/python tests/goldens/make_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -87,10 +87,14 @@ def versions(*packages: str) -> str:
 
 def make_model(path: Path, tokenizer) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        attn_implementation="eager",
     ).eval()
     ids = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     seen = {}

@@ -1,0 +1,46 @@
+"""`jeagle COMMAND ...`, which is `python -m jeagle.COMMAND ...`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import NoReturn
+
+from jeagle.errors import UserError
+from jeagle.runtime.cli import run
+
+COMMANDS = {
+    "pipeline": "the whole road: prepare, train, bench, export, report; finished stages are reused",
+    "regenerate": "the target's own answers to prompts, as training data",
+    "prepare": "conversations to packed token rows, and the draft's vocabulary",
+    "train": "train a draft against its frozen target; an existing run goes on",
+    "bench": "acceptance length of a trained draft, by really decoding",
+    "export": "a trained draft in the layouts that SGLang and vLLM load",
+    "report": "report.html and report.json of a run",
+}
+
+
+def main(arguments: list[str]) -> int | None:
+    """Hands the arguments to the command that the first one names. UserError for an unknown command."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+        raise UserError(f"No command is called {name}: {hint}")
+    return importlib.import_module(f"jeagle.{name}").main(rest)
+
+
+def console() -> NoReturn:
+    run(main)
+
+
+def _help() -> str:
+    lines = [f"  {name:<12}{purpose}" for name, purpose in COMMANDS.items()]
+    return "\n".join(["Usage: jeagle COMMAND ...", "", *lines, "", "jeagle COMMAND --help explains each."])
+
+
+if __name__ == "__main__":
+    console()

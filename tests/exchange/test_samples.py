@@ -1,0 +1,94 @@
+"""Drafts that speculators itself wrote: read whole, written back tensor for tensor."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jeagle.exchange import ExportCard, export_vllm, read_export
+from jeagle.joints import DraftSpec
+from tests.exchange.drafts import config_in, tensors_in
+
+SAMPLES = Path(__file__).parent / "samples"
+SHARED = {
+    "target_width": 32,
+    "width": 32,
+    "target_vocab": 96,
+    "taps": (2, 4, 5),
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "mlp_width": 64,
+    "max_positions": 128,
+}
+DRAFTS = {
+    "ckpt_a_default_bf16": (
+        "bfloat16",
+        DraftSpec(
+            **SHARED,
+            draft_vocab=48,
+            norm_before_residual=True,
+            norm_before_fc=True,
+            carry_normed=True,
+            sliding_window=2048,
+            end_token_ids=(2,),
+        ),
+    ),
+    "ckpt_b_qwen3_fp32": ("float32", DraftSpec(**SHARED, draft_vocab=96, layers=2, fc_norm=True, qk_norm=True)),
+}
+CARD = ExportCard(target_ref="tiny-llama-verifier", target_architectures=("LlamaForCausalLM",))
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_draft_of_speculators_is_read_as_its_config_says(name):
+    draft = read_export(SAMPLES / name)
+    assert draft.spec == DRAFTS[name][1]
+    assert draft.embed_VW.shape == (96, 32)
+    assert (np.diff(draft.draft_to_target_D) > 0).all()
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_draft_of_speculators_is_written_back_byte_for_byte(name, tmp_path):
+    draft, (dtype, _) = read_export(SAMPLES / name), DRAFTS[name]
+    out = export_vllm(
+        draft.spec,
+        draft.params,
+        draft.draft_to_target_D,
+        tmp_path / "draft",
+        target_layers=8,
+        dtype=dtype,
+        embed_VW=draft.embed_VW,
+        card=CARD,
+    )
+    ours, theirs = tensors_in(out), tensors_in(SAMPLES / name)
+    assert ours.keys() == theirs.keys()
+    for tensor in theirs:
+        assert ours[tensor].dtype == theirs[tensor].dtype, tensor
+        assert ours[tensor].shape == theirs[tensor].shape, tensor
+        assert ours[tensor].tobytes() == theirs[tensor].tobytes(), tensor
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_our_config_says_what_speculators_own_says(name, tmp_path):
+    """Every field that shapes the draft has the value that the library wrote."""
+    draft, theirs = read_export(SAMPLES / name), config_in(SAMPLES / name)
+    out = export_vllm(draft.spec, draft.params, draft.draft_to_target_D, tmp_path / "draft", target_layers=8, card=CARD)
+    ours = config_in(out)
+    flags = [
+        "draft_vocab_size",
+        "eagle_aux_hidden_state_layer_ids",
+        "fc_norm",
+        "norm_before_fc",
+        "norm_before_residual",
+    ]
+    for field in [*flags, "norm_output", "speculators_model_type", "tie_word_embeddings"]:
+        assert ours[field] == theirs[field], field
+    decoder = ours["transformer_layer_config"]
+    silent = {"attention_dropout", "bos_token_id", "initializer_range", "max_window_layers", "pad_token_id"}
+    silent |= {"pretraining_tp", "use_cache"}
+    for field, value in theirs["transformer_layer_config"].items():
+        if field not in silent:
+            assert decoder[field] == value, field
+    assert ours["speculators_config"]["verifier"] == theirs["speculators_config"]["verifier"]
+    method = theirs["speculators_config"]["proposal_methods"][0]
+    assert ours["speculators_config"]["proposal_methods"][0].keys() == method.keys()
