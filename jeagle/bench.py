@@ -171,7 +171,7 @@ def measure(
     max_new_tokens: int,
     batch: int,
     label: str = "bench",
-    plain: list[decoding.Plain] | None = None,
+    width: int = 0,
 ) -> tuple[dict[str, Any], Decoded]:
     """Speculative and plain decoding of the same prompts -> (report, texts)."""
     room = max(map(len, prompts)) + max_new_tokens + 2 * draft_tokens
@@ -182,11 +182,10 @@ def measure(
         )
     ends = bench.loaded.end_token_ids
     with Progress(2 * len(prompts), "decodings", label) as progress:
-        if plain is None:
-            more = max_new_tokens + draft_tokens + 1  # so that a baseline's last draft can be judged whole
-            plain = decoding.decode_plain(
-                bench.models, bench.weights, prompts, tokens=more, batch=batch, on_done=progress.update
-            )
+        more = max_new_tokens + draft_tokens + 1  # so that a baseline's last draft can be judged whole
+        plain = decoding.decode_plain(
+            bench.models, bench.weights, prompts, tokens=more, batch=batch, width=width, on_done=progress.update
+        )
         decoded = decoding.decode(
             bench.models,
             bench.weights,
@@ -195,6 +194,7 @@ def measure(
             max_new_tokens=max_new_tokens,
             end_token_ids=ends,
             batch=batch,
+            width=width,
             on_done=lambda done: progress.update(len(prompts) + done),
         )
     compared = [decoding.compare(a, b) for a, b in zip(decoded, plain, strict=True)]

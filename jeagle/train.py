@@ -25,7 +25,7 @@ from jeagle.runtime import distributed
 from jeagle.runtime.checkpoints import Checkpoints
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
-from jeagle.runtime.manifest import atomic_write, differences
+from jeagle.runtime.manifest import atomic_write, differences, read_manifest
 from jeagle.runtime.mesh import row_sharding
 from jeagle.runtime.preemption import stop_requested
 from jeagle.runtime.progress import Progress
@@ -57,11 +57,11 @@ def train(config: RunConfig) -> dict[str, Any]:
         config.train, assemble.learning_rate(config.train, steps), train_head=config.draft.train_head
     )
     state = assemble.train_state(draft, optimiser, mesh)
+    describe_draft(config, spec, loaded.files.fingerprint)
     checkpoints = Checkpoints(config.folder / "checkpoints", keep=config.train.keep)
     start = checkpoints.latest() or 0
     if start:
         state = checkpoints.restore(start, state)
-    write_spec(config.folder, spec, loaded.files.fingerprint)
 
     program = Program(
         loaded.target.graphdef,
@@ -110,11 +110,26 @@ def claim_folder(config: RunConfig) -> None:
 _SHAPING = ("target", "data", "draft", "objective", "train")
 
 
-def write_spec(folder: Path, spec: Any, target_fingerprint: str) -> None:
-    """draft.json: what the checkpoints' parameters are of."""
+def describe_draft(config: RunConfig, spec: Any, target_fingerprint: str) -> None:
+    """Writes draft.json: what the checkpoints' parameters are of, and what they are trained from.
+
+    UserError when the run was begun with another target, other data or another vocabulary.
+    """
+    path = config.folder / "draft.json"
+    parts = {name: read_manifest(config.folder / name) for name in ("data", "tables")}
+    if missing := [name for name, manifest in parts.items() if manifest is None]:
+        raise UserError(f"{config.folder / missing[0]} is not prepared: run python -m jeagle.prepare first.")
+    made_from = {"target": target_fingerprint, "data": parts["data"]["made_from"], "tables": parts["tables"]}
+    if path.is_file() and (config.folder / "checkpoints").is_dir():
+        fields = differences(json.loads(path.read_text())["made_from"], made_from)
+        if fields:
+            raise UserError(
+                f"The run {config.folder} was begun from other inputs ({', '.join(fields)} differ): give another "
+                "--name, or remove its checkpoints to train anew."
+            )
     if distributed.is_leader():
-        tree = {"draft": spec.to_json(), "target_fingerprint": target_fingerprint}
-        atomic_write(folder / "draft.json", json.dumps(tree, indent=2) + "\n")
+        tree = {"draft": spec.to_json(), "made_from": made_from}
+        atomic_write(path, json.dumps(tree, indent=2) + "\n")
 
 
 def open_stream(config: RunConfig) -> data.RowStream:

@@ -1,6 +1,13 @@
 """Conversations -> token rows -> packed batches; the draft vocabulary."""
 
-from jeagle.data.conversations import Conversation, read_conversations, read_prompts, split_held_out, starter_answers
+from jeagle.data.conversations import (
+    Conversation,
+    read_conversations,
+    read_prompts,
+    read_rows,
+    split_held_out,
+    starter_answers,
+)
 from jeagle.data.pack import Packed, load_rows, pack, save_rows, unpack
 from jeagle.data.render import ConversationError, Rendered, render, render_prompt, template_hash
 from jeagle.data.stream import RowStream
@@ -20,6 +27,7 @@ __all__ = [
     "pack",
     "read_conversations",
     "read_prompts",
+    "read_rows",
     "render",
     "render_prompt",
     "save_rows",

@@ -86,6 +86,11 @@ def read_conversations(source: str) -> Reading:
     return reading
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a jsonl or jsonl.gz file, as they stand."""
+    return [json.loads(text) for _, text in _lines(path)]
+
+
 def read_prompts(source: str) -> list[dict[str, Any]]:
     """Prompts as {"id", "category", "messages"} from `starter` or a jsonl file of {"turns"} or {"messages"} lines.
 

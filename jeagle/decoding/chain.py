@@ -79,11 +79,15 @@ def decode(
     max_new_tokens: int,
     end_token_ids: Sequence[int],
     batch: int,
+    width: int = 0,
     on_done: Callable[[int], None] = lambda done: None,
 ) -> list[Measured]:
-    """Decodes all prompts speculatively; results in the prompts' order."""
+    """Decodes all prompts speculatively; results in the prompts' order.
+
+    Prompts are padded to the longest or to `width`, if that is more: calls of one width share their programs.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    width = padded_width(prompts)
+    width = max(padded_width(prompts), width)
     room = width + max_new_tokens + 2 * draft_tokens + 2
     results: list[Measured | None] = [None] * len(prompts)
     done = 0

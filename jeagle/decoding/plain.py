@@ -32,11 +32,15 @@ def decode_plain(
     *,
     tokens: int,
     batch: int,
+    width: int = 0,
     on_done: Callable[[int], None] = lambda done: None,
 ) -> list[Plain]:
-    """`tokens` greedy tokens after each prompt, one forward each, end tokens not heeded; in the prompts' order."""
+    """`tokens` greedy tokens after each prompt, one forward each, end tokens not heeded; in the prompts' order.
+
+    `width` as in `chain.decode`.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    width = padded_width(prompts)
+    width = max(padded_width(prompts), width)
     results: list[Plain | None] = [None] * len(prompts)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]

@@ -150,6 +150,8 @@ def _write(export: Export, tensors: Params, config: dict[str, Any], tokenizer: A
         with atomic_folder(out) as folder:
             _put_tokenizer(tokenizer, folder)
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            # It is written for its owner alone; a server may run as somebody else.
+            (folder / "model.safetensors").chmod(0o644)
             (folder / "config.json").write_text(_json(config), "utf-8")
             (folder / "README.md").write_text(readme(export), "utf-8")
             (folder / EXPORT_FILE).write_text(_json(record(export)), "utf-8")

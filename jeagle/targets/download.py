@@ -109,8 +109,8 @@ def from_hub(name: str, revision: str | None, cache_folder: Path | None) -> Path
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, OSError) as error:
         raise UserError(
-            f"The target {spelled} is not a local path, and the hub cannot be reached ({_first_line(error)}): check "
-            "the network, or give a local folder."
+            f"The target {spelled} is not a local path, and cannot be fetched from the hub ({_first_line(error)}): "
+            "check the network, or give a local folder."
         ) from error
     except errors.HFValidationError as error:
         raise UserError(f"The target {spelled} is not a hub id: {_first_line(error)}") from error

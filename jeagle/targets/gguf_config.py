@@ -60,7 +60,7 @@ class _Values:
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]):
         self.path, self.metadata = path, metadata
-        self.architecture = metadata.get("general.architecture")
+        self.architecture = str(metadata.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise UserError(
                 f"The target {path} is a GGUF of the architecture {self.architecture}; supported in GGUF: "

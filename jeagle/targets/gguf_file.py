@@ -187,7 +187,7 @@ class _Reader(GGUFReader):
         return 12 + int(values.nbytes), [kind, length, values], [2], types
 
     def _strings(self, offset: int, count: int) -> tuple[list[memoryview], int]:
-        data, texts = memoryview(self.data), []
+        data, texts = self.data.data, []
         for _ in range(count):
             start = offset + 8
             offset = start + int.from_bytes(data[offset:start], "little")

@@ -94,7 +94,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if generation.is_file():  # chat models often name the end of a turn only here
         ends = as_ids(config.get("eos_token_id")) + as_ids(read_json(generation).get("eos_token_id"))
         unique = list(dict.fromkeys(ends))
-        config["eos_token_id"] = unique if len(unique) > 1 else (unique or [None])[0]
+        config["eos_token_id"] = unique if len(unique) != 1 else unique[0]
     return config
 
 

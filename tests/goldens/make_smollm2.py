@@ -25,6 +25,8 @@ Arrays of smollm2_135m.npz (T tokens, P = len(positions), L = 30 layers, H = 576
     versions                 text: of the libraries that made it
 """
 
+# ruff: noqa: RUF001  the strings are in many scripts on purpose
+
 from __future__ import annotations
 
 import importlib.metadata

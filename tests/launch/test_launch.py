@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 COMMAND = ["python", "-m", "jeagle.train", "--name", "a name; with $signs"]
+# A shell hands an ignored SIGINT on to its children and cannot trap it, and CI may start with one: heard again, exec.
+HEAR = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 CLEARED = ("JEAGLE_", "SLURM_", "CUDA_VISIBLE", "JAX_LOCAL", "XLA_FLAGS")
 
 
@@ -114,9 +116,7 @@ def start(program, *, processes=2):
     command = [LAUNCH / "gpu_node.sh", "--processes", str(processes), "--port", free_port(), "--"]
     command += [sys.executable, "-c", textwrap.dedent(program)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A shell passes an ignored SIGINT on to its children, and cannot trap it: CI may run with one.
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
-    return subprocess.Popen(command, env=environment(), **pipes, **heard)
+    return subprocess.Popen([sys.executable, "-c", HEAR, *command], env=environment(), start_new_session=True, **pipes)
 
 
 def test_two_processes_add_across_one_another():

@@ -1,0 +1,7 @@
+"""A run's draft as vLLM loads it: python converters/to_vllm.py --checkpoint runs/NAME --out DIR."""
+
+from jeagle.export import to_vllm
+from jeagle.runtime.cli import run
+
+if __name__ == "__main__":
+    run(to_vllm)

@@ -1,0 +1,229 @@
+"""`python -m jeagle.pipeline --config FILE`: answers, rows, training, measurement, exports and a report, in one call.
+
+Each stage leaves a note of what it was made from; a second call takes what is still true and makes the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jeagle
+from jeagle import assemble, bench, data, decoding
+from jeagle import config as configs
+from jeagle.config import RunConfig
+from jeagle.errors import UserError
+from jeagle.export import export
+from jeagle.prepare import describe, prepare
+from jeagle.regenerate import Arguments as RegenerateArguments
+from jeagle.regenerate import regenerate
+from jeagle.report import summary_lines, write_report
+from jeagle.runtime.cli import run
+from jeagle.runtime.host import prepare_host
+from jeagle.runtime.manifest import atomic_write, differences, fingerprint, read_manifest
+from jeagle.train import train
+
+
+def main(arguments: list[str]) -> None:
+    config = configs.from_command_line(arguments, program="python -m jeagle.pipeline", description=__doc__)
+    prepare_host()
+    for line in pipeline(config):
+        print(line)
+
+
+def pipeline(config: RunConfig) -> list[str]:
+    """All stages of a run; returns the lines that sum it up."""
+    stages = Stages(config.folder)
+    inputs = _inputs(config)
+    answers = stages("answers", inputs["answers"], lambda: _answers(config))
+    if answers.get("source"):
+        config = _with_source(config, answers["source"])
+    started = time.monotonic()
+    prepared = prepare(config)
+    stages.seconds["prepare"] = time.monotonic() - started
+    for line in describe(prepared):
+        print(line, flush=True)
+    shaping = {name: configs.to_json(config)[name] for name in ("target", "draft", "objective", "train", "bench")}
+    trained_from = shaping | {"data": read_manifest(prepared.data)["made_from"], "tables": read_manifest(prepared.tables)}
+    before = stages("measure before", trained_from, lambda: _measure(config, prepared, trained=False))
+    training = stages("train", trained_from, lambda: train(config))
+    after = stages("measure after", trained_from, lambda: _measure(config, prepared, trained=True))
+    exports = stages("export", trained_from, lambda: _export(config, after))
+    report = _report(config, prepared.statistics, answers, before, training, after, exports, stages.seconds)
+    page = write_report(config.folder, report, after["sample"])
+    return [*summary_lines(report), f"report: {page}"]
+
+
+class Stages:
+    """Runs a stage, or takes its result from the note that it left when it was last made from the same things."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.seconds, self.number = folder / "stages", {}, 0
+
+    def __call__(self, name: str, made_from: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        note = self.folder / f"{name.replace(' ', '_')}.json"
+        made_from = {"version": jeagle.__version__, "from": fingerprint(made_from)}
+        old = _read(note)
+        if old and not differences(old["made_from"], made_from):
+            print(f"[{name}] as before", flush=True)
+            self.seconds[name] = old["seconds"]
+            return old["result"]
+        print(f"[{name}]", flush=True)
+        started = time.monotonic()
+        result = make()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        tree = {"made_from": made_from, "seconds": self.seconds[name], "result": result}
+        atomic_write(note, json.dumps(tree, indent=1) + "\n")
+        gc.collect()  # a model that the stage held must not stay beside the next one's
+        return result
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _inputs(config: RunConfig) -> dict[str, Any]:
+    settings = configs.to_json(config)
+    answers = {name: settings[name] for name in ("target", "regenerate")}
+    answers |= {"source": config.data.source, "system_prompt": config.data.system_prompt}
+    return {"answers": answers}
+
+
+def _with_source(config: RunConfig, source: str) -> RunConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+
+
+def _answers(config: RunConfig) -> dict[str, Any]:
+    """Makes the starter answers anew (--regenerate.live), or some of them to compare; nothing for a user's own data."""
+    if config.data.source != "starter" or not (config.regenerate.check or config.regenerate.live):
+        return {}
+    shipped = {c["id"]: c for c in data.read_rows(data.starter_answers())}
+    prompts = [p for p in data.read_prompts("starter") if p["id"] in shipped]
+    if not config.regenerate.live:
+        prompts = prompts[: config.regenerate.check]
+    out = config.folder / ("answers.jsonl" if config.regenerate.live else "answers_check.jsonl")
+    args = RegenerateArguments(
+        target=config.target.ref,
+        out=out,
+        max_new_tokens=config.regenerate.max_new_tokens,
+        batch=min(config.regenerate.batch, len(prompts)),
+        dtype=config.target.dtype,
+        system_prompt=config.data.system_prompt,
+    )
+    made = regenerate(args, prompts)
+    same = sum(row["messages"] == shipped[row["id"]]["messages"] for row in made)
+    print(f"regenerated {len(made)} answers: {same} are the shipped ones to the letter", flush=True)
+    return {"agree": f"{same}/{len(made)}", "source": str(out) if config.regenerate.live else None}
+
+
+def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, Any]:
+    """Acceptance on held-out prompts, before or after training; after, the n-gram baseline and a sample too."""
+    folder, settings = config.folder, config.bench
+    mesh = assemble.mesh_of(config)
+    loaded = assemble.load_target(config, mesh, dtype="float32")
+    if trained:
+        _, spec, params = bench.load_draft(folder, "last")
+    else:
+        vocabulary = data.load_tables(prepared.tables)
+        spec = assemble.draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids)
+        params = None
+    opened = bench.open_bench(config, spec, folder, params, loaded=loaded)
+    prompts = bench.prompt_ids(opened, config, folder, None, settings.max_prompts)
+    chosen = prompts if trained else prompts[: settings.prompts_before]
+    report, decoded = bench.measure(
+        opened,
+        chosen,
+        draft_tokens=settings.draft_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        batch=settings.batch,
+        width=decoding.padded_width(prompts),
+        label="measure",
+    )
+    report["draft_parameters"] = sum(int(np.prod(x.shape)) for x in assemble.flat_draft(opened.weights.draft).values())
+    if trained:
+        ngram = bench.measure_ngram(folder, chosen, decoded, draft_tokens=settings.draft_tokens)
+        report |= {"ngram": ngram, "sample": _sample(config, loaded.tokenizer, decoded)}
+    return report
+
+
+def _sample(config: RunConfig, tokenizer: Any, decoded: bench.Decoded) -> dict[str, Any]:
+    """The answer whose acceptance is the median one, token by token: by the target, or drafted and accepted."""
+    rate = [len(m.tokens) / max(len(m.rounds), 1) if len(m.tokens) >= 24 else 0.0 for m in decoded.speculative]
+    whole = [i for i in np.argsort(rate, kind="stable") if rate[i]] or [0]
+    chosen = int(whole[len(whole) // 2])
+    answer = decoded.speculative[chosen]
+    sources = [("target", 0)]
+    for number, accepted in enumerate(answer.rounds, 1):
+        sources += [("draft", number)] * accepted + [("target", number)]
+    tokens = [
+        {"text": tokenizer.decode([token]), "source": source, "round": number}
+        for token, (source, number) in zip(answer.tokens, sources, strict=False)
+    ]
+    prompt = data.read_prompts(str(config.folder / "data" / "held_out.jsonl"))[chosen]["messages"][-1]["content"]
+    return {"prompt": prompt, "tokens": tokens}
+
+
+def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
+    acceptance = {
+        name: after[name]
+        for name in ("acceptance_length", "acceptance_by_position", "prompts_measured", "draft_tokens", "max_new_tokens")
+    }
+    paths, refused = {}, {}
+    for engine in ("sglang", "vllm"):
+        try:
+            print(export(config.folder, engine, acceptance=acceptance), flush=True)
+            paths[engine] = str(config.folder / "exports" / engine)
+        except UserError as error:
+            refused[engine] = str(error)
+            print(f"no export for {engine}: {error}", file=sys.stderr)
+    if not paths:
+        raise UserError(next(iter(refused.values())))
+    return {"paths": paths, "refused": refused}
+
+
+def _report(config, statistics, answers, before, training, after, exports, seconds) -> dict[str, Any]:
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "target": config.target.ref,
+        "draft_parameters": after["draft_parameters"],
+        "draft_vocab": statistics["draft_vocab"],
+        "vocab_coverage_train": statistics["coverage_train"],
+        "vocab_coverage_held_out": statistics["coverage_held_out"],
+        "train_tokens": statistics["train"]["tokens"],
+        "supervised_tokens": statistics["train"]["supervised_tokens"],
+        "steps": training["step"],
+        "acceptance_length_before": before["acceptance_length"],
+        "acceptance_length_after": after["acceptance_length"],
+        "acceptance_length_ngram": after["ngram"]["acceptance_length"],
+        "acceptance_by_position": after["acceptance_by_position"],
+        "acceptance_by_position_before": before["acceptance_by_position"],
+        "acceptance_by_position_ngram": after["ngram"]["acceptance_by_position"],
+        "lossless": before["lossless"] and after["lossless"],
+        "excused_ties": before["excused_ties"] + after["excused_ties"],
+        "prompts_measured": after["prompts_measured"],
+        "draft_tokens": after["draft_tokens"],
+        "max_new_tokens": after["max_new_tokens"],
+        "prompts_hash": after["prompts_hash"],
+        "exports": exports["paths"],
+        "regenerated_agree": answers.get("agree"),
+        "stage_seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "peak_rss_bytes": usage * (1 if sys.platform == "darwin" else 1024),
+        "versions": {"jeagle": jeagle.__version__, "jax": jax.__version__},
+    }
+
+
+if __name__ == "__main__":
+    run(main)

