@@ -1,6 +1,6 @@
 """Llama-3.1-8B-Instruct, the recipe that most published EAGLE-3 drafts follow.
 
-    python -m jeagle.train --config configs/llama3_8b.py
+python -m jeagle.train --config configs/llama3_8b.py
 """
 
 from jeagle.config import DataConfig, DraftConfig, MeshConfig, RunConfig, TargetConfig, TrainConfig

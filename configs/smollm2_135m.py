@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on a laptop's CPU: what `make quickstart` runs.
 
-    python -m jeagle.pipeline --config configs/smollm2_135m.py
+python -m jeagle.pipeline --config configs/smollm2_135m.py
 """
 
 from jeagle.config import BenchConfig, DataConfig, DraftConfig, RunConfig, TargetConfig, TrainConfig

@@ -214,7 +214,8 @@ def train_state(draft: Any, optimiser: optax.GradientTransformation, mesh: Mesh)
     moments = optimiser.init(draft)
     everywhere = replicated(mesh)
     moments = jax.tree.map(
-        lambda x: x if isinstance(getattr(x, "sharding", None), NamedSharding) else jax.device_put(x, everywhere), moments
+        lambda x: x if isinstance(getattr(x, "sharding", None), NamedSharding) else jax.device_put(x, everywhere),
+        moments,
     )
     return TrainState(draft, moments, zero, jnp.copy(zero))
 

@@ -222,7 +222,12 @@ def parse_overrides(config: RunConfig, arguments: Sequence[str], *, program: str
         if argument.startswith("--") and argument not in ("--help",):
             check_field(argument[2:].split("=")[0])
     changed = tyro.cli(
-        RunConfig, default=config, args=arguments, prog=program, description=description, config=(tyro.conf.FlagConversionOff,)
+        RunConfig,
+        default=config,
+        args=arguments,
+        prog=program,
+        description=description,
+        config=(tyro.conf.FlagConversionOff,),
     )
     validate(changed)
     return changed

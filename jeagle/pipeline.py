@@ -54,7 +54,10 @@ def pipeline(config: RunConfig) -> list[str]:
     for line in describe(prepared):
         print(line, flush=True)
     shaping = {name: configs.to_json(config)[name] for name in ("target", "draft", "objective", "train", "bench")}
-    trained_from = shaping | {"data": read_manifest(prepared.data)["made_from"], "tables": read_manifest(prepared.tables)}
+    trained_from = shaping | {
+        "data": read_manifest(prepared.data)["made_from"],
+        "tables": read_manifest(prepared.tables),
+    }
     before = stages("measure before", trained_from, lambda: _measure(config, prepared, trained=False))
     training = stages("train", trained_from, lambda: train(config))
     after = stages("measure after", trained_from, lambda: _measure(config, prepared, trained=True))
@@ -179,7 +182,13 @@ def _sample(config: RunConfig, tokenizer: Any, decoded: bench.Decoded) -> dict[s
 def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
     acceptance = {
         name: after[name]
-        for name in ("acceptance_length", "acceptance_by_position", "prompts_measured", "draft_tokens", "max_new_tokens")
+        for name in (
+            "acceptance_length",
+            "acceptance_by_position",
+            "prompts_measured",
+            "draft_tokens",
+            "max_new_tokens",
+        )
     }
     paths, refused = {}, {}
     for engine in ("sglang", "vllm"):

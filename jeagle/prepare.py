@@ -107,7 +107,9 @@ def _make_rows(config: RunConfig, tokenizer: Any, ends, made_from: dict[str, Any
         write_manifest(aside, {"made_from": made_from, "statistics": statistics})
 
 
-def _render_all(part, tokenizer, ends, config: RunConfig, reading, progress: Progress, begun: int) -> list[room.Rendered]:
+def _render_all(
+    part, tokenizer, ends, config: RunConfig, reading, progress: Progress, begun: int
+) -> list[room.Rendered]:
     rendered = []
     for number, conversation in enumerate(part):
         try:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Before jax starts: tests of meshes need several devices.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
 import pytest
 
 from jeagle.errors import UserError

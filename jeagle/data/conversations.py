@@ -107,18 +107,20 @@ def read_prompts(source: str) -> list[dict[str, Any]]:
             tree = json.loads(text)
             messages = [{"role": "user", "content": tree["turns"][0]}] if "turns" in tree else _messages(tree)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise UserError(f"{where} is no prompt ({_reason(error)}): write {{\"turns\": [\"...\"]}}.") from error
+            raise UserError(f'{where} is no prompt ({_reason(error)}): write {{"turns": ["..."]}}.') from error
         first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         if first == 0:
             raise UserError(f"{where} begins with an answer: a prompt needs a user turn.")
         digest = hashlib.sha256(_canonical(messages[:first])).hexdigest()[:12]
         prompts.append({"id": digest, "category": str(tree.get("category", "")), "messages": messages[:first]})
     if not prompts:
-        raise UserError(f"{source} holds no prompts: write {{\"turns\": [\"...\"]}} on each line.")
+        raise UserError(f'{source} holds no prompts: write {{"turns": ["..."]}} on each line.')
     return list({p["id"]: p for p in prompts}.values())
 
 
-def split_held_out(conversations: Iterable[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
+def split_held_out(
+    conversations: Iterable[Conversation], share: float
+) -> tuple[list[Conversation], list[Conversation]]:
     """-> (training, held out), by a hash of the user's turns: one prompt never stands on both sides."""
     training, held_out = [], []
     for conversation in conversations:

@@ -61,7 +61,9 @@ def load_tables(folder: Path, made_from: dict[str, Any] | None = None) -> np.nda
     if manifest is None:
         raise UserError(f"{folder} holds no finished vocabulary tables: run python -m jeagle.prepare.")
     if made_from is not None and (fields := differences(manifest, made_from)):
-        raise UserError(f"The vocabulary in {folder} was made from other data ({', '.join(fields)} differ): prepare anew.")
+        raise UserError(
+            f"The vocabulary in {folder} was made from other data ({', '.join(fields)} differ): prepare anew."
+        )
     offsets, in_draft = np.load(folder / "d2t.npy"), np.load(folder / "t2d.npy")
     ids = np.arange(len(offsets)) + offsets
     if not (np.all(np.diff(ids) > 0) and np.array_equal(ids, np.flatnonzero(in_draft))):

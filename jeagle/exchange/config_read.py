@@ -45,9 +45,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     )
 
 
-def spec_from_config(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], hints: Hints | None = None
-) -> DraftSpec:
+def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], hints: Hints) -> DraftSpec:
     """The draft that a config.json describes.
 
     Args:
@@ -59,7 +57,6 @@ def spec_from_config(
     Raises:
       UserError: naming the field, where it is missing, contradicts another, or is one that jeagle's draft has not.
     """
-    hints = hints or Hints()
     layout = layout_of(config)
     _refuse_near_misses(config)
     decoder = config if layout == "plain" else _need(config, "transformer_layer_config")

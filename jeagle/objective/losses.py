@@ -104,7 +104,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
-    """"0.1*hard_ce+0.9*tv" -> ((0.1, "hard_ce"), (0.9, "tv")). UserError for an unknown name or weight."""
+    """ "0.1*hard_ce+0.9*tv" -> ((0.1, "hard_ce"), (0.9, "tv")). UserError for an unknown name or weight."""
     terms = []
     for part in text.replace(" ", "").split("+"):
         weight, star, name = part.rpartition("*")

@@ -122,14 +122,19 @@ class _Generation:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_new"), donate_argnames=("rows",))
 def _prefill(
-    graphdef: Any, state: Any, rows: _Rows, tokens_RP: jax.Array, lengths_R: jax.Array, places_R: jax.Array, max_new: int
+    graphdef: Any,
+    state: Any,
+    rows: _Rows,
+    tokens_RP: jax.Array,
+    lengths_R: jax.Array,
+    places_R: jax.Array,
+    max_new: int,
 ) -> _Rows:
     """Reads prompts into the rows `places` (those out of range are dropped); the last prompt token is left to read."""
     model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(tokens_RP.shape[1]), tokens_RP.shape)
     _, _, fresh = model.extend(tokens_RP, positions, model.empty_cache(*tokens_RP.shape, jnp.float32), ())
     width = tokens_RP.shape[1]
-
 
     def place(cache: jax.Array, fresh: jax.Array) -> jax.Array:
         rows_first = (slice(None),) if model.stacked else ()

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jeagle.exchange import ExportCard, expected_shapes
+from jeagle.exchange import ExportCard, expected_shapes, export_sglang, export_vllm
 from jeagle.joints import DraftSpec, Rope
 
 LAYERS = 8
@@ -82,6 +82,17 @@ def embedding(spec, seed=1):
     if spec.width == spec.target_width:
         return None
     return np.random.default_rng(seed).normal(size=(spec.target_vocab, spec.width)).astype(np.float32)
+
+
+def to_sglang(spec, out, *, params=None, ids="right", **settings):
+    params = parameters(spec) if params is None else params
+    ids = target_ids(spec) if isinstance(ids, str) else ids
+    return export_sglang(spec, params, ids, out, **({"target_layers": LAYERS, "dtype": "float32"} | settings))
+
+
+def to_vllm(spec, out, **settings):
+    settings = {"target_layers": LAYERS, "dtype": "float32", "card": CARD} | settings
+    return export_vllm(spec, parameters(spec), target_ids(spec), out, **settings)
 
 
 def tensors_in(folder):

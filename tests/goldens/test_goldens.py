@@ -32,7 +32,9 @@ def build(case: cases.Case):
     """-> (graphdef, state) of the case's draft, weights in place."""
     draft = Eagle3(case.spec, jnp.float32, nnx.Rngs(0))
     graphdef, state = nnx.split(draft)
-    leaves = [(path, leaf.replace(jnp.asarray(_torch_leaf(path, case.weights)))) for path, leaf in nnx.to_flat_state(state)]
+    leaves = [
+        (path, leaf.replace(jnp.asarray(_torch_leaf(path, case.weights)))) for path, leaf in nnx.to_flat_state(state)
+    ]
     for path, leaf in nnx.to_flat_state(state):
         assert leaf.get_value().shape == _torch_leaf(path, case.weights).shape, path
     return graphdef, nnx.from_flat_state(leaves)
@@ -56,7 +58,8 @@ def run(case: cases.Case, spec):
     )
     counts = align.counting_slots(batch, case.steps, spec.slots, cross_documents=spec.cross_documents)
     everywhere = align.Selected(
-        jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape), jnp.ones(batch.tokens_BT.shape, bool)
+        jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape),
+        jnp.ones(batch.tokens_BT.shape, bool),
     )
 
     def loss(state):
