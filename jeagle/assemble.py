@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jeagle.config import ObjectiveConfig, RunConfig, TrainConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
 from jeagle.joints import DraftSpec, Tables
+from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
 from jeagle.targets import Target, TargetFiles, TargetSpec
 
@@ -161,7 +163,7 @@ def draft_from_flat(spec: DraftSpec, dtype: Any, params: dict[str, Any], mesh: M
 
 def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup` of the steps, then the schedule down to 0 (or constant)."""
-    warmup = max(int(round(config.warmup * steps)), 1)
+    warmup = max(round(config.warmup * steps), 1)
     peak, rest = config.learning_rate, max(steps - warmup, 1)
     after = {
         "cosine": optax.cosine_decay_schedule(peak, rest),
@@ -237,3 +239,13 @@ def draft_params(tree: dict[str, Any]) -> dict[str, np.ndarray]:
     """The draft's parameters by dotted name, from a checkpoint's arrays by tree path."""
     own = {name: array for name, array in tree.items() if name.startswith(".draft")}
     return {".".join(re.findall(r"\['?(\w+)'?\]", name)): np.asarray(array) for name, array in own.items()}
+
+
+def load_draft(folder: Path, step: int | str) -> tuple[int, DraftSpec, dict[str, np.ndarray]]:
+    """(step, spec, parameters by name) of a run's checkpoint."""
+    described = folder / "draft.json"
+    if not described.is_file():
+        raise UserError(f"{folder} holds no trained draft: run python -m jeagle.train first.")
+    spec = DraftSpec.from_json(json.loads(described.read_text())["draft"])
+    found, tree = load_named(folder / "checkpoints", step)
+    return found, spec, draft_params(tree)

@@ -1,4 +1,4 @@
-"""`python -m jeagle.bench --draft RUN`: acceptance length by really decoding, and whether the text stays the target's."""
+"""`python -m jeagle.bench --draft RUN`: acceptance length by really decoding, and whether the text is the target's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from jeagle import config as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.joints import DraftSpec, Tables
-from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
@@ -77,7 +76,7 @@ def main(arguments: list[str]) -> None:
     prepare_host()
     folder = assemble.run_folder(args.draft)
     config = configs.from_json(json.loads((folder / "config.json").read_text()))
-    step, spec, params = load_draft(folder, args.step)
+    step, spec, params = assemble.load_draft(folder, args.step)
     bench = open_bench(config, spec, folder, params, dtype=args.dtype)
     prompts = prompt_ids(bench, config, folder, args.prompts, args.max_prompts)
     settings = {n: getattr(args, n) for n in ("max_new_tokens", "draft_tokens", "batch")}
@@ -86,16 +85,6 @@ def main(arguments: list[str]) -> None:
     if args.out:
         atomic_write(args.out, json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
-
-
-def load_draft(folder: Path, step: int | str) -> tuple[int, DraftSpec, dict[str, np.ndarray]]:
-    """(step, spec, parameters by name) of a run's checkpoint."""
-    described = folder / "draft.json"
-    if not described.is_file():
-        raise UserError(f"{folder} holds no trained draft: run python -m jeagle.train first.")
-    spec = DraftSpec.from_json(json.loads(described.read_text())["draft"])
-    found, tree = load_named(folder / "checkpoints", step)
-    return found, spec, assemble.draft_params(tree)
 
 
 def open_bench(
@@ -150,7 +139,7 @@ def make_models(target: Any, draft: Any, taps: tuple[int, ...]) -> decoding.Mode
 
 
 def prompt_ids(bench: Bench, config: RunConfig, folder: Path, prompts: Path | None, most: int) -> list[np.ndarray]:
-    """Prompts of a file, or the first turns of the run's held-out conversations, as the target's template renders them."""
+    """Prompts of a file, or the held-out conversations up to the answer, as the target's template renders them."""
     found = data.read_prompts(str(prompts or folder / "data" / "held_out.jsonl"))[: most or None]
     system = config.data.system_prompt
     return [data.render_prompt(bench.loaded.tokenizer, p["messages"], system_prompt=system) for p in found]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import json
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -203,11 +203,8 @@ def load_recipe(path: str | Path) -> RunConfig:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"No recipe at {path}{hint or ': give a Python file that defines get_config().'}")
-    spec = importlib.util.spec_from_file_location(f"jeagle_recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        config = runpy.run_path(str(path))["get_config"]()
     except Exception as error:
         raise UserError(f"The recipe {path} does not run: {type(error).__name__}: {error}.") from error
     if not isinstance(config, RunConfig):

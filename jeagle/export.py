@@ -19,7 +19,6 @@ from flax import nnx
 
 from jeagle import assemble, data, exchange, targets
 from jeagle import config as configs
-from jeagle.bench import load_draft
 from jeagle.config import RunConfig
 from jeagle.drafts import Eagle3, advance, empty_cache
 from jeagle.errors import UserError
@@ -89,7 +88,7 @@ def export(
     step: int | str = "last",
     dtype: str = "bfloat16",
     check: bool = True,
-    layout: str = "speculators",
+    layout: Literal["speculators", "plain"] = "speculators",
     acceptance: dict[str, Any] | None = None,
 ) -> str:
     """Writes one export; returns a sentence that says where it is and how close it came.
@@ -99,7 +98,7 @@ def export(
     """
     folder = assemble.run_folder(folder)
     config = configs.from_json(json.loads((folder / "config.json").read_text()))
-    found, spec, params = load_draft(folder, step)
+    found, spec, params = assemble.load_draft(folder, step)
     vocabulary = data.load_tables(folder / "tables")
     out = out or folder / "exports" / engine
     files = targets.resolve(config.target.ref)

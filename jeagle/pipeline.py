@@ -30,7 +30,7 @@ from jeagle.regenerate import regenerate
 from jeagle.report import summary_lines, write_report
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
-from jeagle.runtime.manifest import atomic_write, differences, fingerprint, read_manifest
+from jeagle.runtime.manifest import atomic_write, differences, fingerprint, finished_manifest
 from jeagle.train import train
 
 
@@ -55,8 +55,8 @@ def pipeline(config: RunConfig) -> list[str]:
         print(line, flush=True)
     shaping = {name: configs.to_json(config)[name] for name in ("target", "draft", "objective", "train", "bench")}
     trained_from = shaping | {
-        "data": read_manifest(prepared.data)["made_from"],
-        "tables": read_manifest(prepared.tables),
+        "data": finished_manifest(prepared.data)["made_from"],
+        "tables": finished_manifest(prepared.tables),
     }
     before = stages("measure before", trained_from, lambda: _measure(config, prepared, trained=False))
     training = stages("train", trained_from, lambda: train(config))
@@ -138,7 +138,7 @@ def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, An
     mesh = assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh, dtype="float32")
     if trained:
-        _, spec, params = bench.load_draft(folder, "last")
+        _, spec, params = assemble.load_draft(folder, "last")
     else:
         vocabulary = data.load_tables(prepared.tables)
         spec = assemble.draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids)

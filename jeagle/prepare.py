@@ -22,6 +22,7 @@ from jeagle.runtime.manifest import (
     differences,
     file_fingerprint,
     fingerprint,
+    finished_manifest,
     read_manifest,
     write_manifest,
 )
@@ -71,7 +72,7 @@ def prepare(config: RunConfig) -> Prepared:
     data = config.folder / "data"
     if not _found(data, made_from):
         _make_rows(config, tokenizer, ends, made_from, data, int(target_config["vocab_size"]))
-    statistics = read_manifest(data)["statistics"]
+    statistics = finished_manifest(data)["statistics"]
     tables = _make_tables(config, ends, made_from, data)
     return Prepared(data, tables, statistics | _coverage(data, tables))
 

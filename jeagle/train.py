@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from jeagle.runtime import distributed
 from jeagle.runtime.checkpoints import Checkpoints
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
-from jeagle.runtime.manifest import atomic_write, differences, read_manifest
+from jeagle.runtime.manifest import atomic_write, differences, finished_manifest
 from jeagle.runtime.mesh import row_sharding
 from jeagle.runtime.preemption import stop_requested
 from jeagle.runtime.progress import Progress
@@ -100,8 +99,8 @@ def claim_folder(config: RunConfig) -> None:
         fields = [f for f in differences(json.loads(path.read_text()), wanted) if f.split(".")[0] in _SHAPING]
         if fields:
             raise UserError(
-                f"The run {config.folder} was begun with other settings ({', '.join(fields)}): give the same ones to go "
-                "on with it, or another --name to begin anew."
+                f"The run {config.folder} was begun with other settings ({', '.join(fields)}): give the same ones "
+                "to go on with it, or another --name to begin anew."
             )
     if distributed.is_leader():
         atomic_write(path, json.dumps(wanted, indent=2) + "\n")
@@ -116,9 +115,7 @@ def describe_draft(config: RunConfig, spec: Any, target_fingerprint: str) -> Non
     UserError when the run was begun with another target, other data or another vocabulary.
     """
     path = config.folder / "draft.json"
-    parts = {name: read_manifest(config.folder / name) for name in ("data", "tables")}
-    if missing := [name for name, manifest in parts.items() if manifest is None]:
-        raise UserError(f"{config.folder / missing[0]} is not prepared: run python -m jeagle.prepare first.")
+    parts = {name: finished_manifest(config.folder / name) for name in ("data", "tables")}
     made_from = {"target": target_fingerprint, "data": parts["data"]["made_from"], "tables": parts["tables"]}
     if path.is_file() and (config.folder / "checkpoints").is_dir():
         fields = differences(json.loads(path.read_text())["made_from"], made_from)

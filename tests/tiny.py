@@ -13,7 +13,29 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the cat sat on a mat and saw one red bird fly over many green trees near some old stone house".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "red",
+    "bird",
+    "fly",
+    "over",
+    "many",
+    "green",
+    "trees",
+    "near",
+    "some",
+    "old",
+    "stone",
+    "house",
+]
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER = 8, 32, 4, 2, 8, 48
 
 

@@ -133,9 +133,9 @@ def split_held_out(
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         raise UserError(f"There is no file {path}: give a .jsonl or .jsonl.gz file of conversations.")
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened as file:
+        with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", line

@@ -39,7 +39,7 @@ class RowStream:
         share = batch_rows // process_count
         self._own = slice(process_index * share, (process_index + 1) * share)
         self._order = grain.MapDataset.source(np.arange(total)).seed(seed).shuffle().repeat()
-        self._live: np.ndarray | None = None
+        self._live = np.zeros(0, np.int64)  # until count_live
 
     def row_numbers(self, step: int) -> np.ndarray:
         """Which rows the global batch of `step` holds."""

@@ -8,9 +8,9 @@ x_{n-1}, d_1 .. d_K at once, takes the drafts that equal its own greedy choices 
     target           reads x_{n-1} d_1 .. d_K                        -> g_0 .. g_K
     a drafts equal   g_0 .. g_{a-1}; committed: g_0 .. g_a           n grows by a + 1
 
-Source: Leviathan et al. (arXiv 2211.17192) at temperature 0; EAGLE-3 (arXiv 2503.01840) for the draft's inputs. Counters
-are vLLM's: the token of the prompt's own forward belongs to no draft, and a round counts in full also where the answer
-is cut inside it.
+Source: Leviathan et al. (arXiv 2211.17192) at temperature 0; EAGLE-3 (arXiv 2503.01840) for the draft's inputs.
+Counters are vLLM's: the token of the prompt's own forward belongs to no draft, and a round counts in full also where
+the answer is cut inside it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def decode(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = max(padded_width(prompts), width)
     room = width + max_new_tokens + 2 * draft_tokens + 2
-    results: list[Measured | None] = [None] * len(prompts)
+    results: dict[int, Measured] = {}
     done = 0
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
@@ -103,7 +103,7 @@ def decode(
             results[index] = measured
         done += len(chosen)
         on_done(done)
-    return results
+    return [results[i] for i in range(len(prompts))]
 
 
 def padded_width(prompts: Sequence[np.ndarray]) -> int:

@@ -41,7 +41,7 @@ def decode_plain(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = max(padded_width(prompts), width)
-    results: list[Plain | None] = [None] * len(prompts)
+    results: dict[int, Plain] = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         padded = np.zeros((batch, width), np.int32)
@@ -52,7 +52,7 @@ def decode_plain(
         for row, i in enumerate(chosen):
             results[i] = Plain(written[:, row], gaps[:, row])
         on_done(min(start + batch, len(order)))
-    return results
+    return [results[i] for i in range(len(prompts))]
 
 
 @functools.partial(jax.jit, static_argnames=("models", "tokens", "room"))

@@ -69,7 +69,7 @@ def chunked_loss(
       hidden_KBMW: what the draft's lm_head reads at the slots, by teacher position.
       lm_head_DW: the draft's lm_head.
 
-    Source: EAGLE-3 (arXiv 2503.01840) for the loss; gradients in the forward pass as in Liger Kernel (arXiv 2410.10989).
+    Source: EAGLE-3 (arXiv 2503.01840) for the loss; gradients in the forward pass as in Liger (arXiv 2410.10989).
     """
     (total, _, _), (slotwise, _) = _scan(recipe, hidden_KBMW, lm_head_DW, taught, with_gradient=False)
     return total, slotwise

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jeagle.errors import UserError
+
 MANIFEST = "manifest.json"
 
 
@@ -90,6 +92,14 @@ def read_manifest(folder: str | Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     return tree if isinstance(tree, dict) else None
+
+
+def finished_manifest(folder: str | Path) -> dict:
+    """The manifest of a folder that must be finished. UserError where it is not."""
+    tree = read_manifest(folder)
+    if tree is None:
+        raise UserError(f"{folder} is not prepared: run python -m jeagle.prepare first.")
+    return tree
 
 
 def write_manifest(folder: str | Path, tree: dict) -> None:

@@ -57,7 +57,7 @@ def rope_of(config: dict[str, Any]) -> Rope:
 
 
 def _llama(config: dict[str, Any]) -> TargetSpec:
-    _refuse(config, hidden_act={"silu"}, mlp_bias={False}, sliding_window={None}, partial_rotary_factor={1, 1.0})
+    _refuse(config, hidden_act={"silu"}, mlp_bias={False}, sliding_window={None}, partial_rotary_factor={1})
     heads = config["num_attention_heads"]
     ends = config.get("eos_token_id")
     return TargetSpec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,8 @@ ADMITTED_AT_ONCE = 8
 PROMPT_BUCKET = 64
 
 
-class Answer(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Answer:
     """What the target said: `index` of the prompt, ids with the end token if there is one, and why it ended."""
 
     index: int
@@ -115,9 +117,10 @@ class _Generation:
         written = np.asarray(self.rows.written_BS)
         ends = np.asarray(self.ends)
         for row in done:
+            index, self.in_row[row] = self.in_row[row], None
             tokens = written[row, : count[row]].copy()
-            yield Answer(self.in_row[row], tokens, "stop" if tokens[-1] in ends else "length")
-            self.in_row[row] = None
+            if index is not None:
+                yield Answer(index, tokens, "stop" if tokens[-1] in ends else "length")
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_new"), donate_argnames=("rows",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from jeagle.errors import UserError
 from jeagle.joints import Rope
@@ -54,7 +55,7 @@ def default_taps(layers: int) -> tuple[int, ...]:
 def check_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
     """`taps`, or the default ones where empty. UserError unless they rise, once each, within 0..layers."""
     taps = taps or default_taps(layers)
-    if any(a >= b for a, b in zip(taps, taps[1:], strict=False)) or taps[0] < 0 or taps[-1] > layers:
+    if any(a >= b for a, b in itertools.pairwise(taps)) or taps[0] < 0 or taps[-1] > layers:
         raise UserError(
             f"--target.taps {' '.join(map(str, taps))}: layer boundaries must rise, once each, from 0 (embeddings) "
             f"to {layers} (after the last of the target's {layers} layers)."

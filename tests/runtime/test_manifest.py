@@ -40,7 +40,7 @@ def test_a_folder_replaces_the_old_one_only_when_its_block_succeeds(tmp_path):
     with manifest.atomic_folder(tmp_path / "f") as folder:
         (folder / "one").write_text("1")
         assert not (tmp_path / "f").exists()
-    with pytest.raises(RuntimeError), manifest.atomic_folder(tmp_path / "f") as folder:
+    with pytest.raises(RuntimeError), manifest.atomic_folder(tmp_path / "f") as folder:  # noqa: PT012
         (folder / "two").write_text("2")
         raise RuntimeError
     assert names(tmp_path) == ["f"] and names(tmp_path / "f") == ["one"]
