@@ -64,7 +64,8 @@ def _fill(template: str, slots: dict[str, list[str]], draw: int) -> str:
         return used[-1]
 
     text = re.sub(r"\{(\w+)\}", value, template)
-    return text[0].upper() + text[1:]
+    # A value that opens the prompt is capitalised; a template in lower case means to be casual.
+    return text[0].upper() + text[1:] if template.startswith("{") else text
 
 
 def _digest(text: str) -> str:

@@ -1,0 +1,82 @@
+"""The starter prompts: enough of them, fairly mixed, each whole, and the ones whose answers come with jeagle."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from jeagle.data import read_rows, starter_answers
+from jeagle.data.starter import starter_prompts
+from jeagle.data.starter.prompts import CATEGORIES, PER_TEMPLATE, load_templates
+
+RUN = 8  # words in a row that would count as copied
+
+
+def test_many_and_unique():
+    prompts = starter_prompts()
+    assert 4600 <= len(prompts) <= 5400
+    assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts)
+
+
+def test_categories_are_about_equally_many():
+    counts = collections.Counter(p.category for p in starter_prompts())
+    assert set(counts) == set(CATEGORIES) and len(CATEGORIES) == 8
+    assert max(counts.values()) <= 1.2 * min(counts.values()), counts
+
+
+def test_any_first_part_is_mixed():
+    prompts = starter_prompts()
+    assert [p.id for p in prompts] == sorted(p.id for p in prompts)
+    assert set(collections.Counter(p.category for p in prompts[:200])) == set(CATEGORIES)
+
+
+def test_deterministic():
+    assert starter_prompts() == starter_prompts()
+
+
+def test_texts_are_whole_and_short():
+    for prompt in starter_prompts():
+        assert not re.search(r"\{\w+\}", prompt.text), prompt
+        assert prompt.text == prompt.text.strip() and "  " not in prompt.text, prompt
+        assert 3 <= len(prompt.text.split()) <= 60, prompt
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_slots_and_templates_fit(category):
+    templates, slots = load_templates(category)
+    used = [re.findall(r"\{(\w+)\}", template) for template in templates]
+    assert {name for names in used for name in names} == set(slots)
+    assert len(set(templates)) == len(templates)
+    for values in slots.values():
+        assert len(set(values)) == len(values) <= 2 * PER_TEMPLATE
+    for names in used:  # a slot named twice takes different values
+        assert all(len(slots[name]) >= names.count(name) for name in names)
+
+
+def test_shipped_answers_are_to_these_prompts():
+    texts = {p.id: p.text for p in starter_prompts()}
+    for row in read_rows(starter_answers()):
+        assert texts.get(row["id"]) == row["messages"][0]["content"]
+
+
+@pytest.mark.skipif(not os.environ.get("JEAGLE_EVAL_PROMPTS"), reason="JEAGLE_EVAL_PROMPTS names no files")
+def test_nothing_shared_with_evaluation_prompts():
+    """JEAGLE_EVAL_PROMPTS: jsonl files with `turns`, separated as in PATH."""
+    runs: set[tuple[str, ...]] = set()
+    for path in os.environ["JEAGLE_EVAL_PROMPTS"].split(os.pathsep):
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            for turn in json.loads(line)["turns"] if line.strip() else ():
+                runs |= _runs(turn)
+    assert runs
+    shared = [p.text for p in starter_prompts() if _runs(p.text) & runs]
+    assert not shared, shared[:5]
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}
