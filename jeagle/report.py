@@ -1,226 +1,309 @@
-"""`python -m jeagle.report --run runs/NAME`: what a run learnt, on one self-contained page."""
+"""`python -m jeagle.report --run runs/NAME`: what a run reached, on one self-contained page."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import tyro
 
 from jeagle.errors import UserError
-from jeagle.runtime.cli import run
+from jeagle.runtime import cli
 from jeagle.runtime.manifest import atomic_write
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _RIGHT, _TOP = 560, 240, 46, 30, 90, 12
-_POINTS = 160  # of a curve; more would not be seen
+Report = dict[str, Any]
+Points = list[tuple[float, float]]
+POINTS = 240  # of a curve; more would not be seen
+LABEL_ROOM = 8.5  # percent of a chart's height that a line of text takes
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Writes report.html of a run from its report.json and metrics.jsonl."""
+    """Writes report.html of a run anew, from its report.json and metrics.jsonl."""
 
     run: Path
     """The run's folder, runs/NAME."""
 
 
 def main(arguments: list[str]) -> None:
-    args = tyro.cli(Arguments, args=arguments, prog="python -m jeagle.report")
-    path = args.run / "report.json"
+    folder = tyro.cli(Arguments, args=arguments, prog="python -m jeagle.report").run
+    path = folder / "report.json"
     if not path.is_file():
-        raise UserError(f"{args.run} has no report.json: python -m jeagle.pipeline writes it.")
-    report = json.loads(path.read_text("utf-8"))
-    print(write_report(args.run, report, report.get("sample")))
+        raise UserError(f"{folder} has no report.json: python -m jeagle.pipeline measures a run and writes it.")
+    try:
+        report = dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is no report ({error}): python -m jeagle.pipeline writes it again.") from None
+    print(write_report(folder, report, report.pop("sample", None)))
 
 
-def write_report(folder: Path, report: dict[str, Any], sample: dict[str, Any] | None) -> Path:
-    """Writes report.json and report.html into a run's folder; returns the page's path."""
-    tree = report | {"sample": sample}
-    atomic_write(folder / "report.json", json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-    page = folder / "report.html"
-    atomic_write(page, render(tree, read_metrics(folder / "metrics.jsonl")))
-    return page
+def write_report(run: Path, report: Report, sample: dict[str, Any] | None) -> Path:
+    """Writes report.json and report.html into a run's folder, each whole or not at all.
+
+    Args:
+      report: figures by name: lengths in tokens, shares from 0 to 1; beside them stage_seconds {name: seconds} and
+        exports {engine: path}. Any may be missing.
+      sample: {"prompt", "tokens": [{"text", "source": "target" | "draft", "round"}]}; report.json keeps it.
+
+    Returns:
+      The page's path.
+    """
+    report = _finite(report)
+    tree = report | ({"sample": sample} if sample else {})
+    atomic_write(run / "report.json", json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write(run / "report.html", render(report, read_metrics(run / "metrics.jsonl"), sample))
+    return run / "report.html"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run; none where there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    """The logged steps, rising; none without a file. A line that a killed process left half written is passed over."""
+    rows = {}
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            rows[int(row["step"])] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [rows[step] for step in sorted(rows)]
 
 
-def render(report: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
-    """The page as HTML without any outside resource."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jeagle", "."), autoescape=True, undefined=jinja2.ChainableUndefined
+def render(report: Report, metrics: list[dict[str, Any]], sample: dict[str, Any] | None) -> str:
+    """The page, which asks for nothing from outside it."""
+    loader, undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.ChainableUndefined
+    page = jinja2.Environment(loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {"shown": shown, "duration": _duration, "shell": shlex.quote, "json": json.dumps}
+    page.tests["known"] = _is_number
+    positions = sorted({int(k[9:]) for row in metrics for k in row if k.startswith("accuracy_")})
+    return page.get_template("report.html.jinja").render(
+        report=report,
+        headline=headline(report),
+        doubtful=report.get("lossless") is False or _behind_ngram(report),
+        shortfalls=shortfalls(report, metrics),
+        summary=_summary(report),
+        stages=_stages(report),
+        ticks=ticks,
+        accuracy=plot(metrics, {f"accuracy_{k}": str(k + 1) for k in positions}),
+        expected=plot(metrics, {"expected_acceptance_length": ""}),
+        loss=plot(metrics, {"loss": ""}),
+        sample=sample if sample and sample.get("tokens") else None,
     )
-    accuracy = sorted({k for row in metrics for k in row if k.startswith("accuracy_")}, key=lambda k: int(k[9:]))
-    charts = {
-        "loss": _lines(metrics, {"loss": "loss"}),
-        "accuracy": _lines(metrics, {k: f"position {int(k[9:]) + 1}" for k in accuracy}, low=0.0),
-        "expected": _lines(metrics, {"expected_acceptance_length": "expected"}, low=1.0),
-        "bars": _bars(report),
+
+
+def headline(report: Report) -> tuple[str, str]:
+    """(the main figure, what it means): one sentence in two parts, which says a shortfall as plainly as a success."""
+    after, ngram, _ = _lengths(report)
+    if after is None:
+        return "", f"The acceptance length was not measured; {_text_equality(report)}."
+    than = f", {_gap(after, ngram)} than a 3-gram table of the same answers" if ngram is not None else ""
+    return f"{after:.2f}", f"tokens a target step{than}; {_text_equality(report)}."
+
+
+def shortfalls(report: Report, metrics: list[dict[str, Any]]) -> list[str]:
+    """What must be known before the figures are taken for a success; empty when all is well."""
+    after, _, before = _lengths(report)
+    broken = sum(not _is_number(row.get("loss")) for row in metrics)
+    agree, _, of = str(report.get("regenerated_agree") or "").partition("/")
+    missing = [name for name in ("SGLang", "vLLM") if name.lower() not in (report.get("exports") or {})]
+    found = {
+        "Not lossless: a draft may never change the text, so no other figure counts until this is mended.": (
+            report.get("lossless") is False
+        ),
+        "The draft accepts less than a table that never saw the target's features: it is not worth serving yet.": (
+            _behind_ngram(report)
+        ),
+        "Training did not raise the acceptance length.": after is not None and before is not None and after <= before,
+        f"The loss was not a number in {broken} of {len(metrics)} logged steps.": broken > 0,
+        f"Only {agree} of {of} answers made again agree with the ones trained on.": agree != of,
+        f"There is no export for {' or '.join(missing)}.": bool(missing),
     }
-    return environment.get_template("report.html.jinja").render(
-        r=report, charts=charts, headline=headline(report), figures=figures(report), sample=report.get("sample")
+    return [sentence for sentence, holds in found.items() if holds]
+
+
+def summary_lines(report: Report) -> list[str]:
+    """At most ten lines for a terminal: the figures that the page opens with."""
+    return [f"{name:<19}{text}" for name, text in _summary(report).items()]
+
+
+class Curve(NamedTuple):
+    """A line of a chart: points "x,y x,y ..." and heights in percent of the plot, from its top left.
+
+    Attributes:
+      label: its name; empty where the chart's title says it.
+      last: its last value.
+      logged, mean: as logged (thinned), and the running mean.
+      end, label_y: height of its end, and of its label, which keeps clear of the others'.
+    """
+
+    label: str
+    last: float
+    logged: str
+    mean: str
+    end: float
+    label_y: float
+
+
+class Plot(NamedTuple):
+    """Curves over one pair of axes; ticks are (percent, text)."""
+
+    curves: list[Curve]
+    across: list[tuple[float, str]]
+    up: list[tuple[float, str]]
+
+
+def plot(metrics: list[dict[str, Any]], names: dict[str, str]) -> Plot | None:
+    """The curves of the named figures (name -> label) over steps; None where none of them has a number."""
+    found = {name: [(row["step"], row[name]) for row in metrics if _is_number(row.get(name))] for name in names}
+    lines = {name: _thinned(points) for name, points in found.items() if points}
+    if not lines:
+        return None
+    values, right = [y for points in lines.values() for _, y in points], max(p[-1][0] for p in lines.values()) or 1
+    up = ticks(min(values), max(values))
+
+    def height(value: float) -> float:
+        return round(100 * (up[-1] - value) / (up[-1] - up[0]), 2)
+
+    def path(points: Points) -> str:
+        return " ".join(f"{round(100 * step / right, 2)},{height(value)}" for step, value in points)
+
+    means = {name: _running_mean(points) for name, points in lines.items()}
+    ends = [height(mean[-1][1]) for mean in means.values()]
+    return Plot(
+        [
+            Curve(names[name], means[name][-1][1], path(lines[name]), path(means[name]), end, place)
+            for name, end, place in zip(lines, ends, _apart(ends), strict=True)
+        ],
+        [(100 * step / right, f"{step:,.0f}") for step in ticks(0, right) if step <= right],
+        [(height(value), f"{value:g}") for value in up],
     )
 
 
-def headline(report: dict[str, Any]) -> str:
-    """The main figure in words; a shortfall is said as plainly as a success."""
-    after, ngram = report["acceptance_length_after"], report.get("acceptance_length_ngram")
-    text = f"{after:.2f} tokens a target step"
-    if ngram is not None:
-        gap = after - ngram
-        text += f", {abs(gap):.2f} {'more' if gap >= 0 else 'FEWER'} than a 3-gram table of the same answers"
-    if not report.get("lossless"):
-        return f"{text}. The text DIFFERS from plain greedy decoding: this draft's figures cannot be trusted."
-    excused = report.get("excused_ties") or 0
-    ties = f" ({excused} differ only where two logits tie)" if excused else ""
-    return f"{text}; text equal to plain greedy decoding on all {report.get('prompts_measured', 0)} prompts{ties}."
+def ticks(low: float, high: float) -> list[float]:
+    """A few round numbers, evenly spaced, whose range holds low and high."""
+    span = max(high - low, 0.1 * abs(high), 1e-3)
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if span / (power * m) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil((low + span) / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def figures(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, figure) rows of the table."""
-    rows = [
-        ("target", report.get("target")),
-        ("draft parameters", report.get("draft_parameters")),
-        ("draft vocabulary", report.get("draft_vocab")),
-        ("vocabulary coverage, training answers", _percent(report.get("vocab_coverage_train"))),
-        ("vocabulary coverage, held-out answers", _percent(report.get("vocab_coverage_held_out"))),
-        ("training tokens", report.get("train_tokens")),
-        ("of them answers", report.get("supervised_tokens")),
-        ("optimiser steps", report.get("steps")),
-        ("acceptance length before training", report.get("acceptance_length_before")),
-        ("acceptance length after training", report.get("acceptance_length_after")),
-        ("acceptance length of a 3-gram table", report.get("acceptance_length_ngram")),
-        ("held-out prompts measured", report.get("prompts_measured")),
-        ("lossless", None if report.get("lossless") is None else "yes" if report["lossless"] else "NO"),
-        ("differences excused as ties", report.get("excused_ties")),
-        ("answers made again that agree", report.get("regenerated_agree")),
-        ("peak memory", _gigabytes(report.get("peak_rss_bytes"))),
-    ]
-    return [
-        (name, f"{value:,}" if isinstance(value, int | float) else str(value))
-        for name, value in rows
-        if value is not None
-    ]
+def _thinned(points: Points) -> Points:
+    """Means of as many neighbours as leave at most POINTS points."""
+    size = -(-len(points) // POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
-    """At most ten lines for the terminal."""
-    positions = " ".join(f"{share:.2f}" for share in report.get("acceptance_by_position", []))
-    seconds = report.get("stage_seconds", {})
-    lines = [
-        f"target                {report['target']}",
-        f"draft                 {report['draft_parameters']:,} parameters, {report.get('draft_vocab', 0):,} tokens",
-        f"trained on            {report['train_tokens']:,} tokens ({report['supervised_tokens']:,} of answers) "
-        f"in {report['steps']:,} steps",
-        f"acceptance length     {report['acceptance_length_before']:.3f} before, "
-        f"{report['acceptance_length_after']:.3f} after, {report['acceptance_length_ngram']:.3f} for a 3-gram table",
-        f"accepted by position  {positions}",
-        f"lossless              {'yes' if report['lossless'] else 'NO'}, {report['excused_ties']} excused ties, "
-        f"{report['prompts_measured']} held-out prompts",
-        f"exports               {', '.join(map(str, report['exports'].values()))}",
-        f"time                  {sum(seconds.values()) / 60:.1f} min: "
-        + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()),
-        f"peak memory           {_gigabytes(report.get('peak_rss_bytes'))}",
-    ]
-    return lines
+def _running_mean(points: Points) -> Points:
+    half = len(points) // 16
+    windows = [points[max(i - half, 0) : i + half + 1] for i in range(len(points))]
+    return [(step, sum(y for _, y in near) / len(near)) for (step, _), near in zip(points, windows, strict=True)]
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
+def _apart(ends: list[float]) -> list[float]:
+    """Where labels go so that they do not lie on one another: near their lines' ends, in the same order."""
+    order, places = sorted(range(len(ends)), key=lambda i: ends[i]), list(ends)
+    for above, i in itertools.pairwise(order):
+        places[i] = max(places[i], places[above] + LABEL_ROOM)
+    limit = 100.0
+    for i in reversed(order):
+        places[i] = min(places[i], limit)
+        limit = places[i] - LABEL_ROOM
+    return places
 
 
-def _gigabytes(size: int | None) -> str | None:
-    return None if size is None else f"{size / 2**30:.2f} GiB"
-
-
-def _lines(metrics: list[dict[str, Any]], names: dict[str, str], low: float | None = None) -> dict[str, Any] | None:
-    """A line chart: paths, labels at their ends, and axis ticks. None without two points."""
-    every = max(len(metrics) // _POINTS, 1)
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for key, label in names.items():
-        found = [(row["step"], row.get(key)) for row in metrics]
-        points = [(float(x), float(y)) for x, y in found if isinstance(y, int | float) and math.isfinite(y)]
-        if len(points) > 1:
-            curves[label] = _smoothed(points, every)
-    if not curves:
-        return None
-    values = [y for points in curves.values() for _, y in points]
-    bottom, top = min(values) if low is None else low, max(values)
-    top = top if top > bottom else bottom + 1.0
-    last = max(x for points in curves.values() for x, _ in points)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + (x / last) * (_WIDTH - _LEFT - _RIGHT)
-        return round(across, 1), round(_TOP + (top - y) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM), 1)
-
-    drawn = []
-    for number, (label, points) in enumerate(curves.items()):
-        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
-        drawn.append({"points": path, "label": label, "end": place(*points[-1]), "shade": number})
-    ticks = [(place(0, y)[1], f"{y:.3g}") for y in (bottom + (top - bottom) * i / 4 for i in range(5))]
-    return {"curves": _apart(drawn), "ticks": ticks, "last": f"{last:,.0f}", "width": _WIDTH, "height": _HEIGHT}
-
-
-def _smoothed(points: list[tuple[float, float]], every: int) -> list[tuple[float, float]]:
-    """Means of runs of steps, the noise of single batches taken out."""
-    window = max(every, len(points) // 40, 1)
-    return [
-        (
-            points[min(i + window, len(points)) - 1][0],
-            sum(y for _, y in points[i : i + window]) / len(points[i : i + window]),
-        )
-        for i in range(0, len(points), window)
-    ]
-
-
-def _apart(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Moves labels that would lie on one another."""
-    floor = -100.0
-    for curve in sorted(curves, key=lambda c: c["end"][1]):
-        floor = max(curve["end"][1], floor + 14)
-        curve["label_y"] = floor
-    return curves
-
-
-def _bars(report: dict[str, Any]) -> dict[str, Any] | None:
-    """Acceptance by position, beside one another: before, after, 3-gram table."""
-    kinds = {
-        "before": "acceptance_by_position_before",
-        "after": "acceptance_by_position",
-        "3-gram": "acceptance_by_position_ngram",
+def _summary(report: Report) -> dict[str, str]:
+    """Lines by name; what is not known is left out."""
+    after, ngram, _ = _lengths(report)
+    stages = _stages(report)
+    lines = {
+        "target": _named(report, target="{}"),
+        "draft": _named(report, draft_parameters="{} parameters", draft_vocab="vocabulary of {}"),
+        "trained on": _named(report, train_tokens="{} tokens", supervised_tokens="{} in answers", steps="{} steps"),
+        "acceptance length": _named(report, acceptance_length_before="{} before", acceptance_length_after="{} after")
+        + ([] if after is None or ngram is None else [f"{_gap(after, ngram)} than a 3-gram table's {ngram:.3f}"]),
+        "by position": _named(report, acceptance_by_position="{}"),
+        "text": [_text_equality(report).removeprefix("text ")],
+        "exports": [str(folder) for folder in (report.get("exports") or {}).values()],
+        "time": [f"{_duration(sum(stages.values()))} in all"] * bool(stages)
+        + [f"{name} {_duration(s)}" for name, s in stages.items()],
+        "peak memory": _named(report, peak_rss_bytes="{}"),
     }
-    series = {label: report[key] for label, key in kinds.items() if report.get(key)}
-    if not series:
-        return None
-    positions = max(map(len, series.values()))
-    group = (_WIDTH - _LEFT) / positions
-    width = group * 0.8 / len(series)
-    bars = []
-    for number, (label, shares) in enumerate(series.items()):
-        for position, share in enumerate(shares):
-            height = share * (_HEIGHT - _TOP - _BOTTOM)
-            x, y = _LEFT + position * group + number * width, _HEIGHT - _BOTTOM - height
-            bars.append(
-                {"x": round(x, 1), "y": round(y, 1), "w": round(width - 2, 1), "h": round(height, 1)}
-                | {"kind": label, "share": share}
-            )
-    centres = [(round(_LEFT + (p + 0.4) * group, 1), p + 1) for p in range(positions)]
-    return {
-        "bars": bars,
-        "centres": centres,
-        "labels": list(series),
-        "width": _WIDTH,
-        "height": _HEIGHT,
-        "base": _HEIGHT - _BOTTOM,
-    }
+    return {name: ", ".join(parts) for name, parts in lines.items() if parts}
+
+
+def _named(report: Report, **patterns: str) -> list[str]:
+    texts = {name: shown(report.get(name), name) for name in patterns}
+    return [patterns[name].format(text) for name, text in texts.items() if text]
+
+
+def _text_equality(report: Report) -> str:
+    if report.get("lossless") is None:
+        return "text not compared with plain greedy decoding"
+    if not report["lossless"]:
+        return "text NOT identical to plain greedy decoding"
+    prompts, ties = report.get("prompts_measured") or 0, report.get("excused_ties") or 0
+    but = f" but for {ties} near-tie{'s' * (ties > 1)} of the target's best two logits" if ties else ""
+    return f"text identical to plain greedy decoding on {prompts} of {prompts} prompts{but}"
+
+
+def _behind_ngram(report: Report) -> bool:
+    after, ngram, _ = _lengths(report)
+    return after is not None and ngram is not None and after < ngram
+
+
+def _gap(after: float, ngram: float) -> str:
+    return f"{abs(after - ngram):.2f} {'more' if after >= ngram else 'FEWER'}"
+
+
+def shown(value: Any, name: str = "") -> str:
+    """A figure as people read it; empty for what is not known."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(part, key)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(shown(part) or "?" for part in value)
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if not _is_number(value):
+        return value if isinstance(value, str) else ""
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.2f} GiB"
+    if name.startswith("vocab_coverage"):
+        return f"{value:.2%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def _stages(report: Report) -> dict[str, float]:
+    return {name: s for name, s in (report.get("stage_seconds") or {}).items() if _is_number(s)}
+
+
+def _lengths(report: Report) -> list[float | None]:
+    """Acceptance lengths after training, of the 3-gram table and before training; None where not measured."""
+    found = [report.get(f"acceptance_length_{kind}") for kind in ("after", "ngram", "before")]
+    return [value if _is_number(value) else None for value in found]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _finite(tree: Any) -> Any:
+    """JSON has no NaN: such a figure becomes null, one that is not known."""
+    if isinstance(tree, dict):
+        return {name: _finite(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)
