@@ -171,12 +171,23 @@ def _sample(config: RunConfig, tokenizer: Any, decoded: bench.Decoded) -> dict[s
     sources = [("target", 0)]
     for number, accepted in enumerate(answer.rounds, 1):
         sources += [("draft", number)] * accepted + [("target", number)]
+    pieces = _pieces(tokenizer, answer.tokens)
     tokens = [
-        {"text": tokenizer.decode([token]), "source": source, "round": number}
-        for token, (source, number) in zip(answer.tokens, sources, strict=False)
+        {"text": text, "source": source, "round": number}
+        for text, (source, number) in zip(pieces, sources, strict=False)
     ]
     prompt = data.read_prompts(str(config.folder / "data" / "held_out.jsonl"))[chosen]["messages"][-1]["content"]
     return {"prompt": prompt, "tokens": tokens}
+
+
+def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """What each token adds to the text; a character spread over several tokens comes with its last one."""
+    pieces, shown = [], ""
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:end]).removesuffix("\ufffd")
+        pieces.append(text[len(shown) :])
+        shown = text
+    return pieces
 
 
 def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +234,7 @@ def _report(config, statistics, answers, before, training, after, exports, secon
         "lossless": before["lossless"] and after["lossless"],
         "excused_ties": before["excused_ties"] + after["excused_ties"],
         "prompts_measured": after["prompts_measured"],
+        "prompts_measured_before": before["prompts_measured"],
         "draft_tokens": after["draft_tokens"],
         "max_new_tokens": after["max_new_tokens"],
         "prompts_hash": after["prompts_hash"],
