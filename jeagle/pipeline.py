@@ -22,9 +22,9 @@ import jeagle
 from jeagle import assemble, bench, data, decoding
 from jeagle import config as configs
 from jeagle.config import RunConfig
+from jeagle.dataset import describe, prepare
 from jeagle.errors import UserError
 from jeagle.export import export
-from jeagle.prepare import describe, prepare
 from jeagle.regenerate import Arguments as RegenerateArguments
 from jeagle.regenerate import regenerate
 from jeagle.report import summary_lines, write_report

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jeagle import assemble, data
+from jeagle import assemble, data, dataset
 from jeagle import config as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
@@ -35,14 +35,19 @@ from jeagle.step import Frozen, Program, Report, train_step
 def main(arguments: list[str]) -> None:
     config = configs.from_command_line(arguments, program="python -m jeagle.train", description=__doc__)
     prepare_host()
+    # Before the processes join: preparing may take longer than they wait for one another.
+    if distributed.may_lead():
+        dataset.prepare(config)
     distributed.initialise()
     train(config)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
     """The whole run, from its folder's state on. Returns the last step's figures."""
+    learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
     claim_folder(config)
-    mesh = assemble.mesh_of(config)
+    prepared = dataset.prepare(config)  # found, or made on a host that does not share the leader's disk
+    distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
     loaded = assemble.load_target(config, mesh)
     vocabulary = assemble.draft_to_target(config)
     tables = assemble.make_tables(loaded.target, vocabulary, mesh)
@@ -66,7 +71,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         loaded.target.graphdef,
         graphdef,
         spec.taps,
-        assemble.objective_spec(config.objective),
+        learnt,
         config.draft.ttt_steps,
         jnp.dtype(config.train.dtype),
     )

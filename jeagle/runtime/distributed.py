@@ -72,6 +72,11 @@ def initialise(
         raise _explained(error, group)
 
 
+def may_lead() -> bool:
+    """Whether this process may turn out to be the leader: before `initialise` only its environment tells."""
+    return os.environ.get("JEAGLE_PROCESS_ID", "0") == "0"
+
+
 def is_leader() -> bool:
     """Whether this process is the one that writes files and speaks. Initialises the devices."""
     return jax.process_index() == 0

@@ -62,7 +62,6 @@ def test_killed_and_resumed_equals_uninterrupted(folder, straight, kill_after):
     """SIGKILL once so many steps are logged; the next call gives the same losses, bit for bit."""
     name = f"killed{kill_after}"
     flags = tiny.flags(folder, name=name, train__steps=STEPS, train__save_every=3, draft__layers=2)
-    call("prepare", flags)
     process = subprocess.Popen(command("train", flags), env=environment(), stderr=subprocess.DEVNULL, cwd=ROOT)
     metrics = folder / "runs" / name / "metrics.jsonl"
     while process.poll() is None:
@@ -77,7 +76,6 @@ def test_killed_and_resumed_equals_uninterrupted(folder, straight, kill_after):
 
 def test_a_signal_saves_and_the_next_call_goes_on(folder, straight):
     flags = tiny.flags(folder, name="stopped", train__steps=STEPS, train__save_every=1000, draft__layers=2)
-    call("prepare", flags)
     process = subprocess.Popen(command("train", flags), env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT)
     metrics = folder / "runs" / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
@@ -95,14 +93,12 @@ def test_losses_do_not_depend_on_the_mesh(folder, straight, fsdp, tensor, data):
     mesh = {"mesh__fsdp": fsdp, "mesh__tensor": tensor, "mesh__data": data}
     name = f"mesh{fsdp}{tensor}{data}"
     flags = tiny.flags(folder, name=name, train__steps=STEPS, train__save_every=3, draft__layers=2, **mesh)
-    call("prepare", flags)
     call("train", flags, devices=8)
     np.testing.assert_allclose([x for _, x in losses(folder, name)], [x for _, x in straight], rtol=2e-4)
 
 
 def test_two_processes_give_one_process_losses(folder, straight):
     flags = tiny.flags(folder, name="two", train__steps=STEPS, train__save_every=3, draft__layers=2)
-    call("prepare", flags)
     launch = ["bash", str(ROOT / "launch" / "gpu_node.sh"), "--processes", "2", "--", *command("train", flags)]
     done = subprocess.run(launch, env=environment(), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
