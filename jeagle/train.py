@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -173,7 +174,7 @@ class Log:
         self.progress.update(start)
         self.rate = assemble.learning_rate(config.train, steps)
         self.pending: list[tuple[int, Report, int]] = []
-        self.last: dict[str, Any] = {}
+        self.last = last_logged(config.folder)  # what a run that was finished before has to tell
         self.tokens, self.started = 0, time.monotonic()
 
     def __enter__(self) -> Log:
@@ -210,6 +211,13 @@ class Log:
 
     def _speed(self) -> float:
         return self.tokens / max(time.monotonic() - self.started, 1e-6)
+
+
+def last_logged(folder: Path) -> dict[str, Any]:
+    """The last line of a run's metrics.jsonl; empty where there is none."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return json.loads(lines[-1]) if lines else {}
 
 
 def _accuracies(figures: dict[str, float]) -> Iterator[str]:
