@@ -35,11 +35,13 @@ class Prepared:
 
     Attributes:
       data, tables: folders. statistics: counts, as the manifest holds them.
+      reused: the rows were there already, made from the same inputs.
     """
 
     data: Path
     tables: Path
     statistics: dict[str, Any]
+    reused: bool = False
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -53,7 +55,8 @@ def prepare(config: RunConfig) -> Prepared:
     made_from = {
         "version": jeagle.__version__,
         "source": file_fingerprint(source),
-        "tokenizer": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "tokenizer": room.tokenizer_hash(tokenizer),
+        "target_vocab": int(target_config["vocab_size"]),
         "template": room.template_hash(tokenizer),
         "end_token_ids": list(ends),
         "max_conversations": config.data.max_conversations,
@@ -62,11 +65,12 @@ def prepare(config: RunConfig) -> Prepared:
         "system_prompt": config.data.system_prompt,
     }
     data = config.folder / "data"
-    if not _found(data, made_from):
-        _make_rows(config, tokenizer, ends, made_from, data, int(target_config["vocab_size"]))
+    reused = _found(data, made_from)
+    if not reused:
+        _make_rows(config, tokenizer, ends, made_from, data)
     statistics = finished_manifest(data)["statistics"]
     tables = _make_tables(config, ends, made_from, data)
-    return Prepared(data, tables, statistics | _coverage(data, tables))
+    return Prepared(data, tables, statistics | _coverage(data, tables), reused)
 
 
 def _found(data: Path, made_from: dict[str, Any]) -> bool:
@@ -79,18 +83,19 @@ def _found(data: Path, made_from: dict[str, Any]) -> bool:
     return not fields
 
 
-def _make_rows(config: RunConfig, tokenizer: Any, ends, made_from: dict[str, Any], data: Path, vocab: int) -> None:
+def _make_rows(config: RunConfig, tokenizer: Any, ends, made_from: dict[str, Any], data: Path) -> None:
     reading = room.read_conversations(config.data.source)
     taken = reading.conversations[: config.data.max_conversations or None]
     training, held_out = room.split_held_out(taken, config.data.held_out)
     with Progress(len(taken), "conversations", "prepare") as progress, atomic_folder(data) as aside:
         statistics: dict[str, Any] = {"conversations": len(taken), "duplicates": reading.duplicates}
+        statistics["answers_cut_short"] = sum(conversation.truncated for conversation in taken)
         begun = 0
         for name, part in (("train", training), ("held_out", held_out)):
             rendered = _render_all(part, tokenizer, ends, config, reading, progress, begun)
             packed = room.pack(rendered, config.data.row_length)
             room.save_rows(packed.rows, aside / name)
-            np.save(aside / name / "counts.npy", room.count_tokens(packed.rows, vocab))
+            np.save(aside / name / "counts.npy", room.count_tokens(packed.rows, made_from["target_vocab"]))
             statistics[name] = _statistics(packed)
             begun += len(part)
         reading.check()
@@ -158,7 +163,8 @@ def describe(prepared: Prepared) -> list[str]:
     s = prepared.statistics
     train, held_out = s["train"], s["held_out"]
     share = train["supervised_tokens"] / max(train["tokens"], 1)
-    lines = [
+    lines = [f"{prepared.data} is made from the same inputs: reused"] if prepared.reused else []
+    lines += [
         f"data: {train['documents']} conversations in {train['rows']} rows ({train['fill']:.0%} full), "
         f"{train['tokens']:,} tokens, {share:.0%} of them answers; {held_out['documents']} held out",
         f"draft vocabulary: {s['draft_vocab']} tokens cover {s['coverage_train']:.1%} of the answers, "
@@ -166,6 +172,12 @@ def describe(prepared: Prepared) -> list[str]:
     ]
     if train["truncated"]:
         lines.append(f"note: {train['truncated']} conversations were cut to the row length: --data.row-length sets it")
+    if train["unsupervised"]:
+        lines.append(
+            f"note: {train['unsupervised']} conversations have no answer within the row length and are left out"
+        )
+    if s["answers_cut_short"]:
+        lines.append(f"note: {s['answers_cut_short']} answers are cut short: their end is not learnt")
     if s["set_aside"]:
         lines.append("set aside: " + "; ".join(f"{n} x {reason}" for reason, n in s["set_aside"].items()))
     if s["coverage_train"] < 0.95:

@@ -116,7 +116,7 @@ def train_step(
         return draft_loss(program, draft, batch, features, frozen.tables, live)
 
     (loss, figures), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.draft)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     updates, moments = optimiser.update(gradient, state.optimiser, state.draft)
     taken = jnp.isfinite(norm) & jnp.isfinite(loss) & (figures.trained.sum() > 0)
 

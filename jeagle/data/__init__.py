@@ -9,7 +9,7 @@ from jeagle.data.conversations import (
     starter_answers,
 )
 from jeagle.data.pack import Packed, load_rows, pack, save_rows, unpack
-from jeagle.data.render import ConversationError, Rendered, render, render_prompt, template_hash
+from jeagle.data.render import ConversationError, Rendered, render, render_prompt, template_hash, tokenizer_hash
 from jeagle.data.stream import RowStream
 from jeagle.data.vocabulary import choose, count_tokens, coverage, load_tables, save_tables
 
@@ -35,5 +35,6 @@ __all__ = [
     "split_held_out",
     "starter_answers",
     "template_hash",
+    "tokenizer_hash",
     "unpack",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,11 @@ from jeagle.data.starter import starter_prompts
 from jeagle.errors import UserError
 
 BAD_SHARE = 0.01  # more than this share of unreadable lines stops the reading
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
+    ("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"
+)
+# What changes the rendered text but is not rendered: training on the rest would teach what no server shows.
+_NOT_RENDERED = ("tools", "tool_calls", "reasoning_content")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +71,15 @@ def read_conversations(source: str) -> Reading:
     Raises:
       UserError: when the file is missing or over 1 % of its lines cannot be used.
     """
+    if not source:
+        raise UserError("--data.source is empty: give a .jsonl or .jsonl.gz file of conversations, or `starter`.")
     path = starter_answers() if source == "starter" else Path(source)
     reading, seen = Reading([]), set()
     for where, text in _lines(path):
         reading.lines += 1
         try:
             conversation = _parse(text)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reading.set_aside(_reason(error), where)
             continue
         if conversation.id in seen:
@@ -130,20 +137,21 @@ def split_held_out(
     return training, held_out
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", line) as bytes, so that one line that is no UTF-8 is one bad line and not a bad file."""
     if not path.is_file():
         raise UserError(f"There is no file {path}: give a .jsonl or .jsonl.gz file of conversations.")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", line
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read to its end ({error}): make it again.") from error
 
 
-def _parse(text: str) -> Conversation:
+def _parse(text: bytes) -> Conversation:
     tree = json.loads(text)
     messages = _messages(tree)
     if not any(m["role"] == "assistant" for m in messages):
@@ -153,12 +161,14 @@ def _parse(text: str) -> Conversation:
 
 
 def _messages(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    if "messages" in tree:
-        messages = [{"role": m["role"], "content": m["content"]} for m in tree["messages"]]
-    elif "conversations" in tree:
-        messages = [{"role": _SHAREGPT_ROLES[m["from"]], "content": m["value"]} for m in tree["conversations"]]
-    else:
+    if not isinstance(tree, dict):
+        raise ValueError("no JSON object: write one conversation a line")
+    turns = tree.get("messages", tree.get("conversations"))
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("neither messages nor conversations in it")
+    if lost := [field for field in _NOT_RENDERED if tree.get(field) or any(turn.get(field) for turn in turns)]:
+        raise ValueError(f"{' and '.join(lost)} in it, which jeagle does not render")
+    messages = [_message(turn) for turn in turns]
     for message in messages:
         if message["role"] not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"a role {message['role']!r}")
@@ -167,11 +177,21 @@ def _messages(tree: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
+def _message(turn: dict[str, Any]) -> dict[str, Any]:
+    if "role" in turn:
+        return {"role": turn["role"], "content": turn["content"]}
+    if turn["from"] not in _SHAREGPT_ROLES:
+        raise ValueError(f"a speaker {turn['from']!r}")
+    return {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+
+
 def _canonical(tree: Any) -> bytes:
     return json.dumps(tree, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
+    if isinstance(error, json.JSONDecodeError | RecursionError):
         return "no JSON"
+    if isinstance(error, UnicodeError):
+        return "text that is no Unicode"
     return f"{error} missing" if isinstance(error, KeyError) else str(error)

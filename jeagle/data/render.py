@@ -7,12 +7,14 @@ answer, the end token included. No pattern guesses at headers.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jeagle.errors import UserError
+from jeagle.runtime.manifest import fingerprint
 
 Messages = Sequence[dict[str, Any]]
 
@@ -33,6 +35,12 @@ def template_hash(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         raise UserError("The target's tokenizer has no chat template: use an instruct model's tokenizer.")
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """16 hex digits over everything that decides ids: the vocabulary, merges, splitting, normalising."""
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    return fingerprint({name: part for name, part in tree.items() if name not in ("truncation", "padding")})
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> list[dict[str, Any]]:
@@ -73,14 +81,17 @@ def render(
     whole = _text(tokenizer, messages, prompt=False)
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ids = np.asarray(encoded["input_ids"], np.int32)
+    if tokenizer.bos_token_id is not None and ids[:2].tolist() == [tokenizer.bos_token_id] * 2:
+        raise ConversationError("the template begins with the bos token twice")
     starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
     supervised = np.zeros(len(ids), bool)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in answers:
         begin = _answer_start(tokenizer, messages, i, whole)
         stop = _answer_stop(whole, begin, messages[i]["content"], ids, starts, ends, set(end_token_ids))
-        first, last = np.searchsorted(starts, begin), np.searchsorted(ends, stop)
-        if first >= len(ids) or starts[first] != begin or ends[last] != stop:
+        # By their ends: some tokenizers leave a leading space out of a token's start.
+        first, last = np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, stop)
+        if starts[first] < begin:
             raise ConversationError("the tokenizer joins the answer with the text around it")
         keep_end = not (truncated and i == answers[-1])
         supervised[first : last + keep_end] = True
@@ -105,7 +116,7 @@ def _answer_start(tokenizer: Any, messages: Messages, i: int, whole: str) -> int
 
 def _answer_stop(whole: str, begin: int, content: str, ids, starts, ends, end_ids: set[int]) -> int:
     """Where the first end token after the answer ends, in characters."""
-    first = np.searchsorted(starts, begin)
+    first = np.searchsorted(ends, begin, side="right")
     for place in range(first, len(ids)):
         if int(ids[place]) in end_ids:
             sampled = whole[begin : starts[place]]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import collections
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import grain
@@ -70,25 +71,21 @@ class RowStream:
         return int(self._live.max())
 
     def from_step(self, start: int, stop: int) -> Iterator[tuple[int, int, Batch]]:
-        """(step, widest, batch) for start <= step < stop, read ahead on a thread."""
-        ready: queue.Queue = queue.Queue(_PREFETCH)
-        ended = threading.Event()
+        """(step, widest, batch) for start <= step < stop, read ahead on a thread, whose errors are raised here."""
+        steps = iter(range(start, stop))
+        with ThreadPoolExecutor(1, "rows") as reader:
 
-        def read() -> None:
-            for step in range(start, stop):
-                item = (step, self.widest(step), self.batch(step))
-                while not ended.is_set():
-                    try:
-                        ready.put(item, timeout=0.5)
-                        break
-                    except queue.Full:
-                        continue
-                if ended.is_set():
-                    return
+            def read(count: int) -> list[Future]:
+                return [reader.submit(self._item, step) for step in itertools.islice(steps, count)]
 
-        threading.Thread(target=read, daemon=True).start()
-        try:
-            for _ in range(start, stop):
-                yield ready.get()
-        finally:
-            ended.set()
+            waiting = collections.deque(read(_PREFETCH))
+            try:
+                while waiting:
+                    item = waiting.popleft().result()
+                    waiting.extend(read(1))
+                    yield item
+            finally:
+                reader.shutdown(wait=False, cancel_futures=True)
+
+    def _item(self, step: int) -> tuple[int, int, Batch]:
+        return step, self.widest(step), self.batch(step)

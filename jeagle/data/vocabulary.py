@@ -14,8 +14,14 @@ from jeagle.runtime.manifest import atomic_folder, differences, read_manifest, w
 
 
 def count_tokens(rows: Batch, vocab: int) -> np.ndarray:
-    """How often each target token is supervised: int64 [V]."""
-    return np.bincount(np.asarray(rows.tokens_BT)[np.asarray(rows.supervised_BT)], minlength=vocab).astype(np.int64)
+    """How often each target token is supervised: int64 [V]. UserError where a token's id is not below V."""
+    tokens_BT = np.asarray(rows.tokens_BT)
+    if (highest := int(tokens_BT.max(initial=0))) >= vocab:
+        raise UserError(
+            f"The tokenizer gives id {highest}, but the target's vocabulary has {vocab}: "
+            "its tokenizer and its weights do not belong together."
+        )
+    return np.bincount(tokens_BT[np.asarray(rows.supervised_BT)], minlength=vocab).astype(np.int64)
 
 
 def choose(counts_V: np.ndarray, size: int, forced_ids: Sequence[int]) -> np.ndarray:
@@ -28,6 +34,8 @@ def choose(counts_V: np.ndarray, size: int, forced_ids: Sequence[int]) -> np.nda
         return np.arange(len(counts_V), dtype=np.int32)
     order = np.lexsort((np.arange(len(counts_V)), -counts_V))
     forced = np.unique(np.asarray(forced_ids, np.int64))
+    if len(forced) and forced[-1] >= len(counts_V):
+        raise UserError(f"The end token {forced[-1]} is not below the target's vocabulary of {len(counts_V)}.")
     if len(forced) > size:
         raise UserError(f"--draft.vocab {size} has no room for the {len(forced)} end tokens.")
     rest = order[~np.isin(order, forced)][: size - len(forced)]
@@ -64,7 +72,10 @@ def load_tables(folder: Path, made_from: dict[str, Any] | None = None) -> np.nda
         raise UserError(
             f"The vocabulary in {folder} was made from other data ({', '.join(fields)} differ): prepare anew."
         )
-    offsets, in_draft = np.load(folder / "d2t.npy"), np.load(folder / "t2d.npy")
+    try:
+        offsets, in_draft = np.load(folder / "d2t.npy"), np.load(folder / "t2d.npy")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"The vocabulary in {folder} cannot be read ({error}): remove it and prepare anew.") from error
     ids = np.arange(len(offsets)) + offsets
     if not (np.all(np.diff(ids) > 0) and np.array_equal(ids, np.flatnonzero(in_draft))):
         raise UserError(f"d2t.npy and t2d.npy in {folder} contradict each other: d2t holds offsets, id = i + d2t[i].")

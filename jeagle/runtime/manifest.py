@@ -135,15 +135,23 @@ def _flush(folder: Path) -> None:
 
 
 def _replace_folder(aside: Path, path: Path) -> None:
-    """A full folder cannot be renamed over: the old one steps aside first and goes last."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    if not path.exists():
-        os.rename(aside, path)
-        return
+    """A full folder cannot be renamed over: the old one steps aside first and goes last.
+
+    Hosts that share a disk may do this at the same time: whoever finds the place taken again tries again.
+    """
     old = _aside(path, ".old.partial")
-    os.rename(path, old)
-    os.rename(aside, path)
+    for attempt in range(10):
+        if path.is_symlink() or path.is_file():
+            path.unlink(missing_ok=True)
+        try:
+            os.rename(aside, path)
+            break
+        except OSError:
+            if attempt == 9 or not aside.exists():
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
     shutil.rmtree(old, ignore_errors=True)
 
 

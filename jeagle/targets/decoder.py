@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = nnx.Param(init(rngs.params(), (spec.vocab, spec.width)))
         if stacked:
             create = nnx.vmap(lambda rngs: Block(spec, dtype, rngs), in_axes=(0,), out_axes=0)
-            self.layers = create(rngs.fork(split=spec.layers))
+            self.layers = create(rngs.split(spec.layers))
         else:
             self.layers = nnx.List([Block(spec, dtype, rngs) for _ in range(spec.layers)])
         self.norm = nnx.Param(jnp.ones(spec.width))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jeagle.data import ConversationError, render, render_prompt
+from jeagle.data import ConversationError, render, render_prompt, tokenizer_hash
 from tests import tiny
 
 
@@ -61,6 +61,40 @@ def test_a_template_that_rewrites_history_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", rewriting)
     with pytest.raises(ConversationError, match="earlier turns"):
         render(tokenizer, chat(*TURNS), end_token_ids=(tokenizer.eos_token_id,))
+
+
+def test_a_tokenizer_that_leaves_spaces_out_of_its_offsets_gives_the_same_mask(tokenizer, tmp_path):
+    from tokenizers import processors
+
+    messages, ends = chat(("user", "the cat"), ("assistant", "  sat on a mat ")), (tokenizer.eos_token_id,)
+    plain = render(tokenizer, messages, end_token_ids=ends, check_ids=True)
+    tokenizer.save_pretrained(tmp_path)
+    trimming = AutoTokenizer.from_pretrained(tmp_path)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    found = render(trimming, messages, end_token_ids=ends)
+    np.testing.assert_array_equal(found.ids, plain.ids)
+    np.testing.assert_array_equal(found.supervised, plain.supervised)
+
+
+def test_a_template_that_doubles_bos_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    other.bos_token, ends = "<|im_start|>", (tokenizer.eos_token_id,)
+    render(other, chat(*TURNS), end_token_ids=ends)
+    other.chat_template = "{{ bos_token }}" + tiny.CHATML
+    with pytest.raises(ConversationError, match="bos token twice"):
+        render(other, chat(*TURNS), end_token_ids=ends)
+
+
+def test_the_tokenizer_hash_follows_what_decides_ids_and_not_only_the_vocabulary(tokenizer, tmp_path):
+    from tokenizers import pre_tokenizers
+
+    tokenizer.save_pretrained(tmp_path)
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer_hash(other) == tokenizer_hash(tokenizer)
+    splitting = [pre_tokenizers.Digits(individual_digits=True), other.backend_tokenizer.pre_tokenizer]
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitting)
+    assert other.get_vocab() == tokenizer.get_vocab() and tokenizer_hash(other) != tokenizer_hash(tokenizer)
 
 
 def test_a_template_without_an_end_token_is_refused(tokenizer, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from jeagle.data import (
     Rendered,
     RowStream,
     choose,
+    count_tokens,
     coverage,
     load_tables,
     pack,
@@ -59,6 +61,45 @@ def test_sharegpt_lines_are_read_and_duplicates_dropped(tmp_path):
     assert reading.conversations[0].messages[1] == {"role": "assistant", "content": "b"}
 
 
+GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+USER = GOOD["messages"][0]
+BAD_LINES = {
+    b"{": "no JSON",
+    b"[" * 100_000: "no JSON",
+    b'"\xff"': "no Unicode",
+    b"[[]]": "no JSON object",
+    b'{"messages": "hi"}': "neither messages",
+    json.dumps({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}).encode(): "no Unicode",
+    json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}).encode(): "no text",
+    json.dumps({"messages": [USER, {"role": "judge", "content": "x"}]}).encode(): "a role 'judge'",
+    json.dumps({"conversations": [{"from": "crow", "value": "x"}]}).encode(): "a speaker 'crow'",
+    json.dumps(GOOD | {"tools": [{"type": "function"}]}).encode(): "tools in it",
+    json.dumps({"messages": [USER, GOOD["messages"][1] | {"tool_calls": [{}]}]}).encode(): "tool_calls in it",
+    json.dumps({"messages": [USER, GOOD["messages"][1] | {"reasoning_content": "x"}]}).encode(): "reasoning_content",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_line_that_cannot_be_used_whole_is_set_aside_with_its_place(tmp_path, line):
+    good = tiny.write_chats(tmp_path / "chats.jsonl", 200).read_bytes()
+    with gzip.open(tmp_path / "one.jsonl.gz", "wb") as file:
+        file.write(line + b"\n" + good)
+    reading = read_conversations(str(tmp_path / "one.jsonl.gz"))
+    [(reason, where)] = reading.aside.items()
+    assert BAD_LINES[line] in reason and where == [f"{tmp_path}/one.jsonl.gz:1"]
+    assert len(reading.conversations) + reading.duplicates == 200
+
+
+def test_a_file_that_is_cut_off_is_one_sentence(tmp_path):
+    whole = gzip.compress(tiny.write_chats(tmp_path / "chats.jsonl", 200).read_bytes())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    for source, said in (("cut.jsonl.gz", "cut.jsonl.gz cannot be read"), ("none.jsonl", "no file")):
+        with pytest.raises(UserError, match=said):
+            read_conversations(str(tmp_path / source))
+    with pytest.raises(UserError, match="--data.source is empty"):
+        read_conversations("")
+
+
 @pytest.mark.parametrize("text", ["", "{}\n", '{"turns": []}\n', "[1]\n"])
 def test_bad_prompts_are_one_sentence(tmp_path, text):
     (tmp_path / "p.jsonl").write_text(text)
@@ -87,6 +128,22 @@ def test_tables_are_offsets_and_checked(tmp_path):
         load_tables(tmp_path / "t")
 
 
+def test_a_tokenizer_of_another_target_is_refused():
+    rows = pack([Rendered(np.array([3, 9], np.int32), np.array([False, True]))], 4).rows
+    assert count_tokens(rows, 10)[9] == 1
+    with pytest.raises(UserError, match="id 9.*vocabulary has 9"):
+        count_tokens(rows, 9)
+    with pytest.raises(UserError, match="end token 12"):
+        choose(np.arange(10), 4, [12])
+
+
+def test_tables_that_were_cut_off_are_one_sentence(tmp_path):
+    save_tables(tmp_path / "t", np.ones(8, np.int64), np.array([1, 2, 5]), {})
+    (tmp_path / "t" / "d2t.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tables(tmp_path / "t")
+
+
 @pytest.fixture
 def rows(tmp_path):
     rng = np.random.default_rng(0)
@@ -107,6 +164,12 @@ def test_order_does_not_depend_on_processes_or_on_where_one_resumes(rows, proces
     for step, widest, batch in parts[0].from_step(3, 9):
         np.testing.assert_array_equal(batch.tokens_BT, parts[0].batch(step).tokens_BT)
         assert widest == parts[-1].widest(step)
+
+
+def test_what_fails_on_the_reading_thread_is_raised_and_not_waited_for(rows):
+    stream = RowStream(rows, 4, seed=1)  # count_live was not called
+    with pytest.raises(IndexError):
+        next(stream.from_step(0, 5))
 
 
 def test_every_epoch_holds_every_row_in_another_order(rows):

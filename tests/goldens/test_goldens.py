@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from jeagle import align
+from jeagle.assemble import learning_rate, make_optimiser
+from jeagle.config import TrainConfig
 from jeagle.drafts import Eagle3, unroll
 from jeagle.joints import Features, Tables
 from jeagle.objective import objective, resolve
@@ -40,8 +45,8 @@ def build(case: cases.Case):
     return graphdef, nnx.from_flat_state(leaves)
 
 
-def run(case: cases.Case, spec):
-    """-> (loss, figures, gradients by torch name)."""
+def loss_function(case: cases.Case, spec):
+    """-> (a function of the draft's state, that state): the case's whole training loss."""
     graphdef, state = build(case)
     batch = jax.tree.map(jnp.asarray, case.batch)
     logits = case.last_BTH.astype(np.float64) @ case.target_head_VH.astype(np.float64).T
@@ -57,10 +62,8 @@ def run(case: cases.Case, spec):
         jnp.asarray(case.draft_to_target, jnp.int32),
     )
     counts = align.counting_slots(batch, case.steps, spec.slots, cross_documents=spec.cross_documents)
-    everywhere = align.Selected(
-        jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape),
-        jnp.ones(batch.tokens_BT.shape, bool),
-    )
+    shape = batch.tokens_BT.shape
+    everywhere = align.Selected(jnp.broadcast_to(jnp.arange(shape[1]), shape), jnp.ones(shape, bool))
 
     def loss(state):
         predictions = unroll(
@@ -71,6 +74,12 @@ def run(case: cases.Case, spec):
             spec, predictions, features, batch, tables, head, everywhere, dtype=jnp.float32, slots=everywhere
         )
 
+    return loss, state
+
+
+def run(case: cases.Case, spec):
+    """-> (loss, figures, gradients by path)."""
+    loss, state = loss_function(case, spec)
     (value, figures), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
     named = {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(grads)}
     return float(value), jax.tree.map(np.asarray, figures), named
@@ -111,8 +120,6 @@ def contiguous(case: cases.Case, spec) -> bool:
 
 
 def _speculators_loss(text: str) -> str:
-    import json
-
     terms = json.loads(text) if text.startswith("{") else {text: 1.0}
     return "+".join(f"{weight}*{LOSS_NAMES.get(name, name)}" for name, weight in terms.items())
 
@@ -131,3 +138,60 @@ def test_speculators(path: Path):
     if contiguous(case, spec):
         np.testing.assert_array_equal(figures.prefix_correct, [case.arrays[f"metric/full_acc_{k}_sum"] for k in steps])
     check_gradients(case, named)
+
+
+def optimiser_tables() -> Path:
+    return next(p for folder in cases.folders() for p in folder.glob("o1_optimizer_on_c3.npz"))
+
+
+def test_optimiser_follows_specforge_for_six_steps():
+    """o1: clip, AdamW and float32 masters of the real optimiser on c3, at the learning rates that it took."""
+    z = np.load(optimiser_tables())
+    settings = cases.load_json(z["hparams_json"])
+    case = cases.specforge(optimiser_tables().with_name("c3_pad_batch2_ttt7.npz"))
+    config = TrainConfig(clip=settings["max_grad_norm"], weight_decay=settings["weight_decay"])
+    rates = jnp.asarray(z["traj/lr"])
+    optimiser = make_optimiser(config, lambda step: rates[jnp.minimum(step, len(rates) - 1)])
+    spec = resolve("specforge", decay=case.switches["decay"])
+    loss, state = loss_function(case, spec)
+
+    @jax.jit
+    def step(state, moments):
+        (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(state)
+        updates, moments = optimiser.update(gradient, moments, state)
+        return optax.apply_updates(state, updates), moments, value, optax.tree.norm(gradient)
+
+    moments = optimiser.init(state)
+    for i in range(6):
+        state, moments, value, norm = step(state, moments)
+        assert float(value) == pytest.approx(z["traj/loss"][i], abs=2e-5)
+        assert float(norm) == pytest.approx(z["traj/grad_norm"][i], rel=1e-3)
+        if i + 1 in (1, 6):
+            kept = {
+                k.split("/", 1)[1].replace("midlayer.", "layers.0."): z[k]
+                for k in z.files
+                if k.startswith(f"after{i + 1}/")
+            }
+            for path, leaf in nnx.to_flat_state(state):
+                theirs = _torch_leaf(path, kept)
+                # Adam moves an entry whose gradient is rounding noise by up to the learning rate, in either direction.
+                off = np.abs(np.asarray(leaf.get_value()) - theirs)
+                assert np.quantile(off, 0.99) < 2e-5 and off.max() < 3 * rates[: i + 1].sum(), path
+
+
+def test_schedule_is_the_intended_law():
+    """Linear warm-up, then a cosine to zero; the constant one as SpecForge's own table has it."""
+    z = np.load(optimiser_tables())
+    for table, steps, warmup in (("a", 10, 0.2), ("b", 200, 0.015)):
+        theirs = z[f"sched/{table}_constant_total{steps}_warm{warmup}"]
+        peak, ramp = float(theirs.max()), round(warmup * steps)
+        config = TrainConfig(learning_rate=peak, warmup=warmup)
+        ours = [float(learning_rate(config, steps)(s)) for s in range(steps)]
+        law = [
+            peak * (s + 1) / ramp if s < ramp else peak * (1 + np.cos(np.pi * (s - ramp) / (steps - ramp))) / 2
+            for s in range(steps)
+        ]
+        np.testing.assert_allclose(ours, law, rtol=1e-5, atol=1e-12)
+        constant = dataclasses.replace(config, schedule="constant")
+        ours = [float(learning_rate(constant, steps)(s)) for s in range(steps)]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)

@@ -76,6 +76,22 @@ def test_what_a_killed_writer_left_is_never_taken_for_the_folder_and_is_swept_up
     assert names(tmp_path) == ["f"]
 
 
+def test_a_writer_on_another_host_that_is_a_moment_faster_is_replaced(tmp_path, monkeypatch):
+    rename, others = os.rename, []
+
+    def late(source, target):
+        if not others:
+            others.append(target)
+            (tmp_path / "f").mkdir()
+            (tmp_path / "f" / "theirs").write_text("")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    with manifest.atomic_folder(tmp_path / "f") as folder:
+        (folder / "ours").write_text("")
+    assert names(tmp_path) == ["f"] and names(tmp_path / "f") == ["ours"]
+
+
 def test_what_a_living_writer_or_another_machine_is_writing_is_left_alone(tmp_path):
     with manifest.atomic_folder(tmp_path / "f"):
         own = names(tmp_path)[0]
