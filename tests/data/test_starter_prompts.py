@@ -12,21 +12,21 @@ import pytest
 
 from jeagle.data import read_rows, starter_answers
 from jeagle.data.starter import starter_prompts
-from jeagle.data.starter.prompts import CATEGORIES, PER_TEMPLATE, load_templates
+from jeagle.data.starter.prompts import CATEGORIES, load_templates
 
 RUN = 8  # words in a row that would count as copied
 
 
 def test_many_and_unique():
     prompts = starter_prompts()
-    assert 4600 <= len(prompts) <= 5400
+    assert 2000 <= len(prompts) <= 3000
     assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts)
 
 
-def test_categories_are_about_equally_many():
+def test_no_category_outweighs_another():
     counts = collections.Counter(p.category for p in starter_prompts())
     assert set(counts) == set(CATEGORIES) and len(CATEGORIES) == 8
-    assert max(counts.values()) <= 1.2 * min(counts.values()), counts
+    assert max(counts.values()) <= 1.6 * min(counts.values()), counts
 
 
 def test_any_first_part_is_mixed():
@@ -53,7 +53,7 @@ def test_slots_and_templates_fit(category):
     assert {name for names in used for name in names} == set(slots)
     assert len(set(templates)) == len(templates)
     for values in slots.values():
-        assert len(set(values)) == len(values) <= 2 * PER_TEMPLATE
+        assert len(set(values)) == len(values)
     for names in used:  # a slot named twice takes different values
         assert all(len(slots[name]) >= names.count(name) for name in names)
 

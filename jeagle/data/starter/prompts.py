@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from importlib import resources
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-PER_TEMPLATE = 26
+PER_TEMPLATE = 7
 
 
 @dataclasses.dataclass(frozen=True)
