@@ -166,7 +166,7 @@ class RegenerateConfig:
     """Shipped answers that the pipeline makes again and compares."""
     live: bool = False
     """Make all answers again instead of taking the shipped ones."""
-    max_new_tokens: int = 160
+    max_new_tokens: int = 128
     """Longest answer."""
     batch: int = 64
     """Answers written side by side."""

@@ -35,6 +35,8 @@ from jeagle.train import train
 
 
 def main(arguments: list[str]) -> None:
+    live = ("--regenerate.live", "True")
+    arguments = [part for argument in arguments for part in (live if argument == "--live" else (argument,))]
     config = configs.from_command_line(arguments, program="python -m jeagle.pipeline", description=__doc__)
     prepare_host()
     for line in pipeline(config):
@@ -122,7 +124,7 @@ def _answers(config: RunConfig) -> dict[str, Any]:
         target=config.target.ref,
         out=out,
         max_new_tokens=config.regenerate.max_new_tokens,
-        batch=min(config.regenerate.batch, len(prompts)),
+        batch=config.regenerate.batch,  # as the shipped ones were made: rounding depends on shapes
         dtype=config.target.dtype,
         system_prompt=config.data.system_prompt,
     )
