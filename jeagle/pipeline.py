@@ -46,8 +46,7 @@ def main(arguments: list[str]) -> None:
 def pipeline(config: RunConfig) -> list[str]:
     """All stages of a run; returns the lines that sum it up."""
     stages = Stages(config.folder)
-    inputs = _inputs(config)
-    answers = stages("answers", inputs["answers"], lambda: _answers(config))
+    answers = stages("answers", _answers_made_from(config), lambda: _answers(config))
     if answers.get("source"):
         config = _with_source(config, answers["source"])
     started = time.monotonic()
@@ -73,7 +72,7 @@ class Stages:
     """Runs a stage, or takes its result from the note that it left when it was last made from the same things."""
 
     def __init__(self, folder: Path):
-        self.folder, self.seconds, self.number = folder / "stages", {}, 0
+        self.folder, self.seconds = folder / "stages", {}
 
     def __call__(self, name: str, made_from: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         note = self.folder / f"{name.replace(' ', '_')}.json"
@@ -100,11 +99,10 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _inputs(config: RunConfig) -> dict[str, Any]:
+def _answers_made_from(config: RunConfig) -> dict[str, Any]:
     settings = configs.to_json(config)
-    answers = {name: settings[name] for name in ("target", "regenerate")}
-    answers |= {"source": config.data.source, "system_prompt": config.data.system_prompt}
-    return {"answers": answers}
+    made_from = {name: settings[name] for name in ("target", "regenerate")}
+    return made_from | {"source": config.data.source, "system_prompt": config.data.system_prompt}
 
 
 def _with_source(config: RunConfig, source: str) -> RunConfig:

@@ -47,7 +47,7 @@ def unroll(
     Source: EAGLE-3 (arXiv 2503.01840), section 3.2.
     """
     draft = nnx.merge(graphdef, state)
-    steps, length = counts_KBT.shape[0], batch.tokens_BT.shape[1]
+    steps = counts_KBT.shape[0]
     reads_KBT = align.read_positions(batch.segments_BT, steps, cross_documents=cross_documents)
     reads_KBN = jax.vmap(lambda reads: take_rows(reads, slots.positions_BN))(reads_KBT)
     counts_KBN = jax.vmap(lambda counts: take_rows(counts, slots.positions_BN))(counts_KBT) & slots.live_BN
@@ -57,10 +57,8 @@ def unroll(
     else:
         context = _deep_context(draft, batch, fused_BTW, tables, reads_KBT[0], slots)
 
-    padded_tokens = jnp.pad(batch.tokens_BT, ((0, 0), (0, 1)))
-    tokens_KBN = jax.vmap(lambda reads: take_rows(padded_tokens, reads))(jnp.minimum(reads_KBN, length))
+    tokens_KBN = jax.vmap(lambda reads: _read_tokens(batch, reads))(reads_KBN)
     positions_BN = take_rows(batch.positions_BT, slots.positions_BN)
-    graphdef, state = nnx.split(draft)
 
     def step(carry, parts):
         k, tokens_BN = parts
@@ -83,7 +81,8 @@ def _embed(tables: Tables, tokens: jax.Array) -> jax.Array:
     return tables.embed_VW[tokens].astype(jnp.float32)
 
 
-def _step_0_tokens(batch: Batch, reads_BT: jax.Array) -> jax.Array:
+def _read_tokens(batch: Batch, reads_BT: jax.Array) -> jax.Array:
+    """The tokens at these positions; 0 where a slot reads none (position T)."""
     padded = jnp.pad(batch.tokens_BT, ((0, 0), (0, 1)))
     return take_rows(padded, jnp.minimum(reads_BT, batch.tokens_BT.shape[1]))
 
@@ -98,14 +97,14 @@ def _visible(batch: Batch, positions_BN: jax.Array, window: int) -> jax.Array:
 
 def _context(draft: Eagle3, batch: Batch, fused_BTW, tables: Tables, reads_BT, slots: Selected) -> Context:
     layer = draft.layers[0]
-    read_BTX, _ = layer.inputs(_embed(tables, _step_0_tokens(batch, reads_BT)), fused_BTW)
+    read_BTX, _ = layer.inputs(_embed(tables, _read_tokens(batch, reads_BT)), fused_BTW)
     past = Past(*layer.self_attn.keys_values(read_BTX, batch.positions_BT))
     return Context((past,), _visible(batch, slots.positions_BN, draft.spec.sliding_window))
 
 
 def _deep_context(draft: Eagle3, batch: Batch, fused_BTW, tables: Tables, reads_BT, slots: Selected) -> Context:
     """With several layers the deeper keys of step 0 need the shallower layers at every position."""
-    embedded = _embed(tables, _step_0_tokens(batch, reads_BT))
+    embedded = _embed(tables, _read_tokens(batch, reads_BT))
     everywhere = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)
     allowed = _visible(batch, everywhere, draft.spec.sliding_window)
     hidden, past = fused_BTW, []

@@ -71,13 +71,13 @@ def chunked_loss(
 
     Source: EAGLE-3 (arXiv 2503.01840) for the loss; gradients in the forward pass as in Liger (arXiv 2410.10989).
     """
-    (total, _, _), (slotwise, _) = _scan(recipe, hidden_KBMW, lm_head_DW, taught, with_gradient=False)
+    (total, _), (slotwise, _) = _scan(recipe, hidden_KBMW, lm_head_DW, taught, with_gradient=False)
     return total, slotwise
 
 
 def _forward(recipe, hidden_KBMW, lm_head_DW, taught):
     carry, (slotwise, dhidden) = _scan(recipe, hidden_KBMW, lm_head_DW, taught, with_gradient=True)
-    total, dhead, _ = carry
+    total, dhead = carry
     return (total, slotwise), (_join(dhidden).astype(hidden_KBMW.dtype), dhead.astype(lm_head_DW.dtype), taught)
 
 
@@ -114,7 +114,7 @@ def _scan(recipe, hidden_KBMW, lm_head_DW, taught, *, with_gradient):
     loss_of, dtype, chunk = weighted(recipe.terms), recipe.dtype, recipe.chunk
 
     def body(carry, parts):
-        total, dhead, _ = carry
+        total, dhead = carry
         hidden, last, lse, label, weight = parts
         teacher_logits = _dot(last, taught.head_DH, dtype, ((2,), (1,)))
         probs = jax.nn.softmax(teacher_logits, axis=-1)
@@ -128,11 +128,11 @@ def _scan(recipe, hidden_KBMW, lm_head_DW, taught, *, with_gradient):
         figures = (overlap(logits, teacher.full_probs), jnp.argmax(logits, axis=-1) == label)
         if not with_gradient:
             chunk_total, losses = weighted_sum(logits)
-            return (total + chunk_total, dhead, ()), (Slotwise(losses, *figures), ())
+            return (total + chunk_total, dhead), (Slotwise(losses, *figures), ())
         dlogits, losses, chunk_total = _gradient(weighted_sum, logits)
         dhidden = _dot(dlogits, lm_head_DW, dtype, ((3,), (0,)))
         dhead = dhead + _dot(dlogits, hidden, dtype, ((0, 1, 2), (0, 1, 2)))
-        return (total + chunk_total, dhead, ()), (Slotwise(losses, *figures), dhidden)
+        return (total + chunk_total, dhead), (Slotwise(losses, *figures), dhidden)
 
     kind = jnp.promote_types(dtype, jnp.float32)
     dhead = jnp.zeros(lm_head_DW.shape, kind) if with_gradient else ()
@@ -143,7 +143,7 @@ def _scan(recipe, hidden_KBMW, lm_head_DW, taught, *, with_gradient):
         _split(taught.label_BM, 1, chunk),
         _split(taught.weight_KBM, 2, chunk),
     )
-    carry, (slotwise, dhidden) = jax.lax.scan(body, (jnp.zeros((), kind), dhead, ()), parts)
+    carry, (slotwise, dhidden) = jax.lax.scan(body, (jnp.zeros((), kind), dhead), parts)
     return carry, (jax.tree.map(_join, slotwise), dhidden)
 
 
