@@ -1,16 +1,30 @@
 """Parts that both targets and drafts are made of."""
 
-from jeagle.layers.attention import attend
-from jeagle.layers.linear import matmul
-from jeagle.layers.mlp import GatedMLP
-from jeagle.layers.norms import rms_norm
-from jeagle.layers.rope import inverse_frequencies, rotate
+from jeagle.layers.attention import Sight, attend
+from jeagle.layers.delta import DeltaInputs, delta_chunks, delta_steps
+from jeagle.layers.experts import Experts
+from jeagle.layers.linear import Linear, matmul
+from jeagle.layers.mlp import GATES, Dense, GatedMLP
+from jeagle.layers.norms import rms_norm, unit_norm
+from jeagle.layers.rope import depends_on_length, inverse_frequencies, rotate, rotate_by, yarn_mscale
 
 __all__ = [
+    "GATES",
+    "DeltaInputs",
+    "Dense",
+    "Experts",
     "GatedMLP",
+    "Linear",
+    "Sight",
     "attend",
+    "delta_chunks",
+    "delta_steps",
+    "depends_on_length",
     "inverse_frequencies",
     "matmul",
     "rms_norm",
     "rotate",
+    "rotate_by",
+    "unit_norm",
+    "yarn_mscale",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]], out: Any) -> jax.Array:
@@ -46,3 +47,27 @@ def _backward(dtype: Any, rows: bool, residuals: Any, dy: jax.Array) -> tuple[ja
 
 
 matmul.defvjp(_forward, _backward)
+
+
+class Linear(nnx.Module):
+    """x -> x kernel (+ bias), the kernel [I, O], sums in float32.
+
+    A kernel of int8 or float8 comes with a `scale` [O]: the product is made with the stored numbers (exact in
+    bfloat16) and scaled afterwards, so that the weights take half the bytes in memory.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs, *, bias: bool = False, stored: Any = None
+    ):
+        kernel = nnx.initializers.normal(0.02)(rngs.params(), (inputs, outputs))
+        self.kernel = nnx.Param(kernel if stored is None else jnp.zeros(kernel.shape, stored))
+        if stored is not None:
+            self.scale = nnx.Param(jnp.ones(outputs))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = matmul(x, self.kernel[...], self.dtype)
+        y = y * self.scale[...] if hasattr(self, "scale") else y
+        return y + self.bias[...] if hasattr(self, "bias") else y

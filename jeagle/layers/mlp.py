@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from jeagle.layers.linear import matmul
+from jeagle.layers.linear import Linear, matmul
+
+
+def clamped_swiglu(gate: jax.Array, up: jax.Array, alpha: float, limit: float) -> jax.Array:
+    """(up + 1) * gate * sigmoid(alpha gate), gate and up clamped (gpt-oss)."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+
+def _gated(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    return lambda gate, up: activation(gate) * up
+
+
+# By the names of Hugging Face's configurations.
+GATES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "silu": _gated(jax.nn.silu),
+    "swish": _gated(jax.nn.silu),
+    "gelu": _gated(functools.partial(jax.nn.gelu, approximate=False)),
+    "gelu_pytorch_tanh": _gated(functools.partial(jax.nn.gelu, approximate=True)),
+    "gelu_new": _gated(functools.partial(jax.nn.gelu, approximate=True)),
+    "relu": _gated(jax.nn.relu),
+}
 
 
 class GatedMLP(nnx.Module):
@@ -27,3 +51,26 @@ class GatedMLP(nnx.Module):
         gate = matmul(x, self.gate_proj[...], self.dtype)
         up = matmul(x, self.up_proj[...], self.dtype)
         return matmul(jax.nn.silu(gate) * up, self.down_proj[...], self.dtype)
+
+
+class Dense(nnx.Module):
+    """down(activation(gate(x)) * up(x)), with any activation, biases, and narrow weights."""
+
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        *,
+        activation: str = "silu",
+        bias: bool = False,
+        stored: Any = None,
+    ):
+        self.gate_proj = Linear(width, inner, dtype, rngs, bias=bias, stored=stored)
+        self.up_proj = Linear(width, inner, dtype, rngs, bias=bias, stored=stored)
+        self.down_proj = Linear(inner, width, dtype, rngs, bias=bias, stored=stored)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(GATES[self.activation](self.gate_proj(x), self.up_proj(x)))

@@ -1,8 +1,10 @@
-"""Rotary position embedding, half-split convention (as in Hugging Face's Llama)."""
+"""Rotary position embedding, in every scaling that Hugging Face's configurations name."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,42 +13,169 @@ import numpy as np
 from jeagle.errors import UserError
 from jeagle.joints import Rope
 
-ROPE_TYPES = ("default", "linear", "llama3")
-
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Angle per position of each rotated pair: float64 [head_dim / 2].
+    """Angle per position of each rotated pair: float64 [rotary_dim / 2], up to head_dim / 2 of them.
+
+    For "dynamic" and "longrope", which depend on the sequence's length, these are the ones of short sequences.
 
     Raises:
-      UserError: for a scaling that is not one of `ROPE_TYPES`.
-
-    Source: RoFormer (arXiv 2104.09864); "llama3" as in Llama 3.1's reference code: long wavelengths are divided by
-    `factor`, short ones kept, the band between interpolated.
+      UserError: for a scaling that is not one of `SCALINGS`.
     """
-    plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    return _scaling(rope)(rope, _plain(rope, head_dim))
+
+
+def attention_factor(rope: Rope) -> float:
+    """What rotated queries and keys are multiplied with each (YaRN, LongRoPE); 1 for the others.
+
+    Source: YaRN (arXiv 2309.00071), section 3.4; LongRoPE (arXiv 2402.13753); DeepSeek's mscale.
+    """
     scaling = rope.scaling_dict
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return plain
-    if kind == "linear":
-        return plain / scaling["factor"]
-    if kind == "llama3":
-        return _llama3(plain, scaling)
-    raise UserError(f"RoPE scaling {kind!r} is not supported; one of {', '.join(ROPE_TYPES)} is.")
+    if scaling.get("rope_type") not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "longrope":
+        return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return yarn_mscale(factor, scaling["mscale"]) / yarn_mscale(factor, scaling["mscale_all_dim"])
+    return yarn_mscale(factor, 1.0)
 
 
-def _llama3(plain: np.ndarray, scaling: dict) -> np.ndarray:
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / plain
-    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
-    return plain * ((1 - smooth) / factor + smooth)
+def yarn_mscale(factor: float, weight: float) -> float:
+    """0.1 * weight * ln(factor) + 1, and 1 for factors up to 1."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def depends_on_length(rope: Rope) -> bool:
+    """Whether the angles depend on how long the sequence is."""
+    return rope.scaling_dict.get("rope_type") in ("dynamic", "longrope")
+
+
+def rotary_dim(rope: Rope, head_dim: int) -> int:
+    """How many of a head's dimensions are rotated: the first ones."""
+    if rope.scaling_dict.get("rope_type") == "proportional":
+        return head_dim
+    return int(head_dim * rope.scaling_dict.get("partial_rotary_factor", 1.0))
+
+
+def rotate_by(
+    rope: Rope,
+    x: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array | None = None,
+    *,
+    interleaved: bool = False,
+) -> jax.Array:
+    """Rotates x [..., T, heads, head_dim] by the angles of positions [..., T].
+
+    Args:
+      lengths: [..., T] length of each token's sequence; read only where `depends_on_length`.
+      interleaved: pairs are neighbours (0, 1), (2, 3) and not the two halves.
+    """
+    head_dim = x.shape[-1]
+    frequencies = _frequencies_at(rope, head_dim, lengths)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    factor = attention_factor(rope)
+    kind = jnp.promote_types(x.dtype, jnp.float32)
+    cos = (jnp.cos(angles) * factor)[..., None, :].astype(kind)
+    sin = (jnp.sin(angles) * factor)[..., None, :].astype(kind)
+    turned, rest = jnp.split(x.astype(kind), [2 * frequencies.shape[-1]], axis=-1)
+    turned = _turn_neighbours(turned, cos, sin) if interleaved else _turn_halves(turned, cos, sin)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 def rotate(x: jax.Array, positions: jax.Array, inverse_frequency: np.ndarray) -> jax.Array:
-    """Rotates x [..., T, heads, head_dim] by the angles of positions [..., T]."""
+    """Rotates x [..., T, heads, head_dim] by positions [..., T] times fixed frequencies, halves paired."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequency, jnp.float32)
     kind = jnp.promote_types(x.dtype, jnp.float32)
     cos, sin = jnp.cos(angles)[..., None, :].astype(kind), jnp.sin(angles)[..., None, :].astype(kind)
-    low, high = jnp.split(x.astype(kind), 2, axis=-1)
+    return _turn_halves(x.astype(kind), cos, sin)
+
+
+def _turn_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    low, high = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def _turn_neighbours(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
+
+
+def _frequencies_at(rope: Rope, head_dim: int, lengths: jax.Array | None) -> jax.Array:
+    short = jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)
+    if not depends_on_length(rope):
+        return short
+    if lengths is None:
+        raise ValueError(f"rope {rope.scaling_dict['rope_type']} needs the sequences' lengths")
+    scaling, dim = rope.scaling_dict, rotary_dim(rope, head_dim)
+    original = scaling["original_max_position_embeddings"]
+    lengths = lengths[..., None].astype(jnp.float32)
+    if scaling["rope_type"] == "longrope":
+        long = _plain(rope, head_dim) / np.asarray(scaling["long_factor"], np.float64)
+        return jnp.where(lengths > original, jnp.asarray(long, jnp.float32), short)
+    grown = scaling["factor"] * jnp.maximum(lengths, original) / original - (scaling["factor"] - 1)
+    exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
+    return 1.0 / (rope.theta * grown ** (dim / (dim - 2))) ** exponents
+
+
+def _plain(rope: Rope, head_dim: int) -> np.ndarray:
+    dim = rotary_dim(rope, head_dim)
+    return 1.0 / rope.theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+
+def _longrope(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    return plain / np.asarray(rope.scaling_dict["short_factor"], np.float64)
+
+
+def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """Long wavelengths are divided by `factor`, short ones kept, the band between interpolated (Llama 3.1)."""
+    scaling = rope.scaling_dict
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / plain
+    smooth = np.clip((scaling["original_max_position_embeddings"] / wavelength - low) / (high - low), 0.0, 1.0)
+    return plain * ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """A ramp over dimensions from unscaled to divided by `factor` (YaRN, arXiv 2309.00071, section 3.2)."""
+    scaling, dim = rope.scaling_dict, 2 * len(plain)
+
+    def dimension_of(turns: float) -> float:
+        original = scaling["original_max_position_embeddings"]
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = dimension_of(scaling.get("beta_fast") or 32)
+    high = dimension_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(len(plain)) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+    return plain * (ramp / scaling["factor"] + 1 - ramp)
+
+
+def _proportional(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """The first share of pairs turns as in plain RoPE, the others stand still (Gemma 4)."""
+    scaling = rope.scaling_dict
+    turning = int(scaling.get("partial_rotary_factor", 1.0) * len(plain))
+    return np.where(np.arange(len(plain)) < turning, plain, 0.0) / scaling.get("factor", 1.0)
+
+
+SCALINGS: dict[str, Callable[[Rope, np.ndarray], np.ndarray]] = {
+    "default": lambda rope, plain: plain,
+    "linear": lambda rope, plain: plain / rope.scaling_dict["factor"],
+    "dynamic": lambda rope, plain: plain,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "proportional": _proportional,
+}
+
+
+def _scaling(rope: Rope) -> Callable[[Rope, np.ndarray], np.ndarray]:
+    kind: Any = rope.scaling_dict.get("rope_type", "default")
+    if kind not in SCALINGS:
+        raise UserError(f"RoPE scaling {kind!r} is not supported; these are: {', '.join(SCALINGS)}.")
+    return SCALINGS[kind]

@@ -10,26 +10,35 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jeagle.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 # Logical axis -> mesh axis. Rows of a batch lie over every axis that holds copies of the computation.
 RULES: dict[str, str | tuple[str, ...]] = {
     "rows": ("data", "fsdp"),
-    "width": "fsdp",
+    "width": ("fsdp", "expert"),
+    "experts": "expert",
+    "expert_width": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices, axes data x fsdp x tensor; one axis may be -1 and takes what is left.
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    expert: int = 1,
+) -> Mesh:
+    """A mesh of all devices, axes data x fsdp x expert x tensor; one axis may be -1 and takes what is left.
 
     Raises:
       UserError: when the axes do not multiply to the number of devices.
     """
     devices = list(devices if devices is not None else jax.devices())
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"--mesh {sizes}: each axis is a positive number, and at most one is -1.")
@@ -38,10 +47,10 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"The mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices: "
-            "set --mesh.data, --mesh.fsdp and --mesh.tensor so that their product is that number."
+            f"The mesh data={data} fsdp={fsdp} expert={expert} tensor={tensor} does not fit {len(devices)} devices: "
+            "set --mesh.data, --mesh.fsdp, --mesh.expert and --mesh.tensor so that their product is that number."
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def logical_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

@@ -1,6 +1,7 @@
 """Frozen targets: finding and loading them, features of packed rows, KV-cached generation."""
 
 from jeagle.targets.decoder import Decoder
+from jeagle.targets.families import Family, Piece, Switches, own_family
 from jeagle.targets.features import features, greedy_and_gap, greedy_and_lse
 from jeagle.targets.generate import Answer, generate
 from jeagle.targets.load import Target, abstract_target, load_target, random_target
@@ -12,6 +13,9 @@ from jeagle.targets.weights import open_weights
 __all__ = [
     "Answer",
     "Decoder",
+    "Family",
+    "Piece",
+    "Switches",
     "Target",
     "TargetFiles",
     "TargetSpec",
@@ -25,6 +29,7 @@ __all__ = [
     "load_target",
     "load_tokenizer",
     "open_weights",
+    "own_family",
     "random_target",
     "resolve",
 ]

@@ -2,95 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jeagle.layers import GatedMLP, attend, inverse_frequencies, matmul, rms_norm, rotate
-from jeagle.targets.spec import TargetSpec
+from jeagle.layers import Linear, Sight, matmul, rms_norm
+from jeagle.targets.block import Block, Build
+from jeagle.targets.mixers import Cache, Recurrent, View, ropes_depend_on_length
+from jeagle.targets.spec import Group, TargetSpec, runs
 
-Mix = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-
-
-class Cache(NamedTuple):
-    """Rotated keys and values of a layer, [B, S, G, C] each; stacked layers have a leading axis L."""
-
-    keys: jax.Array
-    values: jax.Array
+Caches = tuple[Any, ...]
 
 
-class Attention(nnx.Module):
-    """Projections and rotation; who attends to whom is the caller's `mix`."""
+class PerLayer(nnx.Module):
+    """Gemma 4's second embedding: a few numbers for each token and layer, beside a projection of the first one."""
 
-    def __init__(self, spec: TargetSpec, dtype: Any, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.02)
-        query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        self.q_proj = nnx.Param(init(rngs.params(), (spec.width, query)))
-        self.k_proj = nnx.Param(init(rngs.params(), (spec.width, key)))
-        self.v_proj = nnx.Param(init(rngs.params(), (spec.width, key)))
-        self.o_proj = nnx.Param(init(rngs.params(), (query, spec.width)))
-        if spec.attention_bias:
-            self.q_bias = nnx.Param(jnp.zeros(query))
-            self.k_bias = nnx.Param(jnp.zeros(key))
-            self.v_bias = nnx.Param(jnp.zeros(key))
-            self.o_bias = nnx.Param(jnp.zeros(spec.width))
-        self.spec, self.dtype = spec, dtype
+    def __init__(self, spec: TargetSpec, build: Build):
+        self.width = spec.blocks[0].per_layer_width
+        total = spec.layers * self.width
+        self.embed = nnx.Param(nnx.initializers.normal(0.02)(build.rngs.params(), (spec.per_layer_vocab, total)))
+        self.proj = Linear(spec.width, total, build.dtype, build.rngs)
+        self.norm = nnx.Param(jnp.ones(self.width))
+        self.eps, self.dtype = spec.norm_eps, build.dtype
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mix: Mix, kept: Any) -> tuple[jax.Array, Any]:
-        spec = self.spec
-        queries, keys, values = self._project(x, "q"), self._project(x, "k"), self._project(x, "v")
-        frequencies = inverse_frequencies(spec.rope, spec.head_dim)
-        queries, keys = rotate(queries, positions, frequencies), rotate(keys, positions, frequencies)
-        mixed, kept = mix(queries, keys, values, kept)
-        out = matmul(mixed.reshape(*mixed.shape[:-2], -1), self.o_proj[...], self.dtype)
-        return (out + self.o_bias[...] if spec.attention_bias else out), kept
-
-    def _project(self, x: jax.Array, which: str) -> jax.Array:
-        y = matmul(x, getattr(self, f"{which}_proj")[...], self.dtype)
-        if self.spec.attention_bias:
-            y = y + getattr(self, f"{which}_bias")[...]
-        return y.reshape(*y.shape[:-1], -1, self.spec.head_dim)
-
-
-class Block(nnx.Module):
-    """One pre-norm layer: attention, then a gated MLP."""
-
-    def __init__(self, spec: TargetSpec, dtype: Any, rngs: nnx.Rngs):
-        self.input_layernorm = nnx.Param(jnp.ones(spec.width))
-        self.post_attention_layernorm = nnx.Param(jnp.ones(spec.width))
-        self.attention = Attention(spec, dtype, rngs)
-        self.mlp = GatedMLP(spec.width, spec.mlp_width, dtype, rngs)
-        self.eps = spec.norm_eps
-
-    def __call__(self, x: jax.Array, positions: jax.Array, mix: Mix, kept: Any) -> tuple[jax.Array, Any]:
-        mixed, kept = self.attention(rms_norm(x, self.input_layernorm[...], self.eps), positions, mix, kept)
-        x = x + mixed
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps)), kept
+    def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
+        """-> [L, B, T, P]."""
+        scale = jnp.asarray(self.width**0.5, self.dtype).astype(jnp.float32)
+        own = self.embed[...][tokens].astype(jnp.float32) * scale
+        projected = self.proj(x) * x.shape[-1] ** -0.5
+        shape = (*tokens.shape, -1, self.width)
+        both = rms_norm(projected.reshape(shape), self.norm[...], self.eps) + own.reshape(shape)
+        return jnp.moveaxis(both * 2**-0.5, 2, 0)
 
 
 class Decoder(nnx.Module):
     """Embedding, L layers, final norm, lm_head.
 
-    The residual stream is float32; matrix products are in `dtype`. Layers are stacked under one scan, so that compile
-    time does not grow with depth, or (`stacked` false) separate and unrolled: XLA's CPU backend copies every slice of
-    a stacked bfloat16 weight, which makes it several times slower than separate ones.
+    The residual stream is float32; matrix products are in `dtype`. Layers of one shape are stacked and scanned over,
+    so that compile time does not grow with depth, or (`stacked` false) separate and unrolled: XLA's CPU backend copies
+    every slice of a stacked bfloat16 weight, which makes it several times slower than separate ones.
+
+    Attributes:
+      blocks: one module for each group of `groups`, its parameters with a leading axis where stacked.
     """
 
-    def __init__(self, spec: TargetSpec, dtype: Any, rngs: nnx.Rngs, *, stacked: bool):
+    def __init__(
+        self,
+        spec: TargetSpec,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        *,
+        stacked: bool,
+        stored: Any = None,
+        mesh: Any = None,
+    ):
         init = nnx.initializers.normal(0.02)
+        build = Build(dtype, rngs, stored, mesh)
         self.embed_tokens = nnx.Param(init(rngs.params(), (spec.vocab, spec.width)))
-        if stacked:
-            create = nnx.vmap(lambda rngs: Block(spec, dtype, rngs), in_axes=(0,), out_axes=0)
-            self.layers = create(rngs.split(spec.layers))
-        else:
-            self.layers = nnx.List([Block(spec, dtype, rngs) for _ in range(spec.layers)])
+        self.runs = runs(spec.blocks) if stacked else tuple((Group(b, (i,)),) for i, b in enumerate(spec.blocks))
+        self.blocks = nnx.List([self._block(group, spec, build, stacked) for run in self.runs for group in run])
         self.norm = nnx.Param(jnp.ones(spec.width))
         if not spec.tied:
             self.lm_head = nnx.Param(init(rngs.params(), (spec.vocab, spec.width)))
+        if spec.per_layer_vocab:
+            self.per_layer = PerLayer(spec, build)
         self.spec, self.dtype, self.stacked = spec, dtype, stacked
+
+    @staticmethod
+    def _block(group: Group, spec: TargetSpec, build: Build, stacked: bool) -> Block:
+        if not stacked:
+            return Block(group.block, spec, build)
+
+        def one(rngs: nnx.Rngs) -> Block:
+            return Block(group.block, spec, Build(build.dtype, rngs, build.stored, build.mesh))
+
+        return nnx.vmap(one, in_axes=(0,), out_axes=0)(build.rngs.split(len(group.layers)))
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(group for run in self.runs for group in run)
 
     def head_rows(self) -> jax.Array:
         """lm_head as rows [V, H]; the embedding where they are tied."""
@@ -98,10 +90,14 @@ class Decoder(nnx.Module):
 
     def logits(self, last: jax.Array) -> jax.Array:
         """float32 logits [..., V] of states that the final norm has seen."""
-        return matmul(last, self.head_rows(), self.dtype, True)
+        logits = matmul(last, self.head_rows(), self.dtype, True) * self.spec.logit_scale
+        cap = self.spec.logit_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embed_tokens[...][tokens].astype(jnp.float32)
+        x = self.embed_tokens[...][tokens].astype(jnp.float32)
+        scale = self.spec.embed_scale
+        return x * jnp.asarray(scale, self.dtype).astype(jnp.float32) if scale != 1.0 else x
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.norm[...], self.spec.norm_eps)
@@ -111,69 +107,123 @@ class Decoder(nnx.Module):
 
         A token sees the tokens of its own segment up to itself.
         """
-        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        allowed = causal & (segments[:, :, None] == segments[:, None, :])
-
-        def mix(queries: jax.Array, keys: jax.Array, values: jax.Array, kept: None):
-            return attend(queries, keys, values, allowed, self.dtype), kept
-
-        x, tapped, _ = self._through_layers(self.embed(tokens), positions, mix, None, taps)
+        lengths = None
+        if ropes_depend_on_length(self.spec):
+            same = segments[:, :, None] == segments[:, None, :]
+            lengths = jnp.where(same, positions[:, None, :], 0).max(axis=-1) + 1
+        view = View(positions, segments, Sight(positions, positions, segments, segments), lengths)
+        x, tapped, _ = self._through_layers(tokens, view, None, taps)
         return tapped, self.final_norm(x)
 
-    def extend(self, tokens: jax.Array, positions: jax.Array, cache: Cache, taps: tuple[int, ...]):
+    def extend(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Caches,
+        taps: tuple[int, ...],
+        count_B: jax.Array | None = None,
+    ):
         """Tokens [B, T] at their positions, seen after what the cache holds -> (taps, last, cache).
 
-        Keys and values are written at `positions`; a token sees every cached position up to its own. Positions that
-        were written for tokens since rejected are seen by nobody before they are written anew.
+        Positions rise by one along a row. Keys and values are written at `positions`; a token sees every cached
+        position up to its own. Positions that were written for tokens since rejected are seen by nobody before they
+        are written anew.
+
+        Args:
+          count_B: how many tokens of each row are real, the first ones; None = all. Attention does not need it (what
+            lies behind is overwritten), a recurrent state does.
         """
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        length = jax.tree.leaves(cache)[0].shape[-3]
-        allowed = jnp.arange(length) <= positions[:, :, None]
-
-        def mix(queries: jax.Array, keys: jax.Array, values: jax.Array, kept: Cache):
-            kept = Cache(
-                kept.keys.at[rows, positions].set(keys.astype(kept.keys.dtype)),
-                kept.values.at[rows, positions].set(values.astype(kept.values.dtype)),
-            )
-            return attend(queries, kept.keys, kept.values, allowed, self.dtype), kept
-
-        x, tapped, cache = self._through_layers(self.embed(tokens), positions, mix, cache, taps)
+        length = next((c.keys.shape[-3] for c in cache if isinstance(c, Cache)), tokens.shape[1])
+        keys = jnp.broadcast_to(jnp.arange(length), (tokens.shape[0], length))
+        lengths = None
+        if ropes_depend_on_length(self.spec):
+            read = positions[:, 0] + (tokens.shape[1] if count_B is None else count_B)
+            lengths = jnp.broadcast_to(read[:, None], positions.shape)
+        view = View(positions, None, Sight(positions, keys), lengths, count_B)
+        x, tapped, cache = self._through_layers(tokens, view, cache, taps)
         return tapped, self.final_norm(x), cache
 
-    def empty_cache(self, rows: int, length: int, dtype: Any) -> Cache | tuple[Cache, ...]:
-        """Room for `rows` sequences of up to `length` tokens: [rows, length, G, C] for each layer."""
+    def empty_cache(self, rows: int, length: int, dtype: Any, rollback: int = 0) -> Caches:
+        """Room for `rows` sequences of up to `length` tokens, for each group of layers.
 
-        def one(*lead: int) -> Cache:
-            shape = (*lead, rows, length, self.spec.kv_heads, self.spec.head_dim)
-            return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        Args:
+          rollback: by how many tokens a row may go back, as rejected drafts make it do; only recurrent states need to
+            know.
+        """
 
-        return one(self.spec.layers) if self.stacked else tuple(one() for _ in range(self.spec.layers))
+        def one(group: Group, block: Block) -> Any:
+            empty = block.mixer.empty(rows, length, dtype, rollback)
+            lead = (len(group.layers),) if self.stacked else ()
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), empty)
 
-    def _through_layers(self, x: jax.Array, positions: jax.Array, mix: Mix, cache: Any, taps: tuple[int, ...]):
-        """-> (x after all layers, taps [B, T, A, H], what `mix` kept for each layer)."""
-        if self.stacked:
-            return self._scanned(x, positions, mix, cache, taps)
-        tapped, kept = [x] if 0 in taps else [], []
-        for i, block in enumerate(self.layers):
-            x, layer_kept = block(x, positions, mix, None if cache is None else cache[i])
-            kept.append(layer_kept)
-            if i + 1 in taps:
-                tapped.append(x)
-        return x, jnp.stack(tapped, axis=2) if taps else None, tuple(kept)
+        return tuple(one(group, block) for group, block in zip(self.groups, self.blocks, strict=True))
 
-    def _scanned(self, x: jax.Array, positions: jax.Array, mix: Mix, cache: Any, taps: tuple[int, ...]):
-        graphdef, state = nnx.split(self.layers)
-        # A place for each tap, and a last one that untapped layers overwrite.
-        tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
-        if 0 in taps:
-            tapped = tapped.at[0].set(x)
-        places = [taps.index(i + 1) if i + 1 in taps else len(taps) for i in range(self.spec.layers)]
+    def admit(self, cache: Caches, fresh: Caches, places_R: jax.Array) -> Caches:
+        """`cache` with the rows `places_R` replaced by those of `fresh`, which may be shorter; rows out of range are
+        dropped."""
+        lead = (slice(None),) if self.stacked else ()
 
-        def layer(carry, parts):
-            x, tapped = carry
-            state, place, kept = parts
-            x, kept = nnx.merge(graphdef, state)(x, positions, mix, kept)
-            return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, place, 0)), kept
+        def place(old: Any, new: Any) -> Any:
+            if isinstance(old, Recurrent):
+                return jax.tree.map(lambda a, b: a.at[(*lead, places_R)].set(b, mode="drop"), old, new)
+            width = slice(new.keys.shape[-3])
+            return jax.tree.map(lambda a, b: a.at[(*lead, places_R, width)].set(b, mode="drop"), old, new)
 
-        (x, tapped), kept = jax.lax.scan(layer, (x, tapped), (state, jnp.array(places, jnp.int32), cache))
-        return x, jnp.moveaxis(tapped[: len(taps)], 0, 2) if taps else None, kept
+        return tuple(None if old is None else place(old, new) for old, new in zip(cache, fresh, strict=True))
+
+    def _through_layers(self, tokens: jax.Array, view: View, cache: Caches | None, taps: tuple[int, ...]):
+        """-> (x after all layers, taps [B, T, A, H], what each group keeps)."""
+        x = self.embed(tokens)
+        extra = self.per_layer(tokens, x) if self.spec.per_layer_vocab else None
+        tapped, shared = {0: x}, {}
+        kept: list[Any] = []
+        for run, blocks in self._run_blocks():
+            caches = [None] * len(run) if cache is None else list(cache[len(kept) : len(kept) + len(run)])
+            if self.stacked:
+                x, new = self._scan(run, blocks, x, view, caches, shared, extra, taps, tapped)
+            else:
+                number = run[0].layers[0]
+                own = None if extra is None else extra[number]
+                x, one, pair = blocks[0](x, view, caches[0], shared, own)
+                new = [one]
+                tapped[number + 1] = x
+                if name := getattr(run[0].block.mixer, "keep_as", ""):
+                    shared[name] = pair
+            kept += new
+        found = [tapped[tap] for tap in taps]
+        return x, jnp.stack(found, axis=2) if taps else None, tuple(kept)
+
+    def _run_blocks(self):
+        start = 0
+        for run in self.runs:
+            yield run, list(self.blocks)[start : start + len(run)]
+            start += len(run)
+
+    def _scan(self, run, blocks, x, view, caches, shared, extra, taps, tapped):
+        """One run of layers under a scan over its repeats; taps and shared keys and values are put where they go."""
+        parts = [nnx.split(block) for block in blocks]
+        inside = [tap for tap in taps if any(tap - 1 in group.layers for group in run)]
+        # A place for each tap inside, and a last one that untapped layers overwrite.
+        room = jnp.zeros((len(inside) + 1, *x.shape), x.dtype)
+        places = [[inside.index(i + 1) if i + 1 in inside else len(inside) for i in group.layers] for group in run]
+        extras = None if extra is None else [extra[jnp.array(group.layers)] for group in run]
+        before = dict(shared)
+
+        def repeat(carry, inputs):
+            x, room = carry
+            states, place, kept, own = inputs
+            new, pairs = [], {}
+            for j, (graphdef, _) in enumerate(parts):
+                block = nnx.merge(graphdef, states[j])
+                x, one, pair = block(x, view, kept[j], before | pairs, None if own is None else own[j])
+                room = jax.lax.dynamic_update_index_in_dim(room, x, place[j], 0)
+                new.append(one)
+                if name := getattr(run[j].block.mixer, "keep_as", ""):
+                    pairs[name] = pair
+            return (x, room), (new, pairs)
+
+        inputs = ([state for _, state in parts], [jnp.array(p, jnp.int32) for p in places], caches, extras)
+        (x, room), (new, pairs) = jax.lax.scan(repeat, (x, room), inputs)
+        tapped.update({tap: room[place] for place, tap in enumerate(inside)})
+        shared.update({name: jax.tree.map(lambda a: a[-1], pair) for name, pair in pairs.items()})
+        return x, new

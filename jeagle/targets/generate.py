@@ -136,14 +136,9 @@ def _prefill(
     """Reads prompts into the rows `places` (those out of range are dropped); the last prompt token is left to read."""
     model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(tokens_RP.shape[1]), tokens_RP.shape)
-    _, _, fresh = model.extend(tokens_RP, positions, model.empty_cache(*tokens_RP.shape, jnp.float32), ())
-    width = tokens_RP.shape[1]
-
-    def place(cache: jax.Array, fresh: jax.Array) -> jax.Array:
-        rows_first = (slice(None),) if model.stacked else ()
-        return cache.at[(*rows_first, places_R, slice(width))].set(fresh, mode="drop")
-
-    cache = jax.tree.map(place, rows.cache, fresh)
+    empty = model.empty_cache(*tokens_RP.shape, jnp.float32)
+    _, _, fresh = model.extend(tokens_RP, positions, empty, (), lengths_R - 1)
+    cache = model.admit(rows.cache, fresh, places_R)
     ends = jnp.take_along_axis(tokens_RP, lengths_R[:, None] - 1, axis=1)[:, 0]
 
     def put(array: jax.Array, values: Any) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,29 +14,47 @@ from jax.sharding import Mesh, NamedSharding
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import logical_sharding
 from jeagle.targets.decoder import Decoder
-from jeagle.targets.families import family_of, read_spec
-from jeagle.targets.spec import TargetSpec
+from jeagle.targets.families import PREFIXES, Family, Piece, family_of, read_spec
+from jeagle.targets.narrow import NARROW, narrowed
+from jeagle.targets.spec import BlockSpec, TargetSpec
 from jeagle.targets.weights import WeightSource
 
-# Logical axes of every parameter; layers carry a leading stack axis. The mesh axes behind them: runtime.mesh.RULES.
+# Logical axes of every kernel (of its bias and scale: the last of them) and of every other large parameter, layers'
+# leading stack axis left out. What is not here is whole on every device. The mesh axes behind them: runtime.mesh.RULES.
 AXES: dict[str, tuple[str | None, ...]] = {
     "embed_tokens": ("vocab", "width"),
     "lm_head": ("vocab", "width"),
-    "norm": (None,),
-    "layers.input_layernorm": (None, None),
-    "layers.post_attention_layernorm": (None, None),
-    "layers.attention.q_proj": (None, "width", "heads"),
-    "layers.attention.k_proj": (None, "width", "heads"),
-    "layers.attention.v_proj": (None, "width", "heads"),
-    "layers.attention.o_proj": (None, "heads", "width"),
-    "layers.attention.q_bias": (None, "heads"),
-    "layers.attention.k_bias": (None, "heads"),
-    "layers.attention.v_bias": (None, "heads"),
-    "layers.attention.o_bias": (None, None),
-    "layers.mlp.gate_proj": (None, "width", "mlp"),
-    "layers.mlp.up_proj": (None, "width", "mlp"),
-    "layers.mlp.down_proj": (None, "mlp", "width"),
+    "mixer.q_proj": ("width", "heads"),
+    "mixer.k_proj": ("width", "heads"),
+    "mixer.v_proj": ("width", "heads"),
+    "mixer.z_proj": ("width", "heads"),
+    "mixer.gate_proj": ("width", "heads"),
+    "mixer.o_proj": ("heads", "width"),
+    "mixer.q_a_proj": ("width", None),
+    "mixer.q_b_proj": (None, "heads"),
+    "mixer.kv_a_proj": ("width", None),
+    "mixer.k_b_proj": (None, "heads"),
+    "mixer.v_b_proj": (None, "heads"),
+    "mlp.gate_proj": ("width", "mlp"),
+    "mlp.up_proj": ("width", "mlp"),
+    "mlp.down_proj": ("mlp", "width"),
+    "shared.gate_proj": ("width", "mlp"),
+    "shared.up_proj": ("width", "mlp"),
+    "shared.down_proj": ("mlp", "width"),
+    "experts.gate_proj": ("experts", "expert_width", "mlp"),
+    "experts.up_proj": ("experts", "expert_width", "mlp"),
+    "experts.down_proj": ("experts", "mlp", "expert_width"),
+    "experts.gate_scale": ("experts", "mlp"),
+    "experts.up_scale": ("experts", "mlp"),
+    "experts.down_scale": ("experts", None),
+    "experts.gate_bias": ("experts", "mlp"),
+    "experts.up_bias": ("experts", "mlp"),
+    "experts.down_bias": ("experts", None),
+    "per_layer.embed": ("vocab", "width"),
+    "per_layer.proj": ("width", None),
 }
+
+Progress = Callable[[int, int], None]
 
 
 class Target(NamedTuple):
@@ -49,10 +68,13 @@ class Target(NamedTuple):
         return nnx.merge(self.graphdef, self.state)
 
 
-def abstract_target(spec: TargetSpec, dtype: Any, *, stacked: bool | None = None) -> Target:
+def abstract_target(
+    spec: TargetSpec, dtype: Any, *, stacked: bool | None = None, stored: str = "", mesh: Mesh | None = None
+) -> Target:
     """A Target of shapes without arrays: for ahead-of-time compilation and for loading into."""
     stacked = jax.default_backend() != "cpu" if stacked is None else stacked
-    model = nnx.eval_shape(lambda: Decoder(spec, jnp.dtype(dtype), nnx.Rngs(0), stacked=stacked))
+    kind, narrow = jnp.dtype(dtype), jnp.dtype(NARROW[stored]) if stored else None
+    model = nnx.eval_shape(lambda: Decoder(spec, kind, nnx.Rngs(0), stacked=stacked, stored=narrow, mesh=mesh))
     return Target(spec, *nnx.split(model))
 
 
@@ -61,59 +83,186 @@ def random_target(spec: TargetSpec, dtype: Any, seed: int = 0, *, stacked: bool 
     return Target(spec, *nnx.split(Decoder(spec, jnp.dtype(dtype), nnx.Rngs(seed), stacked=stacked)))
 
 
-def load_target(source: WeightSource, mesh: Mesh, dtype: Any, *, stacked: bool | None = None) -> Target:
+def load_target(
+    source: WeightSource,
+    mesh: Mesh,
+    dtype: Any,
+    *,
+    stacked: bool | None = None,
+    stored: str = "",
+    family: Family | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Target:
     """The target of `source`, laid out on `mesh`, kernels in `dtype`, norms in float32.
+
+    Args:
+      stored: keep the layers' kernels in memory as one of `NARROW` (half the bytes of bfloat16), scaled by column.
+      family: a description that replaces the one found by the architecture's name.
+      progress: called with bytes loaded and bytes in all.
 
     Raises:
       UserError: for an unsupported architecture or switch, or a tensor that is missing or of another shape.
     """
-    spec = read_spec(source.config)
-    names = family_of(source.config).names
-    abstract = abstract_target(spec, dtype, stacked=stacked)
-    present = set(source.names())
-    leaves = []
-    for path, leaf in nnx.to_flat_state(abstract.state):
-        key, layer = parameter_key(path)
-        pattern, like = names[key], leaf.get_value()
-        stack = key.startswith("layers.") and layer is None
-        wanted = [pattern.format(i=i) for i in range(like.shape[0])] if stack else [pattern.format(i=layer)]
-        array = _load(source, present, key, wanted, like, stack, mesh, dtype)
-        leaves.append((path, leaf.replace(array)))
-    return Target(spec, abstract.graphdef, nnx.from_flat_state(leaves))
+    spec = read_spec(source.config, family)
+    abstract = abstract_target(spec, dtype, stacked=stacked, stored=stored, mesh=mesh)
+    names = (family or family_of(source.config)).names
+    reader = _Reader(source, names, mesh, jnp.dtype(dtype))
+    groups = abstract_groups(abstract)
+    leaves = dict(nnx.to_flat_state(abstract.state))
+    total = sum(leaf.get_value().size for leaf in leaves.values()) * jnp.dtype(dtype).itemsize
+    arrays: dict[Any, jax.Array] = {}
+    done = 0
+    for path, leaf in leaves.items():
+        if path in arrays:
+            continue
+        key, group = parameter_key(path)
+        like = leaf.get_value()
+        scale = scale_path(path)
+        block, layers = groups[group] if group is not None else (None, None)
+        array = reader.load(key, like.shape, block, layers if group is None or _is_stacked(abstract) else layers[0])
+        if stored and scale in leaves:
+            axes = _sharding(key, like.shape, mesh)
+            arrays[path], arrays[scale] = narrowed(array, NARROW[stored], axes)
+        else:
+            arrays[path] = array
+        done += like.size * jnp.dtype(dtype).itemsize
+        progress(min(done, total), total)
+    state = nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in leaves.items()])
+    return Target(spec, abstract.graphdef, state)
+
+
+def abstract_groups(target: Target) -> tuple[Any, ...]:
+    return target.model().groups
+
+
+def _is_stacked(target: Target) -> bool:
+    return target.model().stacked
 
 
 def parameter_key(path: tuple[Any, ...]) -> tuple[str, int | None]:
-    """("layers", 3, "mlp", "up_proj") -> ("layers.mlp.up_proj", 3); no number where layers are stacked."""
-    layer = next((part for part in path if isinstance(part, int)), None)
-    return ".".join(str(part) for part in path if not isinstance(part, int)), layer
+    """("blocks", 3, "mlp", "up_proj", "kernel") -> ("blocks.mlp.up_proj.kernel", 3); no number outside the layers."""
+    group = next((part for part in path if isinstance(part, int)), None)
+    return ".".join(str(part) for part in path if not isinstance(part, int)), group
 
 
-def _axes(key: str, rank: int) -> tuple[str | None, ...]:
-    return AXES[key][len(AXES[key]) - rank :]
+def scale_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Where the scale of a narrow kernel lies."""
+    last = str(path[-1])
+    return (*path[:-1], "scale" if last == "kernel" else last.replace("_proj", "_scale"))
 
 
-def _load(
-    source: WeightSource, present: set[str], key: str, names: list[str], like: Any, stack: bool, mesh: Mesh, dtype: Any
-) -> jax.Array:
-    expected = like.shape[1:] if stack else like.shape
-    matrix = len(expected) == 2
-    transposed = matrix and key.startswith("layers.")  # embedding and lm_head are kept as rows
-    for name in names:
-        if name not in present:
-            raise UserError(f"The target's weights lack the tensor {name}: the download may be incomplete.")
-        shape = tuple(source.shape(name))
-        if shape != (expected[::-1] if transposed else expected):
-            raise UserError(f"The target's tensor {name} is {shape}; config.json makes it {expected[::-1]}.")
-    kind = jnp.dtype(dtype) if matrix else jnp.dtype(jnp.float32)
+def _sharding(key: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    parts = key.split(".")
+    linear = parts[-1] in ("kernel", "bias", "scale")
+    axes = AXES.get(".".join(parts[-3:-1] if linear else parts[-2:]))
+    if linear and axes is not None and parts[-1] != "kernel":
+        axes = axes[-1:]
+    axes = (None,) * len(shape) if axes is None else (None,) * (len(shape) - len(axes)) + axes
+    return NamedSharding(mesh, logical_sharding(axes, shape, mesh))
 
-    def read_one(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        part = source.read(name, index[::-1] if transposed else index).astype(kind)
-        return part.T if transposed else part
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not stack:
-            return read_one(names[0], index)
-        return np.stack([read_one(name, index[1:]) for name in names[index[0]]])
+class _Reader:
+    """Cuts a parameter's slices out of a checkpoint's tensors."""
 
-    sharding = NamedSharding(mesh, logical_sharding(_axes(key, len(like.shape)), like.shape, mesh))
-    return jax.make_array_from_callback(like.shape, sharding, read)
+    def __init__(self, source: WeightSource, names: dict[str, Any], mesh: Mesh, dtype: Any):
+        self.source, self.names, self.mesh, self.dtype = source, names, mesh, dtype
+        self.present = set(source.names())
+        self.prefix = next((p for p in PREFIXES if f"{p[0]}embed_tokens.weight" in self.present), PREFIXES[0])
+
+    def load(self, key: str, shape: tuple[int, ...], block: BlockSpec | None, layers: Any) -> jax.Array:
+        """An array of `shape`: of one layer (`layers` its number), of several stacked (a tuple), or of none (None)."""
+        stack = isinstance(layers, tuple)
+        own = shape[1:] if stack else shape
+        numbers = layers if stack else (layers,)
+        pieces = [self._piece(key, number) for number in numbers]
+        for piece, number in zip(pieces, numbers, strict=True):
+            self._check(piece, number, own, block)
+        kind = self.dtype if len(own) > 1 and not key.endswith((".conv", "_bias")) else jnp.float32
+
+        def one(place: int, index: tuple[slice, ...]) -> np.ndarray:
+            return self._read(pieces[place], numbers[place], own, index, block).astype(kind)
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if not stack:
+                return one(0, index)
+            return np.stack([one(place, index[1:]) for place in range(shape[0])[index[0]]])
+
+        return jax.make_array_from_callback(shape, _sharding(key, shape, self.mesh), read)
+
+    def _piece(self, key: str, layer: int | None) -> Piece:
+        if key not in self.names:
+            raise UserError(f"The target's family does not say where its parameter {key} lies: add it to its names.")
+        found = self.names[key]
+        options = found if isinstance(found, tuple) else (found,)
+        return next((p for p in options if self._name(p, layer, 0) in self.present), options[0])
+
+    def _name(self, piece: Piece, layer: int | None, expert: int) -> str:
+        name = piece.name.format(i=layer, e=expert)
+        for plain, own in zip(PREFIXES[0], self.prefix, strict=True):
+            if name.startswith(plain):
+                return own + name.removeprefix(plain)
+        return name
+
+    def _check(self, piece: Piece, layer: int | None, own: tuple[int, ...], block: BlockSpec | None) -> None:
+        """UserError unless every tensor is there and large enough."""
+        each = "{e}" in piece.name
+        wanted = self._theirs(own[1:] if each else own, piece)
+        for expert in range(own[0] if each else 1):
+            name = self._name(piece, layer, expert)
+            if name not in self.present:
+                raise UserError(f"The target's weights lack the tensor {name}: the download may be incomplete.")
+            shape = tuple(self.source.shape(name))
+            shape = tuple(n for n in shape if n != 1) if piece.squeeze else shape
+            whole = list(shape)
+            if piece.rows is not None and block is not None and len(shape) == len(wanted):
+                axis = self._row_axis(piece, len(shape))
+                if piece.rows(block).max() < shape[axis]:
+                    whole[axis] = wanted[axis]
+            squeezed = tuple(n for n in wanted if n != 1) if piece.squeeze else wanted
+            if tuple(whole) != squeezed:
+                raise UserError(f"The target's tensor {name} is {shape}; config.json makes it {wanted}.")
+
+    def _theirs(self, shape: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
+        if len(shape) < 2 or not piece.transposed:
+            return shape
+        return (*shape[:-2], shape[-1], shape[-2])
+
+    def _row_axis(self, piece: Piece, rank: int) -> int:
+        return rank - 2 if piece.transposed and rank > 1 else rank - 1
+
+    def _read(
+        self, piece: Piece, layer: int | None, own: tuple[int, ...], index: tuple[slice, ...], block: BlockSpec | None
+    ) -> np.ndarray:
+        if "{e}" in piece.name:
+            experts = range(own[0])[index[0]]
+            return np.stack([self._cut(piece, layer, e, own[1:], index[1:], block) for e in experts])
+        return self._cut(piece, layer, 0, own, index, block)
+
+    def _cut(
+        self,
+        piece: Piece,
+        layer: int | None,
+        expert: int,
+        own: tuple[int, ...],
+        index: tuple[slice, ...],
+        block: BlockSpec | None,
+    ) -> np.ndarray:
+        name = self._name(piece, layer, expert)
+        turned = piece.transposed and len(own) > 1
+        where = [slice(*s.indices(n)[:2]) for s, n in zip(index, own, strict=True)]
+        if turned:
+            where[-2], where[-1] = where[-1], where[-2]
+        taken: np.ndarray | None = None
+        axis = self._row_axis(piece, len(own))
+        if piece.rows is not None and block is not None:
+            rows = piece.rows(block)[where[axis]]
+            low = int(rows.min()) if len(rows) else 0
+            where[axis], taken = slice(low, int(rows.max()) + 1 if len(rows) else 0), rows - low
+        if piece.squeeze:
+            part = self.source.read(name).squeeze().reshape(own)[tuple(where)]
+        else:
+            part = self.source.read(name, tuple(where))
+        if taken is not None and not np.array_equal(taken, np.arange(part.shape[axis])):
+            part = np.take(part, taken, axis=axis)
+        part = np.swapaxes(part, -1, -2) if turned else part
+        return part.astype(np.float32) + piece.plus if piece.plus else part

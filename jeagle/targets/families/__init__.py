@@ -1,0 +1,98 @@
+"""Target families: how each reads its config.json and what its weights are called.
+
+Adding a family is one entry in `FAMILIES` and one golden test; a user's own is `--target.family package.module:NAME`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from jeagle.errors import UserError
+from jeagle.targets.families import gemma, llama, more, qwen
+from jeagle.targets.families.common import Family, Names, Piece, Switches
+from jeagle.targets.spec import TargetSpec
+
+FAMILIES: dict[str, Family] = llama.FAMILIES | qwen.FAMILIES | gemma.FAMILIES | more.FAMILIES
+
+# Models that read more than text: their text part is one of the above, by its own model_type.
+TEXT_PARTS: dict[str, str] = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# Where the text part's weights lie in such models: what "model." and "lm_head." become.
+PREFIXES: tuple[tuple[str, str], ...] = (
+    ("model.", "lm_head."),
+    ("language_model.model.", "language_model.lm_head."),
+    ("model.language_model.", "lm_head."),
+    ("language_model.", "lm_head."),
+)
+
+
+def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpec:
+    """The TargetSpec of a config.json. UserError for an unknown architecture or a switch that is not honoured."""
+    name, values = _text_part(config)
+    chosen = family or _known(name)
+    return chosen.read(Switches(name, _with_defaults(values)))
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    return _known(_text_part(config)[0])
+
+
+def own_family(path: str) -> Family:
+    """A user's family from `package.module:NAME`. UserError if there is none."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--target.family {path} cannot be imported ({error}): give package.module:NAME.") from error
+    if not isinstance(found, Family):
+        raise UserError(f"--target.family {path} is a {type(found).__name__}; it must be a jeagle.targets.Family.")
+    return found
+
+
+def _known(name: str) -> Family:
+    if name not in FAMILIES:
+        raise UserError(
+            f"The target's architecture {name} is not supported; these are: {', '.join(sorted(FAMILIES))}. "
+            "docs/adding_a_target.md shows how to add one."
+        )
+    return FAMILIES[name]
+
+
+def _text_part(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The architecture's name and the switches of its text part."""
+    name = (config.get("architectures") or ["(none given)"])[0]
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return name, config
+    outer = {k: config[k] for k in ("eos_token_id", "tie_word_embeddings") if config.get(k) is not None}
+    return TEXT_PARTS.get(inner.get("model_type", ""), name), inner | outer
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The switches with the defaults of their model type, in the newest spelling, as transformers reads them."""
+    import transformers  # two seconds
+
+    kind = values.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        return values
+    given = {k: v for k, v in values.items() if k not in ("quantization_config", "model_type")}
+    try:
+        return transformers.CONFIG_MAPPING[kind](**given).to_dict()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The target's config.json is not a valid {kind} configuration: {reason}") from error
+
+
+__all__ = ["FAMILIES", "PREFIXES", "Family", "Names", "Piece", "Switches", "family_of", "own_family", "read_spec"]

@@ -1,0 +1,179 @@
+"""Gemma 1 to 4: scaled embeddings, norms that are stored as their distance from 1 (up to Gemma 3), sliding windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jeagle.targets.families.common import (
+    Family,
+    Names,
+    Piece,
+    Switches,
+    attention,
+    attention_names,
+    dense,
+    expert_names,
+    layer_types,
+    linear,
+    merged,
+    mlp_names,
+    norm,
+    pre_norm_names,
+    rope_of,
+    stem_names,
+    target,
+)
+from jeagle.targets.spec import BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
+
+
+def _checked(switches: Switches) -> dict[str, Any]:
+    """Switches that all Gemmas share: fields of AttentionSpec."""
+    switches.only(use_bidirectional_attention=(False, None, "vision"))
+    bias = bool(switches.get("attention_bias", False))
+    return {"qkv_bias": bias, "out_bias": bias}
+
+
+def _embed_scale(switches: Switches) -> float:
+    return float(switches["hidden_size"]) ** 0.5
+
+
+def gemma(switches: Switches) -> TargetSpec:
+    block = BlockSpec(attention(switches, **_checked(switches)), dense(switches))
+    return target(switches, [block] * switches["num_hidden_layers"], embed_scale=_embed_scale(switches))
+
+
+def gemma2(switches: Switches) -> TargetSpec:
+    """Gemma 2 and 3."""
+    common = _checked(switches)
+    third = switches.architecture.startswith("Gemma3")
+    soft_cap = float(switches.get("attn_logit_softcapping", 0.0))  # Gemma 3 has the switch and no use for it
+    window = switches.get("sliding_window", 0)
+    mixers = [
+        attention(
+            switches,
+            rope=rope_of(switches, kind),
+            window=window if kind == "sliding_attention" else 0,
+            scale=float(switches["query_pre_attn_scalar"]) ** -0.5,
+            soft_cap=0.0 if third else soft_cap,
+            qk_norm="head" if third else "",
+            **common,
+        )
+        for kind in layer_types(switches)
+    ]
+    return target(
+        switches,
+        [BlockSpec(mixer, dense(switches), norms="both") for mixer in mixers],
+        rope=rope_of(switches, "full_attention"),
+        embed_scale=_embed_scale(switches),
+        logit_cap=float(switches.get("final_logit_softcapping", 0.0)),
+    )
+
+
+def gemma4(switches: Switches) -> TargetSpec:
+    kinds, shared = layer_types(switches), switches.get("num_kv_shared_layers", 0)
+    first_shared = len(kinds) - shared
+    extra = switches.get("hidden_size_per_layer_input", 0)
+    switches.get("vocab_size_per_layer_input")  # of no use without the width above
+    blocks = []
+    for i, kind in enumerate(kinds):
+        reads = i >= first_shared
+        mlp = dense(switches)
+        if reads and switches.get("use_double_wide_mlp"):
+            mlp = dense(switches, width=2 * mlp.width)
+        keeps = shared and not reads and kind not in kinds[i + 1 : first_shared]
+        mixer = _gemma4_mixer(switches, i, kind, keep_as=kind if keeps else "", read_from=kind if reads else "")
+        blocks.append(
+            BlockSpec(
+                mixer, mlp, _gemma4_experts(switches), norms="both", per_layer_width=extra, scaled=True
+            )
+        )
+    return target(
+        switches,
+        blocks,
+        rope=rope_of(switches, "full_attention"),
+        embed_scale=_embed_scale(switches),
+        logit_cap=float(switches.get("final_logit_softcapping", 0.0)),
+        per_layer_vocab=switches["vocab_size_per_layer_input"] if extra else 0,
+    )
+
+
+def _gemma4_mixer(switches: Switches, number: int, kind: str, **sharing: str) -> Any:
+    own = {int(k): v for k, v in switches.get("per_layer_config", {}).items()}.get(number, {})
+    sliding = kind == "sliding_attention"
+    return attention(
+        switches,
+        **_checked(switches),
+        kv_heads=own.get("num_key_value_heads", switches["num_key_value_heads"]),
+        head_dim=own.get("head_dim", switches["head_dim"]),
+        rope=rope_of(switches, kind),
+        window=switches["sliding_window"] if sliding else 0,
+        scale=1.0,
+        qk_norm="head",
+        value_norm=True,
+        values_are_keys=bool(switches.get("attention_k_eq_v")) and not sliding,
+        **sharing,
+    )
+
+
+def _gemma4_experts(switches: Switches) -> ExpertsSpec | None:
+    if not switches.get("enable_moe_block"):
+        for unused in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+            switches.get(unused)
+        return None
+    router = RouterSpec("softmax", renormalised=True, normed=True)
+    activation = switches.get("hidden_activation", "gelu_pytorch_tanh")
+    chosen, width = switches["top_k_experts"], switches["moe_intermediate_size"]
+    return ExpertsSpec(switches["num_experts"], chosen, width, router, activation)
+
+
+_GEMMA: Names = merged(stem_names(1.0), pre_norm_names(1.0), attention_names(), mlp_names())
+
+
+def _both_norms(plus: float) -> Names:
+    return merged(
+        norm("before_mixer", "input_layernorm", plus),
+        norm("after_mixer", "post_attention_layernorm", plus),
+        norm("before_mlp", "pre_feedforward_layernorm", plus),
+        norm("after_mlp", "post_feedforward_layernorm", plus),
+    )
+
+
+_GEMMA2: Names = merged(
+    stem_names(1.0),
+    _both_norms(1.0),
+    attention_names(),
+    norm("mixer.q_norm", "self_attn.q_norm", 1.0),
+    norm("mixer.k_norm", "self_attn.k_norm", 1.0),
+    mlp_names(),
+)
+
+_LAYER = "model.layers.{i}."
+_GEMMA4: Names = merged(
+    stem_names(),
+    _both_norms(0.0),
+    attention_names(),
+    mlp_names(),
+    expert_names("experts"),
+    linear("mixture.router.proj", "router.proj"),
+    norm("after_dense", "post_feedforward_layernorm_1"),
+    norm("before_experts", "pre_feedforward_layernorm_2"),
+    norm("after_experts", "post_feedforward_layernorm_2"),
+    linear("per_layer_gate", "per_layer_input_gate"),
+    linear("per_layer_out", "per_layer_projection"),
+    norm("per_layer_norm", "post_per_layer_input_norm"),
+    {
+        "blocks.mixture.router.input_scale": Piece(f"{_LAYER}router.scale"),
+        "blocks.mixture.router.expert_scale": Piece(f"{_LAYER}router.per_expert_scale"),
+        "blocks.output_scale": Piece(f"{_LAYER}layer_scalar"),
+        "per_layer.embed": Piece("model.embed_tokens_per_layer.weight", transposed=False),
+        "per_layer.proj.kernel": Piece("model.per_layer_model_projection.weight"),
+        "per_layer.norm": Piece("model.per_layer_projection_norm.weight"),
+    },
+)
+
+FAMILIES = {
+    "GemmaForCausalLM": Family(gemma, _GEMMA),
+    "Gemma2ForCausalLM": Family(gemma2, _GEMMA2),
+    "Gemma3ForCausalLM": Family(gemma2, _GEMMA2),
+    "Gemma4ForCausalLM": Family(gemma4, _GEMMA4),
+}
