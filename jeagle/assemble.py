@@ -58,7 +58,7 @@ class TrainState(NamedTuple):
 
 
 def mesh_of(config: RunConfig) -> Mesh:
-    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)
 
 
 def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTarget:
@@ -67,7 +67,13 @@ def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTa
     source = targets.open_weights(files)
     tokenizer = targets.load_tokenizer(files)
     ends = targets.end_token_ids(tokenizer, source.config)
-    target = targets.load_target(source, mesh, jnp.dtype(dtype or config.target.dtype))
+    target = targets.load_target(
+        source,
+        mesh,
+        jnp.dtype(dtype or config.target.dtype),
+        stored="" if config.target.weights == "dtype" else config.target.weights,
+        family=targets.own_family(config.target.family) if config.target.family else None,
+    )
     if len(tokenizer) > target.spec.vocab:
         raise UserError(
             f"The tokenizer of {config.target.ref} has {len(tokenizer)} tokens, its embedding only "

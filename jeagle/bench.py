@@ -113,9 +113,9 @@ def open_bench(
 def make_models(target: Any, draft: Any, taps: tuple[int, ...]) -> decoding.Models:
     """The two graphdefs as the functions that decoding runs."""
 
-    def verify(weights: Weights, cache: Any, tokens: jax.Array, positions: jax.Array):
+    def verify(weights: Weights, cache: Any, tokens: jax.Array, positions: jax.Array, count: jax.Array | None = None):
         model = nnx.merge(target, weights.target)
-        tapped, last, cache = model.extend(tokens, positions, cache, taps)
+        tapped, last, cache = model.extend(tokens, positions, cache, taps, count)
         return *targets.greedy_and_gap(model, last), tapped, cache
 
     def read(weights: Weights, cache: Any, tapped: jax.Array, tokens: jax.Array, positions: jax.Array):
@@ -130,7 +130,7 @@ def make_models(target: Any, draft: Any, taps: tuple[int, ...]) -> decoding.Mode
         return drafts.choose(module, weights.tables, for_head), state, cache
 
     return decoding.Models(
-        target_cache=lambda w, rows, room: nnx.merge(target, w.target).empty_cache(rows, room, jnp.float32),
+        target_cache=lambda w, *sizes: nnx.merge(target, w.target).empty_cache(*sizes[:2], jnp.float32, sizes[2]),
         draft_cache=lambda w, rows, room: drafts.empty_cache(nnx.merge(draft, w.draft), rows, room),
         verify=verify,
         read=read,

@@ -30,6 +30,10 @@ class TargetConfig:
     """Type of the target's weights and matrix products in training (sums are float32)."""
     taps: tuple[int, ...] = ()
     """Layer boundaries to fuse: L means after L layers, 0 the embeddings. Empty: 2, n//2, n-3."""
+    weights: Literal["dtype", "int8", "fp8"] = "dtype"
+    """How the layers' kernels are kept in memory: as dtype says, or in half its bytes with a scale for each output."""
+    family: str = ""
+    """package.module:NAME of a Family that describes a model of your own: docs/adding_a_target.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +142,8 @@ class MeshConfig:
     """Copies of the model that each take a share of the rows."""
     fsdp: int = -1
     """Parameters split and gathered when used; rows are split over it too."""
+    expert: int = 1
+    """Experts of a mixture split."""
     tensor: int = 1
     """Heads, MLP and vocabulary split."""
 

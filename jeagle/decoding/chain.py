@@ -31,9 +31,10 @@ class Models(NamedTuple):
     """The two models as functions of their weights, static under jit.
 
     Attributes:
-      target_cache, draft_cache: (weights, rows, length) -> an empty cache.
-      verify: (weights, cache, tokens_BT, positions_BT) -> (greedy_BT, gap_BT, taps, cache); the gap is between the
-        best two logits.
+      target_cache: (weights, rows, length, rollback) -> an empty cache whose rows can go back by `rollback` tokens.
+      draft_cache: (weights, rows, length) -> an empty cache.
+      verify: (weights, cache, tokens_BT, positions_BT, count_B or None) -> (greedy_BT, gap_BT, taps, cache); the gap is
+        between the best two logits, the count says how many tokens of a row are real.
       read: (weights, cache, taps, tokens_BT, positions_BT) -> (choice_BT, state_BTW, cache): the draft on the target's
         features.
       go_on: (weights, cache, state_B1W, tokens_B1, positions_B1) -> (choice_B1, state_B1W, cache): on its own state.
@@ -94,10 +95,10 @@ def decode(
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         group = _Group([prompts[i] for i in chosen], batch, max_new_tokens, set(end_token_ids))
-        rows, first = _start(models, weights, *group.padded(width), room)
+        rows, first = _start(models, weights, *group.padded(width), draft_tokens, room)
         group.take(np.asarray(first)[:, None], np.zeros(batch, int), count=False)
         while group.active():
-            rows, greedy, accepted = _round(models, weights, rows, draft_tokens)
+            rows, greedy, accepted = _round(models, weights, rows, draft_tokens, room)
             group.take(np.asarray(greedy), np.asarray(accepted), count=True)
         for index, measured in zip(chosen, group.results, strict=True):
             results[index] = measured
@@ -143,13 +144,15 @@ class _Group:
                     break
 
 
-@functools.partial(jax.jit, static_argnames=("models", "room"))
-def _start(models: Models, weights: Any, tokens_BP: jax.Array, lengths_B: jax.Array, room: int):
+@functools.partial(jax.jit, static_argnames=("models", "draft_tokens", "room"))
+def _start(
+    models: Models, weights: Any, tokens_BP: jax.Array, lengths_B: jax.Array, draft_tokens: int, room: int
+) -> tuple[Rows, jax.Array]:
     """Reads the prompts with both models -> (rows, first token of each answer)."""
     rows, width = tokens_BP.shape
     positions = jnp.broadcast_to(jnp.arange(width), tokens_BP.shape)
-    cache = models.target_cache(weights, rows, room)
-    greedy, _, taps, cache = models.verify(weights, cache, tokens_BP, positions)
+    cache = models.target_cache(weights, rows, room, draft_tokens + 1)
+    greedy, _, taps, cache = models.verify(weights, cache, tokens_BP, positions, lengths_B)
     last = lengths_B - 1
     first = jnp.take_along_axis(greedy, last[:, None], axis=1)[:, 0]
     # Slot t reads the token after it; the prompt's last slot reads the answer's first token.
@@ -161,8 +164,8 @@ def _start(models: Models, weights: Any, tokens_BP: jax.Array, lengths_B: jax.Ar
     return Rows(cache, draft_cache, lengths_B + 1, first, *_at(last, choice, state)), first
 
 
-@functools.partial(jax.jit, static_argnames=("models", "draft_tokens"), donate_argnames=("rows",))
-def _round(models: Models, weights: Any, rows: Rows, draft_tokens: int):
+@functools.partial(jax.jit, static_argnames=("models", "draft_tokens", "room"), donate_argnames=("rows",))
+def _round(models: Models, weights: Any, rows: Rows, draft_tokens: int, room: int):
     """One draft and its verification -> (rows, greedy [B, K+1], accepted [B])."""
     drafts, draft_cache = [rows.choice_B], rows.draft_cache
     state = rows.state_BW[:, None]
@@ -173,13 +176,12 @@ def _round(models: Models, weights: Any, rows: Rows, draft_tokens: int):
     drafted_BK = jnp.stack(drafts, axis=1)
     positions = (rows.length_B - 1)[:, None] + jnp.arange(draft_tokens + 1)
     tokens = jnp.concatenate([rows.last_B[:, None], drafted_BK], axis=1)
-    greedy, _, taps, target_cache = models.verify(weights, rows.target_cache, tokens, positions)
+    greedy, _, taps, target_cache = models.verify(weights, rows.target_cache, tokens, positions, None)
     accepted = jnp.cumprod(drafted_BK == greedy[:, :-1], axis=1).sum(axis=1)
     choice, state, draft_cache = models.read(weights, draft_cache, taps, greedy, positions)
     last = jnp.take_along_axis(greedy, accepted[:, None], axis=1)[:, 0]
     # A row that has finished goes on idly: its place must stay within the caches.
-    room = jax.tree.leaves(target_cache)[0].shape[-3] - 2 * draft_tokens - 2
-    length = jnp.minimum(rows.length_B + accepted + 1, room)
+    length = jnp.minimum(rows.length_B + accepted + 1, room - 2 * draft_tokens - 2)
     return Rows(target_cache, draft_cache, length, last, *_at(accepted, choice, state)), greedy, accepted
 
 

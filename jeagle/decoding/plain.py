@@ -58,14 +58,14 @@ def decode_plain(
 @functools.partial(jax.jit, static_argnames=("models", "tokens", "room"))
 def _greedy(models: Models, weights: Any, padded: jax.Array, lengths: jax.Array, tokens: int, room: int):
     positions = jnp.broadcast_to(jnp.arange(padded.shape[1]), padded.shape)
-    cache = models.target_cache(weights, padded.shape[0], room)
-    greedy, gap, _, cache = models.verify(weights, cache, padded, positions)
+    cache = models.target_cache(weights, padded.shape[0], room, 0)
+    greedy, gap, _, cache = models.verify(weights, cache, padded, positions, lengths)
     last = (lengths - 1)[:, None]
     first = tuple(jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (greedy, gap))
 
     def one(carry: Any, _: None):
         cache, token, position = carry
-        greedy, gap, _, cache = models.verify(weights, cache, token[:, None], position[:, None])
+        greedy, gap, _, cache = models.verify(weights, cache, token[:, None], position[:, None], None)
         return (cache, greedy[:, 0], position + 1), (greedy[:, 0], gap[:, 0])
 
     _, rest = jax.lax.scan(one, (cache, first[0], lengths), None, length=tokens - 1)

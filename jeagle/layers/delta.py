@@ -16,7 +16,7 @@ CHUNK = 64
 
 
 class DeltaInputs(NamedTuple):
-    """Per token and value head, float32: queries, keys [B, T, V, K]; values [B, T, V, E]; log a <= 0 and b, [B, T, V]."""
+    """Per token and value head: queries, keys [B, T, V, K]; values [B, T, V, E]; log a <= 0 and b, [B, T, V]."""
 
     queries: jax.Array
     keys: jax.Array

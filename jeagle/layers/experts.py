@@ -51,19 +51,13 @@ class Experts(nnx.Module):
         if bias:
             self.gate_bias, self.up_bias = nnx.Param(jnp.zeros((count, inner))), nnx.Param(jnp.zeros((count, inner)))
             self.down_bias = nnx.Param(jnp.zeros((count, width)))
-        if activation == "clamped_swiglu":
-            self.gate = functools.partial(clamped_swiglu, alpha=clamp[0], limit=clamp[1])
-        else:
-            self.gate = GATES[activation]
+        clamped = functools.partial(clamped_swiglu, alpha=clamp[0], limit=clamp[1])
+        self.gate = clamped if activation == "clamped_swiglu" else GATES[activation]
         self.dtype, self.mesh = dtype, mesh
 
     def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, *, weighs_input: bool) -> jax.Array:
         """x [B, T, H], chosen and weights [B, T, k] -> float32 [B, T, H]."""
-        parts = {
-            name: getattr(self, name)[...]
-            for name in _SPECS
-            if hasattr(self, name)
-        }
+        parts = {name: getattr(self, name)[...] for name in _SPECS if hasattr(self, name)}
         mesh = self.mesh
         if mesh is None or mesh.size == 1:
             return self._local(x, chosen, weights, parts, weighs_input, 0)

@@ -10,8 +10,22 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jeagle.layers import GATES, Dense, Experts, Linear, rms_norm
-from jeagle.targets.mixers import MIXERS, Cache, View
-from jeagle.targets.spec import BlockSpec, DenseSpec, ExpertsSpec, RouterSpec, TargetSpec
+from jeagle.targets.attention import Attention
+from jeagle.targets.delta import GatedDelta
+from jeagle.targets.latent import LatentAttention
+from jeagle.targets.spec import (
+    AttentionSpec,
+    BlockSpec,
+    DeltaSpec,
+    DenseSpec,
+    ExpertsSpec,
+    LatentSpec,
+    RouterSpec,
+    TargetSpec,
+)
+from jeagle.targets.view import Cache, View
+
+MIXERS: dict[type, Any] = {AttentionSpec: Attention, LatentSpec: LatentAttention, DeltaSpec: GatedDelta}
 
 
 class Build:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jeagle.layers import Linear, Sight, matmul, rms_norm
+from jeagle.layers import Linear, Sight, depends_on_length, matmul, rms_norm
 from jeagle.targets.block import Block, Build
-from jeagle.targets.mixers import Cache, Recurrent, View, ropes_depend_on_length
+from jeagle.targets.delta import Recurrent
 from jeagle.targets.spec import Group, TargetSpec, runs
+from jeagle.targets.view import Cache, View
 
 Caches = tuple[Any, ...]
 
@@ -108,7 +109,7 @@ class Decoder(nnx.Module):
         A token sees the tokens of its own segment up to itself.
         """
         lengths = None
-        if ropes_depend_on_length(self.spec):
+        if self._needs_lengths():
             same = segments[:, :, None] == segments[:, None, :]
             lengths = jnp.where(same, positions[:, None, :], 0).max(axis=-1) + 1
         view = View(positions, segments, Sight(positions, positions, segments, segments), lengths)
@@ -136,7 +137,7 @@ class Decoder(nnx.Module):
         length = next((c.keys.shape[-3] for c in cache if isinstance(c, Cache)), tokens.shape[1])
         keys = jnp.broadcast_to(jnp.arange(length), (tokens.shape[0], length))
         lengths = None
-        if ropes_depend_on_length(self.spec):
+        if self._needs_lengths():
             read = positions[:, 0] + (tokens.shape[1] if count_B is None else count_B)
             lengths = jnp.broadcast_to(read[:, None], positions.shape)
         view = View(positions, None, Sight(positions, keys), lengths, count_B)
@@ -192,6 +193,10 @@ class Decoder(nnx.Module):
             kept += new
         found = [tapped[tap] for tap in taps]
         return x, jnp.stack(found, axis=2) if taps else None, tuple(kept)
+
+    def _needs_lengths(self) -> bool:
+        ropes = (getattr(block.mixer, "rope", None) for block in self.spec.blocks)
+        return any(rope is not None and depends_on_length(rope) for rope in ropes)
 
     def _run_blocks(self):
         start = 0

@@ -47,7 +47,7 @@ class AttentionSpec:
     heads: int
     kv_heads: int
     head_dim: int
-    rope: Rope | None = Rope()
+    rope: Rope | None
     interleaved: bool = False
     window: int = 0
     chunk: int = 0

@@ -76,7 +76,7 @@ def test_stacked_layers_unrolled_layers_and_meshes_agree(source):
 def test_weights_are_really_split(source):
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
     target = targets.load_target(source, mesh, "float32", stacked=True)
-    kernel = target.model().layers.mlp.up_proj[...]
+    kernel = target.model().blocks[0].mlp.up_proj.kernel[...]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
 
 

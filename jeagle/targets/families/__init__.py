@@ -15,20 +15,6 @@ from jeagle.targets.spec import TargetSpec
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | qwen.FAMILIES | gemma.FAMILIES | more.FAMILIES
 
-# Models that read more than text: their text part is one of the above, by its own model_type.
-TEXT_PARTS: dict[str, str] = {
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gemma4_text": "Gemma4ForCausalLM",
-    "llama4_text": "Llama4ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
-    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
 # Where the text part's weights lie in such models: what "model." and "lm_head." become.
 PREFIXES: tuple[tuple[str, str], ...] = (
     ("model.", "lm_head."),
@@ -42,7 +28,7 @@ def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpe
     """The TargetSpec of a config.json. UserError for an unknown architecture or a switch that is not honoured."""
     name, values = _text_part(config)
     chosen = family or _known(name)
-    return chosen.read(Switches(name, _with_defaults(values)))
+    return chosen.read(Switches(name, _with_defaults(values, chosen.model_type)))
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -71,20 +57,20 @@ def _known(name: str) -> Family:
 
 
 def _text_part(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The architecture's name and the switches of its text part."""
+    """The architecture's name and the switches of its text part, which has a model_type of its own."""
     name = (config.get("architectures") or ["(none given)"])[0]
     inner = config.get("text_config")
     if not isinstance(inner, dict):
         return name, config
     outer = {k: config[k] for k in ("eos_token_id", "tie_word_embeddings") if config.get(k) is not None}
-    return TEXT_PARTS.get(inner.get("model_type", ""), name), inner | outer
+    parts = (text for text, family in FAMILIES.items() if family.model_type == inner.get("model_type"))
+    return next(parts, name), inner | outer
 
 
-def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(values: dict[str, Any], kind: str) -> dict[str, Any]:
     """The switches with the defaults of their model type, in the newest spelling, as transformers reads them."""
     import transformers  # two seconds
 
-    kind = values.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         return values
     given = {k: v for k, v in values.items() if k not in ("quantization_config", "model_type")}

@@ -10,31 +10,33 @@ import numpy as np
 
 from jeagle.errors import UserError
 from jeagle.joints import Rope
+from jeagle.layers import GATES
 from jeagle.targets.spec import AttentionSpec, BlockSpec, DenseSpec, TargetSpec
 
 # Keys of a config.json that change no number of a forward pass over text.
-INERT = frozenset(
-    """_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _sliding_window_pattern
+_INERT = """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _sliding_window_pattern
     add_cross_attention architectures attention_dropout audio_config audio_token_id auto_map aux_loss_alpha
-    bad_words_ids begin_suppress_tokens boa_token_id boi_token_id boi_token_index bos_token_id cache_implementation
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping embd_pdrop encoder_no_repeat_ngram_size eoa_token_id eoa_token_index eoi_token_id eoi_token_index
-    eos_token_id ep_size experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id head_dim_key id2label image_token_id image_token_index initializer_range is_decoder
-    is_encoder_decoder label2id language_model_only layer_norm_epsilon layer_types length_penalty
-    max_position_embeddings max_window_layers min_length mlp_layer_types mm_tokens_per_image model_type moe_layer_freq
-    mtp_loss_scaling mtp_num_hidden_layers mtp_use_dedicated_embeddings no_repeat_ngram_size no_rope_layer_interval
+    bad_words_ids begin_suppress_tokens boa_token_id boi_token_id boi_token_index bos_token_id
+    cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eoa_token_id
+    eoa_token_index eoi_token_id eoi_token_index eos_token_id ep_size experts_implementation
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id head_dim_key
+    id2label image_token_id image_token_index initial_context_length initializer_range is_decoder
+    is_encoder_decoder label2id language_model_only length_penalty max_position_embeddings max_window_layers
+    min_length mm_tokens_per_image model_type mtp_loss_scaling mtp_num_hidden_layers
+    mtp_use_dedicated_embeddings multimodal_projector_bias no_repeat_ngram_size no_rope_layer_interval
     num_beam_groups num_beams num_nextn_predict_layers num_return_sequences output_attentions output_dropout
-    output_hidden_states output_router_logits output_scores pad_token_id partial_rotary_factor prefix pretraining_tp
-    problem_type pruned_heads quantization_config remove_invalid_values repetition_penalty resid_pdrop return_dict
-    return_dict_in_generate rope_local_base_freq rope_scaling rope_theta router_aux_loss_coef router_jitter_noise
-    sep_token_id seq_aux sliding_window_pattern suppress_tokens task_specific_params temperature
-    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    type_vocab_size typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache use_mambapy use_parallel_residual
-    video_token_id vision_config vision_end_token_id vision_start_token_id spatial_merge_size projector_hidden_act
-    multimodal_projector_bias vision_feature_layer initial_context_length
-    swiglu_limit_legacy hidden_act""".split()
-)
+    output_hidden_states output_router_logits output_scores pad_token_id partial_rotary_factor prefix
+    pretraining_tp problem_type projector_hidden_act pruned_heads quantization_config remove_invalid_values
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate rope_local_base_freq rope_scaling
+    rope_theta router_aux_loss_coef router_jitter_noise sep_token_id seq_aux sliding_window_pattern
+    spatial_merge_size suppress_tokens task_specific_params temperature tie_encoder_decoder tie_word_embeddings
+    tokenizer_class top_k top_p torch_dtype torchscript transformers_version type_vocab_size typical_p
+    unsloth_fixed unsloth_version use_bfloat16 use_cache use_mambapy video_token_id vision_config
+    vision_end_token_id vision_feature_layer vision_start_token_id
+"""
+INERT = frozenset(_INERT.split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Piece:
         transposed, its last); None = all.
       transposed: matrices lie [out, in] there and [in, out] here.
       plus: what is added to the numbers (norms stored as their distance from 1).
-      shape: the parameter's own shape there, if it has axes of one more (a convolution's), which are dropped.
+      squeeze: the tensor has axes of length one more (a convolution's), which are dropped.
     """
 
     name: str
@@ -67,10 +69,12 @@ class Family:
     Attributes:
       read: a config.json's switches -> TargetSpec; refuses what it does not honour, by name.
       names: parameter of `Decoder`, layer numbers left out -> where it lies; of several pieces the first one there is.
+      model_type: Hugging Face's, by which transformers knows the defaults of a config.json; "" if it knows none.
     """
 
     read: Callable[[Switches], TargetSpec]
     names: Names
+    model_type: str = ""
 
 
 class Switches:
@@ -122,7 +126,9 @@ def rope_of(switches: Switches, kind: str | None = None) -> Rope:
     scaling["rope_type"] = "longrope" if scaling.get("rope_type") == "su" else scaling.get("rope_type", "default")
     longest = switches.get("max_position_embeddings", 2048)
     if scaling["rope_type"] in ("llama3", "dynamic", "yarn", "longrope"):
-        scaling.setdefault("original_max_position_embeddings", switches.get("original_max_position_embeddings", longest))
+        scaling.setdefault(
+            "original_max_position_embeddings", switches.get("original_max_position_embeddings", longest)
+        )
     if scaling["rope_type"] == "dynamic":
         scaling["original_max_position_embeddings"] = longest  # what the formula divides by, whatever else is given
     if scaling["rope_type"] in ("yarn", "longrope"):
@@ -165,6 +171,8 @@ def target(switches: Switches, blocks: Iterable[BlockSpec], **over: Any) -> Targ
             f"The target's config.json describes {len(blocks)} layers in its lists and num_hidden_layers = "
             f"{switches['num_hidden_layers']}: they must agree."
         )
+    if all(block == blocks[0] for block in blocks):
+        switches.only(layer_types=([kind] * len(blocks) for kind in ("full_attention", "sliding_attention")))
     ends = switches.get("eos_token_id", ())
     fields: dict[str, Any] = {
         "architecture": switches.architecture,
@@ -188,7 +196,10 @@ def target(switches: Switches, blocks: Iterable[BlockSpec], **over: Any) -> Targ
 
 
 def dense(switches: Switches, **over: Any) -> DenseSpec:
-    activation = switches.get("hidden_activation") or switches.get("hidden_act", "silu")
+    plain, special = switches.get("hidden_act", "silu"), switches.get("hidden_activation")
+    activation = special or plain
+    if activation not in GATES:
+        raise UserError(f"The target's activation {activation!r} is not supported; these are: {', '.join(GATES)}.")
     return DenseSpec(**({"width": switches["intermediate_size"], "activation": activation} | over))
 
 
@@ -241,7 +252,9 @@ def pre_norm_names(plus: float = 0.0) -> Names:
     return norm("before_mixer", "input_layernorm", plus) | norm("before_mlp", "post_attention_layernorm", plus)
 
 
-def expert_names(theirs: str = "mlp.experts", parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Names:
+def expert_names(
+    theirs: str = "mlp.experts", parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> Names:
     """Experts one by one, as most checkpoints have them, or gate and up of all of them in one tensor [E, 2F, H]."""
     names: Names = {}
     for ours, part in zip(("gate_proj", "up_proj", "down_proj"), parts, strict=True):

@@ -83,9 +83,7 @@ def gemma4(switches: Switches) -> TargetSpec:
         keeps = shared and not reads and kind not in kinds[i + 1 : first_shared]
         mixer = _gemma4_mixer(switches, i, kind, keep_as=kind if keeps else "", read_from=kind if reads else "")
         blocks.append(
-            BlockSpec(
-                mixer, mlp, _gemma4_experts(switches), norms="both", per_layer_width=extra, scaled=True
-            )
+            BlockSpec(mixer, mlp, _gemma4_experts(switches), norms="both", per_layer_width=extra, scaled=True)
         )
     return target(
         switches,
@@ -172,8 +170,8 @@ _GEMMA4: Names = merged(
 )
 
 FAMILIES = {
-    "GemmaForCausalLM": Family(gemma, _GEMMA),
-    "Gemma2ForCausalLM": Family(gemma2, _GEMMA2),
-    "Gemma3ForCausalLM": Family(gemma2, _GEMMA2),
-    "Gemma4ForCausalLM": Family(gemma4, _GEMMA4),
+    "GemmaForCausalLM": Family(gemma, _GEMMA, "gemma"),
+    "Gemma2ForCausalLM": Family(gemma2, _GEMMA2, "gemma2"),
+    "Gemma3ForCausalLM": Family(gemma2, _GEMMA2, "gemma3_text"),
+    "Gemma4ForCausalLM": Family(gemma4, _GEMMA4, "gemma4_text"),
 }

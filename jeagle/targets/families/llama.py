@@ -163,14 +163,13 @@ _LLAMA4: Names = merged(
 )
 
 FAMILIES = {
-    "LlamaForCausalLM": Family(llama, LLAMA),
-    "MistralForCausalLM": Family(mistral, LLAMA),
-    "MinistralForCausalLM": Family(mistral, LLAMA),
-    "Ministral3ForCausalLM": Family(ministral3, LLAMA),
-    "SmolLM3ForCausalLM": Family(smollm3, LLAMA),
-    "GraniteForCausalLM": Family(granite, LLAMA),
-    "Olmo2ForCausalLM": Family(olmo, _OLMO),
-    "Olmo3ForCausalLM": Family(olmo, _OLMO),
-    "Llama4ForCausalLM": Family(llama4, _LLAMA4),
+    "LlamaForCausalLM": Family(llama, LLAMA, "llama"),
+    "MistralForCausalLM": Family(mistral, LLAMA, "mistral"),
+    "MinistralForCausalLM": Family(mistral, LLAMA, "ministral"),
+    "Ministral3ForCausalLM": Family(ministral3, LLAMA, "ministral3"),
+    "SmolLM3ForCausalLM": Family(smollm3, LLAMA, "smollm3"),
+    "GraniteForCausalLM": Family(granite, LLAMA, "granite"),
+    "Olmo2ForCausalLM": Family(olmo, _OLMO, "olmo2"),
+    "Olmo3ForCausalLM": Family(olmo, _OLMO, "olmo3"),
+    "Llama4ForCausalLM": Family(llama4, _LLAMA4, "llama4_text"),
 }
-

@@ -257,10 +257,10 @@ _GPT_OSS: Names = merged(
 )
 
 FAMILIES = {
-    "DeepseekV2ForCausalLM": Family(deepseek_v2, _DEEPSEEK),
-    "DeepseekV3ForCausalLM": Family(deepseek_v3, _DEEPSEEK),
-    "Glm4ForCausalLM": Family(glm4, _GLM4),
-    "Glm4MoeForCausalLM": Family(glm4_moe, merged(LLAMA, _SHARED_MOE)),
-    "Phi3ForCausalLM": Family(phi3, _PHI3),
-    "GptOssForCausalLM": Family(gpt_oss, _GPT_OSS),
+    "DeepseekV2ForCausalLM": Family(deepseek_v2, _DEEPSEEK, "deepseek_v2"),
+    "DeepseekV3ForCausalLM": Family(deepseek_v3, _DEEPSEEK, "deepseek_v3"),
+    "Glm4ForCausalLM": Family(glm4, _GLM4, "glm4"),
+    "Glm4MoeForCausalLM": Family(glm4_moe, merged(LLAMA, _SHARED_MOE), "glm4_moe"),
+    "Phi3ForCausalLM": Family(phi3, _PHI3, "phi3"),
+    "GptOssForCausalLM": Family(gpt_oss, _GPT_OSS, "gpt_oss"),
 }

@@ -43,9 +43,7 @@ def qwen2(switches: Switches) -> TargetSpec:
 
 def qwen3(switches: Switches) -> TargetSpec:
     bias = bool(switches.get("attention_bias", False))
-    mixers = [
-        attention(switches, qk_norm="head", qkv_bias=bias, out_bias=bias, window=w) for w in _windows(switches)
-    ]
+    mixers = [attention(switches, qk_norm="head", qkv_bias=bias, out_bias=bias, window=w) for w in _windows(switches)]
     return target(switches, [BlockSpec(mixer, dense(switches)) for mixer in mixers])
 
 
@@ -205,7 +203,9 @@ def _hybrid_names(q: Piece, k: Piece, v: Piece, z: Piece, b: Piece, a: Piece) ->
         attention_names(),
         norm("mixer.q_norm", "self_attn.q_norm", 1.0),
         norm("mixer.k_norm", "self_attn.k_norm", 1.0),
-        _delta_names({"blocks.mixer.z_proj.kernel": z, "blocks.mixer.b_proj.kernel": b, "blocks.mixer.a_proj.kernel": a}),
+        _delta_names(
+            {"blocks.mixer.z_proj.kernel": z, "blocks.mixer.b_proj.kernel": b, "blocks.mixer.a_proj.kernel": a}
+        ),
         {
             "blocks.mixer.gate_proj.kernel": Piece(f"{own}q_proj.weight", _query_rows(True)),
             "blocks.mixer.gate_proj.bias": Piece(f"{own}q_proj.bias", _query_rows(True)),
@@ -246,12 +246,12 @@ _QWEN3_5: Names = _hybrid_names(
 )
 
 FAMILIES = {
-    "Qwen2ForCausalLM": Family(qwen2, LLAMA),
-    "Qwen2MoeForCausalLM": Family(qwen2_moe, merged(LLAMA, _MOE)),
-    "Qwen3ForCausalLM": Family(qwen3, LLAMA),
-    "Qwen3MoeForCausalLM": Family(qwen3_moe, merged(LLAMA, _MOE)),
-    "MixtralForCausalLM": Family(mixtral, _MIXTRAL),
-    "Qwen3NextForCausalLM": Family(qwen3_next, _QWEN3_NEXT),
-    "Qwen3_5ForCausalLM": Family(qwen3_5, _QWEN3_5),
-    "Qwen3_5MoeForCausalLM": Family(qwen3_5_moe, _QWEN3_5),
+    "Qwen2ForCausalLM": Family(qwen2, LLAMA, "qwen2"),
+    "Qwen2MoeForCausalLM": Family(qwen2_moe, merged(LLAMA, _MOE), "qwen2_moe"),
+    "Qwen3ForCausalLM": Family(qwen3, LLAMA, "qwen3"),
+    "Qwen3MoeForCausalLM": Family(qwen3_moe, merged(LLAMA, _MOE), "qwen3_moe"),
+    "MixtralForCausalLM": Family(mixtral, _MIXTRAL, "mixtral"),
+    "Qwen3NextForCausalLM": Family(qwen3_next, _QWEN3_NEXT, "qwen3_next"),
+    "Qwen3_5ForCausalLM": Family(qwen3_5, _QWEN3_5, "qwen3_5_text"),
+    "Qwen3_5MoeForCausalLM": Family(qwen3_5_moe, _QWEN3_5, "qwen3_5_moe_text"),
 }
