@@ -20,7 +20,7 @@ from jeagle import data, objective, targets
 from jeagle.config import ObjectiveConfig, RunConfig, TrainConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
-from jeagle.joints import DraftSpec, Tables
+from jeagle.joints import DraftSpec, Rope, Tables
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
 from jeagle.targets import Target, TargetFiles, TargetSpec
@@ -96,13 +96,23 @@ def draft_spec(config: RunConfig, target: TargetSpec, draft_vocab: int, ends: tu
         mlp_width=target.mlp_width,
         layers=config.draft.layers,
         norm_eps=target.norm_eps,
-        rope=target.rope,
+        rope=draft_rope(target.rope),
         max_positions=target.max_positions,
         norm_before_residual=config.draft.norm_before_residual,
         norm_before_fc=config.draft.norm_before_fc,
         fc_norm=config.draft.fc_norm,
         end_token_ids=ends,
     )
+
+
+def draft_rope(rope: Rope) -> Rope:
+    """The target's rotary embedding as far as every engine's Llama layer has it; else a plain one of the same base.
+
+    What turns with the sequence's length (dynamic, longrope) or leaves dimensions still (partial, proportional) is
+    not served alike everywhere, and a draft sees too little of a sequence to need it.
+    """
+    everywhere = rope.scaling_dict.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+    return rope if everywhere and "partial_rotary_factor" not in rope.scaling_dict else Rope(rope.theta)
 
 
 def objective_spec(config: ObjectiveConfig) -> objective.ObjectiveSpec:

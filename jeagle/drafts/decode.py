@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jeagle.drafts.eagle3 import Eagle3
 from jeagle.drafts.ttt import Past
 from jeagle.joints import Tables
-from jeagle.layers import attend
+from jeagle.layers import Sight, attend
 
 
 def empty_cache(draft: Eagle3, rows: int, length: int) -> tuple[Past, ...]:
@@ -37,10 +37,8 @@ def advance(
     Source: EAGLE-3 (arXiv 2503.01840), section 3.1; positions as in vLLM and SGLang (slot t rotates by t).
     """
     rows = jnp.arange(tokens_BT.shape[0])[:, None]
-    here_S = jnp.arange(cache[0].keys_BTGC.shape[1])
-    allowed = here_S <= positions_BT[:, :, None]
-    if draft.spec.sliding_window:
-        allowed &= here_S > positions_BT[:, :, None] - draft.spec.sliding_window
+    length = cache[0].keys_BTGC.shape[1]
+    sight = Sight(positions_BT, jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length)))
     embedded = tables.embed_VW[tokens_BT].astype(jnp.float32)
     hidden, kept = hidden_BTW, []
     for layer, past in zip(draft.layers, cache, strict=True):
@@ -48,7 +46,8 @@ def advance(
         fresh = layer.self_attn.keys_values(read, positions_BT)
         past = Past(*(room.at[rows, positions_BT].set(new) for room, new in zip(past, fresh, strict=True)))
         queries = layer.self_attn.queries(read, positions_BT)
-        hidden = layer.finish(residual, attend(queries, *past, allowed, draft.dtype))
+        mixed = attend(queries, *past, sight, draft.dtype, window=draft.spec.sliding_window)
+        hidden = layer.finish(residual, mixed)
         kept.append(past)
     for_head, state = draft.finish(hidden)
     return for_head, state, tuple(kept)

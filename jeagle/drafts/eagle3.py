@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jeagle.joints import DraftSpec
-from jeagle.layers import GatedMLP, inverse_frequencies, matmul, rms_norm, rotate
+from jeagle.layers import GatedMLP, matmul, rms_norm, rotate_by
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -51,7 +51,7 @@ class Attention(nnx.Module):
         heads = self._project(x, which)
         if self.spec.qk_norm:
             heads = rms_norm(heads, getattr(self, f"{which}_norm")[...], self.spec.norm_eps)
-        return rotate(heads, positions, inverse_frequencies(self.spec.rope, self.spec.head_dim))
+        return rotate_by(self.spec.rope, heads, positions)
 
     def _project(self, x: jax.Array, which: str) -> jax.Array:
         y = matmul(x, getattr(self, f"{which}_proj")[...], self.dtype)

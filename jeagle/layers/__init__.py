@@ -6,7 +6,7 @@ from jeagle.layers.experts import Experts
 from jeagle.layers.linear import Linear, matmul
 from jeagle.layers.mlp import GATES, Dense, GatedMLP
 from jeagle.layers.norms import rms_norm, unit_norm
-from jeagle.layers.rope import depends_on_length, inverse_frequencies, rotate, rotate_by, yarn_mscale
+from jeagle.layers.rope import depends_on_length, inverse_frequencies, rotate_by, yarn_mscale
 
 __all__ = [
     "GATES",
@@ -23,7 +23,6 @@ __all__ = [
     "inverse_frequencies",
     "matmul",
     "rms_norm",
-    "rotate",
     "rotate_by",
     "unit_norm",
     "yarn_mscale",

@@ -86,14 +86,6 @@ def rotate_by(
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def rotate(x: jax.Array, positions: jax.Array, inverse_frequency: np.ndarray) -> jax.Array:
-    """Rotates x [..., T, heads, head_dim] by positions [..., T] times fixed frequencies, halves paired."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequency, jnp.float32)
-    kind = jnp.promote_types(x.dtype, jnp.float32)
-    cos, sin = jnp.cos(angles)[..., None, :].astype(kind), jnp.sin(angles)[..., None, :].astype(kind)
-    return _turn_halves(x.astype(kind), cos, sin)
-
-
 def _turn_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     low, high = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
