@@ -60,13 +60,16 @@ def unroll(
     tokens_KBN = jax.vmap(lambda reads: _read_tokens(batch, reads))(reads_KBN)
     positions_BN = take_rows(batch.positions_BT, slots.positions_BN)
 
+    # Looked up before the scan: within it, XLA's CPU backend would convert the whole table to float32 first.
+    embedded_KBNW = tables.embed_VW[tokens_KBN]
+
     def step(carry, parts):
-        k, tokens_BN = parts
-        return _step(nnx.merge(graphdef, state), carry, k, tokens_BN, positions_BN, tables, context)
+        k, embedded_BNW = parts
+        return _step(nnx.merge(graphdef, state), carry, k, embedded_BNW, positions_BN, context)
 
     own = _empty_own(draft, steps, slots.positions_BN.shape)
     carry = (take_rows(fused_BTW, slots.positions_BN), own)
-    _, hidden_KBNW = jax.lax.scan(step, carry, (jnp.arange(steps), tokens_KBN))
+    _, hidden_KBNW = jax.lax.scan(step, carry, (jnp.arange(steps), embedded_KBNW))
     return Predictions(hidden_KBNW, reads_KBN, counts_KBN)
 
 
@@ -128,9 +131,9 @@ def _empty_own(draft: Eagle3, steps: int, slots: tuple[int, ...]) -> tuple[Past,
     return tuple(Past(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in draft.layers)
 
 
-def _step(draft: Eagle3, carry, k: jax.Array, tokens_BN, positions_BN, tables: Tables, context: Context):
+def _step(draft: Eagle3, carry, k: jax.Array, embedded_BNW, positions_BN, context: Context):
     hidden, own = carry
-    embedded = _embed(tables, tokens_BN)
+    embedded = embedded_BNW.astype(jnp.float32)
     happened_J = jnp.arange(own[0].keys_BTGC.shape[0]) < k
     kept = []
     for layer, past, mine in zip(draft.layers, context.past, own, strict=True):
