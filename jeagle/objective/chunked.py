@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.objective.losses import Teacher, overlap, weighted
+from jeagle.runtime.numerics import first_largest
 
 
 class Taught(NamedTuple):
@@ -125,7 +126,7 @@ def _scan(recipe, hidden_KBMW, lm_head_DW, taught, *, with_gradient):
             losses = loss_of(logits, teacher)
             return jnp.sum(jnp.where(weight != 0, losses * weight, 0.0)), losses
 
-        figures = (overlap(logits, teacher.full_probs), jnp.argmax(logits, axis=-1) == label)
+        figures = (overlap(logits, teacher.full_probs), first_largest(logits) == label)
         if not with_gradient:
             chunk_total, losses = weighted_sum(logits)
             return (total + chunk_total, dhead), (Slotwise(losses, *figures), ())

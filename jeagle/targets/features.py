@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jeagle.align import select, take_rows
 from jeagle.joints import Batch, Features
+from jeagle.runtime.numerics import first_largest
 from jeagle.targets.decoder import Decoder
 
 VOCABULARY_CHUNK = 256  # positions whose logits over the whole vocabulary exist at a time
@@ -48,13 +49,13 @@ def over_vocabulary(
     """argmax and a figure of each position's logits, a chunk of positions at a time."""
     batch, width, hidden = last_BNH.shape
     total = batch * width
-    chunk = min(VOCABULARY_CHUNK, total)
-    chunks = -(-total // chunk)
+    chunks = -(-total // VOCABULARY_CHUNK)
+    chunk = -(-total // chunks)  # even ones, so that no last one is made of padding
     padded = jnp.pad(last_BNH.reshape(total, hidden), ((0, chunks * chunk - total), (0, 0)))
 
     def one(last: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(last)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), figure(logits)
+        return first_largest(logits).astype(jnp.int32), figure(logits)
 
     greedy, figures = jax.lax.map(one, padded.reshape(chunks, chunk, hidden))
     return greedy.reshape(-1)[:total].reshape(batch, width), figures.reshape(-1)[:total].reshape(batch, width)
