@@ -19,7 +19,7 @@ FORMS = (
 )
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)")
-_SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_SPLIT_GGUF = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
 # Both sizes together bound what a fingerprint reads of a shard to 256 KiB, whatever its size.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -30,7 +30,7 @@ class TargetFiles:
 
     Attributes:
       reference: as the user wrote it.
-      path: the folder of safetensors, or the .gguf file.
+      path: the folder of safetensors, or the .gguf file (its first part, where it is split).
       format: how the weights lie.
       fingerprint: 16 hexadecimal digits that change when the weights change: caches of features are keyed by it.
     """
@@ -84,28 +84,43 @@ def _local(reference: str, path: Path) -> TargetFiles:
             raise UserError(f"The target folder {path} has safetensors but no config.json: copy the model's own there.")
         return TargetFiles(reference, path, "safetensors", _safetensors_fingerprint(path))
     ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
+    if ggufs and set(ggufs) <= set(gguf_parts(ggufs[0])):
         return _gguf(reference, ggufs[0])
-    if ggufs and not _SPLIT_GGUF.search(ggufs[0].name):
+    if ggufs:
         names = ", ".join(p.name for p in ggufs)
         raise UserError(f"The target folder {path} holds several GGUF files ({names}): give the path of one of them.")
-    if ggufs:
-        return _gguf(reference, ggufs[0])
     if pickles := sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in path.glob(kind)):
         raise UserError(
-            f"The target folder {path} has only pickled weights ({pickles[0]}), which can run code when read: "
-            "convert them to safetensors (save_pretrained of the model, with transformers) and give that folder."
+            f"The target folder {path} has only pickled weights ({pickles[0]}), which can run code when read: where "
+            "you trust them, convert them with transformers and torch "
+            "(AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)) and give the new folder."
         )
     raise UserError(f"The target folder {path} holds no weights: neither *.safetensors nor one *.gguf.")
 
 
 def _gguf(reference: str, path: Path) -> TargetFiles:
-    if _SPLIT_GGUF.search(path.name):
+    parts = gguf_parts(path)
+    digests = [_recorded_sha256(part) for part in parts]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return TargetFiles(reference, parts[0], "gguf", whole[:16])
+
+
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """All files of a GGUF, in order, given any of them: NAME-00001-of-0000N.gguf, ..., or just the one.
+
+    Raises:
+      UserError: where a part is missing, naming it.
+    """
+    split = _SPLIT_GGUF.fullmatch(path.name)
+    if not split:
+        return (path,)
+    count = int(split["count"])
+    parts = tuple(path.with_name(f"{split['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1))
+    if absent := [part.name for part in parts if not part.is_file()]:
         raise UserError(
-            f"The target {path} is one part of a split GGUF: join the parts with `llama-gguf-split --merge` and give "
-            "the one file."
+            f"The target {path} is one of {count} parts, and {absent[0]} is not beside it: download it too."
         )
-    return TargetFiles(reference, path, "gguf", _recorded_sha256(path)[:16])
+    return parts
 
 
 def _recorded_sha256(path: Path) -> str:

@@ -81,9 +81,9 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    from jeagle.targets.gguf_file import metadata, open_gguf
+    from jeagle.targets.gguf_reader import open_gguf
 
-    header = metadata(open_gguf(path))
+    header = open_gguf(path).metadata
     model, pre = header.get("tokenizer.ggml.model"), header.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in _SINGLE_DIGITS:
         raise UserError(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes  # noqa: F401  lets numpy, and through it safetensors, hold bfloat16
 import numpy as np
 
 from jeagle.errors import UserError
+from jeagle.targets.quantised_methods import dequantised
+from jeagle.targets.quantised_storage import safetensors_arrays
+from jeagle.targets.quantised_views import Index, View, whole
 from jeagle.targets.reference import TargetFiles
-
-Index = tuple[slice, ...]
 
 
 class WeightSource(Protocol):
@@ -28,6 +26,9 @@ class WeightSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole shape. Matrices lie [out, in]. UserError for a name that is not there."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of what `read` returns."""
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """An array, or the part of it that `index` (one slice an axis, step 1) cuts out; only that part is read."""
@@ -47,30 +48,38 @@ def open_weights(files: TargetFiles) -> WeightSource:
 
 
 class SafetensorsWeights:
-    """A folder of config.json and one or more safetensors files."""
+    """A folder of config.json and one or more safetensors files.
+
+    Weights that were published in fp8, int8 or MXFP4 are multiplied out on reading (`quantised_methods`): names, shapes
+    and `config` are those of the unquantised checkpoint.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self.config = _read_config(folder)
-        self._files = {file: _open(folder / file) for file in _shards(folder)}
-        self._where = {name: file for file, opened in self._files.items() for name in sorted(opened.keys())}
+        self.config, quantisation = _read_config(folder)
+        files = {file: safetensors_arrays(folder / file) for file in _shards(folder)}
+        self._where = {name: file for file, arrays in files.items() for name in arrays}
         self._check_index()
+        arrays = {name: array for held in files.values() for name, array in held.items()}
+        self._views = dequantised(arrays, quantisation, folder)
 
     def names(self) -> list[str]:
-        return sorted(self._where)
+        return sorted(self._views)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._view(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._view(name).dtype
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        view = self._slice(name)
-        with _told(self._folder / self._where[name], f"its tensor {name}"):
-            return view[index] if index else self._files[self._where[name]].get_tensor(name)
+        view = self._view(name)
+        return view.read(whole(index, view.shape))
 
-    def _slice(self, name: str) -> Any:
-        if name not in self._where:
+    def _view(self, name: str) -> View:
+        if name not in self._views:
             raise UserError(f"The target {self._folder} has no tensor {name}: is its download complete?")
-        return self._files[self._where[name]].get_slice(name)
+        return self._views[name]
 
     def _check_index(self) -> None:
         index = self._folder / "model.safetensors.index.json"
@@ -82,20 +91,19 @@ class SafetensorsWeights:
                     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """config.json without its quantisation, and the quantisation."""
     config = read_json(folder / "config.json")
-    if quantisation := config.get("quantization_config"):
-        method = quantisation.get("quant_method", "unnamed")
-        raise UserError(
-            f"The target {folder} is quantised ({method}), which is not supported in safetensors: give the original "
-            "bfloat16 model, or a GGUF."
-        )
+    text = config.get("text_config") or {}
+    found = [part.pop("quantization_config", None) for part in (config, text)]
+    found += [part.pop("compression_config", None) for part in (config, text)]  # what compressed-tensors used to say
+    quantisation = next((entry for entry in found if entry), None)
     generation = folder / "generation_config.json"
     if generation.is_file():  # chat models often name the end of a turn only here
         ends = as_ids(config.get("eos_token_id")) + as_ids(read_json(generation).get("eos_token_id"))
         unique = list(dict.fromkeys(ends))
         config["eos_token_id"] = unique if len(unique) != 1 else unique[0]
-    return config
+    return config, quantisation
 
 
 def _shards(folder: Path) -> list[str]:
@@ -131,25 +139,3 @@ def read_json(path: Path) -> dict[str, Any]:
 def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """Token ids from a configuration's value, which may be one, several or none."""
     return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _open(path: Path) -> Any:
-    from safetensors import safe_open
-
-    with _told(path, "the file"):
-        return safe_open(path, framework="numpy")
-
-
-@contextlib.contextmanager
-def _told(path: Path, what: str) -> Iterator[None]:
-    """Turns the safetensors library's errors into one sentence."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"The target's file {path} is missing: download it again.") from error
-    except (SafetensorError, OSError, TypeError) as error:
-        raise UserError(
-            f"The target's {path} cannot be read: {what} is damaged or of an unknown type ({error})."
-        ) from error
