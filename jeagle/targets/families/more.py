@@ -124,7 +124,7 @@ def phi3(switches: Switches) -> TargetSpec:
 
 
 def gpt_oss(switches: Switches) -> TargetSpec:
-    switches.only(experts_per_token=(switches["num_experts_per_tok"],))
+    switches.only(hidden_act=("silu",), experts_per_token=(switches["num_experts_per_tok"],))
     bias, window = bool(switches.get("attention_bias", True)), switches.get("sliding_window", 0)
     experts = ExpertsSpec(
         switches["num_local_experts"],
