@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 
 def prepare_host() -> None:
@@ -15,13 +15,15 @@ def prepare_host() -> None:
 
     XLA's CPU backend allocates its temporary buffers anew on every call. glibc hands large ones back to the system each
     time, so that every call pays for zeroing and mapping fresh pages: on two cores a step of a 135M-parameter target
-    took 2 to 4 times as long.
+    took 2 to 4 times as long. XLA's threads must share one arena: the arenas that glibc makes for further threads
+    cannot hold blocks of 64 MiB and more, whatever the thresholds, and map those anew each time.
     """
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL(None)
             libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
             libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+            libc.mallopt(_ARENA_MAX, 1)
         except (AttributeError, OSError):
             pass  # another C library: slower, not wrong
     import jax
