@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jeagle import data, objective, targets
-from jeagle.config import ObjectiveConfig, RunConfig, TrainConfig
+from jeagle.config import DraftConfig, ObjectiveConfig, RunConfig, TrainConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
 from jeagle.joints import DraftSpec, Rope, Tables
@@ -127,6 +127,11 @@ def make_tables(target: Target, draft_to_target_D: np.ndarray, mesh: Mesh) -> Ta
     rows = NamedSharding(mesh, logical_sharding(("vocab", "width"), (len(draft_to_target_D), target.spec.width), mesh))
     head = jax.jit(lambda head, ids: head[ids], out_shardings=rows)(model.head_rows(), ids)
     return Tables(model.embed_tokens[...], head, ids)
+
+
+def starting_head(config: DraftConfig, target: TargetSpec, tables: Tables) -> jax.Array | None:
+    """Where the draft's lm_head starts: the target's rows, with the scale that servers do not apply to a draft's."""
+    return tables.head_DH * target.logits.scale if config.head_start == "target" else None
 
 
 def draft_key(path: tuple[Any, ...]) -> str:

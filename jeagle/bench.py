@@ -101,7 +101,7 @@ def open_bench(
     loaded = loaded or assemble.load_target(config, mesh, dtype=dtype)
     tables = assemble.make_tables(loaded.target, data.load_tables(folder / "tables"), mesh)
     if params is None:
-        head = tables.head_DH if config.draft.head_start == "target" else None
+        head = assemble.starting_head(config.draft, loaded.target.spec, tables)
         graphdef, state = assemble.make_draft(spec, dtype, mesh, seed=config.train.seed, head=head)
     else:
         graphdef, state = assemble.draft_from_flat(spec, dtype, params, mesh)

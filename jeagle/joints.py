@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -56,6 +57,24 @@ class Tables(NamedTuple):
     embed_VW: Float[Array, "V W"]
     head_DH: Float[Array, "D H"]
     draft_to_target_D: Int[Array, "D"]
+
+
+class LogitShape(NamedTuple):
+    """What a target's family does to its logits: static, so that most targets pay nothing for it.
+
+    Attributes:
+      scale: logits are multiplied with it. cap: then they become cap * tanh(logits / cap); 0 = they stay.
+    """
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    def __call__(self, logits: Array) -> Array:
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits
+
+
+PLAIN_LOGITS = LogitShape()
 
 
 class Predictions(NamedTuple):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jeagle import align, drafts, objective, targets
 from jeagle.assemble import TrainState
-from jeagle.joints import Batch, Features, Tables
+from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Tables
 
 
 class Program(NamedTuple):
@@ -24,6 +24,7 @@ class Program(NamedTuple):
       objective: the switches of the loss.
       ttt_steps: K.
       dtype: of the draft's matrix products.
+      logits: what the target's family does to its logits, which teach.
     """
 
     target: Any
@@ -32,6 +33,7 @@ class Program(NamedTuple):
     objective: objective.ObjectiveSpec
     ttt_steps: int
     dtype: Any
+    logits: LogitShape = PLAIN_LOGITS
 
 
 class Frozen(NamedTuple):
@@ -96,6 +98,7 @@ def draft_loss(
         live.teachers,
         dtype=program.dtype,
         slots=live.slots,
+        logits=program.logits,
     )
 
 

@@ -53,7 +53,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     vocabulary = assemble.draft_to_target(config)
     tables = assemble.make_tables(loaded.target, vocabulary, mesh)
     spec = assemble.draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids)
-    head = tables.head_DH if config.draft.head_start == "target" else None
+    head = assemble.starting_head(config.draft, loaded.target.spec, tables)
     graphdef, draft = assemble.make_draft(spec, config.train.dtype, mesh, seed=config.train.seed, head=head)
 
     stream = open_stream(config)
@@ -75,6 +75,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         learnt,
         config.draft.ttt_steps,
         jnp.dtype(config.train.dtype),
+        loaded.target.spec.logits,
     )
     frozen = Frozen(loaded.target.state, tables)
     buckets = choose_buckets(stream, program, steps, config.train.slot_buckets, config.data.row_length)

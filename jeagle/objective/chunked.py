@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jeagle.joints import PLAIN_LOGITS, LogitShape
 from jeagle.objective.losses import Teacher, overlap, weighted
 from jeagle.runtime.numerics import first_largest
 
@@ -52,12 +53,14 @@ class Recipe(NamedTuple):
         over the whole one (SpecForge, and what a server does).
       dtype: of the matrix products; sums are float32 or better.
       chunk: M positions at a time; M must be a multiple of it.
+      logits: what the target's family does to its logits.
     """
 
     terms: tuple[tuple[float, str], ...]
     renormalised: bool
     dtype: Any
     chunk: int
+    logits: LogitShape = PLAIN_LOGITS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -117,7 +120,7 @@ def _scan(recipe, hidden_KBMW, lm_head_DW, taught, *, with_gradient):
     def body(carry, parts):
         total, dhead = carry
         hidden, last, lse, label, weight = parts
-        teacher_logits = _dot(last, taught.head_DH, dtype, ((2,), (1,)))
+        teacher_logits = recipe.logits(_dot(last, taught.head_DH, dtype, ((2,), (1,))))
         probs = jax.nn.softmax(teacher_logits, axis=-1)
         teacher = Teacher(probs, probs if recipe.renormalised else jnp.exp(teacher_logits - lse[..., None]))
         logits = _dot(hidden, lm_head_DW, dtype, ((3,), (1,)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.align import Selected, take_rows
-from jeagle.joints import Batch, Features, Predictions, Tables
+from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Predictions, Tables
 from jeagle.objective.chunked import Recipe, Slotwise, Taught, chunked_loss
 from jeagle.objective.dialects import ObjectiveSpec
 
@@ -48,6 +48,7 @@ def objective(
     *,
     dtype: Any,
     slots: Selected,
+    logits: LogitShape = PLAIN_LOGITS,
 ) -> tuple[jax.Array, Figures]:
     """The scalar loss of the global batch and its figures.
 
@@ -57,6 +58,7 @@ def objective(
       lm_head_DW: the draft's own head, trained or not.
       teachers: the M positions of each row that teach some counting slot.
       slots: positions of the N live slots (for weighing by document).
+      logits: what the target's family does to its logits.
 
     Source: EAGLE-3 (arXiv 2503.01840); the switches of `spec` name the differences between its trainers.
     """
@@ -79,7 +81,7 @@ def objective(
         weight_KBM=jnp.where(present_KBM, _take(weight_KBN, slot_KBM), 0.0),
     )
     hidden_KBMW = _take(predictions.hidden_KBNW, slot_KBM)
-    recipe = Recipe(spec.terms(), spec.renormalised, dtype, _chunk(*slot_KBM.shape[1:]))
+    recipe = Recipe(spec.terms(), spec.renormalised, dtype, _chunk(*slot_KBM.shape[1:]), logits)
     loss, by_teacher = chunked_loss(recipe, hidden_KBMW, lm_head_DW, taught)
     by_slot = _by_slot(by_teacher, slot_KBM, present_KBM, counts_KBN.shape[2])
     return loss, _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)

@@ -91,9 +91,7 @@ class Decoder(nnx.Module):
 
     def logits(self, last: jax.Array) -> jax.Array:
         """float32 logits [..., V] of states that the final norm has seen."""
-        logits = matmul(last, self.head_rows(), self.dtype, True) * self.spec.logit_scale
-        cap = self.spec.logit_cap
-        return cap * jnp.tanh(logits / cap) if cap else logits
+        return self.spec.logits(matmul(last, self.head_rows(), self.dtype, True))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         x = self.embed_tokens[...][tokens].astype(jnp.float32)

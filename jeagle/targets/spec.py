@@ -7,7 +7,7 @@ import itertools
 from typing import Literal, NamedTuple
 
 from jeagle.errors import UserError
-from jeagle.joints import Rope
+from jeagle.joints import PLAIN_LOGITS, LogitShape, Rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ class TargetSpec:
       blocks: the layers, one by one.
       tied: whether lm_head is the embedding.
       embed_scale: what embedding rows are multiplied with (rounded to the weights' type, as the families do).
-      logit_scale: what logits are multiplied with. logit_cap: logits become cap * tanh(logits / cap); 0 = none.
+      logits: what is done to them after lm_head.
       per_layer_vocab: rows of Gemma 4's per-layer embedding.
       heads, kv_heads, head_dim, mlp_width, rope: of the plain Llama layer that a draft of this target is.
       max_positions: longest sequence the target was made for.
@@ -211,8 +211,7 @@ class TargetSpec:
     mlp_width: int
     rope: Rope
     embed_scale: float = 1.0
-    logit_scale: float = 1.0
-    logit_cap: float = 0.0
+    logits: LogitShape = PLAIN_LOGITS
     per_layer_vocab: int = 0
     max_positions: int = 2048
     end_token_ids: tuple[int, ...] = ()

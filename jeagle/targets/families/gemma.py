@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jeagle.joints import LogitShape
 from jeagle.targets.families.common import (
     Family,
     Names,
@@ -65,7 +66,7 @@ def gemma2(switches: Switches) -> TargetSpec:
         [BlockSpec(mixer, dense(switches), norms="both") for mixer in mixers],
         rope=rope_of(switches, "full_attention"),
         embed_scale=_embed_scale(switches),
-        logit_cap=float(switches.get("final_logit_softcapping", 0.0)),
+        logits=LogitShape(cap=float(switches.get("final_logit_softcapping", 0.0))),
     )
 
 
@@ -90,7 +91,7 @@ def gemma4(switches: Switches) -> TargetSpec:
         blocks,
         rope=rope_of(switches, "full_attention"),
         embed_scale=_embed_scale(switches),
-        logit_cap=float(switches.get("final_logit_softcapping", 0.0)),
+        logits=LogitShape(cap=float(switches.get("final_logit_softcapping", 0.0))),
         per_layer_vocab=switches["vocab_size_per_layer_input"] if extra else 0,
     )
 

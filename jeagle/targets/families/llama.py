@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from jeagle.joints import LogitShape
 from jeagle.targets.families.common import (
     LLAMA,
     Family,
@@ -82,7 +83,7 @@ def granite(switches: Switches) -> TargetSpec:
         switches,
         [block] * switches["num_hidden_layers"],
         embed_scale=float(switches["embedding_multiplier"]),
-        logit_scale=1 / switches["logits_scaling"],
+        logits=LogitShape(scale=1 / switches["logits_scaling"]),
     )
 
 
