@@ -18,12 +18,11 @@ import pytest
 
 from jeagle import targets
 from jeagle.runtime import mesh as meshes
-from jeagle.targets.families import FAMILIES
+from jeagle.targets.families import FAMILIES, architecture_of
 
 FOLDER = Path(os.environ.get("JEAGLE_TARGET_GOLDENS") or Path(__file__).parent / "goldens")
-ARCHITECTURES = {
-    path.parent.name: json.loads(path.read_text())["architectures"][0] for path in sorted(FOLDER.glob("*/config.json"))
-}
+CONFIGS = {path.parent.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*/config.json"))}
+ARCHITECTURES = {name: architecture_of(config) for name, config in CONFIGS.items()}
 CASES = [name for name, architecture in ARCHITECTURES.items() if architecture in FAMILIES]
 TO_TRANSFORMERS, TO_ITSELF = 1e-4, 2e-5  # of the largest value
 # Their frequencies depend on the length of the text, beyond so many tokens.

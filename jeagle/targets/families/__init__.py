@@ -32,7 +32,12 @@ def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpe
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    return _known(_text_part(config)[0])
+    return _known(architecture_of(config))
+
+
+def architecture_of(config: dict[str, Any]) -> str:
+    """The architecture's name; of a model that reads more than text, that of its text part."""
+    return _text_part(config)[0]
 
 
 def own_family(path: str) -> Family:
@@ -81,4 +86,15 @@ def _with_defaults(values: dict[str, Any], kind: str) -> dict[str, Any]:
         raise UserError(f"The target's config.json is not a valid {kind} configuration: {reason}") from error
 
 
-__all__ = ["FAMILIES", "PREFIXES", "Family", "Names", "Piece", "Switches", "family_of", "own_family", "read_spec"]
+__all__ = [
+    "FAMILIES",
+    "PREFIXES",
+    "Family",
+    "Names",
+    "Piece",
+    "Switches",
+    "architecture_of",
+    "family_of",
+    "own_family",
+    "read_spec",
+]
