@@ -15,29 +15,29 @@ import jax.numpy as jnp
 
 from jeagle.joints import PLAIN_LOGITS, LogitShape
 from jeagle.objective.losses import Teacher, overlap, weighted
-from jeagle.runtime.numerics import first_largest
+from jeagle.runtime.numerics import first_largest, rows_product, summed_product
 
 
 class Taught(NamedTuple):
-    """Teacher positions and what they teach, all [B, M, ...] or [K, B, M].
+    """Teacher positions and what they teach, [B, M, ...].
 
     Attributes:
       last_BMH: the target's final states; head_DH reads them.
       head_DH: the target's lm_head rows of the draft vocabulary.
       lse_BM: logsumexp of the target's logits over its whole vocabulary.
       label_BM: the target's argmax as a draft vocabulary entry, -1 where the draft cannot say it.
-      weight_KBM: what a slot's loss is multiplied with; 0 where there is none.
+      weight_BMK: what a slot's loss is multiplied with; 0 where there is none.
     """
 
     last_BMH: jax.Array
     head_DH: jax.Array
     lse_BM: jax.Array
     label_BM: jax.Array
-    weight_KBM: jax.Array
+    weight_BMK: jax.Array
 
 
 class Slotwise(NamedTuple):
-    """What the chunks leave behind for metrics: [K, B, M] each, without gradient."""
+    """What the chunks leave behind for metrics: [B, M, K] each, without gradient."""
 
     loss: jax.Array
     accepted: jax.Array
@@ -52,8 +52,12 @@ class Recipe(NamedTuple):
       renormalised: acceptance is taken against the teacher renormalised over the draft vocabulary (speculators), not
         over the whole one (SpecForge, and what a server does).
       dtype: of the matrix products; sums are float32 or better.
+<<<<<<< HEAD
       chunk: M positions at a time; M must be a multiple of it.
       logits: what the target's family does to its logits.
+=======
+      chunk: M positions of each row at a time; M must be a multiple of it.
+>>>>>>> 355488a (Objective: matrices multiplied as they lie, slots laid out with the steps innermost)
     """
 
     terms: tuple[tuple[float, str], ...]
@@ -65,24 +69,24 @@ class Recipe(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked_loss(
-    recipe: Recipe, hidden_KBMW: jax.Array, lm_head_DW: jax.Array, taught: Taught
+    recipe: Recipe, hidden_BMKW: jax.Array, lm_head_DW: jax.Array, taught: Taught
 ) -> tuple[jax.Array, Slotwise]:
     """sum of weight * loss over all slots, and the slots' figures.
 
     Args:
-      hidden_KBMW: what the draft's lm_head reads at the slots, by teacher position.
+      hidden_BMKW: what the draft's lm_head reads at the slots, by teacher position.
       lm_head_DW: the draft's lm_head.
 
     Source: EAGLE-3 (arXiv 2503.01840) for the loss; gradients in the forward pass as in Liger (arXiv 2410.10989).
     """
-    (total, _), (slotwise, _) = _scan(recipe, hidden_KBMW, lm_head_DW, taught, with_gradient=False)
+    (total, _), (slotwise, _) = _scan(recipe, hidden_BMKW, lm_head_DW, taught, with_gradient=False)
     return total, slotwise
 
 
-def _forward(recipe, hidden_KBMW, lm_head_DW, taught):
-    carry, (slotwise, dhidden) = _scan(recipe, hidden_KBMW, lm_head_DW, taught, with_gradient=True)
-    total, dhead = carry
-    return (total, slotwise), (_join(dhidden).astype(hidden_KBMW.dtype), dhead.astype(lm_head_DW.dtype), taught)
+def _forward(recipe, hidden_BMKW, lm_head_DW, taught):
+    (total, dhead_WD), (slotwise, dhidden) = _scan(recipe, hidden_BMKW, lm_head_DW, taught, with_gradient=True)
+    residuals = dhidden.astype(hidden_BMKW.dtype), dhead_WD.T.astype(lm_head_DW.dtype), taught
+    return (total, slotwise), residuals
 
 
 def _backward(recipe, residuals, cotangents):
@@ -99,27 +103,24 @@ def _zero_cotangent(x: jax.Array) -> Any:
     return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else None
 
 
-def _dot(a: jax.Array, b: jax.Array, dtype: Any, over: tuple[Any, Any]) -> jax.Array:
-    total = jnp.promote_types(dtype, jnp.float32)
-    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), (over, ((), ())), preferred_element_type=total)
-
-
-def _split(x: jax.Array, axis: int, chunk: int) -> jax.Array:
-    shape = (*x.shape[:axis], x.shape[axis] // chunk, chunk, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x.reshape(shape), axis, 0)
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, M, ...] -> [chunks, B, m, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
 def _join(x: jax.Array) -> jax.Array:
-    """[chunks, K, B, m, ...] -> [K, B, M, ...]."""
-    return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
-def _scan(recipe, hidden_KBMW, lm_head_DW, taught, *, with_gradient):
-    loss_of, dtype, chunk = weighted(recipe.terms), recipe.dtype, recipe.chunk
+def _scan(recipe, hidden_BMKW, lm_head_DW, taught, *, with_gradient):
+    dtype, chunk = recipe.dtype, recipe.chunk
+    kind = jnp.promote_types(dtype, jnp.float32)
+    lm_head, teacher_head = lm_head_DW.astype(dtype), taught.head_DH.astype(dtype)
 
     def body(carry, parts):
-        total, dhead = carry
+        total, dhead_WD = carry
         hidden, last, lse, label, weight = parts
+<<<<<<< HEAD
         teacher_logits = recipe.logits(_dot(last, taught.head_DH, dtype, ((2,), (1,))))
         probs = jax.nn.softmax(teacher_logits, axis=-1)
         teacher = Teacher(probs, probs if recipe.renormalised else jnp.exp(teacher_logits - lse[..., None]))
@@ -130,27 +131,46 @@ def _scan(recipe, hidden_KBMW, lm_head_DW, taught, *, with_gradient):
             return jnp.sum(jnp.where(weight != 0, losses * weight, 0.0)), losses
 
         figures = (overlap(logits, teacher.full_probs), first_largest(logits) == label)
+=======
+        hidden = hidden.astype(dtype)
+        teacher = _teacher(recipe, rows_product(last.astype(dtype), teacher_head, rows=True), lse)
+        logits = rows_product(hidden, lm_head, rows=True)
+        losses, chunk_total, dlogits = _loss(recipe, logits, teacher, weight, with_gradient)
+        correct = first_largest(logits) == label[..., None]
+        slotwise = Slotwise(losses, overlap(logits, teacher.full_probs), correct)
+>>>>>>> 355488a (Objective: matrices multiplied as they lie, slots laid out with the steps innermost)
         if not with_gradient:
-            chunk_total, losses = weighted_sum(logits)
-            return (total + chunk_total, dhead), (Slotwise(losses, *figures), ())
-        dlogits, losses, chunk_total = _gradient(weighted_sum, logits)
-        dhidden = _dot(dlogits, lm_head_DW, dtype, ((3,), (0,)))
-        dhead = dhead + _dot(dlogits, hidden, dtype, ((0, 1, 2), (0, 1, 2)))
-        return (total + chunk_total, dhead), (Slotwise(losses, *figures), dhidden)
+            return (total + chunk_total, dhead_WD), (slotwise, ())
+        dlogits = dlogits.astype(dtype)
+        # The narrow operand first: the CPU backend copies the first one into place.
+        dhead_WD = dhead_WD + summed_product(hidden, dlogits)
+        return (total + chunk_total, dhead_WD), (slotwise, rows_product(dlogits, lm_head))
 
-    kind = jnp.promote_types(dtype, jnp.float32)
-    dhead = jnp.zeros(lm_head_DW.shape, kind) if with_gradient else ()
-    parts = (
-        _split(hidden_KBMW, 2, chunk),
-        _split(taught.last_BMH, 1, chunk),
-        _split(taught.lse_BM, 1, chunk),
-        _split(taught.label_BM, 1, chunk),
-        _split(taught.weight_KBM, 2, chunk),
-    )
-    carry, (slotwise, dhidden) = jax.lax.scan(body, (jnp.zeros((), kind), dhead), parts)
-    return carry, (jax.tree.map(_join, slotwise), dhidden)
+    dhead_WD = jnp.zeros(lm_head_DW.shape[::-1], kind) if with_gradient else ()
+    parts = hidden_BMKW, taught.last_BMH, taught.lse_BM, taught.label_BM, taught.weight_BMK
+    carry, out = jax.lax.scan(body, (jnp.zeros((), kind), dhead_WD), tuple(_split(x, chunk) for x in parts))
+    return carry, jax.tree.map(_join, out)
 
 
-def _gradient(function, logits):
-    (value, losses), gradient = jax.value_and_grad(function, has_aux=True)(logits)
-    return gradient, losses, value
+def _teacher(recipe: Recipe, logits_BmD: jax.Array, lse_Bm: jax.Array) -> Teacher:
+    """The same distribution for all steps: [B, m, 1, D]."""
+    logits = logits_BmD[:, :, None]
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    probs = jnp.exp(logits - normaliser)
+    full = probs if recipe.renormalised else probs * jnp.exp(normaliser - lse_Bm[..., None, None])
+    return Teacher(probs, full)
+
+
+def _loss(recipe: Recipe, logits, teacher: Teacher, weight, with_gradient: bool):
+    """-> (loss of each slot, their weighted sum, its gradient if asked for)."""
+    loss_of = weighted(recipe.terms)
+
+    def weighted_sum(logits):
+        losses = loss_of(logits, teacher)
+        return jnp.sum(jnp.where(weight != 0, losses * weight, 0.0)), losses
+
+    if not with_gradient:
+        total, losses = weighted_sum(logits)
+        return losses, total, None
+    (total, losses), gradient = jax.value_and_grad(weighted_sum, has_aux=True)(logits)
+    return losses, total, gradient

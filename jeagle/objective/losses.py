@@ -26,8 +26,29 @@ class Teacher(NamedTuple):
 Loss = Callable[[jax.Array, Teacher], jax.Array]
 
 
+# Every loss takes its softmax from these few lines, so that the compiler sees one and not several.
+def _exp_sum(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(largest, exp(logits - largest), their sum)."""
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    exps = jnp.exp(logits - largest)
+    return largest, exps, jnp.sum(exps, axis=-1, keepdims=True)
+
+
+def _log_sum(logits: jax.Array) -> jax.Array:
+    """logsumexp over the last axis, which stays with size 1."""
+    largest, _, total = _exp_sum(logits)
+    return largest + jnp.log(total)
+
+
 def _log_probs(logits: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(logits, axis=-1)
+    return logits - _log_sum(logits)
+
+
+def _expected(logits: jax.Array, probs: jax.Array) -> jax.Array:
+    """<p, logits>; a product where several rows of logits share a p, which spares a pass over them."""
+    if probs.ndim != logits.ndim or probs.shape[-2] != 1:
+        return jnp.sum(probs * logits, axis=-1)
+    return jnp.einsum("...kd,...d->...k", logits, probs[..., 0, :], precision=jax.lax.Precision.HIGHEST)
 
 
 def _entropy_term(probs: jax.Array) -> jax.Array:
@@ -36,14 +57,14 @@ def _entropy_term(probs: jax.Array) -> jax.Array:
 
 def soft_ce(logits: jax.Array, teacher: Teacher) -> jax.Array:
     """-<p, log q>, at least the teacher's entropy. Source: EAGLE-3 (arXiv 2503.01840); SpecForge."""
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(teacher.probs * logits, axis=-1)
+    return _log_sum(logits)[..., 0] - _expected(logits, teacher.probs)
 
 
 def hard_ce(logits: jax.Array, teacher: Teacher) -> jax.Array:
     """-log q at the teacher's argmax within the draft vocabulary, at least 0. (speculators' "ce".)"""
     label = jnp.argmax(teacher.probs, axis=-1)[..., None]
     chosen = jnp.take_along_axis(logits, jnp.broadcast_to(label, (*logits.shape[:-1], 1)), axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return _log_sum(logits)[..., 0] - chosen
 
 
 def kl(logits: jax.Array, teacher: Teacher) -> jax.Array:
@@ -71,7 +92,8 @@ def overlap(logits: jax.Array, probs: jax.Array) -> jax.Array:
 
     Source: Leviathan et al., Fast inference from transformers via speculative decoding (arXiv 2211.17192).
     """
-    return jnp.sum(jnp.minimum(probs, jax.nn.softmax(logits, axis=-1)), axis=-1)
+    _, exps, total = _exp_sum(logits)
+    return jnp.sum(jnp.minimum(probs * total, exps), axis=-1) / total[..., 0]
 
 
 def tv(logits: jax.Array, teacher: Teacher) -> jax.Array:

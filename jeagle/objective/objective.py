@@ -12,7 +12,7 @@ from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Predictions
 from jeagle.objective.chunked import Recipe, Slotwise, Taught, chunked_loss
 from jeagle.objective.dialects import ObjectiveSpec
 
-CHUNK_ROWS = 128  # teacher positions (of all rows together) whose logits exist at a time
+CHUNK_ROWS = 1024  # slots (of all rows and steps together) whose logits exist at a time
 
 
 class Figures(NamedTuple):
@@ -72,18 +72,25 @@ def objective(
     decay_K = spec.decay ** jnp.arange(counts_KBN.shape[0], dtype=scale_KBN.dtype)
     weight_KBN = jnp.where(trained_KBN, scale_KBN * decay_K[:, None, None], 0.0)
 
-    slot_KBM, present_KBM = _slot_of_teacher(predictions, teachers, label_BT.shape[1])
+    slot_BMK, present_BMK = _slot_of_teacher(predictions, teachers, label_BT.shape[1])
     taught = Taught(
         last_BMH=take_rows(features.last_BTH, teachers.positions_BN),
         head_DH=tables.head_DH,
         lse_BM=take_rows(features.lse_BT, teachers.positions_BN),
         label_BM=take_rows(label_BT, teachers.positions_BN),
-        weight_KBM=jnp.where(present_KBM, _take(weight_KBN, slot_KBM), 0.0),
+        weight_BMK=jnp.where(present_BMK, _take(weight_KBN, slot_BMK), 0.0),
     )
+<<<<<<< HEAD
     hidden_KBMW = _take(predictions.hidden_KBNW, slot_KBM)
     recipe = Recipe(spec.terms(), spec.renormalised, dtype, _chunk(*slot_KBM.shape[1:]), logits)
     loss, by_teacher = chunked_loss(recipe, hidden_KBMW, lm_head_DW, taught)
     by_slot = _by_slot(by_teacher, slot_KBM, present_KBM, counts_KBN.shape[2])
+=======
+    hidden_BMKW = _take(predictions.hidden_KBNW, slot_BMK)
+    recipe = Recipe(spec.terms(), spec.renormalised, dtype, _chunk(*slot_BMK.shape))
+    loss, by_teacher = chunked_loss(recipe, hidden_BMKW, lm_head_DW, taught)
+    by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, counts_KBN.shape[2])
+>>>>>>> 355488a (Objective: matrices multiplied as they lie, slots laid out with the steps innermost)
     return loss, _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)
 
 
@@ -115,33 +122,38 @@ def _scale(spec: ObjectiveSpec, trained_KBN: jax.Array, batch: Batch, slots: Sel
 
 
 def _slot_of_teacher(predictions: Predictions, teachers: Selected, length: int) -> tuple[jax.Array, jax.Array]:
-    """Which slot (index in N) each teacher position teaches at each step, and whether there is one: [K, B, M]."""
+    """Which slot (index in N) each teacher position teaches at each step, and whether there is one: [B, M, K]."""
     steps, batch, width = predictions.counts_KBN.shape
     read = jnp.where(predictions.counts_KBN, predictions.taught_by_KBN, length)
     k, b = jnp.arange(steps)[:, None, None], jnp.arange(batch)[None, :, None]
-    slot_KBT = jnp.full((steps, batch, length), width, jnp.int32).at[k, b, read].set(jnp.arange(width), mode="drop")
-    slot_KBM = jax.vmap(lambda slot: take_rows(slot, teachers.positions_BN))(slot_KBT)
-    present = (slot_KBM < width) & teachers.live_BN
-    return jnp.where(present, slot_KBM, 0), present
+    slot_BTK = jnp.full((batch, length, steps), width, jnp.int32).at[b, read, k].set(jnp.arange(width), mode="drop")
+    slot_BMK = take_rows(slot_BTK, teachers.positions_BN)
+    present = (slot_BMK < width) & teachers.live_BN[..., None]
+    return jnp.where(present, slot_BMK, 0), present
 
 
-def _take(array_KBNX: jax.Array, slot_KBM: jax.Array) -> jax.Array:
-    return jax.vmap(take_rows)(array_KBNX, slot_KBM)
+def _places(slot_BMK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Indices into an array [K, B, N, ...]."""
+    batch, _, steps = slot_BMK.shape
+    return jnp.arange(steps), jnp.arange(batch)[:, None, None], slot_BMK
 
 
-def _chunk(batch: int, width: int) -> int:
-    """The largest divisor of `width` that keeps a chunk at CHUNK_ROWS rows or fewer."""
-    wanted = max(1, CHUNK_ROWS // batch)
+def _take(array_KBNX: jax.Array, slot_BMK: jax.Array) -> jax.Array:
+    return array_KBNX[_places(slot_BMK)]
+
+
+def _chunk(batch: int, width: int, steps: int) -> int:
+    """The largest divisor of `width` that keeps a chunk at CHUNK_ROWS rows of logits or fewer."""
+    wanted = max(1, CHUNK_ROWS // (batch * steps))
     return max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
 
 
-def _by_slot(by_teacher: Slotwise, slot_KBM: jax.Array, present_KBM: jax.Array, width: int) -> Slotwise:
-    steps, batch, _ = slot_KBM.shape
-    k, b = jnp.arange(steps)[:, None, None], jnp.arange(batch)[None, :, None]
-    place = jnp.where(present_KBM, slot_KBM, width)
+def _by_slot(by_teacher: Slotwise, slot_BMK: jax.Array, present_BMK: jax.Array, width: int) -> Slotwise:
+    batch, _, steps = slot_BMK.shape
+    places = _places(jnp.where(present_BMK, slot_BMK, width))
 
     def scatter(values: jax.Array) -> jax.Array:
-        return jnp.zeros((steps, batch, width), jnp.float32).at[k, b, place].set(values, mode="drop")
+        return jnp.zeros((steps, batch, width), jnp.float32).at[places].set(values, mode="drop")
 
     return jax.tree.map(scatter, by_teacher)
 

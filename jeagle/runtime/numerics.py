@@ -1,4 +1,4 @@
-"""Array functions that XLA's own form of is slow on some backend."""
+"""Array functions whose plain form some backend of XLA is slow at."""
 
 from __future__ import annotations
 
@@ -18,3 +18,30 @@ def first_largest(logits: jax.Array, block: int = 64) -> jax.Array:
     which = jnp.argmax(blocks.max(axis=-1), axis=-1)
     chosen = jnp.take_along_axis(blocks, which[..., None, None], axis=-2)[..., 0, :]
     return which * block + jnp.argmax(chosen, axis=-1)
+
+
+def rows_product(x: jax.Array, matrix: jax.Array, *, rows: bool = False) -> jax.Array:
+    """x [..., I] times matrix [I, O] (or, with `rows`, matrix [O, I] by its rows) -> [..., O], summed in float32.
+
+    Leading axes are merged first: XLA's CPU backend multiplies two matrices as they lie, either way round, but for
+    more axes it first copies the matrix transposed.
+    """
+    flat = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]),
+        matrix,
+        (((1,), (1 if rows else 0,)), ((), ())),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+    return flat.reshape(*x.shape[:-1], -1)
+
+
+def summed_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """sum over the leading axes of a [..., I] times b [..., O] -> [I, O], summed in float32: a weight's gradient.
+
+    Give the narrower operand first: XLA's CPU backend copies that one transposed. It needs two leading axes or more:
+    with one, it multiplies bfloat16 matrices in float32, at a third of the speed.
+    """
+    lead = tuple(range(a.ndim - 1))
+    return jax.lax.dot_general(
+        a, b, ((lead, lead), ((), ())), preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)
+    )

@@ -16,7 +16,7 @@ K, B, M, W, D, H, V = 3, 2, 8, 6, 20, 5, 40
 
 def case():
     rng = np.random.default_rng(0)
-    hidden, head = rng.standard_normal((K, B, M, W)), rng.standard_normal((D, W))
+    hidden, head = rng.standard_normal((B, M, K, W)), rng.standard_normal((D, W))
     target_head = rng.standard_normal((V, H))
     last = rng.standard_normal((B, M, H))
     logits = last @ target_head.T
@@ -25,7 +25,7 @@ def case():
         head_DH=jnp.asarray(target_head[:D]),
         lse_BM=jax.nn.logsumexp(jnp.asarray(logits), axis=-1),
         label_BM=jnp.asarray(np.where(logits.argmax(-1) < D, logits.argmax(-1), -1)),
-        weight_KBM=jnp.asarray(rng.random((K, B, M)) * (rng.random((K, B, M)) < 0.7)),
+        weight_BMK=jnp.asarray(rng.random((B, M, K)) * (rng.random((B, M, K)) < 0.7)),
     )
     return jnp.asarray(hidden), jnp.asarray(head), taught
 
@@ -38,12 +38,12 @@ def test_values_and_gradients(loss, chunk):
         terms = parse_loss(loss)
 
         def dense(hidden, head):
-            teacher_logits = taught.last_BMH @ taught.head_DH.T
-            full = jnp.exp(teacher_logits - taught.lse_BM[..., None])
+            teacher_logits = (taught.last_BMH @ taught.head_DH.T)[:, :, None]
+            full = jnp.exp(teacher_logits - taught.lse_BM[..., None, None])
             teacher = Teacher(jax.nn.softmax(teacher_logits, axis=-1), full)
             logits = hidden @ head.T
             accepted = overlap(logits, full)
-            return jnp.sum(weighted(terms)(logits, teacher) * taught.weight_KBM), accepted
+            return jnp.sum(weighted(terms)(logits, teacher) * taught.weight_BMK), accepted
 
         def chunked(hidden, head):
             total, slotwise = chunked_loss(Recipe(terms, False, jnp.float64, chunk), hidden, head, taught)
@@ -58,7 +58,7 @@ def test_values_and_gradients(loss, chunk):
 
 
 def test_no_vocabulary_wide_array_outlives_its_chunk():
-    """In the compiled gradient no buffer holds K x B x M x D numbers, or half of them."""
+    """In the compiled gradient no buffer holds B x M x K x D numbers, or half of them."""
     hidden, head, taught = jax.tree.map(lambda x: x, case())
     recipe = Recipe((((1.0, "soft_ce")),), False, jnp.float32, 1)
     jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: chunked_loss(recipe, h, w, taught)[0], (0, 1)))(hidden, head)
