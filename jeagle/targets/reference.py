@@ -95,7 +95,10 @@ def _local(reference: str, path: Path) -> TargetFiles:
             "you trust them, convert them with transformers and torch "
             "(AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)) and give the new folder."
         )
-    raise UserError(f"The target folder {path} holds no weights: neither *.safetensors nor one *.gguf.")
+    raise UserError(
+        f"The target folder {path} holds no weights: neither *.safetensors nor one *.gguf (from the hub, safetensors "
+        "alone are fetched)."
+    )
 
 
 def _gguf(reference: str, path: Path) -> TargetFiles:

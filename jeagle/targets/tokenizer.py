@@ -1,4 +1,4 @@
-"""A target's tokenizer, from its folder or built from a GGUF's metadata. No torch is needed."""
+"""A target's tokenizer, from its folder or from a GGUF's metadata. No torch is needed."""
 
 from __future__ import annotations
 
@@ -9,33 +9,71 @@ from typing import TYPE_CHECKING, Any
 
 from jeagle.errors import UserError
 from jeagle.targets.reference import TargetFiles
-from jeagle.targets.weights import as_ids
+from jeagle.targets.weights import as_ids, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# tokenizer.ggml.token_type, from llama.cpp's llama_token_type.
-_CONTROL, _USER_DEFINED = 3, 4
-# tokenizer.ggml.pre -> whether digits are split singly before GPT-2's own split. From llama.cpp's llama-vocab.cpp.
-_SINGLE_DIGITS = {"smollm": True, "gpt-2": False}
-
 
 def load_tokenizer(files: TargetFiles) -> PreTrainedTokenizerFast:
     """The tokenizer of a target, with its chat template and its special tokens.
 
-    For a GGUF, a tokenizer.json beside the file wins over the file's own metadata.
+    A folder's tokenizer.json wins over its tokenizer.model; beside a GGUF it wins over the file's own metadata.
 
     Raises:
-      UserError: where the folder has no fast tokenizer, or the GGUF's kind of tokenizer is not supported.
+      UserError: where there is no tokenizer, one of a kind that is not supported, or one of another model: it has
+        tokens for which the target has no embedding.
     """
     # Without this, transformers prints at import that PyTorch is missing, which is as it should be here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if files.format == "safetensors":
-        return _from_folder(files.path)
-    if (files.path.parent / "tokenizer.json").is_file():
-        return _from_folder(files.path.parent)
-    return _from_gguf(files.path)
+    folder = files.path if files.format == "safetensors" else files.path.parent
+    if files.format == "gguf" and not (folder / "tokenizer.json").is_file():
+        from jeagle.targets.gguf_tokenizer import gguf_tokenizer
+
+        tokenizer = gguf_tokenizer(files.path)
+    else:
+        tokenizer = _from_folder(folder)
+    if (rows := _embedding_rows(files)) is not None:
+        check_vocabulary(tokenizer, rows, files.reference)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, target: str) -> None:
+    """Refuses a tokenizer with tokens that the target has no embedding for.
+
+    Special tokens without a role may lie beyond the embedding: text never becomes one of them unless it spells it out.
+    (Gemma 3's text models have such a token, for images.)
+
+    Args:
+      rows: the target's vocab_size.
+      target: how to name it in messages.
+
+    Raises:
+      UserError: with the two sizes.
+    """
+    roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
+    added = tokenizer.added_tokens_decoder
+    vocab = tokenizer.get_vocab()
+    beyond = {i: token for token, i in vocab.items() if i >= rows}
+    if any(i in roles or i not in added or not added[i].special for i in beyond):
+        raise UserError(
+            f"The tokenizer of the target {target} has {max(vocab.values()) + 1} tokens, but the target embeds only "
+            f"{rows} ({beyond[min(beyond)]!r} is the first without a row): copy the model's own tokenizer there."
+        )
+
+
+def _embedding_rows(files: TargetFiles) -> int | None:
+    """vocab_size, None where the files do not say."""
+    if files.format == "gguf":
+        from jeagle.targets.gguf_reader import open_gguf
+
+        embedding = open_gguf(files.path).tensors.get("token_embd.weight")
+        return embedding.shape[0] if embedding else None
+    if not (files.path / "config.json").is_file():
+        return None
+    config = read_json(files.path / "config.json")
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -63,9 +101,57 @@ def chat_turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
+def wrapped(
+    tokenizer: Tokenizer,
+    roles: Mapping[str, str],
+    *,
+    add_bos: bool,
+    add_eos: bool,
+    chat_template: Any,
+    longest: int | None,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers uses it.
+
+    Args:
+      roles: "bos", "eos", "unk" or "pad" -> token; those that are not in the vocabulary fall away.
+      add_bos, add_eos: whether these are put around a text, where they exist.
+      chat_template: Jinja, or name -> Jinja, or None.
+      longest: how many tokens the model was made for.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    known = {role: token for role, token in roles.items() if tokenizer.token_to_id(token) is not None}
+    around = {role: known[role] for role, wanted in (("bos", add_bos), ("eos", add_eos)) if wanted and role in known}
+    if around:
+        first, last = f"{around['bos']} " if "bos" in around else "", f" {around['eos']}" if "eos" in around else ""
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first}$A{last}",
+            pair=f"{first}$A{last} {first}$B{last}",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in around.values()],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
+        model_max_length=longest,
+        **{f"{role}_token": token for role, token in known.items()},
+    )
+
+
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
+    has = {name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()}
+    if not has:
+        raise UserError(
+            f"The target folder {folder} has no tokenizer (neither tokenizer.json nor tokenizer.model): copy the "
+            "model's own there."
+        )
+    if has == {"tokenizer.model"}:
+        from jeagle.targets.sentencepiece_folder import sentencepiece_folder
+
+        return sentencepiece_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for files that are missing or broken
@@ -76,59 +162,3 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast:
         raise UserError(f"The target {folder} has no tokenizer.json: copy the model's own there.")
     return tokenizer
-
-
-def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
-    from transformers import PreTrainedTokenizerFast
-
-    from jeagle.targets.gguf_reader import open_gguf
-
-    header = open_gguf(path).metadata
-    model, pre = header.get("tokenizer.ggml.model"), header.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in _SINGLE_DIGITS:
-        raise UserError(
-            f"The target {path} has a tokenizer of model {model!r} and pre {pre!r}; supported in GGUF are model 'gpt2' "
-            f"with pre {', '.join(map(repr, _SINGLE_DIGITS))}: put the model's tokenizer.json and "
-            "tokenizer_config.json beside the file."
-        )
-    tokens = header["tokenizer.ggml.tokens"]
-    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    ids = {short: header.get(f"tokenizer.ggml.{name}_token_id") for name, short in names.items()}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level_bpe(header, single_digits=_SINGLE_DIGITS[pre]),
-        chat_template=header.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        model_max_length=header.get(f"{header['general.architecture']}.context_length"),
-        **{f"{short}_token": tokens[i] for short, i in ids.items() if i is not None},
-    )
-    if header.get("tokenizer.ggml.add_bos_token", False):
-        _put_bos_first(tokenizer)
-    return tokenizer
-
-
-def _byte_level_bpe(header: Mapping[str, Any], *, single_digits: bool) -> Tokenizer:
-    """GPT-2's tokenizer over the file's tokens and merges, special tokens taken whole."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens = header["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in header["tokenizer.ggml.merges"]]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False))
-    split = pre_tokenizers.ByteLevel(add_prefix_space=bool(header.get("tokenizer.ggml.add_space_prefix", False)))
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, split])
-    tokenizer.decoder = decoders.ByteLevel()
-    whole = {_CONTROL: tokenizer.add_special_tokens, _USER_DEFINED: tokenizer.add_tokens}
-    for token, kind in zip(tokens, header["tokenizer.ggml.token_type"], strict=True):
-        if kind in whole:
-            whole[kind]([AddedToken(token, normalized=False)])
-    return tokenizer
-
-
-def _put_bos_first(tokenizer: PreTrainedTokenizerFast) -> None:
-    from tokenizers import processors
-
-    bos = tokenizer.bos_token
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
-    )

@@ -207,6 +207,28 @@ def test_hub_failures_are_one_sentence(kind: str, message: str, monkeypatch: pyt
         resolve("org/name")
 
 
+def test_a_snapshot_of_the_hub_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The hub client's own layout: a branch's commit in refs/, its files in snapshots/."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--org--name"
+    for revision, commit in (("main", "1" * 40), ("v2", "2" * 40)):
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        save_file({"a": np.full(3, float(commit[0]))}, snapshot / "model.safetensors")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    for reference, commit in (("org/name", "1"), ("org/name@v2", "2"), (f"org/name@{'2' * 40}", "2")):
+        files = resolve(reference, cache_folder=tmp_path)
+        assert (files.format, files.path.name) == ("safetensors", commit * 40)
+    with pytest.raises(UserError, match=r"org/name@v3 is not a local path, and cannot be fetched from the hub"):
+        resolve("org/name@v3", cache_folder=tmp_path)
+    with pytest.raises(UserError, match=r"org/other is not a local path, and cannot be fetched from the hub"):
+        resolve("org/other", cache_folder=tmp_path)
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="JEAGLE_CACHE"):

@@ -157,6 +157,34 @@ def test_split_files_are_one_model(tmp_path: Path):
     content[-1] ^= 1
     parts[2].write_bytes(content)
     assert resolve(str(tmp_path)).fingerprint != before
+    kept = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())  # a part that was downloaded twice
+    with pytest.raises(UserError, match=r"hold \d+ tensors of 25"):
+        open_weights(TargetFiles("", parts[0], "gguf", ""))
+    parts[1].write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(UserError, match=r"m-00002-of-00003\.gguf is cut short at its tensor"):
+        open_weights(TargetFiles("", parts[0], "gguf", ""))
     parts[1].unlink()
     with pytest.raises(UserError, match=r"one of 3 parts, and m-00002-of-00003\.gguf is not beside it"):
         resolve(str(tmp_path))
+
+
+def test_layers_that_predict_further_tokens_stay_unread(tmp_path: Path):
+    path = tmp_path / "m.gguf"
+    writer = tiny_llama(path, block_count=2, nextn_predict_layers=1)
+    for layer in (0, 1):
+        writer.add_tensor(f"blk.{layer}.ffn_up.weight", np.zeros((6, 512), np.float32))
+    writer.add_tensor("blk.1.nextn.eh_proj.weight", np.zeros((6, 512), np.float32))
+    finish(writer)
+    source = open_weights(resolve(str(path)))
+    assert source.names() == ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"]
+    assert source.config["num_hidden_layers"] == 1
+
+
+def test_the_other_byte_order_is_refused(tmp_path: Path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    finish(writer)
+    with pytest.raises(UserError, match="of the other byte order"):
+        open_weights(resolve(str(tmp_path / "m.gguf")))

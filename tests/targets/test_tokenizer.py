@@ -95,7 +95,7 @@ def test_bos_comes_first_only_where_the_file_says_so(tmp_path: Path):
         assert tokenizer.convert_ids_to_tokens(tokenizer("ab", add_special_tokens=False).input_ids) == ["ab"]
 
 
-@pytest.mark.parametrize("kind", [{"pre": "deepseek-llm"}, {"model": "llama"}])
+@pytest.mark.parametrize("kind", [{"pre": "kimi-k2"}, {"model": "bert"}])
 def test_unknown_kinds_are_named(kind: dict, tmp_path: Path):
     with pytest.raises(UserError, match=next(iter(kind.values()))):
         load_tokenizer(tiny_gguf(tmp_path / "t.gguf", **kind))
@@ -103,7 +103,7 @@ def test_unknown_kinds_are_named(kind: dict, tmp_path: Path):
 
 def test_a_tokenizer_beside_the_gguf_wins(tmp_path: Path):
     load_tokenizer(tiny_gguf(tmp_path / "known.gguf")).save_pretrained(tmp_path / "other")
-    unknown = tiny_gguf(tmp_path / "other" / "unknown.gguf", pre="deepseek-llm")
+    unknown = tiny_gguf(tmp_path / "other" / "unknown.gguf", pre="kimi-k2")
     assert (
         load_tokenizer(unknown)("ab<|end|>").input_ids
         == load_tokenizer(tiny_gguf(tmp_path / "k.gguf"))("ab<|end|>").input_ids
