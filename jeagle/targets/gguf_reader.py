@@ -22,6 +22,8 @@ from jeagle.targets.quantised_storage import StoredArray
 from jeagle.targets.quantised_views import Index
 from jeagle.targets.reference import gguf_parts
 
+_AT_ONCE = 1 << 20  # bytes of blocks
+
 
 @dataclass(frozen=True)
 class Gguf:
@@ -57,10 +59,15 @@ class Stored:
         block, size = GGML_QUANT_SIZES[self.kind]
         first, last = columns.start // block, -(-columns.stop // block)
         blocks = self.blocks.read((*lead, slice(first * size, last * size)))
-        if not blocks.size:
-            return np.zeros((*blocks.shape[:-1], columns.stop - columns.start), np.float32)
-        decoded = np.asarray(gguf.quants.dequantize(blocks, self.kind), np.float32)
-        return decoded[..., columns.start - first * block : columns.stop - first * block]
+        out = np.empty((*blocks.shape[:-1], columns.stop - columns.start), np.float32)
+        if not out.size:
+            return out
+        rows, flat = blocks.reshape(-1, blocks.shape[-1]), out.reshape(-1, out.shape[-1])
+        step = max(1, _AT_ONCE // rows.shape[1])
+        for row in range(0, len(rows), step):  # the package holds what it decodes twice
+            decoded = gguf.quants.dequantize(rows[row : row + step], self.kind)
+            flat[row : row + step] = decoded[:, columns.start - first * block : columns.stop - first * block]
+        return out
 
 
 def _stored(path: Path, tensor: ReaderTensor) -> Stored:
