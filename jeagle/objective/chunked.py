@@ -52,12 +52,8 @@ class Recipe(NamedTuple):
       renormalised: acceptance is taken against the teacher renormalised over the draft vocabulary (speculators), not
         over the whole one (SpecForge, and what a server does).
       dtype: of the matrix products; sums are float32 or better.
-<<<<<<< HEAD
-      chunk: M positions at a time; M must be a multiple of it.
-      logits: what the target's family does to its logits.
-=======
       chunk: M positions of each row at a time; M must be a multiple of it.
->>>>>>> 355488a (Objective: matrices multiplied as they lie, slots laid out with the steps innermost)
+      logits: what the target's family does to its logits.
     """
 
     terms: tuple[tuple[float, str], ...]
@@ -120,25 +116,12 @@ def _scan(recipe, hidden_BMKW, lm_head_DW, taught, *, with_gradient):
     def body(carry, parts):
         total, dhead_WD = carry
         hidden, last, lse, label, weight = parts
-<<<<<<< HEAD
-        teacher_logits = recipe.logits(_dot(last, taught.head_DH, dtype, ((2,), (1,))))
-        probs = jax.nn.softmax(teacher_logits, axis=-1)
-        teacher = Teacher(probs, probs if recipe.renormalised else jnp.exp(teacher_logits - lse[..., None]))
-        logits = _dot(hidden, lm_head_DW, dtype, ((3,), (1,)))
-
-        def weighted_sum(logits):
-            losses = loss_of(logits, teacher)
-            return jnp.sum(jnp.where(weight != 0, losses * weight, 0.0)), losses
-
-        figures = (overlap(logits, teacher.full_probs), first_largest(logits) == label)
-=======
         hidden = hidden.astype(dtype)
-        teacher = _teacher(recipe, rows_product(last.astype(dtype), teacher_head, rows=True), lse)
+        teacher = _teacher(recipe, recipe.logits(rows_product(last.astype(dtype), teacher_head, rows=True)), lse)
         logits = rows_product(hidden, lm_head, rows=True)
         losses, chunk_total, dlogits = _loss(recipe, logits, teacher, weight, with_gradient)
         correct = first_largest(logits) == label[..., None]
         slotwise = Slotwise(losses, overlap(logits, teacher.full_probs), correct)
->>>>>>> 355488a (Objective: matrices multiplied as they lie, slots laid out with the steps innermost)
         if not with_gradient:
             return (total + chunk_total, dhead_WD), (slotwise, ())
         dlogits = dlogits.astype(dtype)

@@ -80,17 +80,10 @@ def objective(
         label_BM=take_rows(label_BT, teachers.positions_BN),
         weight_BMK=jnp.where(present_BMK, _take(weight_KBN, slot_BMK), 0.0),
     )
-<<<<<<< HEAD
-    hidden_KBMW = _take(predictions.hidden_KBNW, slot_KBM)
-    recipe = Recipe(spec.terms(), spec.renormalised, dtype, _chunk(*slot_KBM.shape[1:]), logits)
-    loss, by_teacher = chunked_loss(recipe, hidden_KBMW, lm_head_DW, taught)
-    by_slot = _by_slot(by_teacher, slot_KBM, present_KBM, counts_KBN.shape[2])
-=======
     hidden_BMKW = _take(predictions.hidden_KBNW, slot_BMK)
-    recipe = Recipe(spec.terms(), spec.renormalised, dtype, _chunk(*slot_BMK.shape))
+    recipe = Recipe(spec.terms(), spec.renormalised, dtype, _chunk(*slot_BMK.shape), logits)
     loss, by_teacher = chunked_loss(recipe, hidden_BMKW, lm_head_DW, taught)
     by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, counts_KBN.shape[2])
->>>>>>> 355488a (Objective: matrices multiplied as they lie, slots laid out with the steps innermost)
     return loss, _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)
 
 
