@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jeagle import data, objective, targets
+from jeagle import data, dataset, objective, targets
 from jeagle.config import DraftConfig, ObjectiveConfig, RunConfig, TrainConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
@@ -65,7 +65,7 @@ def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTa
     """The config's target on the mesh; `dtype` overrides the config's, as measuring in float32 does."""
     files = targets.resolve(config.target.ref)
     source = targets.open_weights(files)
-    tokenizer = targets.load_tokenizer(files)
+    tokenizer = dataset.load_tokenizer(config, files)
     ends = targets.end_token_ids(tokenizer, source.config)
     target = targets.load_target(
         source,
@@ -74,11 +74,6 @@ def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTa
         stored="" if config.target.weights == "dtype" else config.target.weights,
         family=targets.own_family(config.target.family) if config.target.family else None,
     )
-    if len(tokenizer) > target.spec.vocab:
-        raise UserError(
-            f"The tokenizer of {config.target.ref} has {len(tokenizer)} tokens, its embedding only "
-            f"{target.spec.vocab} rows: they do not belong together."
-        )
     return LoadedTarget(files, tokenizer, ends, target)
 
 

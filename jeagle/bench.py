@@ -141,8 +141,18 @@ def make_models(target: Any, draft: Any, taps: tuple[int, ...]) -> decoding.Mode
 def prompt_ids(bench: Bench, config: RunConfig, folder: Path, prompts: Path | None, most: int) -> list[np.ndarray]:
     """Prompts of a file, or the held-out conversations up to the answer, as the target's template renders them."""
     found = data.read_prompts(str(prompts or folder / "data" / "held_out.jsonl"))[: most or None]
-    system = config.data.system_prompt
-    return [data.render_prompt(bench.loaded.tokenizer, p["messages"], system_prompt=system) for p in found]
+    system, arguments = config.data.system_prompt, data.parse_arguments(config.data.template_arguments)
+    return [
+        data.render_prompt(
+            bench.loaded.tokenizer,
+            p["messages"],
+            system_prompt=system,
+            tools=p.get("tools", ()),
+            thinking=p.get("thinking", True),
+            arguments=arguments,
+        )
+        for p in found
+    ]
 
 
 class Decoded(NamedTuple):

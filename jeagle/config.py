@@ -41,15 +41,43 @@ class DataConfig:
     """Conversations and how they become rows."""
 
     source: str = ""
-    """A jsonl or jsonl.gz file of conversations, or `starter` for the ones that come with jeagle."""
+    """Files, a folder or a glob (.jsonl, .json, .parquet; .gz, .zst), a named data set, OWNER/NAME of the hub, or
+    `starter`; several with commas between them, `0.7*ultrachat,0.3*chats.jsonl` in that proportion."""
+    streaming: bool = False
+    """Read hub data sets as they come, keeping no copy."""
     max_conversations: int = 0
     """Take only the first so many conversations; 0 takes all."""
+    bad_share: float = 0.01
+    """Share of conversations that may be unusable; they are set aside with file, line and reason."""
     row_length: int = 2048
-    """T: tokens in a packed row. A longer conversation is cut to it, and counted."""
+    """T: tokens in a packed row."""
+    long: Literal["cut", "split", "drop"] = "cut"
+    """Conversations longer than a row are cut to it, go on in further documents, or are left out; each is counted."""
     held_out: float = 0.02
     """Share of conversations set aside for measuring, by hash of the conversation. Never trained on."""
     system_prompt: str | None = None
     """Added where a conversation has none. Empty text: the template's own default is left out where it allows that."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """Whether what answers think before they speak is kept."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """What a template with `enable_thinking` is told; auto: on where an answer has reasoning."""
+    rewritten: Literal["per_answer", "set_aside"] = "per_answer"
+    """A conversation whose earlier turns change once more follow (Qwen 3 drops reasoning): one document for each
+    answer, as a server sees it, or set aside."""
+    template: str = ""
+    """A jinja file, or a name: chatml, deepseek, gemma, gpt-oss, llama3, llama4, mistral, phi, phi4, qwen,
+    qwen3-thinking, vicuna. Empty: the tokenizer's own."""
+    template_arguments: str = ""
+    """JSON object of further variables of the template."""
+    user_header: str = ""
+    """With assistant_header and end_of_turn: a template made of them, as SpecForge has it. \\n is a line break."""
+    assistant_header: str = ""
+    """What stands before an answer."""
+    end_of_turn: str = ""
+    """What ends a turn."""
+    vocabulary: str = ""
+    """A draft vocabulary to keep: a folder with d2t.npy and t2d.npy, a run, or a draft's folder. Empty: chosen from
+    the data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +319,8 @@ def validate(config: RunConfig) -> None:
             raise UserError(f"--{flag} is {value}; it must be above 0.")
     if not 0 <= config.data.held_out < 1:
         raise UserError(f"--data.held-out is {config.data.held_out}; it is a share, from 0 up to but not including 1.")
+    if not 0 <= config.data.bad_share <= 1:
+        raise UserError(f"--data.bad-share is {config.data.bad_share}; it is a share, from 0 to 1.")
     if config.draft.fc_norm and config.draft.norm_before_fc:
         raise UserError("draft.fc_norm and draft.norm_before_fc exclude each other: switch one off.")
 

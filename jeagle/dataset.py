@@ -1,9 +1,8 @@
-"""`python -m jeagle.prepare --config FILE`: conversations -> packed rows and a draft room."""
+"""The prepare stage: conversations -> packed rows and a draft vocabulary, found again where nothing has changed."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,16 @@ import jeagle
 from jeagle import data as room
 from jeagle import targets
 from jeagle.config import RunConfig
-from jeagle.joints import Batch
+from jeagle.errors import UserError
 from jeagle.runtime.manifest import (
     atomic_folder,
-    atomic_write,
     differences,
-    file_fingerprint,
     fingerprint,
     finished_manifest,
     read_manifest,
     write_manifest,
 )
 from jeagle.runtime.progress import Progress
-
-CHECKED_FIRST, CHECKED_EVERY = 200, 100  # which conversations' ids are compared with apply_chat_template's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,33 +39,66 @@ class Prepared:
     reused: bool = False
 
 
+def load_tokenizer(config: RunConfig, files: targets.TargetFiles) -> Any:
+    """The target's tokenizer, with the chat template that the run's data is rendered by."""
+    return room.use_template(
+        targets.load_tokenizer(files),
+        config.data.template,
+        user_header=config.data.user_header,
+        assistant_header=config.data.assistant_header,
+        end_of_turn=config.data.end_of_turn,
+    )
+
+
 def prepare(config: RunConfig) -> Prepared:
     """Makes the run's data and tables, or finds them made from the same inputs."""
     files = targets.resolve(config.target.ref)
-    tokenizer, target_config = targets.load_tokenizer(files), targets.open_weights(files).config
-    ends = targets.end_token_ids(tokenizer, target_config)
-    source = room.starter_answers() if config.data.source == "starter" else Path(config.data.source)
-    if not source.is_file():
-        room.read_conversations(config.data.source)  # says what is wrong
+    tokenizer, target_config = load_tokenizer(config, files), targets.open_weights(files).config
+    ends, vocab = targets.end_token_ids(tokenizer, target_config), int(target_config["vocab_size"])
+    parts = room.parse_source(config.data.source)
+    settings = config.data
     made_from = {
         "version": jeagle.__version__,
-        "source": file_fingerprint(source),
+        "source": room.source_fingerprint(parts),
         "tokenizer": room.tokenizer_hash(tokenizer),
-        "target_vocab": int(target_config["vocab_size"]),
+        "target_vocab": vocab,
         "template": room.template_hash(tokenizer),
         "end_token_ids": list(ends),
-        "max_conversations": config.data.max_conversations,
-        "row_length": config.data.row_length,
-        "held_out": config.data.held_out,
-        "system_prompt": config.data.system_prompt,
+        **{name: getattr(settings, name) for name in _SHAPING},
     }
     data = config.folder / "data"
     reused = _found(data, made_from)
     if not reused:
-        _make_rows(config, tokenizer, ends, made_from, data)
+        _make_rows(config, parts, tokenizer, made_from, data)
     statistics = finished_manifest(data)["statistics"]
-    tables = _make_tables(config, ends, made_from, data)
+    tables = _make_tables(config, made_from, data)
     return Prepared(data, tables, statistics | _coverage(data, tables), reused)
+
+
+_SHAPING = (  # settings that change rows; --data.streaming reads the same ones otherwise
+    "max_conversations",
+    "row_length",
+    "long",
+    "held_out",
+    "bad_share",
+    "system_prompt",
+    "reasoning",
+    "thinking",
+    "rewritten",
+    "template_arguments",
+)
+
+
+def rules_of(config: RunConfig, end_token_ids: tuple[int, ...]) -> room.Rules:
+    """How the run's conversations are rendered."""
+    return room.Rules(
+        tuple(end_token_ids),
+        config.data.system_prompt,
+        config.data.thinking,
+        config.data.reasoning,
+        config.data.rewritten,
+        room.parse_arguments(config.data.template_arguments),
+    )
 
 
 def _found(data: Path, made_from: dict[str, Any]) -> bool:
@@ -83,103 +111,73 @@ def _found(data: Path, made_from: dict[str, Any]) -> bool:
     return not fields
 
 
-def _make_rows(config: RunConfig, tokenizer: Any, ends, made_from: dict[str, Any], data: Path) -> None:
-    reading = room.read_conversations(config.data.source)
-    taken = reading.conversations[: config.data.max_conversations or None]
-    training, held_out = room.split_held_out(taken, config.data.held_out)
-    with Progress(len(taken), "conversations", "prepare") as progress, atomic_folder(data) as aside:
-        statistics: dict[str, Any] = {"conversations": len(taken), "duplicates": reading.duplicates}
-        statistics["answers_cut_short"] = sum(conversation.truncated for conversation in taken)
-        begun = 0
-        for name, part in (("train", training), ("held_out", held_out)):
-            rendered = _render_all(part, tokenizer, ends, config, reading, progress, begun)
-            packed = room.pack(rendered, config.data.row_length)
-            room.save_rows(packed.rows, aside / name)
-            np.save(aside / name / "counts.npy", room.count_tokens(packed.rows, made_from["target_vocab"]))
-            statistics[name] = _statistics(packed)
-            begun += len(part)
-        reading.check()
-        lines = [json.dumps({"id": c.id, "messages": c.messages}, ensure_ascii=False) for c in held_out]
-        atomic_write(aside / "held_out.jsonl", "".join(line + "\n" for line in lines))
-        statistics["set_aside"] = {reason: len(where) for reason, where in reading.aside.items()}
-        write_manifest(aside, {"made_from": made_from, "statistics": statistics})
+def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[str, Any], data: Path) -> None:
+    rules = rules_of(config, made_from["end_token_ids"])
+    shape = room.Shape(
+        row_length=config.data.row_length,
+        vocab=made_from["target_vocab"],
+        long=config.data.long,
+        held_out=config.data.held_out,
+        max_conversations=config.data.max_conversations,
+        bad_share=config.data.bad_share,
+        streaming=config.data.streaming,
+        target=(config.target.ref,),
+    )
+    for part in parts:
+        print(f"prepare: reading {part}", flush=True)
+    total = config.data.max_conversations
+    with Progress(total, "conversations", "prepare") as progress, atomic_folder(data) as aside:
+        statistics = room.build(parts, tokenizer, rules, shape, aside, progress.update)
+        tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone
+        statistics["template_reads_date"] = room.reads_date(tokenizer.chat_template)
+        write_manifest(aside, {"made_from": made_from, "target": config.target.ref, "statistics": statistics})
 
 
-def _render_all(
-    part, tokenizer, ends, config: RunConfig, reading, progress: Progress, begun: int
-) -> list[room.Rendered]:
-    rendered = []
-    for number, conversation in enumerate(part):
-        try:
-            rendered.append(
-                room.render(
-                    tokenizer,
-                    conversation.messages,
-                    end_token_ids=ends,
-                    system_prompt=config.data.system_prompt,
-                    truncated=conversation.truncated,
-                    check_ids=number < CHECKED_FIRST or number % CHECKED_EVERY == 0,
-                )
-            )
-        except room.ConversationError as error:
-            reading.set_aside(str(error), f"conversation {conversation.id}")
-        progress.update(begun + number + 1)
-    return rendered
+def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Path:
+    """A stage of its own: another --draft.vocab needs no new rendering.
 
-
-def _statistics(packed: room.Packed) -> dict[str, Any]:
-    rows: Batch = packed.rows
-    tokens = int((rows.segments_BT > 0).sum())
-    return {
-        "rows": int(rows.tokens_BT.shape[0]),
-        "documents": int(rows.segments_BT.max(axis=1, initial=0).sum()),
-        "tokens": tokens,
-        "supervised_tokens": int(rows.supervised_BT.sum()),
-        "fill": round(tokens / max(rows.tokens_BT.size, 1), 4),
-        "truncated": packed.truncated,
-        "unsupervised": packed.unsupervised,
-    }
-
-
-def _make_tables(config: RunConfig, ends, made_from: dict[str, Any], data: Path) -> Path:
-    """A stage of its own: another --draft.vocab needs no new rendering."""
-    tables = config.folder / "tables"
-    wanted = {"data": fingerprint(made_from), "draft_vocab": config.draft.vocab, "end_token_ids": list(ends)}
+    UserError where a trained draft would find its head's rows meaning other tokens.
+    """
+    tables, size, ends = config.folder / "tables", config.draft.vocab, made_from["end_token_ids"]
+    given = None
+    if config.data.vocabulary:
+        given = room.given_map(Path(config.data.vocabulary), size, made_from["target_vocab"], ends)
+    wanted: dict[str, Any] = {"data": fingerprint(made_from), "draft_vocab": size, "end_token_ids": list(ends)}
+    if given is not None:
+        wanted["given"] = fingerprint(given.tolist())
     old = read_manifest(tables)
-    if old is None or differences(old, wanted):
-        counts = np.load(data / "train" / "counts.npy")
-        room.save_tables(tables, counts, room.choose(counts, config.draft.vocab, ends), wanted)
+    fields = [] if old is None else differences(old, wanted)
+    if old is not None and not fields:
+        return tables
+    counts = np.load(data / "train" / "counts.npy")
+    ids = room.choose(counts, size, ends) if given is None else given
+    if fields and _trained(config.folder) and not np.array_equal(ids, room.load_tables(tables)):
+        raise UserError(
+            f"{tables} belongs to a draft that is trained already, and would change ({', '.join(fields)} differ): its "
+            "head's rows would mean other tokens. Give another --name, or the settings that the run was begun with."
+        )
+    room.save_tables(tables, counts, ids, wanted)
     return tables
+
+
+def _trained(folder: Path) -> bool:
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
 
 
 def _coverage(data: Path, tables: Path) -> dict[str, Any]:
     ids = room.load_tables(tables)
     counts = {name: np.load(data / name / "counts.npy") for name in ("train", "held_out")}
-    return {"draft_vocab": len(ids)} | {f"coverage_{n}": round(room.coverage(c, ids), 4) for n, c in counts.items()}
+    ends = finished_manifest(data)["made_from"]["end_token_ids"]
+    return {
+        "draft_vocab": len(ids),
+        "tokens_seen": int((counts["train"] > 0).sum()),
+        "ends_left_out": [end for end in ends if end not in ids],
+        **{f"coverage_{name}": round(room.coverage(c, ids), 4) for name, c in counts.items()},
+    }
 
 
 def describe(prepared: Prepared) -> list[str]:
     """What was prepared, in a few lines."""
-    s = prepared.statistics
-    train, held_out = s["train"], s["held_out"]
-    share = train["supervised_tokens"] / max(train["tokens"], 1)
     lines = [f"{prepared.data} is made from the same inputs: reused"] if prepared.reused else []
-    lines += [
-        f"data: {train['documents']} conversations in {train['rows']} rows ({train['fill']:.0%} full), "
-        f"{train['tokens']:,} tokens, {share:.0%} of them answers; {held_out['documents']} held out",
-        f"draft vocabulary: {s['draft_vocab']} tokens cover {s['coverage_train']:.1%} of the answers, "
-        f"{s['coverage_held_out']:.1%} of held-out ones",
-    ]
-    if train["truncated"]:
-        lines.append(f"note: {train['truncated']} conversations were cut to the row length: --data.row-length sets it")
-    if train["unsupervised"]:
-        lines.append(
-            f"note: {train['unsupervised']} conversations have no answer within the row length and are left out"
-        )
-    if s["answers_cut_short"]:
-        lines.append(f"note: {s['answers_cut_short']} answers are cut short: their end is not learnt")
-    if s["set_aside"]:
-        lines.append("set aside: " + "; ".join(f"{n} x {reason}" for reason, n in s["set_aside"].items()))
-    if s["coverage_train"] < 0.95:
-        lines.append("warning: the draft cannot say over 5 % of the answers: raise --draft.vocab")
-    return lines
+    return lines + room.describe(prepared.statistics, prepared.data)

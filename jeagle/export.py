@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from jeagle import assemble, data, exchange, targets
+from jeagle import assemble, data, dataset, exchange, targets
 from jeagle import config as configs
 from jeagle.config import RunConfig
 from jeagle.drafts import Eagle3, advance, empty_cache
@@ -102,7 +102,7 @@ def export(
     vocabulary = data.load_tables(folder / "tables")
     out = out or folder / "exports" / engine
     files = targets.resolve(config.target.ref)
-    source, tokenizer = targets.open_weights(files), targets.load_tokenizer(files)
+    source, tokenizer = targets.open_weights(files), dataset.load_tokenizer(config, files)
     card = _card(config, files, source.config, tokenizer, found, acceptance)
     options = {
         "target_layers": int(source.config["num_hidden_layers"]),

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import tyro
 
 from jeagle import targets
-from jeagle.data.conversations import read_prompts
-from jeagle.data.render import render_prompt
+from jeagle.data import read_prompts, render_prompt
 from jeagle.errors import UserError
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host

@@ -1,40 +1,56 @@
 """Conversations -> token rows -> packed batches; the draft vocabulary."""
 
-from jeagle.data.conversations import (
-    Conversation,
-    read_conversations,
-    read_prompts,
-    read_rows,
-    split_held_out,
-    starter_answers,
-)
+from jeagle.data.answers import ConversationError
+from jeagle.data.build import Shape, build
+from jeagle.data.chat_templates import TEMPLATES, from_headers, reads_date, use_template
+from jeagle.data.conversations import Conversation, Reading, read_conversations, read_source, split_held_out
+from jeagle.data.describe import describe
 from jeagle.data.pack import Packed, load_rows, pack, save_rows, unpack
-from jeagle.data.render import ConversationError, Rendered, render, render_prompt, template_hash, tokenizer_hash
+from jeagle.data.prompts import read_prompts, read_rows
+from jeagle.data.render import Rendered, Renderer, render
+from jeagle.data.sources import SOURCES, parse_source, source_fingerprint, starter_answers
 from jeagle.data.stream import RowStream
-from jeagle.data.vocabulary import choose, count_tokens, coverage, load_tables, save_tables
+from jeagle.data.texts import Rules, parse_arguments, render_prompt, template_hash, tokenizer_hash
+from jeagle.data.vocabulary import choose, count_tokens, coverage, given_map, load_tables, save_tables
 
 __all__ = [
+    "SOURCES",
+    "TEMPLATES",
     "Conversation",
     "ConversationError",
     "Packed",
+    "Reading",
     "Rendered",
+    "Renderer",
     "RowStream",
+    "Rules",
+    "Shape",
+    "build",
     "choose",
     "count_tokens",
     "coverage",
+    "describe",
+    "from_headers",
+    "given_map",
     "load_rows",
     "load_tables",
     "pack",
+    "parse_arguments",
+    "parse_source",
     "read_conversations",
     "read_prompts",
     "read_rows",
+    "read_source",
+    "reads_date",
     "render",
     "render_prompt",
     "save_rows",
     "save_tables",
+    "source_fingerprint",
     "split_held_out",
     "starter_answers",
     "template_hash",
     "tokenizer_hash",
     "unpack",
+    "use_template",
 ]

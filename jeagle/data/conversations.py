@@ -1,26 +1,22 @@
-"""Reading conversations and prompts; setting some aside to measure on."""
+"""Conversations and prompts from the rows of a source; setting some aside to measure on."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Iterator
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jeagle.data.starter import starter_prompts
+from jeagle.data.files import Record
+from jeagle.data.schema import Columns, find_columns, messages_of, model_of, tools_of
+from jeagle.data.sources import Part, parse_source
 from jeagle.errors import UserError
 
-BAD_SHARE = 0.01  # more than this share of unreadable lines stops the reading
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
-    ("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"
-)
-# What changes the rendered text but is not rendered: training on the rest would teach what no server shows.
-_NOT_RENDERED = ("tools", "tool_calls", "reasoning_content")
+BAD_SHARE = 0.01  # more than this share of unusable rows stops the reading
+_PLACES = 5  # places kept of each reason; all of them are in set_aside.jsonl
+_FIRST = 1000  # rows after which a source of which nothing can be used is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,169 +24,197 @@ class Conversation:
     """Messages of one chat.
 
     Attributes:
-      id: 16 hex digits of the messages' sha256.
-      messages: {"role", "content"} each.
+      id: 16 hex digits of the sha256 of messages and tools.
+      messages: as `schema` describes them.
       truncated: the last answer was cut off by a length limit.
+      tools: JSON schemas of the functions on offer.
+      model: which model wrote the answers; empty where that is not known.
+      where: file and line.
     """
 
     id: str
     messages: tuple[dict[str, Any], ...]
     truncated: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
+    model: str = ""
+    where: str = ""
 
 
 @dataclasses.dataclass
 class Reading:
-    """What was read, and what was set aside: {reason: ["file:line", ...]}."""
+    """What was read, and what was set aside.
 
-    conversations: list[Conversation]
+    Attributes:
+      conversations: filled by `read_conversations` alone.
+      lines: rows read. duplicates: dropped.
+      aside: {reason: the first places}; counts: {reason: how many}; log: where each is written to, if anywhere.
+      notes: {what was mended: how often}.
+      columns: {columns found: rows}.
+    """
+
+    conversations: list[Conversation] = dataclasses.field(default_factory=list)
     lines: int = 0
     duplicates: int = 0
     aside: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    columns: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    log: Any = None
+    limit: float = BAD_SHARE
 
     def set_aside(self, reason: str, where: str) -> None:
-        self.aside.setdefault(reason, []).append(where)
+        self.counts[reason] += 1
+        places = self.aside.setdefault(reason, [])
+        if len(places) < _PLACES:
+            places.append(where)
+        if self.log is not None:
+            self.log.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
+        if self.lines == _FIRST and self.counts.total() == self.lines:
+            self.check()
 
     def check(self) -> None:
         """UserError if too much was set aside, with the reasons."""
-        bad = sum(map(len, self.aside.values()))
-        if bad > BAD_SHARE * max(self.lines, 1):
-            reasons = "; ".join(f"{reason} ({len(w)} times, first {w[0]})" for reason, w in self.aside.items())
-            raise UserError(f"{bad} of {self.lines} conversations cannot be used: {reasons}. Mend or remove them.")
+        bad = self.counts.total()
+        if bad > self.limit * max(self.lines, 1):
+            common = self.counts.most_common(8)
+            reasons = "; ".join(f"{reason} ({n} times, first {self.aside[reason][0]})" for reason, n in common)
+            raise UserError(
+                f"{bad} of {self.lines} conversations cannot be used: {reasons}. Mend or remove them; "
+                f"--data.bad-share {self.limit:g} is what may be set aside."
+            )
 
 
-def starter_answers() -> Path:
-    """The file of the starter prompts' answers that comes with jeagle."""
-    return Path(str(resources.files("jeagle.data.starter") / "answers.jsonl.gz"))
+def read_source(parts: Sequence[Part], reading: Reading, *, streaming: bool = False) -> Iterator[Conversation]:
+    """The conversations of a source, one at a time and each once.
+
+    Parts without weights follow one another. With weights they are mixed in that proportion until one of them runs
+    out, which is noted.
+    """
+    streams = [_read_part(part, reading, streaming) for part in parts]
+    mixed = _mix(parts, streams, reading) if len(parts) > 1 and parts[0].weight is not None else None
+    seen: set[int] = set()
+    for conversation in mixed or (c for stream in streams for c in stream):
+        number = int(conversation.id, 16)
+        if number in seen:
+            reading.duplicates += 1
+            continue
+        seen.add(number)
+        yield conversation
 
 
 def read_conversations(source: str) -> Reading:
-    """Conversations of a jsonl or jsonl.gz file, or of `starter`.
-
-    Lines are {"messages": [{"role", "content"}]} or ShareGPT's {"conversations": [{"from", "value"}]}.
+    """All conversations of a source (see `sources`) in memory, duplicates left out.
 
     Raises:
-      UserError: when the file is missing or over 1 % of its lines cannot be used.
+      UserError: when there is no such source or over 1 % of its rows cannot be used.
     """
-    if not source:
-        raise UserError("--data.source is empty: give a .jsonl or .jsonl.gz file of conversations, or `starter`.")
-    path = starter_answers() if source == "starter" else Path(source)
-    reading, seen = Reading([]), set()
-    for where, text in _lines(path):
-        reading.lines += 1
-        try:
-            conversation = _parse(text)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reading.set_aside(_reason(error), where)
-            continue
-        if conversation.id in seen:
-            reading.duplicates += 1
-            continue
-        seen.add(conversation.id)
-        reading.conversations.append(conversation)
+    reading = Reading()
+    reading.conversations.extend(read_source(parse_source(source), reading))
     reading.check()
     if not reading.conversations:
-        raise UserError(f"{path} holds no conversations: give a jsonl file with messages on each line.")
+        raise UserError(f"{source} holds no conversations: give a jsonl file with messages on each line.")
     return reading
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a jsonl or jsonl.gz file, as they stand."""
-    return [json.loads(text) for _, text in _lines(path)]
-
-
-def read_prompts(source: str) -> list[dict[str, Any]]:
-    """Prompts as {"id", "category", "messages"} from `starter` or a jsonl file of {"turns"} or {"messages"} lines.
-
-    Of a conversation only the turns up to the first answer are taken. UserError names the line that cannot be read.
-    """
-    if source == "starter":
-        return [
-            {"id": p.id, "category": p.category, "messages": [{"role": "user", "content": p.text}]}
-            for p in starter_prompts()
-        ]
-    prompts = []
-    for where, text in _lines(Path(source)):
-        try:
-            tree = json.loads(text)
-            messages = [{"role": "user", "content": tree["turns"][0]}] if "turns" in tree else _messages(tree)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise UserError(f'{where} is no prompt ({_reason(error)}): write {{"turns": ["..."]}}.') from error
-        first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-        if first == 0:
-            raise UserError(f"{where} begins with an answer: a prompt needs a user turn.")
-        digest = hashlib.sha256(_canonical(messages[:first])).hexdigest()[:12]
-        prompts.append({"id": digest, "category": str(tree.get("category", "")), "messages": messages[:first]})
-    if not prompts:
-        raise UserError(f'{source} holds no prompts: write {{"turns": ["..."]}} on each line.')
-    return list({p["id"]: p for p in prompts}.values())
+def is_held_out(conversation: Conversation, share: float) -> bool:
+    """Decided by a hash of the user's turns: one prompt never stands on both sides."""
+    turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
+    turns = turns or [m["content"] for m in conversation.messages]
+    return int(hashlib.sha256(canonical(turns)).hexdigest()[:13], 16) / 16**13 < share
 
 
 def split_held_out(
     conversations: Iterable[Conversation], share: float
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """-> (training, held out), by a hash of the user's turns: one prompt never stands on both sides."""
+    """-> (training, held out), by `is_held_out`."""
     training, held_out = [], []
     for conversation in conversations:
-        turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
-        number = int(hashlib.sha256(_canonical(turns)).hexdigest()[:13], 16) / 16**13
-        (held_out if number < share else training).append(conversation)
+        (held_out if is_held_out(conversation, share) else training).append(conversation)
     return training, held_out
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", line) as bytes, so that one line that is no UTF-8 is one bad line and not a bad file."""
-    if not path.is_file():
-        raise UserError(f"There is no file {path}: give a .jsonl or .jsonl.gz file of conversations.")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read to its end ({error}): make it again.") from error
-
-
-def _parse(text: bytes) -> Conversation:
-    tree = json.loads(text)
-    messages = _messages(tree)
-    if not any(m["role"] == "assistant" for m in messages):
+def parse_conversation(record: Record, columns: Columns | None = None, model: str = "") -> Conversation:
+    """One row's conversation. ValueError, KeyError or TypeError says why there is none."""
+    if record.reason:
+        raise ValueError(record.reason)
+    row = record.row
+    columns = fitting_columns(row, columns)
+    messages, tools = messages_of(row, columns), tools_of(row)
+    if not any(m["role"] in ("assistant", "text") for m in messages):
         raise ValueError("no answer in it")
-    truncated = tree.get("finish_reason") == "length"
-    return Conversation(hashlib.sha256(_canonical(messages)).hexdigest()[:16], tuple(messages), truncated)
+    what: Any = {"messages": messages, "tools": tools} if tools else messages
+    cut = row.get("finish_reason") == "length"
+    return Conversation(
+        hashlib.sha256(canonical(what)).hexdigest()[:16],
+        tuple(messages),
+        cut,
+        tuple(tools),
+        model_of(row) or model,
+        record.where,
+    )
 
 
-def _messages(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    if not isinstance(tree, dict):
+def _read_part(part: Part, reading: Reading, streaming: bool) -> Iterator[Conversation]:
+    for record in part.rows(streaming=streaming):
+        reading.lines += 1
+        try:
+            conversation = parse_conversation(record, part.columns, part.model)
+            reading.columns[part.label, fitting_columns(record.row, part.columns)] += 1
+            conversation = _mended(conversation, reading)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reading.set_aside(reason(error), record.where)
+            continue
+        yield conversation
+
+
+def _mended(conversation: Conversation, reading: Reading) -> Conversation:
+    """Without the answers that stand before any prompt, as in conversations that were cut into pieces."""
+    messages = conversation.messages
+    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
+    if messages[first]["role"] != "assistant":
+        return conversation
+    stop = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
+    kept = (*messages[:first], *messages[stop:])
+    if not any(m["role"] == "assistant" for m in kept):
+        raise ValueError("an answer without a prompt")
+    reading.notes["begins with an answer, which is left out"] += 1
+    return dataclasses.replace(conversation, messages=kept)
+
+
+def _mix(parts: Sequence[Part], streams: Sequence[Iterator[Conversation]], reading: Reading) -> Iterator[Conversation]:
+    weights = [part.weight or 1.0 for part in parts]
+    taken = [0] * len(parts)
+    while True:
+        chosen = min(range(len(parts)), key=lambda i: ((taken[i] + 1) / weights[i], i))
+        conversation = next(streams[chosen], None)
+        if conversation is None:
+            reading.notes[
+                f"{parts[chosen].label} ran out after {taken[chosen]} conversations, and so the mix ends"
+            ] += 1
+            return
+        taken[chosen] += 1
+        yield conversation
+
+
+def fitting_columns(row: Any, known: Columns | None = None) -> Columns:
+    """The columns that hold the row's conversation: the known ones where it has them. ValueError where none do."""
+    if not isinstance(row, dict):
         raise ValueError("no JSON object: write one conversation a line")
-    turns = tree.get("messages", tree.get("conversations"))
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("neither messages nor conversations in it")
-    if lost := [field for field in _NOT_RENDERED if tree.get(field) or any(turn.get(field) for turn in turns)]:
-        raise ValueError(f"{' and '.join(lost)} in it, which jeagle does not render")
-    messages = [_message(turn) for turn in turns]
-    for message in messages:
-        if message["role"] not in ("system", "user", "assistant", "tool"):
-            raise ValueError(f"a role {message['role']!r}")
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            raise ValueError("an empty turn, or one that is no text")
-    return messages
+    if known and all(name in row for name in (known.chat, known.prompt, known.answer, known.text) if name):
+        return known
+    if (found := find_columns(row)) is None:
+        raise ValueError("no messages, conversations, prompt and response, or text in it")
+    return found
 
 
-def _message(turn: dict[str, Any]) -> dict[str, Any]:
-    if "role" in turn:
-        return {"role": turn["role"], "content": turn["content"]}
-    if turn["from"] not in _SHAREGPT_ROLES:
-        raise ValueError(f"a speaker {turn['from']!r}")
-    return {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
-
-
-def _canonical(tree: Any) -> bytes:
+def canonical(tree: Any) -> bytes:
+    """Bytes that do not depend on the order of keys. UnicodeError for text that has no UTF-8."""
     return json.dumps(tree, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError | RecursionError):
+def reason(error: Exception) -> str:
+    """Why a row cannot be used, in a few words."""
+    if isinstance(error, RecursionError):
         return "no JSON"
     if isinstance(error, UnicodeError):
         return "text that is no Unicode"

@@ -72,11 +72,74 @@ def load_tables(folder: Path, made_from: dict[str, Any] | None = None) -> np.nda
         raise UserError(
             f"The vocabulary in {folder} was made from other data ({', '.join(fields)} differ): prepare anew."
         )
+    return _read_map(folder / "d2t.npy", folder / "t2d.npy", f"The vocabulary in {folder}")
+
+
+def given_map(path: Path, draft_vocab: int, target_vocab: int, end_token_ids: Sequence[int]) -> np.ndarray:
+    """A draft vocabulary that someone else chose, kept as it is: int32 [D] token ids.
+
+    Args:
+      path: a folder with d2t.npy and t2d.npy (or speculators' d2t-D.npy and t2d-D.npy), a run, a draft's folder whose
+        model.safetensors holds both, or a d2t file with its t2d beside it.
+      draft_vocab: D that the draft is to have.
+
+    Raises:
+      UserError: when there is none, it contradicts itself, or it is of another target or another size.
+    """
+    where = f"The vocabulary {path}"
+    ids = _find_map(path, where)
+    if len(ids) != draft_vocab and not (draft_vocab <= 0 and len(ids) == target_vocab):
+        raise UserError(f"{where} has {len(ids)} tokens, but --draft.vocab is {draft_vocab}: make it {len(ids)}.")
+    if int(ids[-1]) >= target_vocab:
+        raise UserError(f"{where} names token {ids[-1]}, but the target has {target_vocab}: it is of another target.")
+    if len(end_token_ids) and not np.isin(list(end_token_ids), ids).any():
+        raise UserError(
+            f"{where} has none of the end tokens {', '.join(map(str, end_token_ids))}: a draft could never end an "
+            "answer. It is of another target, or was made without them."
+        )
+    return ids
+
+
+def _find_map(path: Path, where: str) -> np.ndarray:
+    if path.is_file():
+        return _read_map(path, path.with_name(path.name.replace("d2t", "t2d")), where)
+    if (path / "tables").is_dir():
+        path = path / "tables"
+    if found := sorted(path.glob("d2t*.npy")):
+        if len(found) > 1:
+            raise UserError(f"{path} holds {len(found)} maps: name one of them, such as {found[0]}.")
+        return _read_map(found[0], found[0].with_name(found[0].name.replace("d2t", "t2d")), where)
+    if (weights := path / "model.safetensors").is_file():
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(weights, "numpy") as file:
+                tensors = {name: file.get_tensor(name) for name in ("d2t", "t2d") if name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{weights} cannot be read ({error}): copy it again.") from error
+        if "d2t" in tensors:
+            return _check_map(tensors["d2t"], tensors.get("t2d"), where)
+    raise UserError(f"{where} is nowhere: give a folder with d2t.npy and t2d.npy, a run, or a draft's folder.")
+
+
+def _read_map(offsets: Path, mask: Path, where: str) -> np.ndarray:
     try:
-        offsets, in_draft = np.load(folder / "d2t.npy"), np.load(folder / "t2d.npy")
+        return _check_map(np.load(offsets), np.load(mask) if mask.is_file() else None, where)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"The vocabulary in {folder} cannot be read ({error}): remove it and prepare anew.") from error
-    ids = np.arange(len(offsets)) + offsets
-    if not (np.all(np.diff(ids) > 0) and np.array_equal(ids, np.flatnonzero(in_draft))):
-        raise UserError(f"d2t.npy and t2d.npy in {folder} contradict each other: d2t holds offsets, id = i + d2t[i].")
+        raise UserError(f"{where} cannot be read ({error}): make it anew, or copy it again.") from error
+
+
+def _check_map(offsets: np.ndarray, in_draft: np.ndarray | None, where: str) -> np.ndarray:
+    """Ids of offsets [D] and a mask [V]. UserError unless the ids rise, and are those that the mask marks."""
+    if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or not len(offsets):
+        raise UserError(f"{where}: d2t is {offsets.dtype} {list(offsets.shape)}; it must be a list of whole numbers.")
+    ids = np.arange(len(offsets)) + offsets.astype(np.int64)
+    marked = None if in_draft is None else np.flatnonzero(in_draft)
+    if marked is None and not offsets.any():
+        raise UserError(f"{where}: d2t is all zeros and there is no t2d: that names the first tokens, used or not.")
+    if np.any(np.diff(ids) <= 0) or ids[0] < 0 or (marked is not None and not np.array_equal(ids, marked)):
+        raise UserError(
+            f"{where}: d2t.npy and t2d.npy contradict each other, or d2t does not rise: d2t holds offsets, "
+            "id = i + d2t[i], and t2d marks those ids."
+        )
     return ids.astype(np.int32)

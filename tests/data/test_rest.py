@@ -68,14 +68,17 @@ BAD_LINES = {
     b"[" * 100_000: "no JSON",
     b'"\xff"': "no Unicode",
     b"[[]]": "no JSON object",
-    b'{"messages": "hi"}': "neither messages",
+    b'{"messages": "hi"}': "is no JSON",
+    b'{"messages": 7}': "column messages without a list of turns",
+    b'{"talk": []}': "no messages, conversations",
     json.dumps({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}).encode(): "no Unicode",
     json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}).encode(): "no text",
     json.dumps({"messages": [USER, {"role": "judge", "content": "x"}]}).encode(): "a role 'judge'",
     json.dumps({"conversations": [{"from": "crow", "value": "x"}]}).encode(): "a speaker 'crow'",
-    json.dumps(GOOD | {"tools": [{"type": "function"}]}).encode(): "tools in it",
-    json.dumps({"messages": [USER, GOOD["messages"][1] | {"tool_calls": [{}]}]}).encode(): "tool_calls in it",
-    json.dumps({"messages": [USER, GOOD["messages"][1] | {"reasoning_content": "x"}]}).encode(): "reasoning_content",
+    json.dumps(GOOD | {"tools": 7}).encode(): "tools that are no list",
+    json.dumps({"messages": [USER, GOOD["messages"][1] | {"tool_calls": [{}]}]}).encode(): "a tool call without a name",
+    json.dumps({"messages": [GOOD["messages"][1]]}).encode(): "an answer without a prompt",
+    json.dumps({"messages": [USER | {"content": [{"type": "image_url"}]}, GOOD["messages"][1]]}).encode(): "image_url",
 }
 
 
