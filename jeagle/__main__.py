@@ -13,6 +13,7 @@ COMMANDS = {
     "pipeline": "the whole road: prepare, train, bench, export, report; finished stages are reused",
     "regenerate": "the target's own answers to prompts, as training data",
     "prepare": "conversations to packed token rows, and the draft's vocabulary",
+    "preview": "prepared rows, with what is learnt coloured, and their figures",
     "train": "train a draft against its frozen target; an existing run goes on",
     "bench": "acceptance length of a trained draft, by really decoding",
     "export": "a trained draft in the layouts that SGLang and vLLM load",

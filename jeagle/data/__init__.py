@@ -8,6 +8,7 @@ from jeagle.data.describe import describe
 from jeagle.data.pack import Packed, load_rows, pack, save_rows, unpack
 from jeagle.data.prompts import read_prompts, read_rows
 from jeagle.data.render import Rendered, Renderer, render
+from jeagle.data.show import figures, html_page, pieces, terminal_row, token_texts
 from jeagle.data.sources import SOURCES, parse_source, source_fingerprint, starter_answers
 from jeagle.data.stream import RowStream
 from jeagle.data.texts import Rules, parse_arguments, render_prompt, template_hash, tokenizer_hash
@@ -30,13 +31,16 @@ __all__ = [
     "count_tokens",
     "coverage",
     "describe",
+    "figures",
     "from_headers",
     "given_map",
+    "html_page",
     "load_rows",
     "load_tables",
     "pack",
     "parse_arguments",
     "parse_source",
+    "pieces",
     "read_conversations",
     "read_prompts",
     "read_rows",
@@ -50,6 +54,8 @@ __all__ = [
     "split_held_out",
     "starter_answers",
     "template_hash",
+    "terminal_row",
+    "token_texts",
     "tokenizer_hash",
     "unpack",
     "use_template",

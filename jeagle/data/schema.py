@@ -66,6 +66,7 @@ def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]
         turns = _pair(row, columns)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"{columns} without a list of turns")
+    turns = [turn for turn in turns if not _is_empty_system(turn)]
     system = row.get("system") or row.get("system_prompt")
     if isinstance(system, str) and system.strip() and not columns.text:
         turns = [{"role": "system", "content": system}, *turns]
@@ -93,6 +94,12 @@ def _pair(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]]:
     if isinstance(more, str) and more.strip():
         prompt = f"{prompt}\n\n{more}"
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _is_empty_system(turn: Mapping[str, Any]) -> bool:
+    """Data sets of one form for all rows have such a turn where there is none."""
+    said = turn.get("content", turn.get("value"))
+    return "system" in (turn.get("role"), turn.get("from")) and not (said.strip() if isinstance(said, str) else said)
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
