@@ -66,7 +66,7 @@ def records(path: Path) -> Iterator[Record]:
             with open_file(path) as file:
                 yield from _lines(path, file)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read to its end ({error}): make it again.") from error
+        raise UserError(f"{path} cannot be read to its end ({_said(error)}): make it again.") from error
 
 
 def open_file(path: Path) -> IO[bytes]:
@@ -195,5 +195,8 @@ def _table(path: Path, kind: str) -> Iterator[Record]:
                 count += 1
                 yield Record(f"{path}:row {count}", without_nulls(row))
     except (pyarrow.ArrowException, UnicodeError, ValueError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read after its row {count} ({said}): make it again.") from error
+        raise UserError(f"{path} cannot be read after its row {count} ({_said(error)}): make it again.") from error
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -70,6 +70,8 @@ def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]
     system = row.get("system") or row.get("system_prompt")
     if isinstance(system, str) and system.strip() and not columns.text:
         turns = [{"role": "system", "content": system}, *turns]
+    if not turns:
+        raise ValueError("no turns in it")
     return [_message(turn) for turn in turns]
 
 
