@@ -102,7 +102,8 @@ def make_tokenizer(kind: str, eos: str, bos: str | None = None, more: tuple[str,
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(unk_token="<unk>", **(options | {"special_tokens": ["<unk>", *special]}))
+        more_options = options | {"special_tokens": ["<unk>", *special], "initial_alphabet": ["\n", ":"]}
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **more_options)
     else:  # as Llama 2 has it: spaces become a letter, unknown characters their bytes
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])

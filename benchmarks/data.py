@@ -1,0 +1,218 @@
+"""Tokenising and masking: jeagle beside SpecForge's and speculators' functions, on the same conversations and cores.
+
+    python benchmarks/data.py --conversations 20000 --specforge CHECKOUT --speculators CHECKOUT
+
+Prints JSON. Conversations are made up from a word list with a fixed seed, of one to four turns. The peers' functions
+are loaded from checkouts (SpecForge 0.2.0's specforge.data.preprocessing.preprocess_conversations; speculators 0.4's
+_preprocess_batch) and need torch; modules of theirs that masking does not use are stubbed. Without checkouts jeagle is
+timed alone. `--whole` also times jeagle's whole way from a file to rows on disk, and its memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+QWEN_ASSISTANT = r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n?)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=20000)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="for each of the peers")
+    parser.add_argument("--tokenizer", type=Path, help="a folder; by default one is trained on the conversations")
+    parser.add_argument("--specforge", type=Path)
+    parser.add_argument("--speculators", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--whole", action="store_true")
+    args = parser.parse_args()
+    tokenizer = load_tokenizer(args.tokenizer, args.conversations)
+    chats = list(conversations(args.conversations))
+    report: dict[str, Any] = {"conversations": len(chats), "processes": args.processes, "repeats": args.repeats}
+    report["jeagle"] = timed(jeagle_masks(tokenizer), chats, args.repeats, processes=1)
+    for name, path, load in (
+        ("specforge", args.specforge, specforge_masks),
+        ("speculators", args.speculators, speculators_masks),
+    ):
+        if path is not None:
+            report[name] = timed(load(path, tokenizer), chats, args.repeats, processes=args.processes)
+            report[name]["same_tokens"] = report[name]["tokens"] == report["jeagle"]["tokens"]
+    if args.whole:
+        report["jeagle_whole"] = whole(tokenizer, args.conversations)
+    print(json.dumps(report, indent=2))
+
+
+def conversations(count: int) -> Iterator[list[dict[str, str]]]:
+    """Chats of words whose frequencies fall as those of a language do."""
+    random_ = random.Random(0)
+    syllables = [a + b for a in "bcdfghjklmnprstvw" for b in ("a", "e", "i", "o", "u", "ai", "ou", "er", "in")]
+    words = ["".join(random_.choices(syllables, k=random_.randint(1, 4))) for _ in range(20000)]
+    weights = [1 / (rank + 5) for rank in range(len(words))]
+
+    def text(low: int, high: int) -> str:
+        found = random_.choices(words, weights, k=random_.randint(low, high))
+        marks = random_.choices((" ", " ", " ", " ", " ", " ", ", ", ". ", "\n"), k=len(found))
+        return "".join(word + mark for word, mark in zip(found, marks, strict=True)).strip()
+
+    for _ in range(count):
+        turns = [(("user", text(5, 60)), ("assistant", text(40, 300))) for _ in range(random_.randint(1, 4))]
+        yield [{"role": role, "content": said} for pair in turns for role, said in pair]
+
+
+def load_tokenizer(folder: Path | None, count: int) -> Any:
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if folder is not None:
+        return AutoTokenizer.from_pretrained(folder)
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = [AddedToken(t, special=True, normalized=False) for t in ("<|im_end|>", "<|im_start|>")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=8000,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator((m["content"] for chat in conversations(min(count, 1000)) for m in chat), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    from jeagle.data import use_template
+
+    return use_template(tokenizer, "chatml")
+
+
+Masks = Callable[[list], tuple[int, int]]  # conversations -> (tokens, supervised tokens)
+
+
+def jeagle_masks(tokenizer: Any) -> Masks:
+    from jeagle.data import Rules
+    from jeagle.data.conversations import Conversation
+    from jeagle.data.render import Renderer
+
+    renderer = Renderer(tokenizer, Rules((tokenizer.eos_token_id,)))
+
+    def masks(chats: list) -> tuple[int, int]:
+        tokens = learnt = 0
+        for start in range(0, len(chats), 256):
+            for documents in renderer([Conversation("", tuple(chat)) for chat in chats[start : start + 256]]):
+                tokens += sum(len(d.ids) for d in documents)
+                learnt += sum(int(d.supervised.sum()) for d in documents)
+        return tokens, learnt
+
+    return masks
+
+
+def specforge_masks(checkout: Path, tokenizer: Any) -> Masks:
+    stub("specforge", checkout / "specforge")
+    stub("specforge.data", checkout / "specforge" / "data")
+    stub("specforge.distributed", get_draft_sp_group=None, get_sp_ring_group=None)
+    module = importlib.import_module("specforge.data.preprocessing")
+    template = importlib.import_module("specforge.data.template").TEMPLATE_REGISTRY.get("qwen")
+
+    def masks(chats: list) -> tuple[int, int]:
+        found = module.preprocess_conversations(tokenizer, chats, template, max_length=1 << 20, tools=[[]] * len(chats))
+        return sum(x.numel() for x in found["input_ids"]), sum(int(x.sum()) for x in found["loss_mask"])
+
+    return masks
+
+
+def speculators_masks(checkout: Path, tokenizer: Any) -> Masks:
+    root = checkout / "src" / "speculators" if (checkout / "src").is_dir() else checkout / "speculators"
+    stub("speculators", root)
+    for name in ("data_generation", "train"):
+        stub(f"speculators.{name}", root / name)
+    stub("speculators.train.vocab_mapping", save_token_frequency_distribution=None)
+    module = importlib.import_module("speculators.data_generation.preprocessing")
+
+    def masks(chats: list) -> tuple[int, int]:
+        found = module._preprocess_batch({"conversations": chats}, tokenizer, 1 << 20, QWEN_ASSISTANT)
+        return sum(x.numel() for x in found["input_ids"]), sum(int(x.sum()) for x in found["loss_mask"])
+
+    return masks
+
+
+def stub(name: str, folder: Path | None = None, **members: Any) -> None:
+    """A module that stands for a package's own __init__, which would import much more than is timed."""
+    module = types.ModuleType(name)
+    if folder is not None:
+        module.__path__ = [str(folder)]
+    module.__dict__.update(members)
+    sys.modules[name] = module
+
+
+_MASKS: list[Masks] = []
+
+
+def timed(masks: Masks, chats: list, repeats: int, *, processes: int) -> dict[str, Any]:
+    """The best of several runs; with processes, each forked one takes an equal share, as `datasets.map` shares it."""
+    _MASKS[:] = [masks]
+    masks(chats[:50])
+    seconds, found = [], (0, 0)
+    shares = [chats[i::processes] for i in range(processes)]
+    for _ in range(repeats):
+        if processes == 1:
+            begun = time.perf_counter()
+            found = masks(chats)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            with multiprocessing.get_context("fork").Pool(processes) as pool:
+                begun = time.perf_counter()
+                parts = pool.map(_share, shares, chunksize=1)
+            found = (sum(p[0] for p in parts), sum(p[1] for p in parts))
+        seconds.append(time.perf_counter() - begun)
+    best = min(seconds)
+    return {
+        "seconds": round(best, 2),
+        "conversations_per_s": round(len(chats) / best),
+        "tokens_per_s": round(found[0] / best),
+        "tokens": found[0],
+        "supervised_tokens": found[1],
+    }
+
+
+def _share(chats: list) -> tuple[int, int]:
+    return _MASKS[0](chats)
+
+
+def whole(tokenizer: Any, count: int) -> dict[str, Any]:
+    """A jsonl file to rows on disk."""
+    from jeagle.data import Rules, Shape, build, parse_source
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "chats.jsonl", Path(folder) / "data"
+        out.mkdir()
+        with source.open("w") as file:
+            for chat in conversations(count):
+                file.write(json.dumps({"messages": chat}) + "\n")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        begun = time.perf_counter()
+        shape = Shape(row_length=2048, vocab=len(tokenizer), held_out=0.02)
+        made = build(parse_source(str(source)), tokenizer, Rules((tokenizer.eos_token_id,)), shape, out)
+        seconds = time.perf_counter() - begun
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tokens = made["train"]["tokens"] + made["held_out"]["tokens"]
+    return {
+        "seconds": round(seconds, 2),
+        "conversations_per_s": round(count / seconds),
+        "tokens_per_s": round(tokens / seconds),
+        "peak_rss_mib": round(after / 1024),
+        "peak_rss_mib_before": round(before / 1024),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The preview shows each token once, says what is learnt, and escapes what it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jeagle import config as configs
+from jeagle import dataset, preview
+from jeagle.data import load_rows
+from jeagle.errors import UserError
+from tests import tiny
+
+NASTY = "<script>alert(1)</script> \x1b[31m & 'naïve' 🙂"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    flags = tiny.flags(folder, data__row_length=96, data__held_out=0.2)
+    rows = [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
+    rows[0]["messages"][1]["content"] = NASTY
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
+    config = configs.parse_overrides(configs.RunConfig(name="t"), flags, program="t", description="")
+    return dataset.prepare(config).data.parent
+
+
+def shown(run, capsys, *arguments) -> str:
+    preview.main([str(run), "--width", "40", *arguments])
+    return capsys.readouterr().out
+
+
+def test_every_learnt_token_is_between_the_marks_and_no_other_is(run, capsys):
+    out = shown(run, capsys, "--rows", "1000")
+    rows, texts = load_rows(run / "data" / "train"), preview.open_rows(run / "data", "train")[1]
+    wanted = []
+    for tokens, segments, _, learnt in zip(*rows, strict=True):
+        for segment in range(1, segments.max() + 1):
+            here = (segments == segment) & learnt
+            edges = np.flatnonzero(np.diff(np.pad(here.astype(int), 1))).reshape(-1, 2)
+            wanted += ["".join(text for text, _ in texts(np.asarray(tokens[a:b]))) for a, b in edges]
+    found = re.findall("⟦(.*?)⟧", out, re.DOTALL)
+    assert found == [text.replace("\x1b", "\\x1b") for text in wanted] and len(found) > 20
+    assert out.count("── document") == int(rows.segments_BT.max(axis=1).sum())
+
+
+def test_control_characters_do_not_reach_the_terminal_nor_markup_the_page(run, capsys, tmp_path):
+    assert "\x1b" not in shown(run, capsys, "--rows", "1000") + shown(
+        run, capsys, "--rows", "1000", "--part", "held_out"
+    )
+    shown(run, capsys, "--rows", "1000", "--html", str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and "http" not in page
+    shown(run, capsys, "--part", "held_out", "--rows", "1000", "--html", str(tmp_path / "held.html"))
+    assert "&lt;script&gt;" in re.sub("</?span[^>]*>", "", page + (tmp_path / "held.html").read_text())
+
+
+def test_figures_are_those_of_the_rows(run, capsys):
+    out = shown(run, capsys, "--rows", "0")
+    rows = load_rows(run / "data" / "train")
+    tokens, learnt = int((rows.segments_BT > 0).sum()), int(rows.supervised_BT.sum())
+    assert f"{tokens:,}, {learnt / tokens:.1%} of them learnt" in out
+    assert "61 rows: 1 duplicates, 0 set aside" in out and "0.0% known to be" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--part", "tests"], "--part is train or held_out"), (["--start", "5000"], "there is no row 5000")],
+)
+def test_what_is_not_there_is_one_sentence(run, arguments, said):
+    with pytest.raises(UserError, match=said):
+        preview.main([str(run), *arguments])
+    with pytest.raises(UserError, match="no prepared data"):
+        preview.main([str(run.parent)])
+
+
+def test_long_texts_and_spread_characters_are_whole(run):
+    from tokenizers import Tokenizer
+
+    _, texts = preview.open_rows(run / "data", "train")
+    text = "🙂 naïve 東京 " * 60
+    ids = Tokenizer.from_file(str(run / "data" / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    assert "".join(piece for piece, _ in texts(np.array(ids))) == text
