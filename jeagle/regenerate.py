@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import tyro
 
-from jeagle import targets
+from jeagle import data, targets
 from jeagle.data import read_prompts, render_prompt
 from jeagle.errors import UserError
 from jeagle.runtime.cli import run
@@ -42,6 +43,11 @@ class Arguments:
     """Longest answer."""
     batch: int = 64
     """Answers written side by side."""
+    server: str = ""
+    """An OpenAI-compatible server that answers instead, up to its /v1; --target is then its name for the model, and
+    JEAGLE_SERVER_KEY the key that it asks for, if any."""
+    concurrency: int = 64
+    """Prompts that the server has under way at once."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the target's weights and matrix products."""
     system_prompt: str | None = None
@@ -61,15 +67,45 @@ def regenerate(args: Arguments, prompts: Sequence[dict[str, Any]]) -> list[dict[
     """Answers `prompts` ({"id", "category", "messages"}) and writes args.out; returns its rows, in order of id."""
     partial = args.out.with_name(args.out.name + ".partial")
     key = fingerprint([args.target, args.max_new_tokens, args.dtype, args.system_prompt])
-    rows = {row["id"]: row for row in _read_partial(partial, key)}
-    waiting = [prompt for prompt in prompts if prompt["id"] not in rows]
-    if waiting:
-        _answer(args, waiting, rows, partial, key)
+    if args.server:
+        rows, prompts = _ask_server(args, prompts, partial, fingerprint([key, args.server]))
+    else:
+        rows = {row["id"]: row for row in _read_partial(partial, key)}
+        waiting = [prompt for prompt in prompts if prompt["id"] not in rows]
+        if waiting:
+            _answer(args, waiting, rows, partial, key)
     ordered = [rows[prompt["id"]] for prompt in sorted(prompts, key=lambda p: p["id"])]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered).encode()
     atomic_write(args.out, gzip.compress(text, mtime=0) if args.out.suffix == ".gz" else text)
     partial.unlink(missing_ok=True)
     return ordered
+
+
+def _ask_server(
+    args: Arguments, prompts: Sequence[dict[str, Any]], partial: Path, key: str
+) -> tuple[dict[str, dict[str, Any]], Sequence[dict[str, Any]]]:
+    """(rows by id, the prompts that the server answered). UserError where it refuses more than 1 % of them."""
+    server = data.Server(
+        args.server,
+        args.target,
+        key=os.environ.get("JEAGLE_SERVER_KEY", ""),
+        concurrency=args.concurrency,
+        max_new_tokens=args.max_new_tokens,
+        system_prompt=args.system_prompt,
+    )
+    with Progress(len(prompts), "answers", "regenerate") as progress:
+        rows, refused = data.answer(
+            server, prompts, partial, key, lambda done, refused: progress.update(done, refused=refused)
+        )
+    if refused:
+        first = next(iter(refused))
+        said = (
+            f"{len(refused)} of {len(prompts)} prompts are refused by {args.server}, such as {first} ({refused[first]})"
+        )
+        if len(refused) > 0.01 * len(prompts):
+            raise UserError(f"{said}: leave them out.")
+        print(f"note: {said}")
+    return rows, [prompt for prompt in prompts if prompt["id"] in rows]
 
 
 def _answer(args: Arguments, waiting: list[dict], rows: dict[str, dict], partial: Path, key: str) -> None:
@@ -95,6 +131,7 @@ def _answer(args: Arguments, waiting: list[dict], rows: dict[str, dict], partial
             said = answer.tokens[:-1] if int(answer.tokens[-1]) in ends else answer.tokens
             reply = {"role": "assistant", "content": tokenizer.decode(said)}
             row = {**prompt, "messages": [*prompt["messages"], reply], "finish_reason": answer.finish_reason}
+            row["model"] = args.target
             rows[prompt["id"]] = row
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()

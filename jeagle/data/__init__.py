@@ -8,6 +8,7 @@ from jeagle.data.describe import describe
 from jeagle.data.pack import Packed, load_rows, pack, save_rows, unpack
 from jeagle.data.prompts import read_prompts, read_rows
 from jeagle.data.render import Rendered, Renderer, render
+from jeagle.data.server import Server, answer
 from jeagle.data.show import figures, html_page, pieces, terminal_row, token_texts
 from jeagle.data.sources import SOURCES, parse_source, source_fingerprint, starter_answers
 from jeagle.data.stream import RowStream
@@ -25,7 +26,9 @@ __all__ = [
     "Renderer",
     "RowStream",
     "Rules",
+    "Server",
     "Shape",
+    "answer",
     "build",
     "choose",
     "count_tokens",

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -59,10 +59,11 @@ class RowSet:
         self._closed: list[list[Rendered]] = []
         self._counts = np.zeros(shape.vocab, np.int64)
         self.lengths, self.answers = collections.Counter(), collections.Counter()
-        self.documents = self.tokens = self.packed = 0
+        self.tokens = self.packed = 0
 
-    def add(self, documents: Sequence[Rendered], answers: int) -> None:
-        self.answers[answers] += 1
+    def add(self, documents: Sequence[Rendered], conversation: Conversation) -> None:
+        """Packs one conversation's documents."""
+        self.answers[sum(m["role"] in ("assistant", "text") for m in conversation.messages)] += 1
         for document in documents:
             self.lengths[len(document.ids)] += 1
             self._closed += self._packer.add(document)
@@ -73,7 +74,7 @@ class RowSet:
         """Closes the files; returns the statistics."""
         self._closed += self._packer.finish()
         self._write()
-        self.close()
+        self._writer.close()
         np.save(self.folder / "counts.npy", self._counts)
         size = self._writer.rows * self._shape.row_length
         packer = self._packer
@@ -91,7 +92,10 @@ class RowSet:
             "answers": quantiles(self.answers),
         }
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         self._writer.close()
 
     def _write(self) -> None:
@@ -121,36 +125,39 @@ def build(
     with (
         open(folder / "set_aside.jsonl", "w", encoding="utf-8") as log,
         open(folder / "held_out.jsonl", "w", encoding="utf-8") as prompts,
+        RowSet(folder / "train", shape) as train,
+        RowSet(folder / "held_out", shape) as measured,
     ):
         reading = Reading(log=log, limit=shape.bad_share)
-        sides = {name: RowSet(folder / name, shape) for name in ("train", "held_out")}
-        try:
-            conversations = read_source(parts, reading, streaming=shape.streaming)
-            taken = itertools.islice(conversations, shape.max_conversations or None)
-            for conversation, held_out, found in _render_all(taken, Renderer(tokenizer, rules), shape.held_out):
-                statistics["conversations"] += 1
-                on_done(statistics["conversations"])
-                if isinstance(found, ConversationError):
-                    reading.set_aside(str(found), conversation.where)
-                    continue
-                if held_out:
-                    prompts.write(_prompt_line(conversation, tokenizer, rules))
-                statistics["answers_cut_short"] += conversation.truncated
-                statistics["taken_apart"] += len(found) > 1
-                statistics["on_policy"] += is_of(conversation.model, shape.target)
-                statistics["known_model"] += bool(conversation.model)
-                answers = sum(m["role"] in ("assistant", "text") for m in conversation.messages)
-                sides["held_out" if held_out else "train"].add(found, answers)
-            reading.check()
-            if not statistics["conversations"]:
-                labels = ", ".join(part.label for part in parts)
-                raise UserError(f"{labels} holds no conversations: give a file with messages in each row.")
-            named = {name: side.finish() for name, side in sides.items()}
-        finally:
-            for side in sides.values():
-                side.close()
+        taken = itertools.islice(
+            read_source(parts, reading, streaming=shape.streaming), shape.max_conversations or None
+        )
+        for conversation, held_out, found in _render_all(taken, Renderer(tokenizer, rules), shape.held_out):
+            statistics["conversations"] += 1
+            on_done(statistics["conversations"])
+            if isinstance(found, ConversationError):
+                reading.set_aside(str(found), conversation.where)
+                continue
+            if held_out:
+                prompts.write(_prompt_line(conversation, tokenizer, rules))
+            statistics.update(_facts(conversation, found, shape))
+            (measured if held_out else train).add(found, conversation)
+        reading.check()
+        if not statistics["conversations"]:
+            labels = ", ".join(part.label for part in parts)
+            raise UserError(f"{labels} holds no conversations: give a file with messages in each row.")
+        named = {"train": train.finish(), "held_out": measured.finish()}
     _check_learnt(named, shape)
     return _whole(statistics, reading) | named
+
+
+def _facts(conversation: Conversation, documents: Sequence[Rendered], shape: Shape) -> dict[str, int]:
+    return {
+        "answers_cut_short": int(conversation.truncated),
+        "taken_apart": int(len(documents) > 1),
+        "on_policy": int(is_of(conversation.model, shape.target)),
+        "known_model": int(bool(conversation.model)),
+    }
 
 
 def quantiles(counter: collections.Counter) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def expand(path: str) -> list[Path]:
     """The files that a path, a folder or a glob names, sorted. UserError where there is none of a known kind."""
     named = Path(path)
     if named.is_dir():
-        found = sorted(p for p in named.rglob("*") if p.is_file() and kind_of(p) and not _hidden(p, named))
+        found = sorted(p for p in named.rglob("*") if p.is_file() and kind_of(p) and not _aside(p, named))
         if not found:
             raise UserError(f"The folder {path} holds no .jsonl, .json or .parquet files of conversations.")
         return found
@@ -93,8 +93,10 @@ def kind_of(path: Path) -> str | None:
     return suffix.lower() if suffix.lower() in (*_LINES, *_TREES, *_TABLES) else None
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _aside(path: Path, folder: Path) -> bool:
+    """Hidden files, and what `datasets` writes beside its tables."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return hidden or path.name in ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def _lines(path: Path, lines: Iterator[bytes] | IO[bytes], first: int = 1) -> Iterator[Record]:

@@ -120,6 +120,14 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path):
         read_conversations(str(tmp_path / "empty"))
 
 
+def test_a_folder_of_datasets_is_read_without_its_notes(tmp_path):
+    import datasets
+
+    made = datasets.Dataset.from_list([{"prompt": "p", "response": "x", "kept": None}])
+    made.save_to_disk(str(tmp_path / "saved"))
+    assert read_conversations(str(tmp_path / "saved")).conversations[0].messages[0]["content"] == "p"
+
+
 def test_weights_are_kept_until_a_part_runs_out(tmp_path):
     for name, count in (("a", 300), ("b", 50)):
         write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "response": "x"} for i in range(count)])
