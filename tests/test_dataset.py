@@ -86,3 +86,25 @@ def test_nothing_is_left_when_the_source_is_wrong(tmp_path):
     with pytest.raises(UserError, match="none.jsonl"):
         prepare(tmp_path, name="wrong", data__source=tmp_path / "none.jsonl")
     assert not (tmp_path / "runs" / "wrong" / "data").exists()
+
+
+CHANGES = {
+    "max_conversations": 50,
+    "long": "split",
+    "held_out": 0.2,
+    "bad_share": 0.02,
+    "system_prompt": "be old",
+    "reasoning": "drop",
+    "thinking": "off",
+    "rewritten": "set_aside",
+    "template_arguments": '{"date_string": "today"}',
+}
+
+
+def test_every_setting_that_shapes_rows_is_named_when_it_changes(tmp_path, capsys):
+    prepare(tmp_path)
+    for name, value in CHANGES.items():
+        capsys.readouterr()
+        assert not prepare(tmp_path, **{f"data__{name}": value}).reused
+        assert name in capsys.readouterr().out
+    assert {*CHANGES, "row_length"} == set(dataset._SHAPING)
