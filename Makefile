@@ -1,11 +1,17 @@
 # make quickstart: a draft for a real language model learns, is measured, and comes out in the form that servers load.
 # make test: every test that needs no accelerator. make check: format, lint, types, layering.
+# make parity: every target family against the installed transformers and torch, for models made there and then; needs
+# torch, which it installs. SEED, HIDDEN, LAYERS and ONLY (a regular expression) say which: make parity SEED=3 ONLY=gemma
 # PYTHON=... chooses the interpreter, ARGS="--train.steps 100" overrides fields of the quickstart's recipe.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 ARGS ?=
+SEED ?= 1
+HIDDEN ?= 64
+LAYERS ?=
+ONLY ?=
 
-.PHONY: quickstart test check .venv
+.PHONY: quickstart test check parity .venv
 
 quickstart: .venv/installed
 	.venv/bin/python -m jeagle.pipeline --config configs/smollm2_135m.py $(ARGS)
@@ -19,14 +25,23 @@ check: .venv/installed
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
+parity: .venv-parity/installed
+	folder="$$(mktemp -d)" && trap 'rm -rf "$$folder"' EXIT && export JAX_PLATFORMS=cpu JEAGLE_TARGET_GOLDENS="$$folder" && \
+	.venv-parity/bin/python -m tests.targets.make_goldens --check --out "$$folder" --only '$(ONLY)' \
+		--seed $(SEED) --hidden $(HIDDEN) $(if $(LAYERS),--layers $(LAYERS)) && \
+	.venv-parity/bin/python -m pytest -q tests/targets/test_goldens.py tests/test_doctor.py && \
+	.venv-parity/bin/python -m jeagle.doctor --against transformers --target "$$(ls -d "$$folder"/* | head -n 1)"
+
 .venv: .venv/installed
 
 # The stamp comes last, so that an installation that was cut off is not taken for finished. The interpreter is the one
 # beneath an active environment, which may be the very one that is made anew.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: EXTRAS = dev
+.venv-parity/installed: EXTRAS = dev,parity
+.venv/installed .venv-parity/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: jeagle needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@echo "Installing jeagle with its dependencies into .venv: about a minute."
-	base="$$($(PYTHON) -c 'import sys; print(sys._base_executable)')" && rm -rf .venv && "$$base" -m venv .venv
-	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/pip install -q -c constraints.txt -e '.[dev]'
+	@echo "Installing jeagle with its dependencies into $(@D): about a minute."
+	base="$$($(PYTHON) -c 'import sys; print(sys._base_executable)')" && rm -rf $(@D) && "$$base" -m venv $(@D)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@

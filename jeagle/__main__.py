@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "acceptance length of a trained draft, by really decoding",
     "export": "a trained draft in the layouts that SGLang and vLLM load",
     "report": "report.html and report.json of a run",
+    "doctor": "a target's hidden states and logits against transformers', layer by layer",
 }
 
 

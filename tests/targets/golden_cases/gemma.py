@@ -96,7 +96,11 @@ GEMMA: dict[str, Case] = {
     "gemma4_shared_kv": Case(
         "Gemma4ForCausalLM",
         _GEMMA4_INPUTS
-        | {"layer_types": ending(FULL, SLIDING, FULL), "num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+        | {
+            "layer_types": ending(FULL, SLIDING, FULL),
+            "num_kv_shared_layers": lambda s: s.layers - 2,
+            "use_double_wide_mlp": True,
+        },
         layers=5,
     ),
     "gemma4_k_eq_v": Case(
@@ -114,7 +118,8 @@ GEMMA: dict[str, Case] = {
         "Gemma4ForConditionalGeneration",
         {"vision_config": _GEMMA4_VISION, "audio_config": None},
         published=True,
-        text=_GEMMA4_INPUTS | {"model_type": "gemma4_text", "num_kv_shared_layers": 1, "pad_token_id": 0},
+        text=_GEMMA4_INPUTS
+        | {"model_type": "gemma4_text", "num_kv_shared_layers": lambda s: s.layers - 2, "pad_token_id": 0},
         layers=3,
     ),
 }
