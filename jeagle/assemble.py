@@ -23,6 +23,7 @@ from jeagle.errors import UserError
 from jeagle.joints import DraftSpec, Rope, Tables
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
+from jeagle.runtime.progress import bytes_progress
 from jeagle.targets import Target, TargetFiles, TargetSpec
 
 # Logical axes of the draft's parameters; the mesh axes behind them: runtime.mesh.RULES.
@@ -67,13 +68,18 @@ def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTa
     source = targets.open_weights(files)
     tokenizer = dataset.load_tokenizer(config, files)
     ends = targets.end_token_ids(tokenizer, source.config)
-    target = targets.load_target(
-        source,
-        mesh,
-        jnp.dtype(dtype or config.target.dtype),
-        stored="" if config.target.weights == "dtype" else config.target.weights,
-        family=targets.own_family(config.target.family) if config.target.family else None,
-    )
+    family = targets.own_family(config.target.family) if config.target.family else None
+    if config.target.taps:
+        targets.check_taps(config.target.taps, targets.read_spec(source.config, family).layers)
+    with bytes_progress("load target", shown=jax.process_index() == 0) as progress:
+        target = targets.load_target(
+            source,
+            mesh,
+            jnp.dtype(dtype or config.target.dtype),
+            stored="" if config.target.weights == "dtype" else config.target.weights,
+            family=family,
+            progress=progress,
+        )
     return LoadedTarget(files, tokenizer, ends, target)
 
 

@@ -47,6 +47,8 @@ class Arguments:
     """Checkpoint step, or last."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of both models' matrix products."""
+    weights: Literal["run", "dtype", "int8", "fp8"] = "run"
+    """How the target's kernels are kept in memory; run: as the run's own configuration says."""
     out: Path | None = None
     """File for the report, JSON."""
 
@@ -76,12 +78,15 @@ def main(arguments: list[str]) -> None:
     prepare_host()
     folder = assemble.run_folder(args.draft)
     config = configs.from_json(json.loads((folder / "config.json").read_text()))
+    if args.weights != "run":
+        config = dataclasses.replace(config, target=dataclasses.replace(config.target, weights=args.weights))
     step, spec, params = assemble.load_draft(folder, args.step)
     bench = open_bench(config, spec, folder, params, dtype=args.dtype)
     prompts = prompt_ids(bench, config, folder, args.prompts, args.max_prompts)
     settings = {n: getattr(args, n) for n in ("max_new_tokens", "draft_tokens", "batch")}
     report, _ = measure(bench, prompts, **settings)
     report |= {"run": str(folder), "step": step, "dtype": args.dtype, "temperature": 0, "prompts": str(args.prompts)}
+    report |= {"weights": config.target.weights}
     if args.out:
         atomic_write(args.out, json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

@@ -204,6 +204,14 @@ class RegenerateConfig:
     """Longest answer."""
     batch: int = 64
     """Answers written side by side."""
+    temperature: float = 0.0
+    """Of answers made with --live: 0 takes the most likely token each time, as the shipped ones were made."""
+    top_p: float = 1.0
+    """Draw only from the fewest most likely tokens whose probabilities reach this; 1 draws from all."""
+    top_k: int = 0
+    """Draw only from so many most likely tokens; 0 draws from all."""
+    seed: int = 0
+    """Of chance, where the temperature is above 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,6 +329,12 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"--data.held-out is {config.data.held_out}; it is a share, from 0 up to but not including 1.")
     if not 0 <= config.data.bad_share <= 1:
         raise UserError(f"--data.bad-share is {config.data.bad_share}; it is a share, from 0 to 1.")
+    drawn = config.regenerate
+    if drawn.temperature < 0 or drawn.top_k < 0 or not 0 < drawn.top_p <= 1:
+        raise UserError(
+            f"--regenerate.temperature {drawn.temperature} --regenerate.top-p {drawn.top_p} --regenerate.top-k "
+            f"{drawn.top_k}: the temperature and top-k are 0 or above, top-p above 0 and up to 1."
+        )
     if config.draft.fc_norm and config.draft.norm_before_fc:
         raise UserError("draft.fc_norm and draft.norm_before_fc exclude each other: switch one off.")
 

@@ -124,8 +124,13 @@ def _answers(config: RunConfig) -> dict[str, Any]:
         max_new_tokens=config.regenerate.max_new_tokens,
         batch=config.regenerate.batch,  # as the shipped ones were made: rounding depends on shapes
         dtype=config.target.dtype,
+        weights=config.target.weights,
+        family=config.target.family,
         system_prompt=config.data.system_prompt,
     )
+    if config.regenerate.live:  # the shipped ones, which a check compares with, are greedy
+        drawn = ("temperature", "top_p", "top_k", "seed")
+        args = dataclasses.replace(args, **{name: getattr(config.regenerate, name) for name in drawn})
     made = regenerate(args, prompts)
     same = sum(row["messages"] == shipped[row["id"]]["messages"] for row in made)
     print(f"regenerated {len(made)} answers: {same} are the shipped ones to the letter", flush=True)

@@ -8,7 +8,7 @@ import json
 import random
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Server:
       timeout: seconds that one answer may take. max_new_tokens, temperature: of an answer.
       system_prompt: shown where a prompt has none.
       first_pause: seconds before the first retry; each further one waits twice as long, up to 30 s.
+      more: further fields of each request, such as top_p.
     """
 
     url: str
@@ -44,6 +45,7 @@ class Server:
     temperature: float = 0.0
     system_prompt: str | None = None
     first_pause: float = _FIRST_PAUSE
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class ServerError(Exception):
@@ -176,6 +178,7 @@ class _Asker:
             "messages": with_system(prompt["messages"], self._server.system_prompt),
             "max_tokens": self._server.max_new_tokens,
             "temperature": self._server.temperature,
+            **self._server.more,
             **({"tools": prompt["tools"]} if prompt.get("tools") else {}),
         }
         headers = {"Content-Type": "application/json"}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TextIO
 
 TERMINAL_SECONDS = 0.1
@@ -41,6 +42,7 @@ class Progress:
       shown: False writes nothing: for all but one process of many.
       clock: seconds, rising.
       beat_seconds: silence after which a sign of life is due.
+      quiet_seconds: nothing is shown of work that ends sooner.
     """
 
     def __init__(
@@ -54,13 +56,14 @@ class Progress:
         shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
         beat_seconds: float = BEAT_SECONDS,
+        quiet_seconds: float = 0.0,
     ):
         self.total, self.unit, self.label = total, unit, label
         self._stream = stream if stream is not None else sys.stderr
         self._terminal = bool(getattr(self._stream, "isatty", lambda: False)())
         self._shown, self._clock, self._beat_seconds = shown, clock, beat_seconds
         self._done, self._figures = done, dict[str, Figure]()
-        self._started = clock()
+        self._started, self._quiet_seconds = clock(), quiet_seconds
         self._written: float | None = None
         self._stale = False
         self._samples = collections.deque([(self._started, done)], maxlen=_WINDOW_SAMPLES)
@@ -95,7 +98,8 @@ class Progress:
             self._closed.set()
             if self._terminal:
                 self._show(self._clock())
-                self._write("\n")
+                if self._written is not None:
+                    self._write("\n")
             elif self._stale or self._written is None:
                 self._show(self._clock())
 
@@ -118,6 +122,8 @@ class Progress:
             self.beat()
 
     def _show(self, now: float) -> None:
+        if now - self._started < self._quiet_seconds:
+            return
         self._written, self._stale = now, False
         line = self._line(now)
         if self._terminal:
@@ -148,6 +154,18 @@ class Progress:
             self._stream.flush()
         except (OSError, ValueError):  # a stream that has gone away must not end the work
             self._shown = False
+
+
+@contextlib.contextmanager
+def bytes_progress(label: str, **options: Any) -> Iterator[Callable[[int, int], None]]:
+    """A live line in megabytes for work of over a second; yields what to call with bytes done and bytes in all."""
+    with Progress(0, "MB", label, quiet_seconds=1.0, **options) as progress:
+
+        def update(done: int, total: int) -> None:
+            progress.total = round(total / 1e6)
+            progress.update(round(done / 1e6))
+
+        yield update
 
 
 def _short(value: Any) -> str:

@@ -1,11 +1,12 @@
 """Frozen targets: finding and loading them, features of packed rows, KV-cached generation."""
 
 from jeagle.targets.decoder import Decoder
-from jeagle.targets.families import Family, Piece, Switches, own_family
+from jeagle.targets.families import Family, Piece, Switches, own_family, read_spec
 from jeagle.targets.features import features, greedy_and_gap, greedy_and_lse
 from jeagle.targets.generate import Answer, generate
 from jeagle.targets.load import Target, abstract_target, load_target, random_target
 from jeagle.targets.reference import TargetFiles, resolve
+from jeagle.targets.sampling import Sampling
 from jeagle.targets.spec import TargetSpec, check_taps
 from jeagle.targets.tokenizer import end_token_ids, load_tokenizer
 from jeagle.targets.weights import open_weights
@@ -15,6 +16,7 @@ __all__ = [
     "Decoder",
     "Family",
     "Piece",
+    "Sampling",
     "Switches",
     "Target",
     "TargetFiles",
@@ -31,5 +33,6 @@ __all__ = [
     "open_weights",
     "own_family",
     "random_target",
+    "read_spec",
     "resolve",
 ]

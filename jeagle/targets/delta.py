@@ -10,7 +10,7 @@ from flax import nnx
 
 from jeagle.layers import DeltaInputs, Linear, delta_chunks, delta_steps, rms_norm, unit_norm
 from jeagle.targets.spec import DeltaSpec
-from jeagle.targets.view import Cache, View
+from jeagle.targets.view import Axes, Cache, View
 
 
 class Recurrent(NamedTuple):
@@ -25,6 +25,11 @@ class Recurrent(NamedTuple):
     inputs: jax.Array
     states: jax.Array
     first: jax.Array
+
+    @property
+    def axes(self) -> tuple[Axes, ...]:
+        """Logical axes of each array, a leading stack axis left out."""
+        return ("rows", None, None, None), ("rows", None, "heads", None, None), ("rows",)
 
 
 class GatedDelta(nnx.Module):

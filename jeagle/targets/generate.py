@@ -1,24 +1,30 @@
-"""Batched greedy generation with a KV cache; a finished row is replaced by a waiting prompt."""
+"""Batched generation with a KV cache; a finished row is replaced by a waiting prompt."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jeagle.errors import UserError
+from jeagle.runtime.mesh import replicated, row_parts
 from jeagle.targets.load import Target
+from jeagle.targets.sampling import Sampling, choose
+from jeagle.targets.view import cache_shardings
 
 STEPS_BETWEEN_ADMISSIONS = 8
 ADMITTED_AT_ONCE = 8
 PROMPT_BUCKET = 64
+
+Stops = Callable[[np.ndarray], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Answer:
 
 
 class _Rows(NamedTuple):
-    """The state of B rows on the device."""
+    """The state of B rows on the device: the cache split over the mesh, the rest whole on every device."""
 
     cache: Any
     last_B: jax.Array  # the token that each row has to read next
@@ -39,6 +45,17 @@ class _Rows(NamedTuple):
     left_B: jax.Array  # tokens that the row may still write; 0 = idle
     written_BS: jax.Array
     count_B: jax.Array
+    number_B: jax.Array  # of the row's prompt: its chance follows from it
+
+
+class _Prompts(NamedTuple):
+    """R prompts to be read: those whose place is out of range are padding."""
+
+    tokens_RP: np.ndarray
+    lengths_R: np.ndarray
+    places_R: np.ndarray
+    limits_R: np.ndarray
+    numbers_R: np.ndarray
 
 
 def generate(
@@ -46,122 +63,180 @@ def generate(
     prompts: Sequence[np.ndarray],
     *,
     end_token_ids: Sequence[int],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     batch: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    stops: Stops | None = None,
 ) -> Iterator[Answer]:
-    """Greedy answers to `prompts` (int32 [n] each), in the order in which they finish.
+    """Answers to `prompts` (int32 [n] each), in the order in which they finish.
+
+    An answer follows from its prompt, the seed and the prompt's number: not from the batch, its neighbours or the
+    order. What remains of them is rounding, since XLA sums in an order that depends on shapes.
+
+    Args:
+      max_new_tokens: of every answer, or of each.
+      batch: rows side by side; rounded up to what the mesh splits rows into.
+      sampling: greedy where None.
+      numbers: of the prompts, below 2**32; their indices where None.
+      stops: tokens written so far -> how many of them the answer keeps if it ends there, else None.
 
     Raises:
-      UserError: for an empty prompt, or one that leaves no room within the target's longest sequence.
+      UserError: for an empty prompt, a limit below 1, or what leaves no room within the target's longest sequence.
     """
-    longest = max((len(p) for p in prompts), default=0)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    _check(target, prompts, limits)
+    numbers = range(len(prompts)) if numbers is None else numbers
+    how = sampling or Sampling()
+    yield from _Generation(target, prompts, limits, numbers, tuple(end_token_ids), batch, how, seed).run(stops)
+
+
+def _check(target: Target, prompts: Sequence[np.ndarray], limits: list[int]) -> None:
     if any(len(p) == 0 for p in prompts):
         raise UserError("A prompt has no tokens: check the chat template and the file of prompts.")
-    if longest + max_new_tokens > target.spec.max_positions:
-        raise UserError(
-            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the target's longest sequence, "
-            f"{target.spec.max_positions}: shorten the prompts or lower the number of new tokens."
-        )
-    yield from _Generation(target, prompts, tuple(end_token_ids), max_new_tokens, batch, longest).run()
+    if any(limit < 1 for limit in limits):
+        raise UserError(f"An answer of {min(limits)} new tokens cannot be written: the limit must be above 0.")
+    for prompt, limit in zip(prompts, limits, strict=True):
+        if len(prompt) + limit > target.spec.max_positions:
+            raise UserError(
+                f"A prompt of {len(prompt)} tokens and {limit} new ones exceed the target's longest sequence, "
+                f"{target.spec.max_positions}: shorten the prompts or lower the number of new tokens."
+            )
 
 
 class _Generation:
     """Host side: which prompt sits in which row."""
 
-    def __init__(self, target, prompts, ends, max_new_tokens, batch, longest):
-        self.target, self.prompts, self.ends = target, prompts, jnp.array(ends, jnp.int32)
-        self.max_new, self.batch = max_new_tokens, batch
+    def __init__(self, target, prompts, limits, numbers, ends, batch, sampling, seed):
+        self.target, self.prompts, self.limits, self.numbers = target, prompts, limits, numbers
+        self.mesh, self.sampling = target.mesh, sampling
+        self.ends, self.key = jnp.array(ends, jnp.int32), jax.random.key(seed)
+        parts = row_parts(self.mesh) if self.mesh is not None else 1
+        self.batch, self.admitted = (-(-rows // parts) * parts for rows in (batch, ADMITTED_AT_ONCE))
         # Longest prompts first: what finishes last is then short.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
-        self.in_row: list[int | None] = [None] * batch
-        self.bucket = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
-        model = target.model()
-        self.rows = _Rows(
-            cache=model.empty_cache(batch, self.bucket + max_new_tokens + 1, jnp.float32),
-            last_B=jnp.zeros(batch, jnp.int32),
-            position_B=jnp.zeros(batch, jnp.int32),
-            left_B=jnp.zeros(batch, jnp.int32),
-            written_BS=jnp.zeros((batch, max_new_tokens + 1), jnp.int32),
-            count_B=jnp.zeros(batch, jnp.int32),
-        )
+        self.in_row: list[int | None] = [None] * self.batch
+        bucket = -(-max(map(len, prompts), default=0) // PROMPT_BUCKET) * PROMPT_BUCKET
+        room = max(limits, default=0) + 1
+        self.rows = _empty_rows(target.graphdef, target.state, self.mesh, self.batch, bucket + room, room)
 
-    def run(self) -> Iterator[Answer]:
+    def run(self, stops: Stops | None) -> Iterator[Answer]:
         while self.waiting or any(i is not None for i in self.in_row):
             self._admit()
-            self.rows = _decode(self.target.graphdef, self.target.state, self.rows, self.ends, STEPS_BETWEEN_ADMISSIONS)
-            yield from self._finished()
+            self.rows = _decode(
+                self.target.graphdef,
+                self.target.state,
+                self.rows,
+                self.ends,
+                self.key,
+                mesh=self.mesh,
+                sampling=self.sampling,
+                steps=STEPS_BETWEEN_ADMISSIONS,
+            )
+            yield from self._finished(stops)
 
     def _admit(self) -> None:
         idle = [row for row, index in enumerate(self.in_row) if index is None]
         while idle and self.waiting:
-            rows = [idle.pop(0) for _ in range(min(ADMITTED_AT_ONCE, len(idle), len(self.waiting)))]
-            tokens = np.zeros((ADMITTED_AT_ONCE, self.bucket), np.int32)
-            lengths = np.ones(ADMITTED_AT_ONCE, np.int32)
-            places = np.full(ADMITTED_AT_ONCE, self.batch, np.int32)  # out of range: dropped
-            for slot, row in enumerate(rows):
-                index = self.waiting.popleft()
-                prompt = self.prompts[index]
-                tokens[slot, : len(prompt)], lengths[slot], places[slot] = prompt, len(prompt), row
+            rows = [idle.pop(0) for _ in range(min(self.admitted, len(idle), len(self.waiting)))]
+            indices = [self.waiting.popleft() for _ in rows]
+            for row, index in zip(rows, indices, strict=True):
                 self.in_row[row] = index
-            # Prompts wait in order of length, so the first of the batch sets the bucket.
-            width = -(-int(lengths.max()) // PROMPT_BUCKET) * PROMPT_BUCKET
             self.rows = _prefill(
-                self.target.graphdef, self.target.state, self.rows, tokens[:, :width], lengths, places, self.max_new
+                self.target.graphdef, self.target.state, self.rows, self._padded(rows, indices), mesh=self.mesh
             )
 
-    def _finished(self) -> Iterator[Answer]:
+    def _padded(self, rows: list[int], indices: list[int]) -> _Prompts:
+        longest = max(len(self.prompts[i]) for i in indices)
+        tokens = np.zeros((self.admitted, -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET), np.int32)
+        lengths, limits = np.ones(self.admitted, np.int32), np.zeros(self.admitted, np.int32)
+        places, numbers = np.full(self.admitted, self.batch, np.int32), np.zeros(self.admitted, np.uint32)
+        for slot, (row, index) in enumerate(zip(rows, indices, strict=True)):
+            prompt = self.prompts[index]
+            tokens[slot, : len(prompt)], lengths[slot] = prompt, len(prompt)
+            places[slot], limits[slot], numbers[slot] = row, self.limits[index], self.numbers[index]
+        return _Prompts(tokens, lengths, places, limits, numbers)
+
+    def _finished(self, stops: Stops | None) -> Iterator[Answer]:
         left, count = np.asarray(self.rows.left_B), np.asarray(self.rows.count_B)
-        done = [row for row, index in enumerate(self.in_row) if index is not None and left[row] == 0]
-        if not done:
+        busy = [row for row, index in enumerate(self.in_row) if index is not None and (stops or left[row] == 0)]
+        if not busy:
             return
-        written = np.asarray(self.rows.written_BS)
-        ends = np.asarray(self.ends)
-        for row in done:
-            index, self.in_row[row] = self.in_row[row], None
+        written, ends = np.asarray(self.rows.written_BS), np.asarray(self.ends)
+        for row in busy:
             tokens = written[row, : count[row]].copy()
-            if index is not None:
-                yield Answer(index, tokens, "stop" if tokens[-1] in ends else "length")
+            kept = stops(tokens) if stops else None
+            if kept is None and left[row] > 0:
+                continue
+            # A row that was stopped here goes on idly until the next prompt takes its place.
+            index, self.in_row[row] = self.in_row[row], None
+            assert index is not None
+            stopped = kept is not None or tokens[-1] in ends
+            yield Answer(index, tokens[:kept], "stop" if stopped else "length")
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new"), donate_argnames=("rows",))
-def _prefill(
+def _laid_out(rows: _Rows, mesh: Mesh | None) -> _Rows:
+    """`rows` where they belong on the mesh, inside jit."""
+    if mesh is None:
+        return rows
+    where = _Rows(cache_shardings(rows.cache, mesh), *[replicated(mesh)] * (len(rows) - 1))
+    return jax.lax.with_sharding_constraint(rows, where)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "batch", "length", "room"))
+def _empty_rows(graphdef: Any, state: Any, mesh: Mesh | None, batch: int, length: int, room: int) -> _Rows:
+    cache = nnx.merge(graphdef, state).empty_cache(batch, length, jnp.float32)
+    none = jnp.zeros(batch, jnp.int32)
+    rows = _Rows(cache, none, none, none, jnp.zeros((batch, room), jnp.int32), none, none.astype(jnp.uint32))
+    return _laid_out(rows, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames=("rows",))
+def _prefill(graphdef: Any, state: Any, rows: _Rows, prompts: _Prompts, *, mesh: Mesh | None) -> _Rows:
+    """Reads prompts into their places; the last token of each is left to read."""
+    model = nnx.merge(graphdef, state)
+    tokens_RP, last_R = prompts.tokens_RP, prompts.lengths_R - 1
+    positions = jnp.broadcast_to(jnp.arange(tokens_RP.shape[1]), tokens_RP.shape)
+    empty = model.empty_cache(*tokens_RP.shape, jnp.float32)
+    _, _, fresh = model.extend(tokens_RP, positions, empty, (), last_R)
+
+    def put(array: jax.Array, values: Any) -> jax.Array:
+        return array.at[prompts.places_R].set(values, mode="drop")
+
+    filled = _Rows(
+        cache=model.admit(rows.cache, fresh, prompts.places_R),
+        last_B=put(rows.last_B, jnp.take_along_axis(tokens_RP, last_R[:, None], axis=1)[:, 0]),
+        position_B=put(rows.position_B, last_R),
+        left_B=put(rows.left_B, prompts.limits_R),
+        written_BS=put(rows.written_BS, 0),
+        count_B=put(rows.count_B, 0),
+        number_B=put(rows.number_B, prompts.numbers_R),
+    )
+    return _laid_out(filled, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "sampling", "steps"), donate_argnames=("rows",))
+def _decode(
     graphdef: Any,
     state: Any,
     rows: _Rows,
-    tokens_RP: jax.Array,
-    lengths_R: jax.Array,
-    places_R: jax.Array,
-    max_new: int,
+    ends: jax.Array,
+    key: jax.Array,
+    *,
+    mesh: Mesh | None,
+    sampling: Sampling,
+    steps: int,
 ) -> _Rows:
-    """Reads prompts into the rows `places` (those out of range are dropped); the last prompt token is left to read."""
-    model = nnx.merge(graphdef, state)
-    positions = jnp.broadcast_to(jnp.arange(tokens_RP.shape[1]), tokens_RP.shape)
-    empty = model.empty_cache(*tokens_RP.shape, jnp.float32)
-    _, _, fresh = model.extend(tokens_RP, positions, empty, (), lengths_R - 1)
-    cache = model.admit(rows.cache, fresh, places_R)
-    ends = jnp.take_along_axis(tokens_RP, lengths_R[:, None] - 1, axis=1)[:, 0]
-
-    def put(array: jax.Array, values: Any) -> jax.Array:
-        return array.at[places_R].set(values, mode="drop")
-
-    return _Rows(
-        cache=cache,
-        last_B=put(rows.last_B, ends),
-        position_B=put(rows.position_B, lengths_R - 1),
-        left_B=put(rows.left_B, max_new),
-        written_BS=put(rows.written_BS, 0),
-        count_B=put(rows.count_B, 0),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "steps"), donate_argnames=("rows",))
-def _decode(graphdef: Any, state: Any, rows: _Rows, ends: jax.Array, steps: int) -> _Rows:
     """Every busy row writes up to `steps` tokens."""
     model = nnx.merge(graphdef, state)
 
     def one(rows: _Rows, _: None) -> tuple[_Rows, None]:
         _, last, cache = model.extend(rows.last_B[:, None], rows.position_B[:, None], rows.cache, ())
-        token_B = jnp.argmax(model.logits(last[:, 0]), axis=-1).astype(jnp.int32)
+        keys_B = jax.vmap(lambda number, place: jax.random.fold_in(jax.random.fold_in(key, number), place))(
+            rows.number_B, rows.count_B
+        )
+        token_B = choose(model.logits(last[:, 0]), keys_B, sampling)
         busy_B = rows.left_B > 0
         ended_B = (token_B[:, None] == ends).any(axis=1)
         everyone = jnp.arange(token_B.shape[0])
@@ -173,6 +248,7 @@ def _decode(graphdef: Any, state: Any, rows: _Rows, ends: jax.Array, steps: int)
             left_B=jnp.where(ended_B, 0, jnp.maximum(rows.left_B - 1, 0)),
             written_BS=rows.written_BS.at[everyone, place_B].set(token_B),
             count_B=rows.count_B + busy_B,
+            number_B=rows.number_B,
         ), None
 
-    return jax.lax.scan(one, rows, None, length=steps)[0]
+    return _laid_out(jax.lax.scan(one, rows, None, length=steps)[0], mesh)

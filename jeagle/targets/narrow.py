@@ -17,9 +17,13 @@ def narrowed(kernel: jax.Array, kind: Any, sharding: NamedSharding) -> tuple[jax
 
     The scale makes the largest number of each output the largest that `kind` has.
     """
-    axes = tuple(sharding.spec) + (None,) * (kernel.ndim - len(sharding.spec))
-    of_scale = NamedSharding(sharding.mesh, PartitionSpec(*axes[:-2], axes[-1]))
-    return _narrow(kernel, kind, (sharding, of_scale))
+    return _narrow(kernel, kind, (sharding, scale_sharding(sharding, kernel.ndim)))
+
+
+def scale_sharding(sharding: NamedSharding, rank: int) -> NamedSharding:
+    """How the scale [..., O] of a kernel [..., I, O] with `rank` axes lies."""
+    axes = tuple(sharding.spec) + (None,) * (rank - len(sharding.spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes[:-2], axes[-1]))
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "shardings"), donate_argnames=("kernel",))

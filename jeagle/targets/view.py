@@ -6,12 +6,16 @@ and the keys and values that it attended to, which Gemma's later layers may read
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from jeagle.layers import Sight
+from jeagle.runtime.mesh import logical_sharding
+
+Axes = tuple[str | None, ...]
 
 
 class Cache(NamedTuple):
@@ -20,6 +24,11 @@ class Cache(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+
+    @property
+    def axes(self) -> tuple[Axes, ...]:
+        """Logical axes of each array, a leading stack axis left out."""
+        return (("rows", None, "heads", None),) * 2
 
 
 class View(NamedTuple):
@@ -43,3 +52,13 @@ def stored(kept: Cache, fresh: Cache, positions_BT: jax.Array) -> Cache:
     """`kept` with fresh keys and values written at their positions."""
     rows = jnp.arange(positions_BT.shape[0])[:, None]
     return Cache(*(old.at[rows, positions_BT].set(new.astype(old.dtype)) for old, new in zip(kept, fresh, strict=True)))
+
+
+def cache_shardings(caches: Any, mesh: Mesh) -> Any:
+    """How caches lie on the mesh: rows over the copies of the model, heads where the model's own heads are."""
+
+    def lay(array: Any, axes: Axes) -> NamedSharding:
+        lead = (None,) * (array.ndim - len(axes))
+        return NamedSharding(mesh, logical_sharding(lead + axes, array.shape, mesh))
+
+    return tuple(None if kept is None else type(kept)(*map(lay, kept, kept.axes)) for kept in caches)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from jeagle.runtime.progress import BEAT_SECONDS, PLAIN_SECONDS, Progress, _duration, _short
+from jeagle.runtime.progress import BEAT_SECONDS, PLAIN_SECONDS, Progress, _duration, _short, bytes_progress
 
 
 class Clock:
@@ -154,3 +154,19 @@ def test_short_figures():
 
 def test_durations():
     assert [_duration(s) for s in (0, 59.6, 75, 3675)] == ["0:00", "1:00", "1:15", "1:01:15"]
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_work_of_less_than_a_second_is_silent_and_longer_work_shows_its_megabytes(clock, stream):
+    short, long = stream(), stream()
+    with bytes_progress("load", stream=short, clock=clock) as update:
+        clock.now += 0.9
+        update(2_000_000, 2_000_000)
+    assert short.getvalue() == ""
+    with bytes_progress("load", stream=long, clock=clock) as update:
+        update(0, 2_000_000_000)
+        clock.now += 2
+        update(500_000_000, 2_000_000_000)
+        assert "load: 500/2,000 MB  250 MB/s  0:06 left" in long.getvalue()
+        update(2_000_000_000, 2_000_000_000)
+    assert "load: 2,000/2,000 MB" in long.getvalue()
