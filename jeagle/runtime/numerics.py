@@ -42,6 +42,9 @@ def summed_product(a: jax.Array, b: jax.Array) -> jax.Array:
     with one, it multiplies bfloat16 matrices in float32, at a third of the speed.
     """
     lead = tuple(range(a.ndim - 1))
-    return jax.lax.dot_general(
+    product = jax.lax.dot_general(
         a, b, ((lead, lead), ((), ())), preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)
     )
+    # A caller's transposition must not be folded into the product: XLA's CPU backend has no bfloat16 product of that
+    # form, and says so only when it runs.
+    return jax.lax.optimization_barrier(product)
