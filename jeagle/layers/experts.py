@@ -12,15 +12,16 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jeagle.layers.mlp import GATES, clamped_swiglu
 
-# What shard_map splits: tokens over copies of the model, experts over their own axis, their insides over tensor.
-_TOKENS, _EXPERT, _TENSOR = ("data", "fsdp"), "expert", "tensor"
+# What shard_map splits: experts over their own axis, their insides over tensor. Tokens lie as their rows do.
+_EXPERT, _TENSOR = "expert", "tensor"
 
 
 class Experts(nnx.Module):
     """E gated MLPs [H, F], [H, F], [F, H]; a token's outputs are summed with its weights.
 
     Tokens are sorted by expert and multiplied in ragged groups, so that the work is that of the chosen experts alone.
-    On a mesh every device takes the tokens of its rows through its own experts, and the parts are summed.
+    On a mesh every device takes the tokens of its rows, and of those who share them out over the experts' axis, through
+    its own experts, and the parts are summed.
     """
 
     def __init__(
@@ -55,25 +56,45 @@ class Experts(nnx.Module):
         self.gate = clamped if activation == "clamped_swiglu" else GATES[activation]
         self.dtype, self.mesh = dtype, mesh
 
-    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, *, weighs_input: bool) -> jax.Array:
-        """x [B, T, H], chosen and weights [B, T, k] -> float32 [B, T, H]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+        *,
+        weighs_input: bool,
+        rows: tuple[str, ...] = (),
+    ) -> jax.Array:
+        """x [B, T, H], chosen and weights [B, T, k] -> float32 [B, T, H].
+
+        Args:
+          rows: the mesh axes that B is split over, the experts' among them or not.
+        """
         parts = {name: getattr(self, name)[...] for name in _SPECS if hasattr(self, name)}
         mesh = self.mesh
         if mesh is None or mesh.size == 1:
             return self._local(x, chosen, weights, parts, weighs_input, 0)
-        rows = _TOKENS if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
         specs = {name: _fitting(_SPECS[name], parts[name].shape, mesh) for name in parts}
         split = specs["gate_proj"]
+        scattered = split[0] is not None and _EXPERT in rows
 
         def one(x: jax.Array, chosen: jax.Array, weights: jax.Array, parts: dict[str, jax.Array]) -> jax.Array:
+            if scattered:
+                x, chosen, weights = (
+                    jax.lax.all_gather(array, _EXPERT, axis=0, tiled=True) for array in (x, chosen, weights)
+                )
             own = parts["gate_proj"].shape[0]
             first = jax.lax.axis_index(_EXPERT) * own if split[0] else 0
             lead = (jax.lax.axis_index(_TENSOR) == 0) if split[2] else True
             out = self._local(x, chosen, weights, parts, weighs_input, first, lead)
-            axes = tuple(axis for axis in (split[0], split[2]) if axis)
+            if scattered:
+                out = jax.lax.psum_scatter(out, _EXPERT, scatter_dimension=0, tiled=True)
+            axes = tuple(axis for axis in (None if scattered else split[0], split[2]) if axis)
             return jax.lax.psum(out, axes) if axes else out
 
-        tokens = PartitionSpec(rows)
+        if not weighs_input:
+            x = x.astype(self.dtype)  # as the products would, but before it travels
+        tokens = PartitionSpec(rows or None)
         return jax.shard_map(
             one, mesh=mesh, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, check_vma=False
         )(x, chosen, weights, parts)

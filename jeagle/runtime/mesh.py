@@ -69,6 +69,30 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["rows"]))
 
 
+def platform(mesh: Mesh | None) -> str:
+    """What the mesh's devices are, "cpu", "gpu" or "tpu"; without a mesh, what arrays lie on by default."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
+    """The axes over which a frozen model's activations of so many rows are split.
+
+    Those of the batch, and the experts' axis too: tokens meet the experts of other devices only within the mixtures.
+    Without it, where rows do not divide evenly; none, where they do not even then.
+    """
+    own = tuple(RULES["rows"] or ())
+    options: tuple[tuple[str, ...], ...] = ((*own, "expert"), own, ())
+    return next(axes for axes in options if rows % math.prod(mesh.shape[axis] for axis in axes) == 0)
+
+
+def by_rows(array_BX: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The array, told to the compiler to be split by `row_axes` and by nothing else."""
+    if mesh is None or mesh.size == 1:
+        return array_BX
+    axes = row_axes(mesh, array_BX.shape[0])
+    return jax.lax.with_sharding_constraint(array_BX, NamedSharding(mesh, PartitionSpec(axes or None)))
+
+
 def row_parts(mesh: Mesh) -> int:
     """How many parts a batch's rows are split into."""
     return math.prod(mesh.shape[a] for a in RULES["rows"])

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jeagle.layers import GATES, Dense, Experts, Linear, rms_norm
+from jeagle.runtime.mesh import row_axes
 from jeagle.targets.attention import Attention
 from jeagle.targets.delta import GatedDelta
 from jeagle.targets.latent import LatentAttention
@@ -103,11 +104,12 @@ class Mixture(nnx.Module):
             self.shared = _dense(DenseSpec(spec.shared_width, spec.activation), width, build)
         if spec.shared_gate:
             self.shared_gate = Linear(width, 1, build.dtype, build.rngs)
-        self.spec, self.eps = spec, eps
+        self.spec, self.eps, self.mesh = spec, eps, build.mesh
 
     def __call__(self, x: jax.Array, router_reads: jax.Array) -> jax.Array:
         chosen, weights = self.router(router_reads, self.eps)
-        out = self.experts(x, chosen, weights, weighs_input=self.spec.router.weighs_input)
+        rows = () if self.mesh is None else row_axes(self.mesh, x.shape[0])
+        out = self.experts(x, chosen, weights, weighs_input=self.spec.router.weighs_input, rows=rows)
         if self.spec.shared_width:
             shared = self.shared(x)
             out = out + (jax.nn.sigmoid(self.shared_gate(x)) * shared if self.spec.shared_gate else shared)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jeagle.layers import Linear, Sight, depends_on_length, matmul, rms_norm
+from jeagle.runtime.mesh import by_rows
 from jeagle.targets.block import Block, Build
 from jeagle.targets.delta import Recurrent
 from jeagle.targets.spec import Group, TargetSpec, runs
@@ -69,7 +70,7 @@ class Decoder(nnx.Module):
             self.lm_head = nnx.Param(init(rngs.params(), (spec.vocab, spec.width)))
         if spec.per_layer_vocab:
             self.per_layer = PerLayer(spec, build)
-        self.spec, self.dtype, self.stacked = spec, dtype, stacked
+        self.spec, self.dtype, self.stacked, self.mesh = spec, dtype, stacked, mesh
 
     @staticmethod
     def _block(group: Group, spec: TargetSpec, build: Build, stacked: bool) -> Block:
@@ -89,9 +90,10 @@ class Decoder(nnx.Module):
         """lm_head as rows [V, H]; the embedding where they are tied."""
         return self.embed_tokens[...] if self.spec.tied else self.lm_head[...]
 
-    def logits(self, last: jax.Array) -> jax.Array:
-        """float32 logits [..., V] of states that the final norm has seen."""
-        return self.spec.logits(matmul(last, self.head_rows(), self.dtype, True))
+    def logits(self, last: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """float32 logits [..., V] of states that the final norm has seen; `head` stands for `head_rows`."""
+        rows = self.head_rows() if head is None else head
+        return self.spec.logits(matmul(last, rows, self.dtype, True))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         x = self.embed_tokens[...][tokens].astype(jnp.float32)
@@ -106,6 +108,7 @@ class Decoder(nnx.Module):
 
         A token sees the tokens of its own segment up to itself.
         """
+        tokens, positions, segments = (by_rows(array, self.mesh) for array in (tokens, positions, segments))
         lengths = None
         if self._needs_lengths():
             same = segments[:, :, None] == segments[:, None, :]
@@ -172,7 +175,7 @@ class Decoder(nnx.Module):
 
     def _through_layers(self, tokens: jax.Array, view: View, cache: Caches | None, taps: tuple[int, ...]):
         """-> (x after all layers, taps [B, T, A, H], what each group keeps)."""
-        x = self.embed(tokens)
+        x = self._by_rows(self.embed(tokens), view)
         extra = self.per_layer(tokens, x) if self.spec.per_layer_vocab else None
         tapped, shared = {0: x}, {}
         kept: list[Any] = []
@@ -184,13 +187,17 @@ class Decoder(nnx.Module):
                 number = run[0].layers[0]
                 own = None if extra is None else extra[number]
                 x, one, pair = blocks[0](x, view, caches[0], shared, own)
-                new = [one]
+                x, new = self._by_rows(x, view), [one]
                 tapped[number + 1] = x
                 if name := getattr(run[0].block.mixer, "keep_as", ""):
                     shared[name] = pair
             kept += new
         found = [tapped[tap] for tap in taps]
         return x, jnp.stack(found, axis=2) if taps else None, tuple(kept)
+
+    def _by_rows(self, x: jax.Array, view: View) -> jax.Array:
+        """Packed rows stay split by rows: left to itself, the compiler follows the weights' split."""
+        return x if view.segments_BT is None else by_rows(x, self.mesh)
 
     def _needs_lengths(self) -> bool:
         ropes = (getattr(block.mixer, "rope", None) for block in self.spec.blocks)
@@ -219,6 +226,7 @@ class Decoder(nnx.Module):
             for j, (graphdef, _) in enumerate(parts):
                 block = nnx.merge(graphdef, states[j])
                 x, one, pair = block(x, view, kept[j], before | pairs, None if own is None else own[j])
+                x = self._by_rows(x, view)
                 room = jax.lax.dynamic_update_index_in_dim(room, x, place[j], 0)
                 new.append(one)
                 if name := getattr(run[j].block.mixer, "keep_as", ""):

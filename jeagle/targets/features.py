@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from jeagle.align import select, take_rows
 from jeagle.joints import Batch, Features
+from jeagle.runtime.mesh import by_rows, logical_sharding, platform, row_axes
 from jeagle.runtime.numerics import first_largest
 from jeagle.targets.decoder import Decoder
 
-VOCABULARY_CHUNK = 256  # positions whose logits over the whole vocabulary exist at a time
+# Positions whose logits over the whole vocabulary exist at a time on a device. Accelerators read the whole lm_head for
+# each chunk, which only many positions make worth it.
+CPU_CHUNK, ACCELERATOR_CHUNK = 256, 1024
 
 
 def features(model: Decoder, batch: Batch, taps: tuple[int, ...], wanted_BT: jax.Array, width: int) -> Features:
@@ -46,16 +52,34 @@ def greedy_and_gap(model: Decoder, last_BNH: jax.Array) -> tuple[jax.Array, jax.
 def over_vocabulary(
     model: Decoder, last_BNH: jax.Array, figure: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """argmax and a figure of each position's logits, a chunk of positions at a time."""
+    """argmax and a figure of each position's logits, a chunk of positions at a time.
+
+    Without a mesh anything with a method `logits` will do for a model.
+    """
     batch, width, hidden = last_BNH.shape
-    total = batch * width
-    chunks = -(-total // VOCABULARY_CHUNK)
-    chunk = -(-total // chunks)  # even ones, so that no last one is made of padding
-    padded = jnp.pad(last_BNH.reshape(total, hidden), ((0, chunks * chunk - total), (0, 0)))
+    mesh = getattr(model, "mesh", None)
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in row_axes(mesh, batch))
+    at_once = parts * (CPU_CHUNK if platform(mesh) == "cpu" else ACCELERATOR_CHUNK)
+    chunk = -(-width // min(width, max(1, -(-batch * width // at_once))))  # of each row: rows stay where they are
+    chunks = -(-width // chunk)
+    padded = jnp.pad(last_BNH, ((0, 0), (0, chunks * chunk - width), (0, 0)))
+    to_logits = model.logits if mesh is None else functools.partial(model.logits, head=_gathered(model, mesh))
 
     def one(last: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.logits(last)
+        logits = to_logits(by_rows(last, mesh))
         return first_largest(logits).astype(jnp.int32), figure(logits)
 
-    greedy, figures = jax.lax.map(one, padded.reshape(chunks, chunk, hidden))
-    return greedy.reshape(-1)[:total].reshape(batch, width), figures.reshape(-1)[:total].reshape(batch, width)
+    def joined(figures: jax.Array) -> jax.Array:
+        return jnp.moveaxis(figures, 0, 1).reshape(batch, chunks * chunk)[:, :width]
+
+    found = jax.lax.map(one, jnp.moveaxis(padded.reshape(batch, chunks, chunk, hidden), 1, 0))
+    return joined(found[0]), joined(found[1])
+
+
+def _gathered(model: Decoder, mesh: Mesh) -> jax.Array:
+    """The lm_head's rows [V, H], whole on each device but for the vocabulary's split, once for all chunks."""
+    rows = model.head_rows()
+    if mesh.size == 1:
+        return rows
+    place = NamedSharding(mesh, logical_sharding(("vocab", None), rows.shape, mesh))
+    return jax.lax.with_sharding_constraint(rows.astype(model.dtype), place)

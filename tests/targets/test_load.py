@@ -1,4 +1,4 @@
-"""Loading: the same numbers whatever road they take, no more read than is needed, and what stops it before it begins."""
+"""Loading: the same numbers whatever road they take, no more read than needed, and what stops it before it begins."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Measurements beside the peers; each script prints JSON. RESULTS.md holds what they showed."""
