@@ -54,7 +54,8 @@ def prepare(config: RunConfig) -> Prepared:
     """Makes the run's data and tables, or finds them made from the same inputs."""
     files = targets.resolve(config.target.ref)
     tokenizer, target_config = load_tokenizer(config, files), targets.open_weights(files).config
-    ends, vocab = targets.end_token_ids(tokenizer, target_config), int(target_config["vocab_size"])
+    family = targets.own_family(config.target.family) if config.target.family else None
+    ends, vocab = targets.end_token_ids(tokenizer, target_config), targets.read_spec(target_config, family).vocab
     parts = room.parse_source(config.data.source)
     settings = config.data
     made_from = {

@@ -104,8 +104,9 @@ def export(
     files = targets.resolve(config.target.ref)
     source, tokenizer = targets.open_weights(files), dataset.load_tokenizer(config, files)
     card = _card(config, files, source.config, tokenizer, found, acceptance)
+    family = targets.own_family(config.target.family) if config.target.family else None
     options = {
-        "target_layers": int(source.config["num_hidden_layers"]),
+        "target_layers": targets.read_spec(source.config, family).layers,
         "dtype": dtype,
         "card": card,
         "tokenizer": tokenizer,

@@ -40,7 +40,8 @@ def attention_factor(rope: Rope) -> float:
         return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         return yarn_mscale(factor, scaling["mscale"]) / yarn_mscale(factor, scaling["mscale_all_dim"])
-    return yarn_mscale(factor, 1.0)
+    # attn_factor: DeepSeek-R1-0528-Qwen3-8B has it; vLLM and SGLang honour it, transformers passes over it.
+    return yarn_mscale(factor, 1.0) * scaling.get("attn_factor", 1.0)
 
 
 def yarn_mscale(factor: float, weight: float) -> float:
@@ -127,7 +128,8 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
     scaling = rope.scaling_dict
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelength = 2 * math.pi / plain
-    smooth = np.clip((scaling["original_max_position_embeddings"] / wavelength - low) / (high - low), 0.0, 1.0)
+    band = high - low or 1e-9  # Llama 4 Scout has none: each wavelength is either long or short
+    smooth = np.clip((scaling["original_max_position_embeddings"] / wavelength - low) / band, 0.0, 1.0)
     return plain * ((1 - smooth) / scaling["factor"] + smooth)
 
 

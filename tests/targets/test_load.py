@@ -210,7 +210,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_told_before_anything_is_read(t
     folder = tiny.write_target(tmp_path / "target")
     edit(folder, vocab_size=100)
     monkeypatch.setattr(targets, "load_target", lambda *_, **__: pytest.fail("it is loaded"))
-    with pytest.raises(UserError, match="embedding"):
+    with pytest.raises(UserError, match="has 3.. tokens, but the target embeds only 100"):
         assemble.load_target(RunConfig("x", target=TargetConfig(ref=str(folder))), one_device())
 
 

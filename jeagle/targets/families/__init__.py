@@ -10,7 +10,8 @@ from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.targets.families import gemma, llama, more, qwen
-from jeagle.targets.families.common import Family, Names, Piece, Switches
+from jeagle.targets.families.common import Family, Names, Piece
+from jeagle.targets.families.switches import Switches
 from jeagle.targets.spec import TargetSpec
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | qwen.FAMILIES | gemma.FAMILIES | more.FAMILIES
@@ -79,6 +80,9 @@ def _with_defaults(values: dict[str, Any], kind: str) -> dict[str, Any]:
     if kind not in transformers.CONFIG_MAPPING:
         return values
     given = {k: v for k, v in values.items() if k not in ("quantization_config", "model_type")}
+    scaling = given.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("type") == "su":  # what LongRoPE was called at first
+        given["rope_scaling"] = scaling | {"type": "longrope"}
     try:
         return transformers.CONFIG_MAPPING[kind](**given).to_dict()
     except Exception as error:

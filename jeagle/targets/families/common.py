@@ -11,32 +11,8 @@ import numpy as np
 from jeagle.errors import UserError
 from jeagle.joints import Rope
 from jeagle.layers import GATES
+from jeagle.targets.families.switches import Switches
 from jeagle.targets.spec import AttentionSpec, BlockSpec, DenseSpec, TargetSpec
-
-# Keys of a config.json that change no number of a forward pass over text.
-_INERT = """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _sliding_window_pattern
-    add_cross_attention architectures attention_dropout audio_config audio_token_id auto_map aux_loss_alpha
-    bad_words_ids begin_suppress_tokens boa_token_id boi_token_id boi_token_index bos_token_id
-    cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eoa_token_id
-    eoa_token_index eoi_token_id eoi_token_index eos_token_id ep_size experts_implementation
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id head_dim_key
-    id2label image_token_id image_token_index initial_context_length initializer_range is_decoder
-    is_encoder_decoder label2id language_model_only length_penalty max_position_embeddings max_window_layers
-    min_length mm_tokens_per_image model_type mtp_loss_scaling mtp_num_hidden_layers
-    mtp_use_dedicated_embeddings multimodal_projector_bias no_repeat_ngram_size no_rope_layer_interval
-    num_beam_groups num_beams num_nextn_predict_layers num_return_sequences output_attentions output_dropout
-    output_hidden_states output_router_logits output_scores pad_token_id partial_rotary_factor prefix
-    pretraining_tp problem_type projector_hidden_act pruned_heads quantization_config remove_invalid_values
-    repetition_penalty resid_pdrop return_dict return_dict_in_generate rope_local_base_freq rope_scaling
-    rope_theta router_aux_loss_coef router_jitter_noise sep_token_id seq_aux sliding_window_pattern
-    spatial_merge_size suppress_tokens task_specific_params temperature tie_encoder_decoder tie_word_embeddings
-    tokenizer_class top_k top_p torch_dtype torchscript transformers_version type_vocab_size typical_p
-    unsloth_fixed unsloth_version use_bfloat16 use_cache use_mambapy video_token_id vision_config
-    vision_end_token_id vision_feature_layer vision_start_token_id
-"""
-INERT = frozenset(_INERT.split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,45 +53,6 @@ class Family:
     model_type: str = ""
 
 
-class Switches:
-    """A config.json with the defaults of its model type, and a record of what has been read of it."""
-
-    def __init__(self, architecture: str, values: dict[str, Any]):
-        self.architecture, self._values = architecture, values
-        self._read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        if self._values.get(name) is None:
-            raise UserError(f"The target's config.json lacks {name}, which {self.architecture} needs.")
-        return self.get(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A switch's value; `default` where it is absent or null."""
-        self._read.add(name)
-        value = self._values.get(name)
-        return default if value is None else value
-
-    def only(self, **honoured: Iterable[Any]) -> None:
-        """UserError unless each switch has one of the values given (or is absent)."""
-        for name, values in honoured.items():
-            value = self.get(name)
-            if value is not None and value not in values:
-                raise UserError(
-                    f"The target's config.json has {name} = {value!r}, which changes its numbers and is not supported "
-                    f"for {self.architecture} (supported: {', '.join(map(repr, values))})."
-                )
-
-    def finish(self) -> None:
-        """UserError if a switch that could change numbers has not been read."""
-        for name in sorted(set(self._values) - self._read - INERT):
-            value = self._values[name]
-            if value is not None and value is not False and value not in ({}, []):
-                raise UserError(
-                    f"The target's config.json has {name} = {value!r}, which jeagle does not know for "
-                    f"{self.architecture}: it may change the model's numbers, so it is refused."
-                )
-
-
 def rope_of(switches: Switches, kind: str | None = None) -> Rope:
     """RoPE from `rope_parameters`, which may differ by kind of layer."""
     found = dict(switches["rope_parameters"])
@@ -123,6 +60,11 @@ def rope_of(switches: Switches, kind: str | None = None) -> Rope:
         found = dict(found[kind])
     theta = float(found.pop("rope_theta", 10000.0))
     scaling = {k: _frozen(v) for k, v in found.items() if v is not None and k not in _NOT_SCALING}
+    if unknown := sorted(set(scaling) - _SCALING):
+        raise UserError(
+            f"The target's config.json has {unknown[0]} = {scaling[unknown[0]]!r} in its rope_scaling, which jeagle "
+            f"does not know for {switches.architecture}: it may change the model's numbers, so it is refused."
+        )
     scaling["rope_type"] = "longrope" if scaling.get("rope_type") == "su" else scaling.get("rope_type", "default")
     longest = switches.get("max_position_embeddings", 2048)
     if scaling["rope_type"] in ("llama3", "dynamic", "yarn", "longrope"):
@@ -138,8 +80,14 @@ def rope_of(switches: Switches, kind: str | None = None) -> Rope:
     return Rope(theta) if scaling == {"rope_type": "default"} else Rope(theta, tuple(sorted(scaling.items())))
 
 
-# Of multimodal positions, which are one and the same over text; of other mechanisms; and duplicates of other keys.
+# Of multimodal positions, which are one and the same over text; of other mechanisms; of how a model was trained; and
+# duplicates of other keys.
 _NOT_SCALING = {"type", "mrope_section", "mrope_interleaved", "llama_4_scaling_beta", "max_position_embeddings"}
+_NOT_SCALING |= {"finetuned"}
+# What layers.rope reads.
+_SCALING = {"rope_type", "factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor"}
+_SCALING |= {"low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+_SCALING |= {"attn_factor", "long_factor", "short_factor"}
 
 
 def _frozen(value: Any) -> Any:
@@ -171,7 +119,7 @@ def target(switches: Switches, blocks: Iterable[BlockSpec], **over: Any) -> Targ
             f"The target's config.json describes {len(blocks)} layers in its lists and num_hidden_layers = "
             f"{switches['num_hidden_layers']}: they must agree."
         )
-    if all(block == blocks[0] for block in blocks):
+    if not switches.was_read("layer_types"):
         switches.only(layer_types=([kind] * len(blocks) for kind in ("full_attention", "sliding_attention")))
     ends = switches.get("eos_token_id", ())
     fields: dict[str, Any] = {
@@ -203,10 +151,21 @@ def dense(switches: Switches, **over: Any) -> DenseSpec:
     return DenseSpec(**({"width": switches["intermediate_size"], "activation": activation} | over))
 
 
-def layer_types(switches: Switches, otherwise: Callable[[int], str] = lambda i: "full_attention") -> list[str]:
-    """Kinds of the layers, by the config's own list or else by a rule."""
+def layer_types(
+    switches: Switches,
+    otherwise: Callable[[int], str] = lambda i: "full_attention",
+    *,
+    beside_full: str = "sliding_attention",
+) -> list[str]:
+    """Kinds of the layers, by the config's own list or else by a rule. UserError for a kind that is not honoured."""
     listed = switches.get("layer_types")
-    return list(listed) if listed else [otherwise(i) for i in range(switches["num_hidden_layers"])]
+    kinds = list(listed) if listed else [otherwise(i) for i in range(switches["num_hidden_layers"])]
+    if unknown := sorted(set(kinds) - {"full_attention", beside_full}):
+        raise UserError(
+            f"The target's config.json has {unknown[0]!r} in its layer_types, which is not supported for "
+            f"{switches.architecture} (supported: 'full_attention', {beside_full!r})."
+        )
+    return kinds
 
 
 # Names: Llama's, from which the others differ.

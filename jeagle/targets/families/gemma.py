@@ -9,7 +9,6 @@ from jeagle.targets.families.common import (
     Family,
     Names,
     Piece,
-    Switches,
     attention,
     attention_names,
     dense,
@@ -24,6 +23,7 @@ from jeagle.targets.families.common import (
     stem_names,
     target,
 )
+from jeagle.targets.families.switches import Switches
 from jeagle.targets.spec import BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
@@ -49,6 +49,7 @@ def gemma2(switches: Switches) -> TargetSpec:
     third = switches.architecture.startswith("Gemma3")
     soft_cap = float(switches.get("attn_logit_softcapping", 0.0))  # Gemma 3 has the switch and no use for it
     window = switches.get("sliding_window", 0)
+    switches.only(sliding_window_size=(window,))  # the same in Gemma 2's first files
     mixers = [
         attention(
             switches,

@@ -12,7 +12,6 @@ from jeagle.targets.families.common import (
     Family,
     Names,
     Piece,
-    Switches,
     attention,
     attention_names,
     dense,
@@ -27,6 +26,7 @@ from jeagle.targets.families.common import (
     stem_names,
     target,
 )
+from jeagle.targets.families.switches import Switches
 from jeagle.targets.spec import BlockSpec, DenseSpec, ExpertsSpec, RouterSpec, TargetSpec, Temperature
 
 
@@ -121,7 +121,7 @@ def llama4(switches: Switches) -> TargetSpec:
     mlp = DenseSpec(switches["intermediate_size_mlp"], activation)
     switches.get("interleave_moe_layer_step")  # which layers are sparse is listed in moe_layers
     sparse, blocks = set(switches["moe_layers"]), []
-    for i, kind in enumerate(layer_types(switches)):
+    for i, kind in enumerate(layer_types(switches, beside_full="chunked_attention")):
         mixer = dataclasses.replace(plain, chunk=chunk if kind == "chunked_attention" else 0)
         if turning[i]:
             mixer = dataclasses.replace(mixer, qk_norm="rotated" if normed else "")
@@ -148,6 +148,13 @@ _OLMO: Names = merged(
 )
 
 _LLAMA4_EXPERTS = "model.layers.{i}.feed_forward.experts"
+
+
+def _llama4_expert(part: str, together: Piece) -> tuple[Piece, Piece]:
+    """Experts one by one, as quantised checkpoints have them, or all of them in one tensor [E, in, out]."""
+    return Piece(f"{_LLAMA4_EXPERTS}.{{e}}.{part}.weight"), together
+
+
 _LLAMA4: Names = merged(
     stem_names(),
     pre_norm_names(),
@@ -156,10 +163,12 @@ _LLAMA4: Names = merged(
     mlp_names("mixture.shared", "feed_forward.shared_expert"),
     linear("mixture.router.proj", "feed_forward.router"),
     {
-        # These matrices lie [in, out].
-        "blocks.mixture.experts.gate_proj": Piece(f"{_LLAMA4_EXPERTS}.gate_up_proj", _half(False), transposed=False),
-        "blocks.mixture.experts.up_proj": Piece(f"{_LLAMA4_EXPERTS}.gate_up_proj", _half(True), transposed=False),
-        "blocks.mixture.experts.down_proj": Piece(f"{_LLAMA4_EXPERTS}.down_proj", transposed=False),
+        f"blocks.mixture.experts.{part}": _llama4_expert(part, Piece(f"{_LLAMA4_EXPERTS}.{whole}", rows, False))
+        for part, whole, rows in (
+            ("gate_proj", "gate_up_proj", _half(False)),
+            ("up_proj", "gate_up_proj", _half(True)),
+            ("down_proj", "down_proj", None),
+        )
     },
 )
 

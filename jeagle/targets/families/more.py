@@ -12,7 +12,6 @@ from jeagle.targets.families.common import (
     Family,
     Names,
     Piece,
-    Switches,
     attention,
     attention_names,
     dense,
@@ -27,6 +26,7 @@ from jeagle.targets.families.common import (
     stem_names,
     target,
 )
+from jeagle.targets.families.switches import Switches
 from jeagle.targets.spec import (
     AttentionSpec,
     BlockSpec,
@@ -119,6 +119,7 @@ def glm4(switches: Switches) -> TargetSpec:
 
 def phi3(switches: Switches) -> TargetSpec:
     switches.get("original_max_position_embeddings")
+    switches.only(full_attn_mod=(1,), interpolate_factor=(1,))  # Phi-4-mini's own code reads these
     mixer = attention(switches, window=switches.get("sliding_window", 0))
     return target(switches, [BlockSpec(mixer, dense(switches))] * switches["num_hidden_layers"])
 

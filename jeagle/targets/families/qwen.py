@@ -11,7 +11,6 @@ from jeagle.targets.families.common import (
     Family,
     Names,
     Piece,
-    Switches,
     attention,
     attention_names,
     dense,
@@ -25,6 +24,7 @@ from jeagle.targets.families.common import (
     stem_names,
     target,
 )
+from jeagle.targets.families.switches import Switches
 from jeagle.targets.spec import AttentionSpec, BlockSpec, DeltaSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
@@ -38,7 +38,10 @@ def _windows(switches: Switches) -> list[int]:
 
 def qwen2(switches: Switches) -> TargetSpec:
     blocks = [BlockSpec(attention(switches, qkv_bias=True, window=w), dense(switches)) for w in _windows(switches)]
-    return target(switches, blocks)
+    longest = switches["max_position_embeddings"]
+    if chunks := switches.get("dual_chunk_attention_config"):  # Qwen2.5-1M: plain attention within the first chunk
+        longest = min(longest, chunks["chunk_size"] - chunks["local_size"])
+    return target(switches, blocks, max_positions=longest)
 
 
 def qwen3(switches: Switches) -> TargetSpec:
@@ -110,7 +113,9 @@ def _hybrid_mixers(switches: Switches) -> list[AttentionSpec | DeltaSpec]:
         switches["linear_conv_kernel_dim"],
     )
     switches.get("full_attention_interval")  # which layers are which is listed in layer_types
-    return [delta if kind == "linear_attention" else full for kind in layer_types(switches)]
+    return [
+        delta if kind == "linear_attention" else full for kind in layer_types(switches, beside_full="linear_attention")
+    ]
 
 
 def qwen3_next(switches: Switches) -> TargetSpec:
