@@ -151,7 +151,9 @@ def test_a_model_that_also_sees_is_prepared_for_by_its_text_part(tmp_path):
     np.testing.assert_array_equal(np.asarray(loaded.target.model().head_rows()), tensors["lm_head.weight"])
 
 
-@pytest.mark.parametrize(("model", "kind"), [("gpt-oss-20b", "chunked_attention"), ("gemma-3-1b-it", "chunked_attention")])
+@pytest.mark.parametrize(
+    ("model", "kind"), [("gpt-oss-20b", "chunked_attention"), ("gemma-3-1b-it", "chunked_attention")]
+)
 def test_a_kind_of_layer_that_is_not_honoured_is_named(model, kind):
     layers = config_of(model)["num_hidden_layers"]
     with pytest.raises(UserError, match=f"{kind}' in its layer_types, which is not supported for"):
