@@ -7,9 +7,10 @@ import json
 
 import pytest
 
+from jeagle.answering import Arguments, stops_at
 from jeagle.data import read_prompts
 from jeagle.errors import UserError
-from jeagle.regenerate import Arguments, _stops, regenerate
+from jeagle.regenerate import regenerate
 from tests import tiny
 
 SAMPLED = {"temperature": 1.2, "top_p": 0.95, "top_k": 50, "seed": 3}
@@ -85,7 +86,7 @@ def test_stops_name_the_first_token_that_completes_a_text():
         def decode(self, tokens):
             return "".join(chr(t) for t in tokens)
 
-    stops = _stops(Letters(), ["cd", "x"])
+    stops = stops_at(Letters(), ["cd", "x"])
     assert [stops([ord(c) for c in text]) for text in ("abc", "abcd", "abcdex", "axcd", "")] == [None, 4, 4, 2, None]
 
 

@@ -1,13 +1,16 @@
 """Conversations -> token rows -> packed batches; the draft vocabulary."""
 
+from jeagle.data.answer_file import AnswerFile, beside
 from jeagle.data.answers import ConversationError
 from jeagle.data.build import Shape, build
 from jeagle.data.chat_templates import TEMPLATES, from_headers, reads_date, use_template
 from jeagle.data.conversations import Conversation, Reading, read_conversations, read_source, split_held_out
 from jeagle.data.describe import describe
+from jeagle.data.near import variety
 from jeagle.data.pack import Packed, load_rows, pack, save_rows, unpack
 from jeagle.data.prompts import read_prompts, read_rows
 from jeagle.data.render import Rendered, Renderer, render
+from jeagle.data.self_instruct import Turns, requests, turns_of
 from jeagle.data.server import Server, answer
 from jeagle.data.show import figures, html_page, pieces, terminal_row, token_texts
 from jeagle.data.sources import SOURCES, parse_source, source_fingerprint, starter_answers
@@ -18,6 +21,7 @@ from jeagle.data.vocabulary import choose, count_tokens, coverage, given_map, lo
 __all__ = [
     "SOURCES",
     "TEMPLATES",
+    "AnswerFile",
     "Conversation",
     "ConversationError",
     "Packed",
@@ -28,7 +32,9 @@ __all__ = [
     "Rules",
     "Server",
     "Shape",
+    "Turns",
     "answer",
+    "beside",
     "build",
     "choose",
     "count_tokens",
@@ -51,6 +57,7 @@ __all__ = [
     "reads_date",
     "render",
     "render_prompt",
+    "requests",
     "save_rows",
     "save_tables",
     "source_fingerprint",
@@ -60,6 +67,8 @@ __all__ = [
     "terminal_row",
     "token_texts",
     "tokenizer_hash",
+    "turns_of",
     "unpack",
     "use_template",
+    "variety",
 ]

@@ -39,6 +39,12 @@ def read_prompts(source: str) -> list[dict[str, Any]]:
     return list({p["id"]: p for p in prompts}.values())
 
 
+def prompt_of(messages: list[dict[str, Any]], category: str = "") -> dict[str, Any]:
+    """{"id", "category", "messages"}: the id is of the messages."""
+    digest = hashlib.sha256(canonical(messages)).hexdigest()[:12]
+    return {"id": digest, "category": category, "messages": messages}
+
+
 def _prompt(record: Record) -> dict[str, Any]:
     try:
         if record.reason:
@@ -57,8 +63,7 @@ def _prompt(record: Record) -> dict[str, Any]:
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     if first == 0:
         raise UserError(f"{record.where} begins with an answer: a prompt needs a user turn.")
-    digest = hashlib.sha256(canonical(messages[:first])).hexdigest()[:12]
-    prompt = {"id": digest, "category": str(tree.get("category", "")), "messages": messages[:first]}
+    prompt = prompt_of(messages[:first], str(tree.get("category", "")))
     if tools:
         prompt["tools"] = tools
     return prompt | {name: tree[name] for name in ("thinking",) if isinstance(tree.get(name), bool)}

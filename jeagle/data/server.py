@@ -142,7 +142,7 @@ class _Asker:
 
     def ask(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """{"messages" with the answer, "finish_reason", "model"}."""
-        pause, why = self._server.first_pause, ""
+        pause, why, status = self._server.first_pause, "", 0
         for attempt in range(self._server.retries + 1):
             if attempt:
                 self._stop.wait(pause * (0.5 + random.random()))  # spread, so that all do not come back at once
@@ -153,7 +153,7 @@ class _Asker:
                 status, headers, body = self._post(prompt)
             except _BROKEN as error:
                 self._close()
-                why = f"{type(error).__name__}: {error}"
+                status, why = 0, f"{type(error).__name__}: {error}"
                 continue
             if status == 200:
                 try:
@@ -167,6 +167,8 @@ class _Asker:
                     raise UserError(f"The server {self._server.url} refuses model {self._server.model!r} ({why}).")
                 raise ServerError(why)
             pause = max(pause, _seconds(headers.get("Retry-After")))
+        if status == 200:  # it is well, and has nothing to say
+            raise ServerError(why)
         raise UserError(
             f"The server {self._server.url} failed {self._server.retries + 1} times for one prompt (last: {why}). What "
             "was answered is kept: the same command goes on from there."
@@ -181,6 +183,8 @@ class _Asker:
             **self._server.more,
             **({"tools": prompt["tools"]} if prompt.get("tools") else {}),
         }
+        if "thinking" in prompt:  # as SGLang and vLLM hand it to templates, by Qwen's and DeepSeek's names
+            body["chat_template_kwargs"] = dict.fromkeys(("enable_thinking", "thinking"), prompt["thinking"])
         headers = {"Content-Type": "application/json"}
         if self._server.key:
             headers["Authorization"] = f"Bearer {self._server.key}"

@@ -22,7 +22,7 @@ PROMPTS = [{"id": f"{i:03}", "messages": [{"role": "user", "content": f"prompt {
 class Fake:
     """Answers with the prompt turned round. `trouble(text, attempt)` says what goes wrong: a status, "drop", "half"."""
 
-    def __init__(self, trouble=lambda text, attempt: None, finish="stop"):
+    def __init__(self, trouble=lambda text, attempt: None, finish="stop", say=lambda text: text[::-1]):
         self.asked, self.most, self.now = collections.Counter(), 0, 0
         fake, lock = self, threading.Lock()
 
@@ -48,7 +48,7 @@ class Fake:
                     self.close_connection = True
                     self.connection.close()
                     return
-                message = {"role": "assistant", "content": text[::-1]}
+                message = {"role": "assistant", "content": say(text)}
                 tree = {"model": body["model"], "choices": [{"message": message, "finish_reason": finish}]}
                 data = json.dumps(tree if not isinstance(wrong, int) else {"error": "no"}).encode()
                 self.send_response(wrong if isinstance(wrong, int) else 200)
@@ -160,6 +160,13 @@ def test_a_prompt_that_is_refused_does_not_stop_the_others(tmp_path):
     assert sorted(refused) == [p["id"] for p in PROMPTS if p["id"].endswith("7")]
     assert len(rows) + len(refused) == len(PROMPTS) and max(fake.asked.values()) == 1
     assert "status 400" in next(iter(refused.values()))
+
+
+def test_a_prompt_that_gets_no_answer_is_left_out_and_the_others_are_kept(tmp_path):
+    with Fake(say=lambda text: "" if text.endswith("7") else text[::-1]) as fake:
+        rows, refused = answer(server(fake.url, retries=2), PROMPTS, tmp_path / "a.partial", "k")
+    assert sorted(refused) == [p["id"] for p in PROMPTS if p["id"].endswith("7")]
+    assert len(rows) + len(refused) == len(PROMPTS) and "it is empty" in next(iter(refused.values()))
 
 
 def test_answers_that_were_cut_off_say_so(tmp_path):

@@ -1,0 +1,72 @@
+"""Texts and documents that are nearly the same are found, others are not, and variety is what it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jeagle.data.near import NEARLY, Distinct, NearDocuments, likeness, signature, text_signature, variety
+
+RNG = np.random.default_rng(0)
+
+
+def windows(ids) -> set:
+    return {tuple(ids[i : i + 5]) for i in range(len(ids) - 4)}
+
+
+@pytest.mark.parametrize("changed", [0, 2, 10, 40, 300])
+def test_the_estimate_is_near_the_share_of_windows(changed):
+    """Mean over 40 pairs: an estimate of 128 hashes is off by at most 0.05 * sqrt(128 / 128) each, evenly."""
+    off = []
+    for _ in range(40):
+        one = RNG.integers(0, 5000, 300)
+        other = one.copy()
+        other[RNG.choice(300, changed, replace=False)] = RNG.integers(5000, 9000, changed)
+        exact = len(windows(one) & windows(other)) / len(windows(one) | windows(other))
+        off.append(float(likeness(signature(one), signature(other)[None])[0]) - exact)
+    assert abs(np.mean(off)) < 0.03 and np.max(np.abs(off)) < 0.2
+
+
+def test_repeated_and_nearly_repeated_texts_are_held_back():
+    distinct = Distinct()
+    said = "Explain to a beginner how a bicycle stays upright while it is moving along a road."
+    assert distinct.add(said)
+    assert not distinct.add("  EXPLAIN to a beginner  " + said[22:]) and distinct.repeated == 1
+    assert not distinct.add(said.replace("moving", "rolling")) and distinct.near == 1
+    assert distinct.add("Explain to a beginner how a kite stays up in the wind above a beach.")
+    assert distinct.add("如何在家里做面包?") and not distinct.add("如何在家里做面包?")
+    assert distinct.add("a") and distinct.add("b") and not distinct.add("A ")
+    assert (len(distinct.signatures), distinct.repeated, distinct.near) == (5, 3, 1)
+
+
+def test_variety_of_texts_that_are_known():
+    same = variety(["the cat sat on a mat"] * 4)
+    assert same == {"distinct_1": 6 / 24, "distinct_2": 5 / 20, "distinct_3": 4 / 16, "nearest_mean": 1.0}
+    letters = ["".join(chr(c) for c in RNG.integers(0x4E00, 0x9000, 50)) for _ in range(600)]
+    apart = variety(letters, [text_signature(t) for t in letters])
+    assert apart["nearest_mean"] < 0.05 and apart["distinct_1"] == 1.0
+    assert variety([]) == {"distinct_1": 0, "distinct_2": 0, "distinct_3": 0, "nearest_mean": 0}
+
+
+def test_near_documents_are_counted_and_those_across_the_split():
+    """Of 300 documents, every third has a copy with one token changed; every sixth's copy is held out."""
+    found, planted = NearDocuments(), 0
+    for i in range(300):
+        ids = RNG.integers(0, 9000, 400)
+        found.add(ids, False)
+        if i % 3 == 0:
+            planted += 1
+            ids[200] += 1
+            found.add(ids, i % 6 == 0)
+    counts = found.count()
+    assert planted * 0.95 <= counts["near_duplicates"] <= planted
+    assert planted / 2 * 0.9 <= counts["near_held_out"] <= planted / 2
+    assert NearDocuments().count() == {"near_duplicates": 0, "near_held_out": 0}
+
+
+def test_documents_of_half_the_same_words_are_no_duplicates():
+    found = NearDocuments()
+    lead = RNG.integers(0, 9000, 200)
+    for _ in range(200):  # a long system prompt that all of them share
+        found.add(np.concatenate([lead, RNG.integers(0, 9000, 200)]), False)
+    assert NEARLY > 0.5 and found.count()["near_duplicates"] <= 4
