@@ -65,7 +65,7 @@ class DataConfig:
     """A conversation whose earlier turns change once more follow (Qwen 3 drops reasoning): one document for each
     answer, as a server sees it, or set aside."""
     template: str = ""
-    """A jinja file, or a name: chatml, deepseek, gemma, gpt-oss, llama3, llama4, mistral, phi, phi4, qwen,
+    """A jinja file, or a name: chatml, deepseek, gemma, gpt-oss, llama3, llama3.1, llama4, mistral, phi, phi4, qwen,
     qwen3-thinking, vicuna. Empty: the tokenizer's own."""
     template_arguments: str = ""
     """JSON object of further variables of the template."""

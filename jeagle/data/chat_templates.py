@@ -13,12 +13,13 @@ from jeagle.errors import UserError
 # Name -> the model families that it is of. The files of these names lie in data/templates.
 TEMPLATES = {
     "chatml": "models trained on plain ChatML",
-    "deepseek": "DeepSeek V3 and the models distilled from R1",
+    "deepseek": "DeepSeek V3, and with thinking on the models distilled from R1",
     "gemma": "Gemma 1 to 3",
     "gpt-oss": "gpt-oss (harmony)",
-    "llama3": "Llama 3 to 3.3",
+    "llama3": "Llama 3",
+    "llama3.1": "Llama 3.1 to 3.3",
     "llama4": "Llama 4",
-    "mistral": "Mistral and Mixtral with [INST]",
+    "mistral": "Mistral 7B v0.3 and Mixtral 8x22B",
     "phi": "Phi 3 and 3.5",
     "phi4": "Phi 4",
     "qwen": "Qwen 2 and 2.5",

@@ -90,6 +90,8 @@ class TextMaker:
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]):
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
+        template = str(tokenizer.chat_template)
+        self._says_thinking = "message.thinking" in template and "reasoning_content" not in template  # as gpt-oss's
 
     def texts(self, requests: Sequence[Request]) -> list[str | ConversationError]:
         """A text for each request, or why there is none."""
@@ -122,8 +124,15 @@ class TextMaker:
 
     def _apply(self, messages: list, tools: list | None, thinking: bool, prompt: bool, **more: Any) -> Any:
         switches = {"enable_thinking": thinking, "thinking": thinking}  # Qwen's and DeepSeek's names
+        if self._says_thinking:
+            many = bool(messages) and isinstance(messages[0], list)
+            messages = [_saying_thinking(chat) for chat in messages] if many else _saying_thinking(messages)
         options = {"tokenize": False, "add_generation_prompt": prompt, **switches, **self._arguments}
         return self._tokenizer.apply_chat_template(messages, tools=tools, **(options | more))
+
+
+def _saying_thinking(messages: Messages) -> list[dict[str, Any]]:
+    return [m | {"thinking": m["reasoning_content"]} if "reasoning_content" in m else m for m in messages]
 
 
 def render_prompt(

@@ -19,6 +19,7 @@ SPECIAL = {
         ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>"],
     ),
     "llama3": ("<|eot_id|>", "<|begin_of_text|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "llama3.1": ("<|eot_id|>", "<|begin_of_text|>", ["<|start_header_id|>", "<|end_header_id|>"]),
     "llama4": ("<|eot|>", "<|begin_of_text|>", ["<|header_start|>", "<|header_end|>"]),
     "mistral": (
         "</s>",

@@ -20,6 +20,7 @@ SAMPLED = {
     "gemma": "{}<end_of_turn>",
     "gpt-oss": "<|channel|>final<|message|>{}<|return|>",
     "llama3": "{}<|eot_id|>",
+    "llama3.1": "{}<|eot_id|>",
     "llama4": "{}<|eot|>",
     "mistral": " {}</s>",
     "phi": "{}<|end|>",
@@ -35,12 +36,12 @@ THINKING = {
     "deepseek": "a red bird\n</think>\n\nsat on a mat<｜end▁of▁sentence｜>",
 }
 CALLS = {
-    "llama3": '{"name": "weather", "parameters": {"city": "Paris"}}<|eot_id|>',
-    "llama4": '{"name": "weather", "parameters": {"city": "Paris"}}<|eot|>',
+    "llama3.1": '{"name": "weather", "parameters": {"city": "Paris"}}<|eot_id|>',
+    "llama4": '<|python_start|><|python_end|>{"name": "weather", "parameters": {"city": "Paris"}}<|eot|>',
     "mistral": '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}}]</s>',
     "qwen": '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>',
     "qwen3-thinking": '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>',
-    "gpt-oss": '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Paris"}<|call|>',
+    "gpt-oss": ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris"}<|call|>',
 }
 
 
@@ -97,6 +98,19 @@ def test_reasoning_is_learnt_where_it_is_sampled(template, inline):
     assert documents(tokenizer_for(template), messages)[0][1] == [THINKING[template]]
     dropped = documents(tokenizer_for(template), messages, reasoning="drop")[0][1]
     assert dropped == [SAMPLED[template].format("sat on a mat")]
+
+
+def test_reasoning_reaches_a_template_that_calls_it_thinking():
+    """As gpt-oss's released template does: its name there is not the one that messages have."""
+    tokenizer = make_tokenizer("byte_bpe", "<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role + ':' }}{% if 'thinking' in message %}"
+        "{{ '[' + message.thinking + ']' }}{% endif %}{{ message.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    messages = CHATS["reasoning"]
+    assert documents(tokenizer, messages)[0][1] == ["[a red bird]sat on a mat<|im_end|>"]
+    assert "thinking" not in messages[1]
 
 
 def test_earlier_reasoning_is_shown_as_the_server_shows_it():

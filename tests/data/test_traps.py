@@ -162,7 +162,7 @@ def test_a_tokenizer_that_adds_bos_by_itself_does_not_double_the_templates():
 
 
 # T8: tool rows crash or lose fields.
-@pytest.mark.parametrize("template", ["qwen", "llama3", "mistral"])
+@pytest.mark.parametrize("template", ["qwen", "llama3.1", "mistral"])
 def test_tool_rows_of_every_form_keep_their_calls(tmp_path, template):
     tokenizer = tokenizer_for(template)
     text = json.loads(json.dumps(TOOL_CHAT))
