@@ -249,6 +249,12 @@ def draft_to_target(config: RunConfig) -> np.ndarray:
     return data.load_tables(config.folder / "tables")
 
 
+def trained_vocabulary(folder: Path) -> np.ndarray:
+    """The draft vocabulary that a run's draft was trained with. UserError where the one beside it is another."""
+    trained_from = json.loads((folder / "draft.json").read_text())["made_from"]["tables"]
+    return data.load_tables(folder / "tables", trained_from)
+
+
 def run_folder(path: str | Path) -> Path:
     """A run's folder. UserError unless it holds a configuration."""
     folder = Path(path)

@@ -104,7 +104,8 @@ def open_bench(
     """Target and draft in `dtype`; without `params` the draft is as training starts it."""
     mesh = assemble.mesh_of(config)
     loaded = loaded or assemble.load_target(config, mesh, dtype=dtype)
-    tables = assemble.make_tables(loaded.target, data.load_tables(folder / "tables"), mesh)
+    vocabulary = data.load_tables(folder / "tables") if params is None else assemble.trained_vocabulary(folder)
+    tables = assemble.make_tables(loaded.target, vocabulary, mesh)
     if params is None:
         head = assemble.starting_head(config.draft, loaded.target.spec, tables)
         graphdef, state = assemble.make_draft(spec, dtype, mesh, seed=config.train.seed, head=head)

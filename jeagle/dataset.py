@@ -71,9 +71,11 @@ def prepare(config: RunConfig) -> Prepared:
     reused = _found(data, made_from)
     if not reused:
         _make_rows(config, parts, tokenizer, made_from, data)
-    statistics = finished_manifest(data)["statistics"]
     tables = _make_tables(config, made_from, data)
-    return Prepared(data, tables, statistics | _coverage(data, tables), reused)
+    manifest, vocabulary = finished_manifest(data), _coverage(data, tables)
+    if manifest.get("vocabulary") != (named := {"ids": room.ids_hash(room.load_tables(tables))} | vocabulary):
+        write_manifest(data, manifest | {"vocabulary": named})
+    return Prepared(data, tables, manifest["statistics"] | vocabulary, reused)
 
 
 _SHAPING = (  # settings that change rows; --data.streaming reads the same ones otherwise
@@ -147,7 +149,7 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
     if given is not None:
         wanted["given"] = fingerprint(given.tolist())
     old = read_manifest(tables)
-    fields = [] if old is None else differences(old, wanted)
+    fields = [] if old is None else differences({n: v for n, v in old.items() if n != "ids"}, wanted)
     if old is not None and not fields:
         return tables
     counts = np.load(data / "train" / "counts.npy")
@@ -157,6 +159,8 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
             f"{tables} belongs to a draft that is trained already, and would change ({', '.join(fields)} differ): its "
             "head's rows would mean other tokens. Give another --name, or the settings that the run was begun with."
         )
+    if fields:
+        print(f"prepare: {', '.join(fields)} changed since {tables} was made; making it anew", flush=True)
     room.save_tables(tables, counts, ids, wanted)
     return tables
 

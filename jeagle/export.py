@@ -99,7 +99,7 @@ def export(
     folder = assemble.run_folder(folder)
     config = configs.from_json(json.loads((folder / "config.json").read_text()))
     found, spec, params = assemble.load_draft(folder, step)
-    vocabulary = data.load_tables(folder / "tables")
+    vocabulary = assemble.trained_vocabulary(folder)
     out = out or folder / "exports" / engine
     files = targets.resolve(config.target.ref)
     source, tokenizer = targets.open_weights(files), dataset.load_tokenizer(config, files)

@@ -40,10 +40,22 @@ def test_a_second_call_finds_what_the_first_made(folder):
 def test_another_draft_vocabulary_renders_nothing(folder):
     before = stamps(prepare(folder).data)
     smaller = prepare(folder, draft__vocab=40)
-    assert stamps(smaller.data) == before and len(load_tables(smaller.tables)) == 40
+    after = stamps(smaller.data)
+    assert [name for name in before if before[name] != after[name]] == ["manifest.json"]  # it names the vocabulary
+    assert len(load_tables(smaller.tables)) == 40
     assert any("--draft.vocab" in line for line in dataset.describe(smaller)) == (
         smaller.statistics["coverage_train"] < 0.95
     )
+
+
+def test_the_manifest_names_the_vocabulary_and_its_coverage(folder):
+    prepared = prepare(folder, draft__vocab=40)
+    named = json.loads((prepared.data / "manifest.json").read_text())["vocabulary"]
+    ids, counts = load_tables(prepared.tables), np.load(prepared.data / "train" / "counts.npy")
+    assert named["ids"] == json.loads((prepared.tables / "manifest.json").read_text())["ids"]
+    assert named["draft_vocab"] == 40 and named["coverage_train"] == round(counts[ids].sum() / counts.sum(), 4)
+    other = prepare(folder, draft__vocab=41)
+    assert json.loads((other.data / "manifest.json").read_text())["vocabulary"]["ids"] != named["ids"]
 
 
 def test_a_change_is_named_and_made_anew(folder, capsys):

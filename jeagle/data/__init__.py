@@ -16,7 +16,7 @@ from jeagle.data.show import figures, html_page, pieces, terminal_row, token_tex
 from jeagle.data.sources import SOURCES, parse_source, source_fingerprint, starter_answers
 from jeagle.data.stream import RowStream
 from jeagle.data.texts import Rules, parse_arguments, render_prompt, template_hash, tokenizer_hash
-from jeagle.data.vocabulary import choose, count_tokens, coverage, given_map, load_tables, save_tables
+from jeagle.data.vocabulary import choose, count_tokens, coverage, given_map, ids_hash, load_tables, save_tables
 
 __all__ = [
     "SOURCES",
@@ -44,6 +44,7 @@ __all__ = [
     "from_headers",
     "given_map",
     "html_page",
+    "ids_hash",
     "load_rows",
     "load_tables",
     "pack",

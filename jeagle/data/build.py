@@ -15,6 +15,7 @@ import numpy as np
 
 from jeagle.data.answers import ConversationError
 from jeagle.data.conversations import BAD_SHARE, Conversation, Reading, is_held_out, read_source
+from jeagle.data.near import NearDocuments
 from jeagle.data.pack import Long, Packer, RowWriter, rows_of
 from jeagle.data.render import Rendered, Renderer
 from jeagle.data.sources import Part
@@ -121,7 +122,7 @@ def build(
     Raises:
       UserError: when the source cannot be read, too much of it cannot be used, or nothing in it can be learnt.
     """
-    statistics: collections.Counter = collections.Counter()
+    statistics, near = collections.Counter(), NearDocuments()
     with (
         open(folder / "set_aside.jsonl", "w", encoding="utf-8") as log,
         open(folder / "held_out.jsonl", "w", encoding="utf-8") as prompts,
@@ -141,6 +142,7 @@ def build(
             if held_out:
                 prompts.write(_prompt_line(conversation, tokenizer, rules))
             statistics.update(_facts(conversation, found, shape))
+            near.add(found[-1].ids, held_out)
             (measured if held_out else train).add(found, conversation)
         reading.check()
         if not statistics["conversations"]:
@@ -148,7 +150,7 @@ def build(
             raise UserError(f"{labels} holds no conversations: give a file with messages in each row.")
         named = {"train": train.finish(), "held_out": measured.finish()}
     _check_learnt(named, shape)
-    return _whole(statistics, reading) | named
+    return _whole(statistics, reading) | near.count() | named
 
 
 def _facts(conversation: Conversation, documents: Sequence[Rendered], shape: Shape) -> dict[str, int]:

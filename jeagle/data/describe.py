@@ -7,6 +7,7 @@ from typing import Any
 
 ENOUGH_COVERAGE = 0.95  # of the answers' tokens by the draft's vocabulary
 MANY_CUT = 0.05  # share of answers that may be cut short without a remark
+MANY_LEAKED = 0.05  # share of held-out conversations that may have a near copy to train on
 ENOUGH_ON_POLICY = 0.9  # share of answers that the target itself should have written
 
 
@@ -29,6 +30,9 @@ def _notes(s: dict[str, Any]) -> list[str]:
     long = {name: s["train"][name] + s["held_out"][name] for name in ("truncated", "split", "dropped", "unsupervised")}
     notes = {
         f"{s['duplicates']} duplicates are left out": s["duplicates"],
+        f"{s.get('near_duplicates', 0)} conversations are nearly the same as an earlier one, and kept": s.get(
+            "near_duplicates", 0
+        ),
         f"{long['truncated']} conversations were cut to the row length: --data.row-length sets it, --data.long split "
         "keeps all of them": long["truncated"],
         f"{long['split']} conversations were longer than a row and go on in further documents": long["split"],
@@ -67,6 +71,12 @@ def _warnings(s: dict[str, Any]) -> list[str]:
         found.append(f"the given vocabulary lacks the end tokens {ids}: the draft cannot say them")
     if cut > MANY_CUT * used and s["known_model"] and s["on_policy"] < used:
         found.append(f"{cut / used:.0%} of the answers are cut short: answer with a higher token limit")
+    leaked = s.get("near_held_out", 0)
+    if leaked > MANY_LEAKED * max(s["held_out"]["documents"], 1):
+        found.append(
+            f"{leaked} of {s['held_out']['documents']} held-out conversations are nearly the same as one to train on: "
+            "what is measured on them flatters the draft"
+        )
     if s["on_policy"] < ENOUGH_ON_POLICY * used:
         found.append(
             f"{s['on_policy'] / max(used, 1):.0%} of the answers are known to be this target's own: a draft learns "

@@ -46,7 +46,7 @@ class Turns(NamedTuple):
 
     Attributes:
       prompts: as `read_prompts` gives them, each unlike the others. signatures: MinHash of each.
-      unusable: without words, cut off or too long. repeated, near: left out since they are there to the letter, or nearly.
+      unusable: without words, cut off or too long. repeated, near: left out since they are there already, or nearly.
     """
 
     prompts: list[dict[str, Any]]

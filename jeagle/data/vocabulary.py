@@ -10,7 +10,7 @@ import numpy as np
 
 from jeagle.errors import UserError
 from jeagle.joints import Batch
-from jeagle.runtime.manifest import atomic_folder, differences, read_manifest, write_manifest
+from jeagle.runtime.manifest import atomic_folder, differences, fingerprint, read_manifest, write_manifest
 
 
 def count_tokens(rows: Batch, vocab: int) -> np.ndarray:
@@ -48,14 +48,22 @@ def coverage(counts_V: np.ndarray, draft_to_target_D: np.ndarray) -> float:
 
 
 def save_tables(folder: Path, counts_V: np.ndarray, draft_to_target_D: np.ndarray, made_from: dict[str, Any]) -> None:
-    """d2t.npy (int64 offsets: target id = i + d2t[i]), t2d.npy (bool [V]), counts.npy, and what they were made from."""
+    """d2t.npy (int64 offsets: target id = i + d2t[i]), t2d.npy (bool [V]), counts.npy, and what they were made from.
+
+    The manifest also names the ids, so that files of another vocabulary under it are seen.
+    """
     in_draft = np.zeros(len(counts_V), bool)
     in_draft[draft_to_target_D] = True
     with atomic_folder(folder) as aside:
         np.save(aside / "d2t.npy", draft_to_target_D.astype(np.int64) - np.arange(len(draft_to_target_D)))
         np.save(aside / "t2d.npy", in_draft)
         np.save(aside / "counts.npy", counts_V)
-        write_manifest(aside, made_from)
+        write_manifest(aside, made_from | {"ids": ids_hash(draft_to_target_D)})
+
+
+def ids_hash(draft_to_target_D: np.ndarray) -> str:
+    """16 hex digits that name a draft vocabulary: of its ids, in order."""
+    return fingerprint(np.asarray(draft_to_target_D).tolist())
 
 
 def load_tables(folder: Path, made_from: dict[str, Any] | None = None) -> np.ndarray:
@@ -68,11 +76,21 @@ def load_tables(folder: Path, made_from: dict[str, Any] | None = None) -> np.nda
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} holds no finished vocabulary tables: run python -m jeagle.prepare.")
-    if made_from is not None and (fields := differences(manifest, made_from)):
+    stated = manifest.get("ids")
+    compared = [
+        {n: v for n, v in (tree or {}).items() if n != "ids" or "ids" in (made_from or {})}
+        for tree in (manifest, made_from)
+    ]
+    if made_from is not None and (fields := differences(*compared)):
         raise UserError(
             f"The vocabulary in {folder} was made from other data ({', '.join(fields)} differ): prepare anew."
         )
-    return _read_map(folder / "d2t.npy", folder / "t2d.npy", f"The vocabulary in {folder}")
+    ids = _read_map(folder / "d2t.npy", folder / "t2d.npy", f"The vocabulary in {folder}")
+    if stated is not None and stated != ids_hash(ids):
+        raise UserError(
+            f"The vocabulary in {folder} is not the one that its manifest names: put it back, or prepare anew."
+        )
+    return ids
 
 
 def given_map(path: Path, draft_vocab: int, target_vocab: int, end_token_ids: Sequence[int]) -> np.ndarray:

@@ -126,6 +126,20 @@ def test_an_empty_reasoning_block_is_never_trained():
     assert "think" in tokenizer.decode(found.ids) and "think" not in tokenizer.decode(found.ids[found.supervised])
 
 
+# T9 too: what is measured stands, a word changed, among what is learnt.
+def test_held_out_copies_of_training_prompts_are_told(tmp_path, tokenizer):
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(200):
+        words = random.choice(["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], 90).tolist()
+        rows += [{"prompt": " ".join(words[:40]) + mark, "response": " ".join(words[40:])} for mark in ("", f" {i}")]
+    statistics, _ = make(tmp_path, rows, tokenizer, row_length=1024, held_out=0.2)
+    assert 190 <= statistics["near_duplicates"] <= 210 and 40 <= statistics["near_held_out"] <= 90
+    described = dict(statistics, coverage_train=1, coverage_held_out=1, draft_vocab=1, tokens_seen=1, ends_left_out=[])
+    described["template_reads_date"] = False
+    assert any("flatters the draft" in line for line in dataset.room.describe(described, tmp_path))
+
+
 # T6: history by another model.
 def test_the_share_of_the_targets_own_answers_is_counted(tmp_path, tokenizer):
     rows = [row | {"model": "Owner/Target-1B" if i < 5 else "other"} for i, row in enumerate(chats(20))]
@@ -222,6 +236,19 @@ def test_a_map_of_other_data_in_a_cache_is_refused(tmp_path):
     save_tables(tmp_path / "t", np.ones(8, np.int64), np.array([1, 2, 5]), {"data": "x", "draft_vocab": 3})
     with pytest.raises(UserError, match="made from other data .data differ"):
         load_tables(tmp_path / "t", {"data": "y", "draft_vocab": 3})
+
+
+def test_a_map_that_was_put_in_anothers_place_is_refused(tmp_path):
+    """By its path alone it would be taken: the manifest beside it is the old one."""
+    for name, ids in (("mine", [1, 2, 5]), ("other", [1, 3, 6])):
+        save_tables(tmp_path / name, np.ones(8, np.int64), np.array(ids), {"data": "x"})
+    stale = json.loads((tmp_path / "mine" / "manifest.json").read_text())
+    for name in ("d2t.npy", "t2d.npy"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / "mine" / name)
+    with pytest.raises(UserError, match="not the one that its manifest names"):
+        load_tables(tmp_path / "mine")
+    with pytest.raises(UserError, match="made from other data .ids differ"):  # what a trained draft remembers
+        load_tables(tmp_path / "other", stale)
 
 
 def test_a_given_map_is_kept_whatever_the_data_say(tmp_path):
