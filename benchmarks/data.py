@@ -5,7 +5,12 @@
 Prints JSON. Conversations are made up from a word list with a fixed seed, of one to four turns. The peers' functions
 are loaded from checkouts (SpecForge 0.2.0's specforge.data.preprocessing.preprocess_conversations; speculators 0.4's
 _preprocess_batch) and need torch; modules of theirs that masking does not use are stubbed. Without checkouts jeagle is
-timed alone. `--whole` also times jeagle's whole way from a file to rows on disk, and its memory.
+timed alone. The rounds of all of them take turns, and processor time is measured beside the clock, so that a machine
+that does other work too favours none of them.
+
+    python benchmarks/data.py --whole 1000000 --short
+
+times jeagle's whole way from a file to rows on disk instead, and its memory. `--short` makes conversations of one turn.
 """
 
 from __future__ import annotations
@@ -23,7 +28,9 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 QWEN_ASSISTANT = r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n?)"
 
@@ -36,25 +43,36 @@ def main() -> None:
     parser.add_argument("--specforge", type=Path)
     parser.add_argument("--speculators", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--whole", type=int, default=0, metavar="CONVERSATIONS")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--scratch", type=Path, help="a folder for files; by default the system's")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer, args.conversations)
-    chats = list(conversations(args.conversations))
-    report: dict[str, Any] = {"conversations": len(chats), "processes": args.processes, "repeats": args.repeats}
-    report["jeagle"] = timed(jeagle_masks(tokenizer), chats, args.repeats, processes=1)
-    for name, path, load in (
-        ("specforge", args.specforge, specforge_masks),
-        ("speculators", args.speculators, speculators_masks),
-    ):
-        if path is not None:
-            report[name] = timed(load(path, tokenizer), chats, args.repeats, processes=args.processes)
-            report[name]["same_tokens"] = report[name]["tokens"] == report["jeagle"]["tokens"]
     if args.whole:
-        report["jeagle_whole"] = whole(tokenizer, args.conversations)
+        print(json.dumps(whole(tokenizer, args.whole, args.scratch, short=args.short), indent=2))
+        return
+    chats = list(conversations(args.conversations, short=args.short))
+    ways = {"jeagle": (jeagle_masks(tokenizer), 1)}
+    if args.specforge is not None:
+        ways["specforge"] = (specforge_masks(args.specforge, tokenizer), args.processes)
+    if args.speculators is not None:
+        ways["speculators"] = (speculators_masks(args.speculators, tokenizer), args.processes)
+    rounds: dict[str, list[Round]] = {name: [] for name in ways}
+    for _ in range(args.repeats):
+        for name, (masks, processes) in ways.items():
+            rounds[name].append(timed(masks, chats, processes=processes))
+            print(name, rounds[name][-1], file=sys.stderr, flush=True)
+    report: dict[str, Any] = {"conversations": len(chats), "processes": args.processes, "repeats": args.repeats}
+    report |= {name: summary(found, len(chats)) for name, found in rounds.items()}
+    for name in list(ways)[1:]:
+        report[name]["jeagle_times_faster"] = {
+            kind: round(float(np.median(column(rounds[name], kind) / column(rounds["jeagle"], kind))), 2)
+            for kind in ("seconds", "cpu_seconds")
+        }
     print(json.dumps(report, indent=2))
 
 
-def conversations(count: int) -> Iterator[list[dict[str, str]]]:
+def conversations(count: int, *, short: bool = False) -> Iterator[list[dict[str, str]]]:
     """Chats of words whose frequencies fall as those of a language do."""
     random_ = random.Random(0)
     syllables = [a + b for a in "bcdfghjklmnprstvw" for b in ("a", "e", "i", "o", "u", "ai", "ou", "er", "in")]
@@ -67,6 +85,9 @@ def conversations(count: int) -> Iterator[list[dict[str, str]]]:
         return "".join(word + mark for word, mark in zip(found, marks, strict=True)).strip()
 
     for _ in range(count):
+        if short:
+            yield [{"role": "user", "content": text(5, 15)}, {"role": "assistant", "content": text(10, 40)}]
+            continue
         turns = [(("user", text(5, 60)), ("assistant", text(40, 300))) for _ in range(random_.randint(1, 4))]
         yield [{"role": role, "content": said} for pair in turns for role, said in pair]
 
@@ -157,60 +178,86 @@ def stub(name: str, folder: Path | None = None, **members: Any) -> None:
 _MASKS: list[Masks] = []
 
 
-def timed(masks: Masks, chats: list, repeats: int, *, processes: int) -> dict[str, Any]:
-    """The best of several runs; with processes, each forked one takes an equal share, as `datasets.map` shares it."""
+class Round(NamedTuple):
+    """One run over all conversations: by the clock, by the processors, and what came out."""
+
+    seconds: float
+    cpu_seconds: float
+    tokens: int
+    supervised_tokens: int
+
+
+def timed(masks: Masks, chats: list, *, processes: int) -> Round:
+    """One run; with processes, each forked one takes an equal share, as `datasets.map` shares it."""
     _MASKS[:] = [masks]
     masks(chats[:50])
-    seconds, found = [], (0, 0)
-    shares = [chats[i::processes] for i in range(processes)]
-    for _ in range(repeats):
-        if processes == 1:
-            begun = time.perf_counter()
-            found = masks(chats)
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            with multiprocessing.get_context("fork").Pool(processes) as pool:
-                begun = time.perf_counter()
-                parts = pool.map(_share, shares, chunksize=1)
-            found = (sum(p[0] for p in parts), sum(p[1] for p in parts))
-        seconds.append(time.perf_counter() - begun)
-    best = min(seconds)
+    if processes == 1:
+        begun = time.perf_counter()
+        found = _share(chats)
+        return Round(time.perf_counter() - begun, *found)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        begun = time.perf_counter()
+        parts = pool.map(_share, [chats[i::processes] for i in range(processes)], chunksize=1)
+        seconds = time.perf_counter() - begun
+    del os.environ["TOKENIZERS_PARALLELISM"]
+    return Round(seconds, *(sum(column) for column in zip(*parts, strict=True)))
+
+
+def column(rounds: list[Round], name: str) -> np.ndarray:
+    return np.array([getattr(r, name) for r in rounds])
+
+
+def summary(rounds: list[Round], count: int) -> dict[str, Any]:
+    """Rates of the best run, and its counts."""
+    best, cpu = float(column(rounds, "seconds").min()), float(column(rounds, "cpu_seconds").min())
     return {
         "seconds": round(best, 2),
-        "conversations_per_s": round(len(chats) / best),
-        "tokens_per_s": round(found[0] / best),
-        "tokens": found[0],
-        "supervised_tokens": found[1],
+        "cpu_seconds": round(cpu, 2),
+        "conversations_per_s": round(count / best),
+        "tokens_per_s": round(rounds[0].tokens / best),
+        "tokens_per_cpu_s": round(rounds[0].tokens / cpu),
+        "tokens": rounds[0].tokens,
+        "supervised_tokens": rounds[0].supervised_tokens,
     }
 
 
-def _share(chats: list) -> tuple[int, int]:
-    return _MASKS[0](chats)
+def _share(chats: list) -> tuple[float, int, int]:
+    used = time.process_time()
+    found = _MASKS[0](chats)
+    return time.process_time() - used, *found
 
 
-def whole(tokenizer: Any, count: int) -> dict[str, Any]:
+def whole(tokenizer: Any, count: int, scratch: Path | None, *, short: bool) -> dict[str, Any]:
     """A jsonl file to rows on disk."""
     from jeagle.data import Rules, Shape, build, parse_source
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         source, out = Path(folder) / "chats.jsonl", Path(folder) / "data"
         out.mkdir()
         with source.open("w") as file:
-            for chat in conversations(count):
+            for chat in conversations(count, short=short):
                 file.write(json.dumps({"messages": chat}) + "\n")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         shape = Shape(row_length=2048, vocab=len(tokenizer), held_out=0.02)
         made = build(parse_source(str(source)), tokenizer, Rules((tokenizer.eos_token_id,)), shape, out)
-        seconds = time.perf_counter() - begun
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - used
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tokens = made["train"]["tokens"] + made["held_out"]["tokens"]
+    tokens, rows = (sum(made[side][what] for side in ("train", "held_out")) for what in ("tokens", "rows"))
     return {
-        "seconds": round(seconds, 2),
+        "conversations": count,
+        "tokens": tokens,
+        "rows": rows,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu, 1),
         "conversations_per_s": round(count / seconds),
+        "rows_per_s": round(rows / seconds, 1),
         "tokens_per_s": round(tokens / seconds),
+        "tokens_per_cpu_s": round(tokens / cpu),
         "peak_rss_mib": round(after / 1024),
         "peak_rss_mib_before": round(before / 1024),
+        "near_duplicates": made["near_duplicates"],
     }
 
 
