@@ -16,6 +16,8 @@ NEARLY = 0.7  # texts that share more of their windows count as the same
 _WINDOW = 5  # characters, or tokens
 _HASHES, _BAND = 128, 4  # of texts: pairs at 0.7 are found with a chance of 0.9998
 _DOCUMENT_HASHES = 32  # of documents, which are only counted
+_TOGETHER = 64  # documents whose signatures are made together
+_FILL = np.uint64(1 << 40)  # no token, no character
 _COMPARED = 500  # texts whose nearest neighbour is looked for
 
 
@@ -29,20 +31,26 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 _MULTIPLIERS = _mixed(np.arange(1, _HASHES + 1, dtype=np.uint64)) | np.uint64(1)
 
 
-def signature(values: np.ndarray, hashes: int = _HASHES) -> np.ndarray:
-    """MinHash uint32 [hashes] of a sequence of numbers, by its windows of five; of all of it where it is shorter."""
-    values = np.asarray(values).astype(np.uint64)
-    width = max(min(_WINDOW, len(values)), 1)
-    windows = np.zeros(max(len(values) - width + 1, 1), np.uint64)
-    for offset in range(min(width, len(values))):
-        windows = windows * np.uint64(0x9E3779B97F4A7C15) + values[offset : offset + len(windows)] + np.uint64(1)
-    spread = _mixed(windows)[None, :] * _MULTIPLIERS[:hashes, None]
-    return (spread.min(axis=1) >> np.uint64(32)).astype(np.uint32)
+def signatures(sequences: Sequence[np.ndarray], hashes: int = _HASHES) -> np.ndarray:
+    """MinHash uint32 [N, hashes] of sequences of numbers, by their windows of five; shorter ones are filled up."""
+    lengths = np.maximum([len(sequence) for sequence in sequences], _WINDOW)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    values = np.full(starts[-1] + _WINDOW, _FILL, np.uint64)  # the last windows are of no sequence
+    for start, sequence in zip(starts, sequences, strict=False):
+        values[start : start + len(sequence)] = sequence
+    windows = np.zeros(starts[-1] + 1, np.uint64)
+    for offset in range(_WINDOW):
+        windows = windows * np.uint64(0x9E3779B97F4A7C15) + values[offset : offset + len(windows)]
+    windows = _mixed(windows)
+    # Of each sequence its own windows, then those that run into the next one, which are thrown away.
+    edges = np.stack([starts[:-1], starts[1:] - _WINDOW + 1], axis=1).reshape(-1)
+    found = [np.minimum.reduceat(windows * multiplier, edges)[::2] for multiplier in _MULTIPLIERS[:hashes]]
+    return (np.stack(found, axis=1) >> np.uint64(32)).astype(np.uint32)
 
 
 def text_signature(text: str) -> np.ndarray:
-    """MinHash of a text's characters, letters' case and kinds of space left out."""
-    return signature(np.frombuffer(_plain(text).encode("utf-32-le", "replace"), "<u4"))
+    """MinHash uint32 [128] of a text's characters, letters' case and kinds of space left out."""
+    return signatures([np.frombuffer(_plain(text).encode("utf-32-le", "replace"), "<u4")])[0]
 
 
 def _plain(text: str) -> str:
@@ -87,11 +95,11 @@ class Distinct:
         return True
 
 
-def variety(texts: Sequence[str], signatures: Sequence[np.ndarray] = ()) -> dict[str, float]:
+def variety(texts: Sequence[str], known: Sequence[np.ndarray] = ()) -> dict[str, float]:
     """How varied texts are: distinct-n (Li et al. 2016), and how like each is to its nearest neighbour.
 
     Args:
-      signatures: of the texts, where they are known.
+      known: signatures of the texts, where there are any.
 
     Returns:
       distinct_1, distinct_2, distinct_3: different n-grams of words / n-grams of words, over all texts.
@@ -102,7 +110,7 @@ def variety(texts: Sequence[str], signatures: Sequence[np.ndarray] = ()) -> dict
     for n in (1, 2, 3):
         grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
         found[f"distinct_{n}"] = round(len(set(grams)) / max(len(grams), 1), 4)
-    table = np.stack(list(signatures) or [text_signature(t) for t in texts]) if texts else np.zeros((0, _HASHES))
+    table = np.stack(list(known) or [text_signature(t) for t in texts]) if texts else np.zeros((0, _HASHES))
     nearest = []
     for i in range(0, len(texts), -(-len(texts) // _COMPARED)) if len(texts) > 1 else ():
         nearest.append(float(np.delete(likeness(table[i], table), i).max()))
@@ -115,17 +123,26 @@ class NearDocuments:
     def __init__(self) -> None:
         self._signatures = bytearray()
         self._held_out = bytearray()
+        self._waiting: list[np.ndarray] = []
 
     def add(self, ids: np.ndarray, held_out: bool) -> None:
         """Takes the token ids of a document."""
-        self._signatures += signature(ids, _DOCUMENT_HASHES).astype(np.uint16).tobytes()
+        self._waiting.append(ids)
         self._held_out.append(held_out)
+        if len(self._waiting) == _TOGETHER:
+            self._sign()
+
+    def _sign(self) -> None:
+        if self._waiting:
+            self._signatures += signatures(self._waiting, _DOCUMENT_HASHES).astype(np.uint16).tobytes()
+            self._waiting = []
 
     def count(self) -> dict[str, int]:
         """near_duplicates: documents like an earlier one; near_held_out: held-out documents like one to train on.
 
         Estimates: of documents that agree in a band, each is compared with the one before it.
         """
+        self._sign()
         table = np.frombuffer(self._signatures, np.uint16).reshape(-1, _DOCUMENT_HASHES)
         held_out = np.frombuffer(self._held_out, bool)
         near, leaked = np.zeros(len(table), bool), np.zeros(len(table), bool)

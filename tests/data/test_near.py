@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jeagle.data.near import NEARLY, Distinct, NearDocuments, likeness, signature, text_signature, variety
+from jeagle.data.near import NEARLY, Distinct, NearDocuments, likeness, signatures, text_signature, variety
 
 RNG = np.random.default_rng(0)
 
@@ -23,8 +23,15 @@ def test_the_estimate_is_near_the_share_of_windows(changed):
         other = one.copy()
         other[RNG.choice(300, changed, replace=False)] = RNG.integers(5000, 9000, changed)
         exact = len(windows(one) & windows(other)) / len(windows(one) | windows(other))
-        off.append(float(likeness(signature(one), signature(other)[None])[0]) - exact)
+        mine, theirs = signatures([one, other])
+        off.append(float(likeness(mine, theirs[None])[0]) - exact)
     assert abs(np.mean(off)) < 0.03 and np.max(np.abs(off)) < 0.2
+
+
+def test_a_signature_does_not_depend_on_what_it_is_made_with():
+    found = [RNG.integers(0, 99, length) for length in (0, 1, 4, 5, 6, 300, 2)]
+    np.testing.assert_array_equal(signatures(found), np.concatenate([signatures([one]) for one in found]))
+    assert len({row.tobytes() for row in signatures(found)}) == len(found)
 
 
 def test_repeated_and_nearly_repeated_texts_are_held_back():
