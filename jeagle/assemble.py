@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +17,16 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jeagle import data, dataset, objective, targets
-from jeagle.config import DraftConfig, ObjectiveConfig, RunConfig, TrainConfig
+from jeagle import data, dataset, drafts, exchange, objective, targets
+from jeagle.config import DraftConfig, ObjectiveConfig, RunConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
-from jeagle.joints import DraftSpec, Rope, Tables
+from jeagle.joints import DraftSpec, Tables
+from jeagle.optimiser import served_params
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
 from jeagle.runtime.progress import bytes_progress
+from jeagle.starting import EMBEDDING_FILE, Start, draft_class, own_embedding, starting_head
 from jeagle.targets import Target, TargetFiles, TargetSpec
 
 # Logical axes of the draft's parameters; the mesh axes behind them: runtime.mesh.RULES.
@@ -50,12 +53,13 @@ class LoadedTarget(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that training changes. Parameters and moments are float32."""
+    """All that training changes. Parameters, moments and the moving average (None where there is none) are float32."""
 
     draft: Any
     optimiser: Any
     step: jax.Array
     skipped: jax.Array
+    average: Any = None
 
 
 def mesh_of(config: RunConfig) -> Mesh:
@@ -83,56 +87,32 @@ def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTa
     return LoadedTarget(files, tokenizer, ends, target)
 
 
-def draft_spec(config: RunConfig, target: TargetSpec, draft_vocab: int, ends: tuple[int, ...]) -> DraftSpec:
-    """A Llama block with the target's widths and rope, which every engine serves."""
-    return DraftSpec(
-        target_width=target.width,
-        width=target.width,
-        target_vocab=target.vocab,
-        draft_vocab=draft_vocab,
-        taps=targets.check_taps(config.target.taps, target.layers),
-        heads=target.heads,
-        kv_heads=target.kv_heads,
-        head_dim=target.head_dim,
-        mlp_width=target.mlp_width,
-        layers=config.draft.layers,
-        norm_eps=target.norm_eps,
-        rope=draft_rope(target.rope),
-        max_positions=target.max_positions,
-        norm_before_residual=config.draft.norm_before_residual,
-        norm_before_fc=config.draft.norm_before_fc,
-        fc_norm=config.draft.fc_norm,
-        end_token_ids=ends,
-    )
-
-
-def draft_rope(rope: Rope) -> Rope:
-    """The target's rotary embedding as far as every engine's Llama layer has it; else a plain one of the same base.
-
-    What turns with the sequence's length (dynamic, longrope) or leaves dimensions still (partial, proportional) is
-    not served alike everywhere, and a draft sees too little of a sequence to need it.
-    """
-    everywhere = rope.scaling_dict.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-    return rope if everywhere and "partial_rotary_factor" not in rope.scaling_dict else Rope(rope.theta)
-
-
 def objective_spec(config: ObjectiveConfig) -> objective.ObjectiveSpec:
     switches = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "dialect"}
     return objective.resolve(config.dialect, **switches)
 
 
-def make_tables(target: Target, draft_to_target_D: np.ndarray, mesh: Mesh) -> Tables:
-    """The frozen rows that the draft reads and is taught through, on the mesh."""
+def make_tables(
+    target: Target,
+    draft_to_target_D: np.ndarray,
+    mesh: Mesh,
+    *,
+    spec: DraftSpec,
+    folder: Path,
+    start: Start | None = None,
+) -> Tables:
+    """The frozen rows that a draft of this spec reads and is taught through, on the mesh.
+
+    Args:
+      folder: the run's. start: the older draft that it begins with.
+    """
     model = target.model()
     ids = jax.device_put(jnp.asarray(draft_to_target_D), replicated(mesh))
     rows = NamedSharding(mesh, logical_sharding(("vocab", "width"), (len(draft_to_target_D), target.spec.width), mesh))
     head = jax.jit(lambda head, ids: head[ids], out_shardings=rows)(model.head_rows(), ids)
-    return Tables(model.embed_tokens[...], head, ids)
-
-
-def starting_head(config: DraftConfig, target: TargetSpec, tables: Tables) -> jax.Array | None:
-    """Where the draft's lm_head starts: the target's rows, with the scale that servers do not apply to a draft's."""
-    return tables.head_DH * target.logits.scale if config.head_start == "target" else None
+    embed_VH = model.embed_tokens[...]
+    own_VW = own_embedding(folder, spec, embed_VH, start)
+    return Tables(embed_VH if own_VW is None else jax.device_put(own_VW, replicated(mesh)), head, ids)
 
 
 def draft_key(path: tuple[Any, ...]) -> str:
@@ -140,14 +120,16 @@ def draft_key(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def make_draft(spec: DraftSpec, dtype: Any, mesh: Mesh, *, seed: int, head: jax.Array | None) -> tuple[Any, Any]:
-    """A fresh draft as (graphdef, state), born sharded; its lm_head starts from `head` where given."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Eagle3(spec, jnp.dtype(dtype), nnx.Rngs(0))))
+def make_draft(
+    spec: DraftSpec, dtype: Any, mesh: Mesh, *, seed: int, head: jax.Array | None, kind: Any = Eagle3
+) -> tuple[Any, Any]:
+    """A fresh draft of class `kind` as (graphdef, state), born sharded; its lm_head starts from `head` where given."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: kind(spec, jnp.dtype(dtype), nnx.Rngs(0))))
     shardings = _by_path(abstract, lambda path, leaf: draft_sharding(path, leaf.shape, mesh))
 
     @functools.partial(jax.jit, out_shardings=shardings)
     def create(key: jax.Array, head: jax.Array | None) -> Any:
-        draft = Eagle3(spec, jnp.dtype(dtype), nnx.Rngs(key))
+        draft = kind(spec, jnp.dtype(dtype), nnx.Rngs(key))
         if head is not None:
             draft.lm_head[...] = head.astype(jnp.float32)
         return nnx.split(draft)[1]
@@ -170,9 +152,11 @@ def flat_draft(state: Any) -> dict[str, jax.Array]:
     return {draft_key(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
-def draft_from_flat(spec: DraftSpec, dtype: Any, params: dict[str, Any], mesh: Mesh) -> tuple[Any, Any]:
-    """The inverse of `flat_draft`. UserError for a name or a shape that the spec does not have."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Eagle3(spec, jnp.dtype(dtype), nnx.Rngs(0))))
+def draft_from_flat(
+    spec: DraftSpec, dtype: Any, params: dict[str, Any], mesh: Mesh, *, kind: Any = Eagle3
+) -> tuple[Any, Any]:
+    """The inverse of `flat_draft`. UserError for a name or a shape that such a draft does not have."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: kind(spec, jnp.dtype(dtype), nnx.Rngs(0))))
     known = {draft_key(path): leaf.get_value().shape for path, leaf in nnx.to_flat_state(abstract)}
     wrong = sorted(set(known) ^ set(params)) or [k for k in known if tuple(params[k].shape) != known[k]]
     if wrong:
@@ -183,57 +167,8 @@ def draft_from_flat(spec: DraftSpec, dtype: Any, params: dict[str, Any], mesh: M
     return graphdef, _by_path(abstract, put)
 
 
-def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup` of the steps, then the schedule down to 0 (or constant)."""
-    warmup = max(round(config.warmup * steps), 1)
-    peak, rest = config.learning_rate, max(steps - warmup, 1)
-    after = {
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "constant": optax.constant_schedule(peak),
-    }[config.schedule]
-    # The first step already moves: warm-up counts from 1.
-    return lambda step: jnp.where(step < warmup, peak * (step + 1) / warmup, after(step - warmup))
-
-
-def make_optimiser(
-    config: TrainConfig, rate: optax.Schedule, *, train_head: bool = True
-) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or Muon; a frozen lm_head is left out of both."""
-    adamw = optax.adamw(rate, b1=0.9, b2=config.beta2, eps=1e-8, weight_decay=config.weight_decay)
-    if config.optimizer == "adamw":
-        chosen = adamw
-    else:
-        # Embedding-like matrices are no linear maps between features: AdamW suits them better.
-        chosen = optax.partition(
-            {
-                "muon": optax.contrib.muon(
-                    rate, weight_decay=config.weight_decay, consistent_rms=0.2, adam_learning_rate=rate
-                ),
-                "adamw": adamw,
-            },
-            lambda state: _labels(state, lambda name, x: "muon" if x.ndim == 2 and name != "lm_head" else "adamw"),
-        )
-    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    both = optax.chain(*parts, chosen)
-    if train_head:
-        return both
-    return optax.partition(
-        {"train": both, "frozen": optax.set_to_zero()},
-        lambda state: _labels(state, lambda name, _: "frozen" if name == "lm_head" else "train"),
-    )
-
-
-def _labels(state: Any, label: Any) -> Any:
-    def one(path: Any, leaf: Any) -> str:
-        names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
-        return label(next((n for n in reversed(names) if n not in ("value", "")), ""), leaf)
-
-    return jax.tree_util.tree_map_with_path(one, state)
-
-
-def train_state(draft: Any, optimiser: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A fresh TrainState; moments lie where their parameters lie."""
+def train_state(draft: Any, optimiser: optax.GradientTransformation, mesh: Mesh, *, average: float = 0.0) -> TrainState:
+    """A fresh TrainState; moments, and the moving average if `average` is above 0, lie where parameters lie."""
     zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
     moments = optimiser.init(draft)
     everywhere = replicated(mesh)
@@ -241,7 +176,7 @@ def train_state(draft: Any, optimiser: optax.GradientTransformation, mesh: Mesh)
         lambda x: x if isinstance(getattr(x, "sharding", None), NamedSharding) else jax.device_put(x, everywhere),
         moments,
     )
-    return TrainState(draft, moments, zero, jnp.copy(zero))
+    return TrainState(draft, moments, zero, jnp.copy(zero), jax.tree.map(jnp.copy, draft) if average else None)
 
 
 def draft_to_target(config: RunConfig) -> np.ndarray:
@@ -263,17 +198,52 @@ def run_folder(path: str | Path) -> Path:
     return folder
 
 
-def draft_params(tree: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The draft's parameters by dotted name, from a checkpoint's arrays by tree path."""
-    own = {name: array for name, array in tree.items() if name.startswith(".draft")}
-    return {".".join(re.findall(r"\['?(\w+)'?\]", name)): np.asarray(array) for name, array in own.items()}
-
-
 def load_draft(folder: Path, step: int | str) -> tuple[int, DraftSpec, dict[str, np.ndarray]]:
-    """(step, spec, parameters by name) of a run's checkpoint."""
+    """(step, spec, parameters by name) of a run's checkpoint: those that are measured and exported."""
     described = folder / "draft.json"
     if not described.is_file():
         raise UserError(f"{folder} holds no trained draft: run python -m jeagle.train first.")
     spec = DraftSpec.from_json(json.loads(described.read_text())["draft"])
     found, tree = load_named(folder / "checkpoints", step)
-    return found, spec, draft_params(tree)
+    return found, spec, drafts.merge_adapters(served_params(tree))
+
+
+def open_start(config: RunConfig) -> Start | None:
+    """The older draft that --draft.start names, a run or a draft's folder. UserError where there is none."""
+    folder = Path(config.draft.start)
+    if not config.draft.start:
+        return None
+    if not folder.is_dir():
+        raise UserError(f"--draft.start {folder} is no folder: give a run of jeagle's, or a folder with a draft.")
+    if (folder / "draft.json").is_file():
+        _, spec, params = load_draft(folder, "last")
+        own = folder / EMBEDDING_FILE
+        return Start(spec, params, np.load(own) if own.is_file() else None)
+    read = exchange.read_export(folder, exchange.Hints(taps=config.target.taps or None))
+    return Start(read.spec, read.params, read.embed_VW)
+
+
+def draft_state(
+    config: RunConfig, spec: DraftSpec, target: TargetSpec, tables: Tables, mesh: Mesh, start: Start | None
+) -> tuple[Any, Any]:
+    """The run's draft before its first step, (graphdef, what is trained): fresh, or the older one's parameters; with
+    adapters beside them where --draft.lora says so."""
+    kind = draft_class(config.draft)
+    if start is None:
+        head = starting_head(config.draft, spec, target, tables)
+        return make_draft(spec, config.train.dtype, mesh, seed=config.train.seed, head=head, kind=kind)
+    graphdef, state = draft_from_flat(spec, config.train.dtype, start.params, mesh, kind=kind)
+    if not config.draft.lora:
+        return graphdef, state
+    tree = drafts.add_adapters(state, config.draft.lora, jax.random.key(config.train.seed))
+    return graphdef, tree | {"lora": jax.device_put(tree["lora"], replicated(mesh))}
+
+
+def path_names(path: str) -> tuple[str, ...]:
+    """['layers'][0]['norm'].value -> ("layers", "0", "norm"), as `make_optimiser` names paths."""
+    return tuple(re.findall(r"\['?(\w+)'?\]", path))
+
+
+def trained(draft: DraftConfig) -> Callable[[tuple[str, ...]], bool]:
+    """Which parameters the optimiser moves, by their path: adapters alone, or all but a frozen lm_head."""
+    return lambda path: "lora" in path if draft.lora else draft.train_head or path[-1] != "lm_head"

@@ -105,12 +105,13 @@ def open_bench(
     mesh = assemble.mesh_of(config)
     loaded = loaded or assemble.load_target(config, mesh, dtype=dtype)
     vocabulary = data.load_tables(folder / "tables") if params is None else assemble.trained_vocabulary(folder)
-    tables = assemble.make_tables(loaded.target, vocabulary, mesh)
+    kind = assemble.draft_class(config.draft)
+    tables = assemble.make_tables(loaded.target, vocabulary, mesh, spec=spec, folder=folder)
     if params is None:
-        head = assemble.starting_head(config.draft, loaded.target.spec, tables)
-        graphdef, state = assemble.make_draft(spec, dtype, mesh, seed=config.train.seed, head=head)
+        head = assemble.starting_head(config.draft, spec, loaded.target.spec, tables)
+        graphdef, state = assemble.make_draft(spec, dtype, mesh, seed=config.train.seed, head=head, kind=kind)
     else:
-        graphdef, state = assemble.draft_from_flat(spec, dtype, params, mesh)
+        graphdef, state = assemble.draft_from_flat(spec, dtype, params, mesh, kind=kind)
     models = make_models(loaded.target.graphdef, graphdef, spec.taps)
     return Bench(loaded, models, Weights(loaded.target.state, state, tables), mesh)
 

@@ -84,10 +84,30 @@ class DataConfig:
 class DraftConfig:
     """The trainable model."""
 
+    json: str = ""
+    """A draft's configuration in SpecForge's or speculators' form. Empty, without start: derived from the target."""
+    start: str = ""
+    """A run, or a folder with a draft, whose parameters and vocabulary this one starts from."""
+    lora: int = 0
+    """Rank of adapters that are trained instead of the draft to start from; 0 trains all of it."""
+    module: str = ""
+    """package.module:NAME of a draft of your own, which does what jeagle.drafts.Eagle3 does."""
+    engines: tuple[Literal["sglang", "vllm"], ...] = ("sglang", "vllm")
+    """Training refuses a draft that one of these could not serve. May be empty."""
     vocab: int = 32000
     """D: most frequent answer tokens that the draft can say; 0 is the target's whole vocabulary."""
     layers: int = 1
-    """Decoder layers."""
+    """Decoder layers (vLLM serves several, SGLang one)."""
+    width: int = 0
+    """W; 0 is the target's. Another one comes with a frozen embedding of its own."""
+    heads: int = 0
+    """Query heads; 0: the target's."""
+    kv_heads: int = 0
+    """Key and value heads; 0: the target's."""
+    head_dim: int = 0
+    """Of each head; 0: the target's."""
+    mlp_width: int = 0
+    """Of the feed-forward part; 0: the target's."""
     ttt_steps: int = 7
     """K: steps of training-time test."""
     norm_before_residual: bool = False
@@ -96,6 +116,16 @@ class DraftConfig:
     """One RMSNorm over the concatenated taps (EAGLE-3.1)."""
     fc_norm: bool = False
     """One RMSNorm for each tap; excludes norm_before_fc."""
+    carry_normed: bool = False
+    """The next step starts from the normed state (EAGLE-3.1; speculators and engines call it norm_output)."""
+    head_norm: bool = True
+    """The final norm stands before lm_head (SpecForge calls it norm_output; engines always have it)."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head (vLLM can serve it, SGLang cannot)."""
+    attention_bias: bool = False
+    """Biases on q, k, v and o (vLLM can serve them, SGLang cannot)."""
+    sliding_window: int = 0
+    """Keys further back are not attended to (vLLM can serve it, SGLang cannot); 0: all are."""
     head_start: Literal["target", "random"] = "target"
     """Where the draft's lm_head starts: the target's own rows, or noise."""
     train_head: bool = True
@@ -109,7 +139,7 @@ class ObjectiveConfig:
     dialect: Literal["jeagle", "specforge", "speculators"] = "jeagle"
     """Whose defaults the switches below take."""
     loss: str | None = None
-    """soft_ce, hard_ce, kl, reverse_kl, js, tv, nla or lk; or a weighted sum such as `0.1*hard_ce+0.9*tv`."""
+    """soft_ce, hard_ce, kl, reverse_kl, js, tv, nla, lk, lk_step or length; or a sum such as `0.1*hard_ce+0.9*tv`."""
     decay: float | None = None
     """Weight of TTT step k is decay**k."""
     slots: Literal["served", "predicted", "specforge", "speculators"] | None = None
@@ -121,7 +151,13 @@ class ObjectiveConfig:
     cross_documents: bool | None = None
     """Let steps k >= 1 run on into the next packed document, as speculators does."""
     renormalised: bool | None = None
-    """Take acceptance (tv, nla, lk) against the teacher renormalised over the draft vocabulary."""
+    """Take acceptance (tv, nla, lk, lk_step, length) against the teacher renormalised over the draft vocabulary."""
+    temperature: float | None = None
+    """Of the teacher's distribution; above 1 is softer."""
+    lk_scale: float | None = None
+    """Share of KL in lk and lk_step where nothing is accepted."""
+    lk_decay: float | None = None
+    """How fast that share falls with the acceptance a: lk_scale * exp(-lk_decay * a)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,21 +169,27 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the training rows when steps is 0."""
     batch_rows: int = 8
-    """B: rows of a step, over all devices."""
+    """B: rows of a step, over all devices and all parts."""
+    accumulate: int = 1
+    """Parts that a step's rows are worked through in, one after the other: less memory, the same step."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     warmup: float = 0.015
     """Share of the steps that the learning rate rises linearly."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What follows the warm-up."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon for matrices with adamw for the rest."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """What follows the warm-up: a fall to 0; wsd stays first, and falls over the last `decay` of the steps."""
+    decay: float = 0.2
+    """Share of the steps in which wsd falls."""
+    optimizer: Literal["adamw", "muon", "adafactor", "schedule_free"] = "adamw"
+    """muon is for matrices, with adamw for the rest; schedule_free is adamw that averages, and needs no schedule."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     beta2: float = 0.999
     """AdamW's second moment decay."""
     clip: float = 0.5
     """Largest global gradient norm; 0 does not clip."""
+    ema: float = 0.0
+    """Decay of a moving average of the parameters, which is measured and exported in their place; 0 keeps none."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the draft's matrix products; parameters and sums stay float32."""
     seed: int = 0
@@ -224,6 +266,8 @@ class RunConfig:
     """Folder that holds the runs."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl and the screen."""
+    profile: int = 0
+    """Steps whose XProf trace is written to the run's folder."""
     target: TargetConfig = TargetConfig()
     data: DataConfig = DataConfig()
     draft: DraftConfig = DraftConfig()
@@ -313,6 +357,7 @@ def validate(config: RunConfig) -> None:
         "draft.layers": config.draft.layers,
         "draft.ttt-steps": config.draft.ttt_steps,
         "train.batch-rows": config.train.batch_rows,
+        "train.accumulate": config.train.accumulate,
         "train.learning-rate": config.train.learning_rate,
         "train.log-every": config.train.log_every,
         "train.save-every": config.train.save_every,
@@ -329,14 +374,38 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"--data.held-out is {config.data.held_out}; it is a share, from 0 up to but not including 1.")
     if not 0 <= config.data.bad_share <= 1:
         raise UserError(f"--data.bad-share is {config.data.bad_share}; it is a share, from 0 to 1.")
+    _validate_training(config.train)
     drawn = config.regenerate
     if drawn.temperature < 0 or drawn.top_k < 0 or not 0 < drawn.top_p <= 1:
         raise UserError(
             f"--regenerate.temperature {drawn.temperature} --regenerate.top-p {drawn.top_p} --regenerate.top-k "
             f"{drawn.top_k}: the temperature and top-k are 0 or above, top-p above 0 and up to 1."
         )
-    if config.draft.fc_norm and config.draft.norm_before_fc:
+    _validate_draft(config.draft)
+
+
+def _validate_draft(draft: DraftConfig) -> None:
+    if draft.fc_norm and draft.norm_before_fc:
         raise UserError("draft.fc_norm and draft.norm_before_fc exclude each other: switch one off.")
+    if draft.json and draft.start:
+        raise UserError("--draft.json and --draft.start both say what the draft is: leave one out.")
+    if draft.lora and not draft.start:
+        raise UserError(f"--draft.lora {draft.lora} trains beside a draft that stays: name it with --draft.start.")
+    for name in ("width", "heads", "kv_heads", "head_dim", "mlp_width", "sliding_window", "lora"):
+        if getattr(draft, name) < 0:
+            raise UserError(f"--draft.{name.replace('_', '-')} is {getattr(draft, name)}; it must be 0 or above.")
+
+
+def _validate_training(train: TrainConfig) -> None:
+    if train.batch_rows % train.accumulate:
+        raise UserError(
+            f"--train.batch-rows {train.batch_rows} does not divide by --train.accumulate {train.accumulate}."
+        )
+    for flag, share in {"train.ema": train.ema, "train.warmup": train.warmup, "train.decay": train.decay}.items():
+        if not 0 <= share < 1:
+            raise UserError(f"--{flag} is {share}; it is a share, from 0 up to but not including 1.")
+    if train.ema and train.optimizer == "schedule_free":
+        raise UserError("--train.ema and --train.optimizer schedule_free both average the parameters: leave one out.")
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:

@@ -143,8 +143,9 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
     """
     tables, size, ends = config.folder / "tables", config.draft.vocab, made_from["end_token_ids"]
     given = None
-    if config.data.vocabulary:
-        given = room.given_map(Path(config.data.vocabulary), size, made_from["target_vocab"], ends)
+    source = config.data.vocabulary or config.draft.start  # a draft to start from brings its head's rows' meaning
+    if source and not (size <= 0 and config.draft.start):  # the whole vocabulary needs no map
+        given = room.given_map(Path(source), size, made_from["target_vocab"], ends)
     wanted: dict[str, Any] = {"data": fingerprint(made_from), "draft_vocab": size, "end_token_ids": list(ends)}
     if given is not None:
         wanted["given"] = fingerprint(given.tolist())

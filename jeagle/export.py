@@ -26,6 +26,7 @@ from jeagle.joints import DraftSpec, Tables
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.mesh import make_mesh
+from jeagle.starting import EMBEDDING_FILE
 
 # Largest difference of logits allowed, relative to the largest logit: float32 must be exact but for its own rounding.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 0.05, "float16": 0.01}
@@ -105,7 +106,9 @@ def export(
     source, tokenizer = targets.open_weights(files), dataset.load_tokenizer(config, files)
     card = _card(config, files, source.config, tokenizer, found, acceptance)
     family = targets.own_family(config.target.family) if config.target.family else None
+    own = folder / EMBEDDING_FILE
     options = {
+        "embed_VW": np.load(own) if own.is_file() else None,
         "target_layers": targets.read_spec(source.config, family).layers,
         "dtype": dtype,
         "card": card,

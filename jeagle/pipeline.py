@@ -31,6 +31,7 @@ from jeagle.report import summary_lines, write_report
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write, differences, fingerprint, finished_manifest
+from jeagle.starting import draft_spec
 from jeagle.train import train
 
 
@@ -142,12 +143,14 @@ def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, An
     folder, settings = config.folder, config.bench
     mesh = assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh, dtype="float32")
+    params: dict[str, np.ndarray] | None
     if trained:
         _, spec, params = assemble.load_draft(folder, "last")
     else:
         vocabulary = data.load_tables(prepared.tables)
-        spec = assemble.draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids)
-        params = None
+        begun_with = assemble.open_start(config)
+        spec = draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids, begun_with)
+        params = None if begun_with is None else begun_with.params
     opened = bench.open_bench(config, spec, folder, params, loaded=loaded)
     prompts = bench.prompt_ids(opened, config, folder, None, settings.max_prompts)
     chosen = prompts if trained else prompts[: settings.prompts_before]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from jeagle import align, drafts, objective, targets
 from jeagle.assemble import TrainState
 from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Tables
+from jeagle.optimiser import averaged
 
 
 class Program(NamedTuple):
@@ -25,6 +27,8 @@ class Program(NamedTuple):
       ttt_steps: K.
       dtype: of the draft's matrix products.
       logits: what the target's family does to its logits, which teach.
+      parts: that a batch's rows are worked through in, one after the other.
+      average: decay of the moving average of parameters; 0 keeps none.
     """
 
     target: Any
@@ -34,6 +38,8 @@ class Program(NamedTuple):
     ttt_steps: int
     dtype: Any
     logits: LogitShape = PLAIN_LOGITS
+    parts: int = 1
+    average: float = 0.0
 
 
 class Frozen(NamedTuple):
@@ -44,12 +50,14 @@ class Frozen(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a step tells: the loss, its figures, the gradient's norm, and whether the update was taken."""
+    """What a step tells: the loss, its figures, the gradient's norm, whether the update was taken, and how many so far
+    were not."""
 
     loss: jax.Array
     figures: objective.Figures
     gradient_norm: jax.Array
     taken: jax.Array
+    skipped: jax.Array
 
 
 class Live(NamedTuple):
@@ -80,9 +88,16 @@ def target_features(program: Program, frozen: Frozen, batch: Batch, live: Live) 
 
 
 def draft_loss(
-    program: Program, draft: Any, batch: Batch, features: Features, tables: Tables, live: Live
+    program: Program,
+    draft: Any,
+    batch: Batch,
+    features: Features,
+    tables: Tables,
+    live: Live,
+    divisor_K: jax.Array | None = None,
 ) -> tuple[jax.Array, objective.Figures]:
     """The loss of a draft on features, and its figures."""
+    draft = drafts.with_adapters(draft)
     cross = program.objective.cross_documents
     predictions = drafts.unroll(
         program.draft, draft, batch, features.taps_BTAH, tables, live.slots, live.counts_KBT, cross_documents=cross
@@ -99,6 +114,7 @@ def draft_loss(
         dtype=program.dtype,
         slots=live.slots,
         logits=program.logits,
+        divisor_K=divisor_K,
     )
 
 
@@ -112,13 +128,73 @@ def train_step(
     width: int,
 ) -> tuple[TrainState, Report]:
     """One optimiser step; `state` is donated. An update that is not finite is not taken, and counted as skipped."""
+    if program.parts == 1:
+        found = part_gradient(program, state.draft, frozen, batch, width, None)
+    else:
+        found = summed_gradient(program, state.draft, frozen, batch, width)
+    return descend(optimiser, state, *found, average=program.average)
+
+
+def part_gradient(
+    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, divisor_K: jax.Array | None
+) -> tuple[tuple[jax.Array, objective.Figures], Any]:
+    """((loss, figures), gradient) of a batch, or of a part of one whose `objective.divisors` are given."""
     live = live_positions(program, batch, width)
     features = target_features(program, frozen, batch, live)
 
     def loss_of(draft: Any) -> tuple[jax.Array, objective.Figures]:
-        return draft_loss(program, draft, batch, features, frozen.tables, live)
+        return draft_loss(program, draft, batch, features, frozen.tables, live, divisor_K)
 
-    (loss, figures), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.draft)
+    return jax.value_and_grad(loss_of, has_aux=True)(draft)
+
+
+def summed_gradient(
+    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int
+) -> tuple[tuple[jax.Array, objective.Figures], Any]:
+    """As `part_gradient` of the whole batch, a part at a time: each divided by what the whole batch is divided by.
+
+    Parts take every `parts`-th row, so that rows that lie on different devices stay there.
+    """
+    spec = program.objective
+    counts = align.counting_slots(batch, program.ttt_steps, spec.slots, cross_documents=spec.cross_documents)
+    divisor_K = objective.divisors(spec, counts, batch.segments_BT, batch.tokens_BT.shape)
+    parts = jax.tree.map(lambda x: x.reshape(-1, program.parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def one(batch: Batch) -> Any:
+        return part_gradient(program, draft, frozen, batch, width, divisor_K)
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: one(_first(parts))))
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), nothing, parts)
+    return total
+
+
+def _first(parts: Batch) -> Batch:
+    return jax.tree.map(lambda x: x[0], parts)
+
+
+def update(
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    loss_of: Callable[[Any], tuple[jax.Array, objective.Figures]],
+) -> tuple[TrainState, Report]:
+    """The optimiser's step down `loss_of` the draft."""
+    return descend(optimiser, state, *jax.value_and_grad(loss_of, has_aux=True)(state.draft))
+
+
+def descend(
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    found: tuple[jax.Array, objective.Figures],
+    gradient: Any,
+    *,
+    average: float = 0.0,
+) -> tuple[TrainState, Report]:
+    """The optimiser's step; the old state, one more skipped, if loss or gradient is not finite or no slot is trained.
+
+    Args:
+      found: loss and figures. average: decay of the moving average of parameters, where the state has one.
+    """
+    loss, figures = found
     norm = optax.tree.norm(gradient)
     updates, moments = optimiser.update(gradient, state.optimiser, state.draft)
     taken = jnp.isfinite(norm) & jnp.isfinite(loss) & (figures.trained.sum() > 0)
@@ -126,10 +202,14 @@ def train_step(
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
 
+    draft = keep(optax.apply_updates(state.draft, updates), state.draft)
     after = TrainState(
-        draft=keep(optax.apply_updates(state.draft, updates), state.draft),
+        draft=draft,
         optimiser=keep(moments, state.optimiser),
         step=state.step + 1,
         skipped=state.skipped + ~taken,
+        average=None
+        if state.average is None
+        else keep(averaged(state.average, draft, state.step, average), state.average),
     )
-    return after, Report(loss, figures, norm, taken)
+    return after, Report(loss, figures, norm, taken, after.skipped)

@@ -6,31 +6,36 @@ draft. The same command again goes on from the last checkpoint.
 
 from __future__ import annotations
 
+import io
 import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jeagle import assemble, data, dataset
 from jeagle import config as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.joints import Batch
+from jeagle.joints import Batch, DraftSpec, Tables
+from jeagle.log import Log
+from jeagle.objective import ObjectiveSpec
+from jeagle.optimiser import learning_rate, make_optimiser
 from jeagle.runtime import distributed
+from jeagle.runtime.changes import checksums, unchanged
 from jeagle.runtime.checkpoints import Checkpoints
 from jeagle.runtime.cli import run
+from jeagle.runtime.flops import count_flops
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write, differences, finished_manifest
-from jeagle.runtime.mesh import row_sharding
+from jeagle.runtime.mesh import row_parts, row_sharding
 from jeagle.runtime.preemption import stop_requested
-from jeagle.runtime.progress import Progress
-from jeagle.runtime.trackers import Trackers, open_trackers
-from jeagle.step import Frozen, Program, Report, train_step
+from jeagle.runtime.trace import StepTrace
+from jeagle.starting import EMBEDDING_FILE, check_engines, draft_spec
+from jeagle.step import Frozen, Program, train_step
 
 
 def main(arguments: list[str]) -> None:
@@ -45,57 +50,84 @@ def main(arguments: list[str]) -> None:
 
 def train(config: RunConfig) -> dict[str, Any]:
     """The whole run, from its folder's state on. Returns the last step's figures."""
-    learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
-    claim_folder(config)
-    prepared = dataset.prepare(config)  # found, or made on a host that does not share the leader's disk
-    distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
-    loaded = assemble.load_target(config, mesh)
-    vocabulary = assemble.draft_to_target(config)
-    tables = assemble.make_tables(loaded.target, vocabulary, mesh)
-    spec = assemble.draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids)
-    head = assemble.starting_head(config.draft, loaded.target.spec, tables)
-    graphdef, draft = assemble.make_draft(spec, config.train.dtype, mesh, seed=config.train.seed, head=head)
-
-    stream = open_stream(config)
-    steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
-    optimiser = assemble.make_optimiser(
-        config.train, assemble.learning_rate(config.train, steps), train_head=config.draft.train_head
-    )
-    state = assemble.train_state(draft, optimiser, mesh)
-    describe_draft(config, spec, loaded.files.fingerprint)
+    run = set_up(config)
     checkpoints = Checkpoints(config.folder / "checkpoints", keep=config.train.keep)
-    start = checkpoints.latest() or 0
+    start, state = checkpoints.latest() or 0, run.state
     if start:
         state = checkpoints.restore(start, state)
-
-    program = Program(
-        loaded.target.graphdef,
-        graphdef,
-        spec.taps,
-        learnt,
-        config.draft.ttt_steps,
-        jnp.dtype(config.train.dtype),
-        loaded.target.spec.logits,
-    )
-    frozen = Frozen(loaded.target.state, tables)
-    buckets = choose_buckets(stream, program, steps, config.train.slot_buckets, config.data.row_length)
-    log = Log(config, start, steps)
+    buckets = choose_buckets(run.stream, run.program, run.steps, config.train.slot_buckets, config.data.row_length)
+    log, watch = Log(config, start, run.steps), Watch(config, state.draft, start)
+    trace, flops = StepTrace(config.folder / "profile", config.profile), {}
     with log, stop_requested() as stopping:
-        for step, widest, rows in stream.from_step(start, steps):
-            batch = put_batch(rows, mesh)
+        for step, widest, rows in run.stream.from_step(start, run.steps):
+            batch = put_batch(rows, run.mesh)
             width = next(b for b in buckets if b >= widest)
-            state, report = train_step(program, optimiser, state, frozen, batch, width)
-            log.step(step, report, rows)
-            if (step + 1) % config.train.save_every == 0 or step + 1 == steps or stopping():
+            given = run.program, run.optimiser, state, run.frozen, batch, width
+            if log.peak and width not in flops:
+                flops[width] = count_flops(train_step.trace(*given).jaxpr)
+            with trace:
+                state, report = train_step(*given)
+                trace.wait(report)
+            log.step(step, report, rows, flops.get(width, 0.0))
+            log.say(watch.after(step, state.draft))
+            if (step + 1) % config.train.save_every == 0 or step + 1 == run.steps or stopping():
                 log.drain()
                 checkpoints.save(step + 1, state)
             if stopping():
                 break
         log.drain()
     checkpoints.close()
-    if int(state.step) < steps:
+    if int(state.step) < run.steps:
         raise KeyboardInterrupt
     return log.last
+
+
+class Run(NamedTuple):
+    """All that the steps of a run need, and the state before the first of them."""
+
+    program: Program
+    optimiser: optax.GradientTransformation
+    frozen: Frozen
+    state: assemble.TrainState
+    stream: data.RowStream
+    steps: int
+    mesh: Any
+
+
+def set_up(config: RunConfig) -> Run:
+    """Target, draft, rows and optimiser, on the mesh. UserError where they do not go together."""
+    learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
+    check_parts(config, learnt, mesh)
+    claim_folder(config)
+    prepared = dataset.prepare(config)  # found, or made on a host that does not share the leader's disk
+    distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
+    loaded = assemble.load_target(config, mesh)
+    target, vocabulary = loaded.target, assemble.draft_to_target(config)
+    older = assemble.open_start(config)
+    spec = draft_spec(config, target.spec, len(vocabulary), loaded.end_token_ids, older)
+    check_engines(config.draft, spec, target.spec.layers)
+    describe_draft(config, spec, loaded.files.fingerprint)
+    tables = assemble.make_tables(target, vocabulary, mesh, spec=spec, folder=config.folder, start=older)
+    keep_embedding(config.folder, spec, tables)
+    graphdef, draft = assemble.draft_state(config, spec, target.spec, tables, mesh, older)
+
+    stream = open_stream(config)
+    steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
+    rate = learning_rate(config.train, steps)
+    optimiser = make_optimiser(config.train, rate, trained=assemble.trained(config.draft))
+    state = assemble.train_state(draft, optimiser, mesh, average=config.train.ema)
+    program = Program(
+        target.graphdef,
+        graphdef,
+        spec.taps,
+        learnt,
+        config.draft.ttt_steps,
+        jnp.dtype(config.train.dtype),
+        target.spec.logits,
+        config.train.accumulate,
+        config.train.ema,
+    )
+    return Run(program, optimiser, Frozen(target.state, tables), state, stream, steps, mesh)
 
 
 def claim_folder(config: RunConfig) -> None:
@@ -116,7 +148,45 @@ def claim_folder(config: RunConfig) -> None:
 _SHAPING = ("target", "data", "draft", "objective", "train")
 
 
-def describe_draft(config: RunConfig, spec: Any, target_fingerprint: str) -> None:
+def check_parts(config: RunConfig, learnt: ObjectiveSpec, mesh: Any) -> None:
+    """UserError where --train.accumulate would change the loss, or its parts do not divide over the devices."""
+    parts, rows = config.train.accumulate, config.train.batch_rows
+    if parts > 1 and learnt.whole_batch:
+        raise UserError(f"--train.accumulate {parts} would change the loss: {learnt.whole_batch}. Leave it at 1.")
+    if rows % (parts * row_parts(mesh)):
+        raise UserError(
+            f"--train.batch-rows {rows} must be a multiple of {parts * row_parts(mesh)}: {parts} parts of "
+            f"--train.accumulate, each over {row_parts(mesh)} devices."
+        )
+
+
+class Watch:
+    """Notices trained parameters that the first steps of a call have not moved."""
+
+    STEPS = 100
+
+    def __init__(self, config: RunConfig, draft: Any, start: int):
+        self.at, self.moved = start + self.STEPS - 1, assemble.trained(config.draft)
+        self.before = checksums(draft) if config.train.learning_rate else {}
+
+    def after(self, step: int, draft: Any) -> str:
+        """A warning, once, that names them; empty where there is nothing to say."""
+        if step != self.at:
+            return ""
+        still = [path for path in unchanged(self.before, checksums(draft)) if self.moved(assemble.path_names(path))]
+        return f"warning: not changed in {self.STEPS} steps: {', '.join(still)}" if still else ""
+
+
+def keep_embedding(folder: Path, spec: DraftSpec, tables: Tables) -> None:
+    """Writes the embedding of a draft of another width than the target's beside it: exports carry it."""
+    path = folder / EMBEDDING_FILE
+    if spec.width != spec.target_width and not path.is_file() and distributed.is_leader():
+        whole = io.BytesIO()
+        np.save(whole, np.asarray(tables.embed_VW, np.float32))
+        atomic_write(path, whole.getvalue())
+
+
+def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) -> None:
     """Writes draft.json: what the checkpoints' parameters are of, and what they are trained from.
 
     UserError when the run was begun with another target, other data or another vocabulary.
@@ -162,85 +232,6 @@ def put_batch(rows: Batch, mesh: Any) -> Batch:
     """This process's rows -> the global batch on the mesh."""
     sharding = row_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
-
-
-class Log:
-    """Metrics to the trackers and the progress line, a step late, so that the device never waits for the host."""
-
-    def __init__(self, config: RunConfig, start: int, steps: int):
-        self.every, self.steps = config.train.log_every, steps
-        leader = distributed.is_leader()
-        self.trackers = open_trackers(config.trackers, config.folder, start) if leader else Trackers([])
-        self.progress = Progress(steps, "steps", "train")
-        self.progress.update(start)
-        self.rate = assemble.learning_rate(config.train, steps)
-        self.pending: list[tuple[int, Report, int]] = []
-        self.last = last_logged(config.folder)  # what a run that was finished before has to tell
-        self.tokens, self.started = 0, time.monotonic()
-
-    def __enter__(self) -> Log:
-        self.progress.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.progress.__exit__(*error)
-        self.trackers.close()
-
-    def step(self, step: int, report: Report, rows: Batch) -> None:
-        self.pending.append((step, report, int((rows.segments_BT > 0).sum()) * jax.process_count()))
-        if len(self.pending) > 1:
-            self._take(*self.pending.pop(0))
-
-    def drain(self) -> None:
-        while self.pending:
-            self._take(*self.pending.pop(0))
-
-    def _take(self, step: int, report: Report, tokens: int) -> None:
-        self.tokens += tokens
-        figures = dict(summarise(report), learning_rate=float(self.rate(step)), tokens_per_s=self._speed())
-        self.last = {"step": step + 1, **figures}
-        if (step + 1) % self.every == 0 or step + 1 == self.steps:
-            self.trackers.log(step + 1, figures)
-        accuracy = " ".join(f"{figures[k]:.2f}" for k in _accuracies(figures))
-        self.progress.update(
-            step + 1,
-            loss=figures["loss"],
-            accuracy=accuracy,
-            E=figures["expected_acceptance_length"],
-            **{"tokens/s": figures["tokens_per_s"]},
-        )
-
-    def _speed(self) -> float:
-        return self.tokens / max(time.monotonic() - self.started, 1e-6)
-
-
-def last_logged(folder: Path) -> dict[str, Any]:
-    """The last line of a run's metrics.jsonl; empty where there is none."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
-
-
-def _accuracies(figures: dict[str, float]) -> Iterator[str]:
-    return iter(sorted((k for k in figures if k.startswith("accuracy_")), key=lambda k: int(k[9:])))
-
-
-def summarise(report: Report) -> dict[str, float]:
-    """Means of a step's figures: loss, accuracy and acceptance per draft position, and what they let expect.
-
-    expected_acceptance_length is E = 1 + sum over k of the product of the greedy accuracies up to k.
-    """
-    report = jax.device_get(report)
-    f = report.figures
-    accuracy = f.correct / np.maximum(f.counting, 1)
-    accepted = f.accepted / np.maximum(f.trained, 1)
-    figures = {"loss": float(report.loss), "gradient_norm": float(report.gradient_norm)}
-    figures |= {f"loss_{k}": float(v) for k, v in enumerate(f.loss)}
-    figures |= {f"accuracy_{k}": float(v) for k, v in enumerate(accuracy)}
-    figures |= {f"acceptance_{k}": float(v) for k, v in enumerate(accepted)}
-    figures["expected_acceptance_length"] = float(1 + np.cumprod(accuracy).sum())
-    figures["taken"] = float(report.taken)
-    return figures
 
 
 if __name__ == "__main__":

@@ -2,6 +2,16 @@
 
 from jeagle.drafts.decode import advance, choose, empty_cache
 from jeagle.drafts.eagle3 import Eagle3
+from jeagle.drafts.lora import add_adapters, merge_adapters, with_adapters
 from jeagle.drafts.ttt import unroll
 
-__all__ = ["Eagle3", "advance", "choose", "empty_cache", "unroll"]
+__all__ = [
+    "Eagle3",
+    "add_adapters",
+    "advance",
+    "choose",
+    "empty_cache",
+    "merge_adapters",
+    "unroll",
+    "with_adapters",
+]

@@ -4,9 +4,10 @@ jeagle's side is a `DraftSpec` and a flat dict of float32 arrays, `expected_shap
 """
 
 from jeagle.exchange.card import ExportCard
+from jeagle.exchange.config_file import read_draft_config
 from jeagle.exchange.config_read import Hints
 from jeagle.exchange.layouts import export_sglang, export_vllm
-from jeagle.exchange.limits import sglang_limits, vllm_limits
+from jeagle.exchange.limits import check_spec, sglang_limits, vllm_limits
 from jeagle.exchange.names import check_params, expected_shapes
 from jeagle.exchange.reading import ImportedDraft, read_export
 
@@ -15,9 +16,11 @@ __all__ = [
     "Hints",
     "ImportedDraft",
     "check_params",
+    "check_spec",
     "expected_shapes",
     "export_sglang",
     "export_vllm",
+    "read_draft_config",
     "read_export",
     "sglang_limits",
     "vllm_limits",

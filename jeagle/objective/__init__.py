@@ -2,6 +2,6 @@
 
 from jeagle.objective.dialects import DIALECTS, ObjectiveSpec, resolve
 from jeagle.objective.losses import LOSSES, parse_loss
-from jeagle.objective.objective import Figures, objective
+from jeagle.objective.objective import Figures, divisors, objective
 
-__all__ = ["DIALECTS", "LOSSES", "Figures", "ObjectiveSpec", "objective", "parse_loss", "resolve"]
+__all__ = ["DIALECTS", "LOSSES", "Figures", "ObjectiveSpec", "divisors", "objective", "parse_loss", "resolve"]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.joints import PLAIN_LOGITS, LogitShape
-from jeagle.objective.losses import Teacher, overlap, weighted
+from jeagle.objective.losses import Mixture, Teacher, Terms, overlap, weighted
 from jeagle.runtime.numerics import first_largest, rows_product, summed_product
 
 
@@ -27,6 +27,7 @@ class Taught(NamedTuple):
       lse_BM: logsumexp of the target's logits over its whole vocabulary.
       label_BM: the target's argmax as a draft vocabulary entry, -1 where the draft cannot say it.
       weight_BMK: what a slot's loss is multiplied with; 0 where there is none.
+      factors: of each of the recipe's terms, what it is multiplied with at each slot [B, M, K]; None is 1.
     """
 
     last_BMH: jax.Array
@@ -34,6 +35,7 @@ class Taught(NamedTuple):
     lse_BM: jax.Array
     label_BM: jax.Array
     weight_BMK: jax.Array
+    factors: tuple[jax.Array | None, ...] = ()
 
 
 class Slotwise(NamedTuple):
@@ -54,13 +56,17 @@ class Recipe(NamedTuple):
       dtype: of the matrix products; sums are float32 or better.
       chunk: M positions of each row at a time; M must be a multiple of it.
       logits: what the target's family does to its logits.
+      temperature: the teacher's, of all but the acceptance that is not renormalised.
+      mixture: of `lk`.
     """
 
-    terms: tuple[tuple[float, str], ...]
+    terms: Terms
     renormalised: bool
     dtype: Any
     chunk: int
     logits: LogitShape = PLAIN_LOGITS
+    temperature: float = 1.0
+    mixture: Mixture = Mixture()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -115,11 +121,11 @@ def _scan(recipe, hidden_BMKW, lm_head_DW, taught, *, with_gradient):
 
     def body(carry, parts):
         total, dhead_WD = carry
-        hidden, last, lse, label, weight = parts
+        hidden, last, lse, label, weight, factors = parts
         hidden = hidden.astype(dtype)
         teacher = _teacher(recipe, recipe.logits(rows_product(last.astype(dtype), teacher_head, rows=True)), lse)
         logits = rows_product(hidden, lm_head, rows=True)
-        losses, chunk_total, dlogits = _loss(recipe, logits, teacher, weight, with_gradient)
+        losses, chunk_total, dlogits = _loss(recipe, logits, teacher, weight, factors, with_gradient)
         correct = first_largest(logits) == label[..., None]
         slotwise = Slotwise(losses, overlap(logits, teacher.full_probs), correct)
         if not with_gradient:
@@ -130,23 +136,28 @@ def _scan(recipe, hidden_BMKW, lm_head_DW, taught, *, with_gradient):
         return (total + chunk_total, dhead_WD), (slotwise, rows_product(dlogits, lm_head))
 
     dhead_WD = jnp.zeros(lm_head_DW.shape[::-1], kind) if with_gradient else ()
-    parts = hidden_BMKW, taught.last_BMH, taught.lse_BM, taught.label_BM, taught.weight_BMK
-    carry, out = jax.lax.scan(body, (jnp.zeros((), kind), dhead_WD), tuple(_split(x, chunk) for x in parts))
+    parts = hidden_BMKW, taught.last_BMH, taught.lse_BM, taught.label_BM, taught.weight_BMK, taught.factors
+    chunks = jax.tree.map(lambda x: _split(x, chunk), parts)
+    carry, out = jax.lax.scan(body, (jnp.zeros((), kind), dhead_WD), chunks)
     return carry, jax.tree.map(_join, out)
 
 
 def _teacher(recipe: Recipe, logits_BmD: jax.Array, lse_Bm: jax.Array) -> Teacher:
     """The same distribution for all steps: [B, m, 1, D]."""
     logits = logits_BmD[:, :, None]
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    probs = jnp.exp(logits - normaliser)
-    full = probs if recipe.renormalised else probs * jnp.exp(normaliser - lse_Bm[..., None, None])
-    return Teacher(probs, full)
+    softened = logits if recipe.temperature == 1.0 else logits / recipe.temperature
+    normaliser = jax.nn.logsumexp(softened, axis=-1, keepdims=True)
+    probs = jnp.exp(softened - normaliser)
+    if recipe.renormalised:
+        return Teacher(probs, probs)
+    if recipe.temperature == 1.0:
+        return Teacher(probs, probs * jnp.exp(normaliser - lse_Bm[..., None, None]))
+    return Teacher(probs, jnp.exp(logits - lse_Bm[..., None, None]))
 
 
-def _loss(recipe: Recipe, logits, teacher: Teacher, weight, with_gradient: bool):
+def _loss(recipe: Recipe, logits, teacher: Teacher, weight, factors, with_gradient: bool):
     """-> (loss of each slot, their weighted sum, its gradient if asked for)."""
-    loss_of = weighted(recipe.terms)
+    loss_of = weighted(recipe.terms, recipe.mixture, factors)
 
     def weighted_sum(logits):
         losses = loss_of(logits, teacher)

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any, Literal
 
 from jeagle.align import SlotRule
-from jeagle.objective.losses import parse_loss
+from jeagle.errors import UserError
+from jeagle.objective.losses import ACCEPTANCE, Mixture, Terms, parse_loss
 
 Normaliser = Literal["all_slots", "counting", "document"]
 
@@ -23,7 +24,10 @@ class ObjectiveSpec:
         slots that count (counting); or each document's own count, documents weighing alike (document).
       mask_out_of_vocab: slots whose target argmax the draft cannot say carry no loss.
       cross_documents: steps k >= 1 run on into the next packed document.
-      renormalised: acceptance (tv, nla, lk) is taken against the teacher renormalised over the draft vocabulary.
+      renormalised: acceptance is taken against the teacher renormalised over the draft vocabulary.
+      temperature: the teacher's logits are divided by it. Acceptance that is not renormalised stays at 1: the target's
+        normaliser over the whole vocabulary is known for 1 alone.
+      lk_scale, lk_decay: share of KL in an LK loss at acceptance a: lk_scale * exp(-lk_decay * a).
     """
 
     loss: str
@@ -33,9 +37,25 @@ class ObjectiveSpec:
     mask_out_of_vocab: bool
     cross_documents: bool
     renormalised: bool
+    temperature: float = 1.0
+    lk_scale: float = 1.0
+    lk_decay: float = 3.0
 
-    def terms(self) -> tuple[tuple[float, str], ...]:
+    def terms(self) -> Terms:
         return parse_loss(self.loss)
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.lk_scale, self.lk_decay)
+
+    @property
+    def whole_batch(self) -> str:
+        """Why a step's slots must all be at hand at once; empty where each part of a batch can be taken by itself."""
+        if any(name == "lk_step" for _, name in self.terms()):
+            return "the loss lk_step depends on the mean acceptance of the step"
+        if self.mask_out_of_vocab and self.normaliser != "all_slots":
+            return f"mask_out_of_vocab with the normaliser {self.normaliser} depends on every teacher of the step"
+        return ""
 
 
 # Sources: SpecForge 0.2.0 and speculators 0.9.0, as their own classes compute (tests/goldens).
@@ -47,7 +67,14 @@ DIALECTS: dict[str, ObjectiveSpec] = {
 
 
 def resolve(dialect: str, **switches: Any) -> ObjectiveSpec:
-    """The dialect's switches, those given (not None) replaced. UserError for an unknown loss."""
+    """The dialect's switches, those given (not None) replaced. UserError for a loss or temperature that cannot be."""
     spec = dataclasses.replace(DIALECTS[dialect], **{k: v for k, v in switches.items() if v is not None})
-    spec.terms()
+    accepting = [name for _, name in spec.terms() if name in ACCEPTANCE]
+    if spec.temperature <= 0:
+        raise UserError(f"--objective.temperature is {spec.temperature}; it must be above 0.")
+    if spec.temperature != 1 and accepting and not spec.renormalised:
+        raise UserError(
+            f"--objective.temperature {spec.temperature} with the loss {accepting[0]} needs --objective.renormalised "
+            "True: how likely the target's tokens are over its whole vocabulary is known at temperature 1 alone."
+        )
     return spec

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,22 @@ class Teacher(NamedTuple):
     full_probs: jax.Array
 
 
+class Mixture(NamedTuple):
+    """How much of an LK loss is KL at an acceptance a: scale * exp(-decay * a).
+
+    Source: LK losses (arXiv 2602.23881); speculators 0.9.0 has 1 and 3, SpecForge 0.2.0 leaves both to the user.
+    """
+
+    scale: float = 1.0
+    decay: float = 3.0
+
+    def share(self, accepted: jax.Array) -> jax.Array:
+        return self.scale * jnp.exp(-self.decay * jax.lax.stop_gradient(accepted))
+
+
+PLAIN_MIXTURE = Mixture()
 Loss = Callable[[jax.Array, Teacher], jax.Array]
+Terms = tuple[tuple[float, str], ...]
 
 
 # Every loss takes its softmax from these few lines, so that the compiler sees one and not several.
@@ -106,10 +122,10 @@ def nla(logits: jax.Array, teacher: Teacher) -> jax.Array:
     return -jnp.log(jnp.maximum(overlap(logits, teacher.full_probs), 1e-5))
 
 
-def lk(logits: jax.Array, teacher: Teacher) -> jax.Array:
-    """w KL + (1 - w)(1 - overlap), w = exp(-3 overlap) without gradient. Source: LK losses (arXiv 2602.23881)."""
+def lk(logits: jax.Array, teacher: Teacher, mixture: Mixture = PLAIN_MIXTURE) -> jax.Array:
+    """w KL + (1 - w)(1 - overlap), w the mixture's share at the slot's own overlap. Source: speculators 0.9.0."""
     accepted = overlap(logits, teacher.full_probs)
-    w = jnp.exp(-3.0 * jax.lax.stop_gradient(accepted))
+    w = mixture.share(accepted)
     return w * kl(logits, teacher) + (1.0 - w) * (1.0 - accepted)
 
 
@@ -123,9 +139,13 @@ LOSSES: dict[str, Loss] = {
     "nla": nla,
     "lk": lk,
 }
+ACCEPTANCE = ("tv", "nla", "lk", "lk_step", "length")
+"""Losses of the chance to be accepted."""
+WHOLE = ("lk_step", "length")
+"""Losses of a slot that depend on other slots too: `whole.py`."""
 
 
-def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
+def parse_loss(text: str) -> Terms:
     """ "0.1*hard_ce+0.9*tv" -> ((0.1, "hard_ce"), (0.9, "tv")). UserError for an unknown name or weight."""
     terms = []
     for part in text.replace(" ", "").split("+"):
@@ -134,12 +154,20 @@ def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
             value = float(weight) if star else 1.0
         except ValueError:
             raise UserError(f"The loss {text!r} has the weight {weight!r}, which is not a number.") from None
-        if name not in LOSSES:
-            raise UserError(f"The loss {text!r} names {name!r}; the losses are {', '.join(LOSSES)}.")
+        if name not in LOSSES and name not in WHOLE:
+            raise UserError(f"The loss {text!r} names {name!r}; the losses are {', '.join((*LOSSES, *WHOLE))}.")
         terms.append((value, name))
     return tuple(terms)
 
 
-def weighted(terms: tuple[tuple[float, str], ...]) -> Loss:
-    """The weighted sum of named losses as one loss."""
-    return lambda logits, teacher: sum(weight * LOSSES[name](logits, teacher) for weight, name in terms)
+def weighted(terms: Terms, mixture: Mixture = PLAIN_MIXTURE, factors: tuple[Any, ...] = ()) -> Loss:
+    """The weighted sum of named losses as one loss; each term multiplied with its factor, where it has one."""
+
+    def total(logits: jax.Array, teacher: Teacher) -> jax.Array:
+        parts = []
+        for (weight, name), factor in itertools.zip_longest(terms, factors):
+            loss = lk(logits, teacher, mixture) if name == "lk" else LOSSES[name](logits, teacher)
+            parts.append(weight * loss if factor is None else weight * factor * loss)
+        return sum(parts[1:], start=parts[0])
+
+    return total

@@ -11,6 +11,7 @@ from jeagle.align import Selected, take_rows
 from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Predictions, Tables
 from jeagle.objective.chunked import Recipe, Slotwise, Taught, chunked_loss
 from jeagle.objective.dialects import ObjectiveSpec
+from jeagle.objective.whole import needs_first_pass, split
 
 CHUNK_ROWS = 1024  # slots (of all rows and steps together) whose logits exist at a time
 
@@ -26,6 +27,7 @@ class Figures(NamedTuple):
       accepted: sum over trained slots of sum_v min(p_v, q_v), p over the whole vocabulary.
       prefix_counting, prefix_correct: slots whose steps 0..k all count, and of those the ones all right so far: what
         chain decoding accepts.
+      prefix_accepted: over the same slots, the chance that all steps so far are accepted when tokens are drawn.
     """
 
     loss: jax.Array
@@ -35,6 +37,7 @@ class Figures(NamedTuple):
     accepted: jax.Array
     prefix_counting: jax.Array
     prefix_correct: jax.Array
+    prefix_accepted: jax.Array
 
 
 def objective(
@@ -49,6 +52,7 @@ def objective(
     dtype: Any,
     slots: Selected,
     logits: LogitShape = PLAIN_LOGITS,
+    divisor_K: jax.Array | None = None,
 ) -> tuple[jax.Array, Figures]:
     """The scalar loss of the global batch and its figures.
 
@@ -59,6 +63,7 @@ def objective(
       teachers: the M positions of each row that teach some counting slot.
       slots: positions of the N live slots (for weighing by document).
       logits: what the target's family does to its logits.
+      divisor_K: `divisors` of the whole batch, where `batch` is only a part of it.
 
     Source: EAGLE-3 (arXiv 2503.01840); the switches of `spec` name the differences between its trainers.
     """
@@ -68,7 +73,10 @@ def objective(
     )
     counts_KBN = predictions.counts_KBN
     trained_KBN = counts_KBN & (label_KBN >= 0) if spec.mask_out_of_vocab else counts_KBN
-    scale_KBN = _scale(spec, trained_KBN, batch, slots)
+    segments_BN = take_rows(batch.segments_BT, slots.positions_BN)
+    if divisor_K is None:
+        divisor_K = divisors(spec, trained_KBN, segments_BN, batch.tokens_BT.shape)
+    scale_KBN = _scale(spec, trained_KBN, segments_BN, divisor_K, batch.tokens_BT.shape[1])
     decay_K = spec.decay ** jnp.arange(counts_KBN.shape[0], dtype=scale_KBN.dtype)
     weight_KBN = jnp.where(trained_KBN, scale_KBN * decay_K[:, None, None], 0.0)
 
@@ -81,10 +89,20 @@ def objective(
         weight_BMK=jnp.where(present_BMK, _take(weight_KBN, slot_BMK), 0.0),
     )
     hidden_BMKW = _take(predictions.hidden_KBNW, slot_BMK)
-    recipe = Recipe(spec.terms(), spec.renormalised, dtype, _chunk(*slot_BMK.shape), logits)
+    chunk = _chunk(*slot_BMK.shape)
+    recipe = Recipe(spec.terms(), spec.renormalised, dtype, chunk, logits, spec.temperature, spec.mixture)
+    rest_K = jnp.zeros_like(decay_K)
+    if needs_first_pass(recipe.terms):
+        frozen = jax.lax.stop_gradient((hidden_BMKW, lm_head_DW, taught))
+        _, first = chunked_loss(recipe._replace(terms=((1.0, "tv"),)), *frozen)
+        accepted = _by_slot(first, slot_BMK, present_BMK, counts_KBN.shape[2]).accepted
+        terms, factors, rest_K = split(recipe.terms, accepted, trained_KBN, scale_KBN, spec.decay, spec.mixture)
+        recipe = recipe._replace(terms=terms)
+        taught = taught._replace(factors=tuple(f if f is None else _take(f, slot_BMK) for f in factors))
     loss, by_teacher = chunked_loss(recipe, hidden_BMKW, lm_head_DW, taught)
     by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, counts_KBN.shape[2])
-    return loss, _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)
+    figures = _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)
+    return loss + jnp.sum(decay_K * rest_K), figures._replace(loss=figures.loss + rest_K)
 
 
 def _draft_labels(greedy_BT: jax.Array, tables: Tables) -> jax.Array:
@@ -94,24 +112,41 @@ def _draft_labels(greedy_BT: jax.Array, tables: Tables) -> jax.Array:
     return index_V[greedy_BT]
 
 
-def _scale(spec: ObjectiveSpec, trained_KBN: jax.Array, batch: Batch, slots: Selected) -> jax.Array:
-    """What each slot's loss is multiplied with before the decay: one number a step, but for "document"."""
+def divisors(spec: ObjectiveSpec, trained_KBX: jax.Array, segments_BX: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """What each step's loss is divided by, [K]: all slots, those that carry loss, or documents that have such.
+
+    Args:
+      trained_KBX: the slots that carry loss; segments_BX: their documents.
+      shape: of the batch, [B, T].
+    """
     if spec.normaliser == "all_slots":
-        return jnp.full(trained_KBN.shape, 1.0 / batch.tokens_BT.size)
+        return jnp.full(len(trained_KBX), float(shape[0] * shape[1]))
     if spec.normaliser == "counting":
         # Dividing by the slots that count, dropped ones included, would let the vocabulary change the scale.
-        total_K = trained_KBN.sum(axis=(1, 2))
-        return jnp.broadcast_to((1.0 / jnp.maximum(total_K, 1))[:, None, None], trained_KBN.shape)
-    segments_BN = take_rows(batch.segments_BT, slots.positions_BN)
-    most = batch.tokens_BT.shape[1] + 1
+        return jnp.maximum(trained_KBX.sum(axis=(1, 2)), 1).astype(jnp.float32)
+    documents_KB = (_by_document(trained_KBX, segments_BX, shape[1]) > 0).sum(axis=2)
+    return jnp.maximum(documents_KB.sum(axis=1), 1).astype(jnp.float32)
 
-    def per_row(trained_N: jax.Array, segments_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = jax.ops.segment_sum(trained_N.astype(jnp.float32), segments_N, most)
-        return own[segments_N], (own > 0).sum()
 
-    own_KBN, documents_KB = jax.vmap(jax.vmap(per_row), (0, None))(trained_KBN, segments_BN)
-    documents_K = jnp.maximum(documents_KB.sum(axis=1), 1)
-    return 1.0 / (jnp.maximum(own_KBN, 1) * documents_K[:, None, None])
+def _scale(
+    spec: ObjectiveSpec, trained_KBN: jax.Array, segments_BN: jax.Array, divisor_K: jax.Array, length: int
+) -> jax.Array:
+    """What each slot's loss is multiplied with before the decay: one number a step, but for "document"."""
+    scale = jnp.broadcast_to((1.0 / divisor_K)[:, None, None], trained_KBN.shape)
+    if spec.normaliser != "document":
+        return scale
+    counts_KBS = _by_document(trained_KBN, segments_BN, length)
+    own_KBN = jax.vmap(take_rows, (0, None))(counts_KBS, segments_BN)
+    return scale / jnp.maximum(own_KBN, 1)
+
+
+def _by_document(trained_KBX: jax.Array, segments_BX: jax.Array, length: int) -> jax.Array:
+    """How many slots carry loss in each document, [K, B, T + 1]."""
+
+    def row(trained_X: jax.Array, segments_X: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(trained_X.astype(jnp.float32), segments_X, length + 1)
+
+    return jax.vmap(jax.vmap(row), (0, None))(trained_KBX, segments_BX)
 
 
 def _slot_of_teacher(predictions: Predictions, teachers: Selected, length: int) -> tuple[jax.Array, jax.Array]:
@@ -156,6 +191,7 @@ def _figures(by_slot: Slotwise, counts: jax.Array, trained: jax.Array, scale: ja
         return values.sum(axis=(1, 2), dtype=jnp.float32)
 
     prefix = jnp.cumprod(counts, axis=0, dtype=jnp.float32)
+    reached = jnp.cumprod(by_slot.accepted * counts, axis=0)
     return Figures(
         loss=total(jnp.where(trained, by_slot.loss * scale, 0.0)),
         counting=total(counts),
@@ -164,4 +200,5 @@ def _figures(by_slot: Slotwise, counts: jax.Array, trained: jax.Array, scale: ja
         accepted=total(jnp.where(trained, by_slot.accepted, 0.0)),
         prefix_counting=total(prefix),
         prefix_correct=total(jnp.cumprod(by_slot.correct * counts, axis=0)),
+        prefix_accepted=total(reached),
     )

@@ -48,7 +48,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def straight(folder) -> list[tuple[int, float]]:
     """The losses of a run that nobody disturbs."""
-    flags = tiny.flags(folder, name="straight", train__steps=STEPS, train__save_every=3, draft__layers=2)
+    flags = tiny.flags(
+        folder, name="straight", train__steps=STEPS, train__save_every=3, draft__layers=2, draft__engines="vllm"
+    )
     call("prepare", flags)
     call("train", flags)
     found = losses(folder, "straight")
@@ -61,7 +63,9 @@ def straight(folder) -> list[tuple[int, float]]:
 def test_killed_and_resumed_equals_uninterrupted(folder, straight, kill_after):
     """SIGKILL once so many steps are logged; the next call gives the same losses, bit for bit."""
     name = f"killed{kill_after}"
-    flags = tiny.flags(folder, name=name, train__steps=STEPS, train__save_every=3, draft__layers=2)
+    flags = tiny.flags(
+        folder, name=name, train__steps=STEPS, train__save_every=3, draft__layers=2, draft__engines="vllm"
+    )
     process = subprocess.Popen(command("train", flags), env=environment(), stderr=subprocess.DEVNULL, cwd=ROOT)
     metrics = folder / "runs" / name / "metrics.jsonl"
     while process.poll() is None:
@@ -75,7 +79,9 @@ def test_killed_and_resumed_equals_uninterrupted(folder, straight, kill_after):
 
 
 def test_a_signal_saves_and_the_next_call_goes_on(folder, straight):
-    flags = tiny.flags(folder, name="stopped", train__steps=STEPS, train__save_every=1000, draft__layers=2)
+    flags = tiny.flags(
+        folder, name="stopped", train__steps=STEPS, train__save_every=1000, draft__layers=2, draft__engines="vllm"
+    )
     process = subprocess.Popen(command("train", flags), env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT)
     metrics = folder / "runs" / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
@@ -92,13 +98,17 @@ def test_a_signal_saves_and_the_next_call_goes_on(folder, straight):
 def test_losses_do_not_depend_on_the_mesh(folder, straight, fsdp, tensor, data):
     mesh = {"mesh__fsdp": fsdp, "mesh__tensor": tensor, "mesh__data": data}
     name = f"mesh{fsdp}{tensor}{data}"
-    flags = tiny.flags(folder, name=name, train__steps=STEPS, train__save_every=3, draft__layers=2, **mesh)
+    flags = tiny.flags(
+        folder, name=name, train__steps=STEPS, train__save_every=3, draft__layers=2, draft__engines="vllm", **mesh
+    )
     call("train", flags, devices=8)
     np.testing.assert_allclose([x for _, x in losses(folder, name)], [x for _, x in straight], rtol=2e-4)
 
 
 def test_two_processes_give_one_process_losses(folder, straight):
-    flags = tiny.flags(folder, name="two", train__steps=STEPS, train__save_every=3, draft__layers=2)
+    flags = tiny.flags(
+        folder, name="two", train__steps=STEPS, train__save_every=3, draft__layers=2, draft__engines="vllm"
+    )
     launch = ["bash", str(ROOT / "launch" / "gpu_node.sh"), "--processes", "2", "--", *command("train", flags)]
     done = subprocess.run(launch, env=environment(), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -128,7 +138,9 @@ WRONG = {
 
 @pytest.mark.parametrize(("more", "said"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_input_is_one_sentence(folder, straight, more, said):
-    flags = tiny.flags(folder, name="straight", train__steps=STEPS, train__save_every=3, draft__layers=2)
+    flags = tiny.flags(
+        folder, name="straight", train__steps=STEPS, train__save_every=3, draft__layers=2, draft__engines="vllm"
+    )
     name = "wrong"
     flags[flags.index("straight")] = name
     done = call("train", [*flags, *more], status=2)
@@ -138,7 +150,9 @@ def test_wrong_input_is_one_sentence(folder, straight, more, said):
 
 
 def test_a_run_with_other_settings_is_refused(folder, straight):
-    flags = tiny.flags(folder, name="straight", train__steps=STEPS, train__save_every=3, draft__layers=2)
+    flags = tiny.flags(
+        folder, name="straight", train__steps=STEPS, train__save_every=3, draft__layers=2, draft__engines="vllm"
+    )
     done = call("train", [*flags, "--train.learning-rate", "0.5"], status=2)
     assert "train.learning_rate" in done.stderr
 

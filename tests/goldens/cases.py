@@ -112,7 +112,13 @@ def specforge(path: Path) -> Case:
 
 
 def _specforge_switches(meta: dict[str, Any]) -> dict[str, Any]:
-    return {"decay": meta["ploss_decay"], "lk": meta["lk_loss_type"]}
+    """Their acceptance-driven losses take a mean over the slots that carry loss, whatever divides the cross entropy."""
+    switches = {"decay": meta["ploss_decay"]}
+    if meta["lk_loss_type"] == "alpha":
+        return switches | {"loss": "nla", "normaliser": "counting"}
+    if meta["lk_loss_type"] == "lambda":
+        return switches | {"loss": "lk_step", "lk_scale": meta["kl_scale"], "lk_decay": meta["kl_decay"]}
+    return switches
 
 
 def speculators(path: Path) -> Case:

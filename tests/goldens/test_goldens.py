@@ -14,11 +14,12 @@ import pytest
 from flax import nnx
 
 from jeagle import align
-from jeagle.assemble import learning_rate, make_optimiser
 from jeagle.config import TrainConfig
 from jeagle.drafts import Eagle3, unroll
 from jeagle.joints import Features, Tables
-from jeagle.objective import objective, resolve
+from jeagle.objective import LOSSES, objective, resolve
+from jeagle.objective.losses import Teacher
+from jeagle.optimiser import learning_rate, make_optimiser
 from tests.goldens import cases
 
 LOSS_NAMES = {"kl_div": "kl", "rkl": "reverse_kl", "jsd": "js", "ce": "hard_ce", "tv": "tv", "nla": "nla"}
@@ -99,9 +100,7 @@ def check_gradients(case: cases.Case, named: dict) -> None:
 @pytest.mark.parametrize("path", cases.case_files("specforge"), ids=lambda p: p.stem)
 def test_specforge(path: Path):
     case = cases.specforge(path)
-    if case.switches["lk"]:
-        pytest.skip("SpecForge's LK losses with the step's mean acceptance are not reproduced yet")
-    spec = resolve("specforge", decay=case.switches["decay"])
+    spec = resolve("specforge", **case.switches)
     loss, figures, named = run(case, spec)
     assert loss == pytest.approx(float(case.arrays["total_loss"]), abs=1e-5)
     np.testing.assert_allclose(figures.loss, case.arrays["plosses"], atol=1e-5)
@@ -122,6 +121,27 @@ def contiguous(case: cases.Case, spec) -> bool:
 def _speculators_loss(text: str) -> str:
     terms = json.loads(text) if text.startswith("{") else {text: 1.0}
     return "+".join(f"{weight}*{LOSS_NAMES.get(name, name)}" for name, weight in terms.items())
+
+
+PEER_LOSSES = {
+    "kl_div": "kl",
+    "reverse_kl_div": "reverse_kl",
+    "js_div": "js",
+    "ce": "hard_ce",
+    "tv": "tv",
+    "neg_log_acceptance": "nla",
+    "lk_hybrid": "lk",
+}
+
+
+@pytest.mark.parametrize("theirs", PEER_LOSSES)
+def test_losses_and_their_gradients_are_speculators(theirs):
+    z = np.load(next(p for folder in cases.folders() for p in folder.glob("losses.npz")))
+    logits, probs = jnp.asarray(z["logits"]), jax.nn.softmax(jnp.asarray(z["targets"]), axis=-1)
+    loss = LOSSES[PEER_LOSSES[theirs]]
+    value, back = jax.vjp(lambda logits: loss(logits, Teacher(probs, probs)), logits)
+    np.testing.assert_allclose(value, z[f"elem/{theirs}"], atol=1e-5)
+    np.testing.assert_allclose(back(jnp.ones_like(value))[0], z[f"grad/{theirs}"], atol=1e-5)
 
 
 @pytest.mark.parametrize("path", cases.case_files("speculators"), ids=lambda p: p.stem)
@@ -152,7 +172,7 @@ def test_optimiser_follows_specforge_for_six_steps():
     config = TrainConfig(clip=settings["max_grad_norm"], weight_decay=settings["weight_decay"])
     rates = jnp.asarray(z["traj/lr"])
     optimiser = make_optimiser(config, lambda step: rates[jnp.minimum(step, len(rates) - 1)])
-    spec = resolve("specforge", decay=case.switches["decay"])
+    spec = resolve("specforge", **case.switches)
     loss, state = loss_function(case, spec)
 
     @jax.jit

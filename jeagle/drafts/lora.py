@@ -1,0 +1,53 @@
+"""Low-rank adapters: a kernel W [I, O] is trained as W + down [I, R] up [R, O], W staying as it is.
+
+Source: Hu et al., LoRA (arXiv 2106.09685), with a scale of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+KEEP_WHOLE = ("lm_head",)  # a row for each token: no map between features
+
+
+def add_adapters(draft: Any, rank: int, key: jax.Array) -> dict[str, Any]:
+    """{"base": the draft's state, "lora": adapters of its kernels}, which starts as the same draft."""
+    pairs: dict[tuple[Any, ...], jax.Array] = {}
+    for number, (path, leaf) in enumerate(nnx.to_flat_state(draft)):
+        value = leaf.get_value()
+        if value.ndim == 2 and path[-1] not in KEEP_WHOLE:
+            down = jax.random.normal(jax.random.fold_in(key, number), (value.shape[0], rank)) / value.shape[0] ** 0.5
+            pairs[(*path, "down")], pairs[(*path, "up")] = down, jnp.zeros((rank, value.shape[1]))
+    return {"base": draft, "lora": traverse_util.unflatten_dict(pairs)}
+
+
+def with_adapters(draft: Any) -> Any:
+    """The state that a draft with adapters stands for, gradients reaching the adapters alone; any other as it is."""
+    if not (isinstance(draft, dict) and "lora" in draft):
+        return draft
+    pairs = traverse_util.flatten_dict(draft["lora"])
+
+    def merged(path: tuple[Any, ...], leaf: Any) -> Any:
+        value = jax.lax.stop_gradient(leaf.get_value())
+        if (*path, "down") in pairs:
+            value = value + pairs[(*path, "down")] @ pairs[(*path, "up")]
+        return leaf.replace(value)
+
+    return nnx.from_flat_state([(path, merged(path, leaf)) for path, leaf in nnx.to_flat_state(draft["base"])])
+
+
+def merge_adapters(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same for named arrays: base.X, lora.X.down and lora.X.up -> X. Without adapters, those given."""
+    base = {name.removeprefix("base."): array for name, array in params.items() if name.startswith("base.")}
+    if not base:
+        return dict(params)
+    for name in base:
+        if f"lora.{name}.down" in params:
+            base[name] = base[name] + params[f"lora.{name}.down"] @ params[f"lora.{name}.up"]
+    return base

@@ -1,0 +1,45 @@
+"""A draft's configuration without its parameters: the JSON that SpecForge and speculators start training from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jeagle.errors import UserError
+from jeagle.exchange.config_read import Hints, layout_of, spec_from_config
+from jeagle.joints import DraftSpec
+
+
+def read_draft_config(
+    path: str | Path, *, draft_vocab: int, target_width: int, default_taps: tuple[int, ...]
+) -> DraftSpec:
+    """The draft that a configuration file describes, in either form.
+
+    What such a file may leave open: draft_vocab_size and target_hidden_size are then those given, layer ids the
+    default ones, head_dim hidden_size / heads. In SpecForge's form `norm_output` stands before lm_head, as there.
+
+    Raises:
+      UserError: for a file that is missing or no such configuration, or fields that jeagle's draft cannot follow.
+    """
+    path = Path(path)
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--draft.json {path} is no file: give a draft's configuration, or leave it out.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"--draft.json {path} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--draft.json {path} holds no configuration, but a {type(config).__name__}.")
+    if layout_of(config) == "speculators":
+        decoder = config["transformer_layer_config"] = dict(config.get("transformer_layer_config") or {})
+    else:
+        decoder = config
+    if not decoder.get("head_dim") and decoder.get("hidden_size") and decoder.get("num_attention_heads"):
+        decoder["head_dim"] = decoder["hidden_size"] // decoder["num_attention_heads"]
+    config["draft_vocab_size"] = config.get("draft_vocab_size") or draft_vocab
+    config["target_hidden_size"] = config.get("target_hidden_size") or target_width
+    try:
+        return spec_from_config(config, {}, Hints(norm_output="head"))
+    except UserError:
+        return spec_from_config(config, {}, Hints(taps=default_taps, norm_output="head"))

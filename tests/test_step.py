@@ -1,0 +1,127 @@
+"""The jitted step on a tiny target: parts, batches that teach nothing, and what moves. One draft with every switch."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jeagle import assemble, objective
+from jeagle import config as configs
+from jeagle.config import RunConfig
+from jeagle.errors import UserError
+from jeagle.log import summarise
+from jeagle.runtime.changes import checksums, unchanged
+from jeagle.runtime.mesh import make_mesh
+from jeagle.step import part_gradient, summed_gradient, train_step
+from jeagle.train import Run, check_parts, choose_buckets, put_batch, set_up
+from tests import tiny
+
+SWITCHES = {
+    "draft__width": 24,
+    "draft__fc_norm": True,
+    "draft__qk_norm": True,
+    "draft__attention_bias": True,
+    "draft__sliding_window": 9,
+    "draft__carry_normed": True,
+    "train__learning_rate": 0.01,
+    "train__steps": 100,
+    "mesh__fsdp": 1,
+    "mesh__data": 1,
+}
+
+
+class World:
+    """A run that is set up, its first batch, and the width of its slots."""
+
+    def __init__(self, folder):
+        flags = [*tiny.flags(folder, **SWITCHES), "--draft.engines"]
+        config = configs.parse_overrides(RunConfig(name="x"), flags, program="x", description="x")
+        self.run: Run = set_up(config)
+        (self.width,) = choose_buckets(self.run.stream, self.run.program, 4, 1, config.data.row_length)
+        self.batch = put_batch(self.run.stream.batch(0), self.run.mesh)
+
+    def step(self, state, batch=None, frozen=None):
+        """The state is copied first: the step takes it over."""
+        state = jax.tree.map(jnp.copy, state)
+        given = frozen or self.run.frozen, self.batch if batch is None else batch, self.width
+        return train_step(self.run.program, self.run.optimiser, state, *given)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+        yield World(tmp_path_factory.mktemp("step"))
+
+
+def test_a_step_in_parts_is_the_step(world):
+    """Rows with unlike numbers of slots: a mean of the parts' means would be another loss."""
+    program, run = world.run.program, world.run
+    counts = np.asarray((world.batch.supervised_BT).sum(axis=1))
+    assert len(set(counts.tolist())) > 1
+    whole = jax.jit(functools.partial(part_gradient, program, width=world.width, divisor_K=None))
+    parts = jax.jit(functools.partial(summed_gradient, program._replace(parts=4), width=world.width))
+    (loss, figures), gradient = whole(run.state.draft, run.frozen, world.batch)
+    (ours, ours_figures), ours_gradient = parts(run.state.draft, run.frozen, world.batch)
+    np.testing.assert_allclose(ours, loss, rtol=1e-6)
+    for name, found, wanted in zip(figures._fields, ours_figures, figures, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=name)
+    for found, wanted in zip(jax.tree.leaves(ours_gradient), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-6 * float(jnp.abs(wanted).max()) + 1e-9)
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_a_batch_that_teaches_nothing_or_a_nan_is_skipped_counted_and_reported(world):
+    state = world.run.state
+    silent = world.batch._replace(supervised_BT=jnp.zeros_like(world.batch.supervised_BT))
+    broken = world.run.frozen._replace(
+        tables=world.run.frozen.tables._replace(head_DH=world.run.frozen.tables.head_DH * jnp.nan)
+    )
+    for skipped, (batch, frozen) in enumerate([(silent, None), (None, broken)], 1):
+        after, report = world.step(state, batch, frozen)
+        figures = summarise(report)
+        assert figures["taken"] == 0 and figures["skipped"] == skipped == int(after.skipped)
+        assert same((after.draft, after.optimiser), (state.draft, state.optimiser))
+        state = after
+    after, report = world.step(state)
+    assert bool(report.taken) and int(after.skipped) == 2 and not same(after.draft, state.draft)
+    assert summarise(report)["trained"] > 0
+
+
+def test_every_trained_tensor_moves_within_100_steps_and_stays_float32(world):
+    state, before = world.run.state, checksums(world.run.state.draft)
+    losses = []
+    for step in range(100):
+        batch = put_batch(world.run.stream.batch(step), world.run.mesh)
+        state, report = world.step(state, batch)
+        losses.append(float(report.loss))
+    assert unchanged(before, checksums(state.draft)) == []
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.draft))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    figures = summarise(report)
+    assert 1 < figures["expected_acceptance_length_sampled"] < 4 and figures["taken"] == 1
+
+
+def test_one_changed_bit_is_seen():
+    tree = {"a": jnp.ones(5), "b": [jnp.zeros(3)]}
+    nudged = {"a": jnp.ones(5).at[2].set(np.nextafter(np.float32(1), np.float32(2))), "b": [jnp.zeros(3)]}
+    assert unchanged(checksums(tree), checksums(nudged)) == ["['b'][0]"]
+
+
+def test_parts_that_would_change_the_loss_are_refused():
+    config = configs.parse_overrides(RunConfig(name="x"), ["--train.accumulate", "2"], program="x", description="x")
+    mesh = make_mesh(devices=jax.devices()[:4])
+    check_parts(config, objective.resolve("jeagle"), mesh)
+    for wrong in ({"loss": "lk_step"}, {"mask_out_of_vocab": True}):
+        with pytest.raises(UserError, match="--train.accumulate 2 would change"):
+            check_parts(config, objective.resolve("jeagle", **wrong), mesh)
+    check_parts(config, objective.resolve("specforge"), mesh)
+    with pytest.raises(UserError, match="multiple of 16"):
+        check_parts(config, objective.resolve("jeagle"), make_mesh(devices=jax.devices()[:8]))
