@@ -219,7 +219,7 @@ def open_start(config: RunConfig) -> Start | None:
         _, spec, params = load_draft(folder, "last")
         own = folder / EMBEDDING_FILE
         return Start(spec, params, np.load(own) if own.is_file() else None)
-    read = exchange.read_export(folder, exchange.Hints(taps=config.target.taps or None))
+    read = exchange.read_export(folder, exchange.Hints(config.target.taps or None, config.draft.norm_output))
     return Start(read.spec, read.params, read.embed_VW)
 
 

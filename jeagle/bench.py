@@ -100,13 +100,15 @@ def open_bench(
     *,
     dtype: str = "float32",
     loaded: assemble.LoadedTarget | None = None,
+    start: assemble.Start | None = None,
 ) -> Bench:
-    """Target and draft in `dtype`; without `params` the draft is as training starts it."""
+    """Target and draft in `dtype`; without `params` the draft is as training starts it, from `start` where given."""
     mesh = assemble.mesh_of(config)
     loaded = loaded or assemble.load_target(config, mesh, dtype=dtype)
     vocabulary = data.load_tables(folder / "tables") if params is None else assemble.trained_vocabulary(folder)
     kind = assemble.draft_class(config.draft)
-    tables = assemble.make_tables(loaded.target, vocabulary, mesh, spec=spec, folder=folder)
+    tables = assemble.make_tables(loaded.target, vocabulary, mesh, spec=spec, folder=folder, start=start)
+    params = start.params if start and params is None else params
     if params is None:
         head = assemble.starting_head(config.draft, spec, loaded.target.spec, tables)
         graphdef, state = assemble.make_draft(spec, dtype, mesh, seed=config.train.seed, head=head, kind=kind)

@@ -88,6 +88,9 @@ class DraftConfig:
     """A draft's configuration in SpecForge's or speculators' form. Empty, without start: derived from the target."""
     start: str = ""
     """A run, or a folder with a draft, whose parameters and vocabulary this one starts from."""
+    norm_output: Literal["carry", "head"] | None = None
+    """What norm_output means in that file or folder, where both are possible: carry-normed (engines) or head-norm
+    (SpecForge)."""
     lora: int = 0
     """Rank of adapters that are trained instead of the draft to start from; 0 trains all of it."""
     module: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ MOST_SKIPPED = 20
 class Log:
     """Metrics to the trackers and the progress line, a step late, so that the device never waits for the host."""
 
-    def __init__(self, config: RunConfig, start: int, steps: int):
+    def __init__(
+        self, config: RunConfig, start: int, steps: int, rows_of: Callable[[int], Iterable[int]] = lambda step: ()
+    ):
+        """`rows_of` tells the numbers of the rows of a step, for messages."""
+        self.rows_of = rows_of
         self.every, self.steps = config.train.log_every, steps
         leader = distributed.is_leader()
         self.trackers = open_trackers(config.trackers, config.folder, start) if leader else Trackers([])
@@ -92,11 +96,13 @@ class Log:
         self.skipped_in_a_row += 1
         why = "no slot of its rows counts" if not figures["trained"] else f"loss {figures['loss']:.3g}, gradient norm "
         why += f"{figures['gradient_norm']:.3g}" if figures["trained"] else ""
+        rows = ", ".join(map(str, self.rows_of(step)))
+        why += f", rows {rows}" if rows else ""
         self.progress.say(f"step {step + 1}: update skipped ({why}); {figures['skipped']:.0f} so far")
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(
                 f"{MOST_SKIPPED} updates in a row were skipped, the last at step {step + 1} ({why}): lower "
-                "--train.learning-rate or --train.clip, or look at the rows with python -m jeagle.preview."
+                "--train.learning-rate or --train.clip, or look at the rows: python -m jeagle.preview --start ROW."
             )
 
     def _speed(self) -> float:

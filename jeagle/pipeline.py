@@ -143,15 +143,14 @@ def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, An
     folder, settings = config.folder, config.bench
     mesh = assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh, dtype="float32")
-    params: dict[str, np.ndarray] | None
+    params, begun_with = None, None
     if trained:
         _, spec, params = assemble.load_draft(folder, "last")
     else:
         vocabulary = data.load_tables(prepared.tables)
         begun_with = assemble.open_start(config)
         spec = draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids, begun_with)
-        params = None if begun_with is None else begun_with.params
-    opened = bench.open_bench(config, spec, folder, params, loaded=loaded)
+    opened = bench.open_bench(config, spec, folder, params, loaded=loaded, start=begun_with)
     prompts = bench.prompt_ids(opened, config, folder, None, settings.max_prompts)
     chosen = prompts if trained else prompts[: settings.prompts_before]
     report, decoded = bench.measure(

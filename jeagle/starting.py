@@ -58,9 +58,12 @@ def draft_spec(
     if given:
         _refuse_second_description(config.draft, given)
     if config.draft.json:
-        taps = targets.check_taps(config.target.taps, target.layers)
         spec = exchange.read_draft_config(
-            config.draft.json, draft_vocab=draft_vocab, target_width=target.width, default_taps=taps
+            config.draft.json,
+            draft_vocab=draft_vocab,
+            target_width=target.width,
+            default_taps=lambda: targets.check_taps(config.target.taps, target.layers),
+            norm_output=config.draft.norm_output or "head",
         )
     else:
         spec = start.spec if start else derived_spec(config, target, draft_vocab)

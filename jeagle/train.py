@@ -56,7 +56,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     if start:
         state = checkpoints.restore(start, state)
     buckets = choose_buckets(run.stream, run.program, run.steps, config.train.slot_buckets, config.data.row_length)
-    log, watch = Log(config, start, run.steps), Watch(config, state.draft, start)
+    log, watch = Log(config, start, run.steps, run.stream.row_numbers), Watch(config, state.draft, start)
     trace, flops = StepTrace(config.folder / "profile", config.profile), {}
     with log, stop_requested() as stopping:
         for step, widest, rows in run.stream.from_step(start, run.steps):

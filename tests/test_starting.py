@@ -79,6 +79,9 @@ def test_a_configuration_in_specforges_form(tmp_path):
     assert (spec.heads, spec.kv_heads, spec.head_dim, spec.mlp_width, spec.rope) == (4, 1, 6, 30, Rope(7e4))
     assert (spec.taps, spec.norm_eps, spec.max_positions) == ((2, 4, 5), 1e-5, 256)
     assert spec.head_norm and not spec.carry_normed  # their norm_output stands before lm_head
+    assert spec_of(json=str(tmp_path / "draft.json"), norm_output="carry").carry_normed
+    (tmp_path / "draft.json").write_text(json.dumps(SPECFORGE | {"eagle_aux_hidden_state_layer_ids": [1, 6]}))
+    assert spec_of(json=str(tmp_path / "draft.json")).taps == (1, 6)
 
 
 def test_a_configuration_in_speculators_form(tmp_path):

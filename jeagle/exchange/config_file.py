@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.exchange.config_read import Hints, layout_of, spec_from_config
+from jeagle.exchange.config_json import LAYER_IDS
+from jeagle.exchange.config_read import Hints, NormOutput, layout_of, spec_from_config
 from jeagle.joints import DraftSpec
 
 
 def read_draft_config(
-    path: str | Path, *, draft_vocab: int, target_width: int, default_taps: tuple[int, ...]
+    path: str | Path,
+    *,
+    draft_vocab: int,
+    target_width: int,
+    default_taps: Callable[[], tuple[int, ...]],
+    norm_output: NormOutput = "head",
 ) -> DraftSpec:
     """The draft that a configuration file describes, in either form.
 
     What such a file may leave open: draft_vocab_size and target_hidden_size are then those given, layer ids the
-    default ones, head_dim hidden_size / heads. In SpecForge's form `norm_output` stands before lm_head, as there.
+    default ones, head_dim hidden_size / heads.
+
+    Args:
+      norm_output: what that field means in SpecForge's form, see `Hints`; its trainer reads it as "head".
 
     Raises:
       UserError: for a file that is missing or no such configuration, or fields that jeagle's draft cannot follow.
@@ -39,7 +49,5 @@ def read_draft_config(
         decoder["head_dim"] = decoder["hidden_size"] // decoder["num_attention_heads"]
     config["draft_vocab_size"] = config.get("draft_vocab_size") or draft_vocab
     config["target_hidden_size"] = config.get("target_hidden_size") or target_width
-    try:
-        return spec_from_config(config, {}, Hints(norm_output="head"))
-    except UserError:
-        return spec_from_config(config, {}, Hints(taps=default_taps, norm_output="head"))
+    named = config.get(LAYER_IDS) or (config.get("eagle_config") or {}).get(LAYER_IDS)
+    return spec_from_config(config, {}, Hints(None if named else default_taps(), norm_output))
