@@ -14,6 +14,8 @@ COMMANDS = {
     "regenerate": "the target's own answers to prompts, as training data",
     "prepare": "conversations to packed token rows, and the draft's vocabulary",
     "preview": "prepared rows, with what is learnt coloured, and their figures",
+    "extract": "the target's hidden states of prepared rows, into a store to train from",
+    "store": "info, verify, sample or prune a store of hidden states",
     "train": "train a draft against its frozen target; an existing run goes on",
     "bench": "acceptance length of a trained draft, by really decoding",
     "export": "a trained draft in the layouts that SGLang and vLLM load",

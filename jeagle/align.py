@@ -120,6 +120,21 @@ def _served(supervised_BT: Any, segments_BT: Any, steps: int, xp: ModuleType) ->
     return xp.stack(counts)
 
 
+def near_supervised(batch: Batch, *, xp: ModuleType = jnp) -> Any:
+    """The positions that may teach a slot, whatever the rule: bool [B, T].
+
+    A position teaches by the target's distribution after its token; every rule of `SLOT_RULES` asks that this token,
+    the one before or the one after be supervised, in one document.
+
+    supervised . . A A . .  ->  . T T T T .
+    """
+    supervised_BT, segments_BT = batch.supervised_BT, batch.segments_BT
+    after_BT = shift_left(supervised_BT, 1, fill=False, xp=xp) & same_document(segments_BT, 1, xp=xp)
+    reversed_BT = supervised_BT[..., ::-1], segments_BT[..., ::-1]
+    before_BT = shift_left(reversed_BT[0], 1, fill=False, xp=xp) & same_document(reversed_BT[1], 1, xp=xp)
+    return (supervised_BT | after_BT | before_BT[..., ::-1]) & (segments_BT != 0)
+
+
 def greedy_labels(greedy_BT: Any, read_BN: Any, *, xp: ModuleType = jnp) -> Any:
     """The target's greedy choice after the token that each slot reads: what a draft must say to be accepted."""
     length = greedy_BT.shape[-1]

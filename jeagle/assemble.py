@@ -92,27 +92,23 @@ def objective_spec(config: ObjectiveConfig) -> objective.ObjectiveSpec:
     return objective.resolve(config.dialect, **switches)
 
 
-def make_tables(
-    target: Target,
-    draft_to_target_D: np.ndarray,
-    mesh: Mesh,
-    *,
-    spec: DraftSpec,
-    folder: Path,
-    start: Start | None = None,
-) -> Tables:
-    """The frozen rows that a draft of this spec reads and is taught through, on the mesh.
-
-    Args:
-      folder: the run's. start: the older draft that it begins with.
-    """
+def make_tables(target: Target, draft_to_target_D: np.ndarray, mesh: Mesh) -> Tables:
+    """The target's frozen rows that a draft reads and is taught through, on the mesh."""
     model = target.model()
     ids = jax.device_put(jnp.asarray(draft_to_target_D), replicated(mesh))
     rows = NamedSharding(mesh, logical_sharding(("vocab", "width"), (len(draft_to_target_D), target.spec.width), mesh))
     head = jax.jit(lambda head, ids: head[ids], out_shardings=rows)(model.head_rows(), ids)
-    embed_VH = model.embed_tokens[...]
-    own_VW = own_embedding(folder, spec, embed_VH, start)
-    return Tables(embed_VH if own_VW is None else jax.device_put(own_VW, replicated(mesh)), head, ids)
+    return Tables(model.embed_tokens[...], head, ids)
+
+
+def draft_tables(tables: Tables, mesh: Mesh, *, spec: DraftSpec, folder: Path, start: Start | None = None) -> Tables:
+    """The target's tables, with the embedding of a draft of another width in place of the target's.
+
+    Args:
+      folder: the run's. start: the older draft that it begins with.
+    """
+    own_VW = own_embedding(folder, spec, tables.embed_VW, start)
+    return tables if own_VW is None else tables._replace(embed_VW=jax.device_put(own_VW, replicated(mesh)))
 
 
 def draft_key(path: tuple[Any, ...]) -> str:

@@ -107,7 +107,8 @@ def open_bench(
     loaded = loaded or assemble.load_target(config, mesh, dtype=dtype)
     vocabulary = data.load_tables(folder / "tables") if params is None else assemble.trained_vocabulary(folder)
     kind = assemble.draft_class(config.draft)
-    tables = assemble.make_tables(loaded.target, vocabulary, mesh, spec=spec, folder=folder, start=start)
+    tables = assemble.make_tables(loaded.target, vocabulary, mesh)
+    tables = assemble.draft_tables(tables, mesh, spec=spec, folder=folder, start=start)
     params = start.params if start and params is None else params
     if params is None:
         head = assemble.starting_head(config.draft, spec, loaded.target.spec, tables)

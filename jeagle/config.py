@@ -260,6 +260,22 @@ class RegenerateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StoreConfig:
+    """How hidden states are kept on disk, and read: docs/offline.md."""
+
+    taps: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
+    """Type of the tapped states on disk. With --target.dtype bfloat16, bfloat16 is exact."""
+    last: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
+    """Type of what the target's lm_head reads, kept where something is learnt."""
+    segment_mb: int = 256
+    """Size of a segment: what a writer holds in memory, and makes again when it was killed."""
+    check_rows: int = 2
+    """Rows that training recomputes, where the target's weights lie on this machine; 0 trusts the store."""
+    read_ahead: int = 4
+    """Batches that are read before they are needed."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One run: a target, data, a draft, an objective, and how to train and measure."""
 
@@ -267,6 +283,9 @@ class RunConfig:
     """The run's folder is runs/NAME."""
     runs: str = "runs"
     """Folder that holds the runs."""
+    features: str = "online"
+    """Where hidden states come from: online computes them; else a store that jeagle.extract made, several as A,B or in
+    proportion as 0.7*A,0.3*B."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl and the screen."""
     profile: int = 0
@@ -279,6 +298,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     bench: BenchConfig = BenchConfig()
     regenerate: RegenerateConfig = RegenerateConfig()
+    store: StoreConfig = StoreConfig()
 
     @property
     def folder(self) -> Path:
@@ -329,12 +349,10 @@ def _normal_flag(argument: str) -> str:
 def field_paths(kind: type = RunConfig, prefix: str = "") -> list[str]:
     """Dotted paths of every leaf field, as flags spell them: train.batch-rows."""
     paths = []
-    hints = {"target": TargetConfig, "data": DataConfig, "draft": DraftConfig, "objective": ObjectiveConfig}
-    hints |= {"train": TrainConfig, "mesh": MeshConfig, "bench": BenchConfig, "regenerate": RegenerateConfig}
     for field in dataclasses.fields(kind):
         name = prefix + field.name.replace("_", "-")
-        if kind is RunConfig and field.name in hints:
-            paths += field_paths(hints[field.name], f"{name}.")
+        if dataclasses.is_dataclass(field.default):
+            paths += field_paths(type(field.default), f"{name}.")
         else:
             paths.append(name)
     return paths
@@ -369,6 +387,8 @@ def validate(config: RunConfig) -> None:
         "bench.draft-tokens": config.bench.draft_tokens,
         "bench.max-new-tokens": config.bench.max_new_tokens,
         "bench.batch": config.bench.batch,
+        "store.segment-mb": config.store.segment_mb,
+        "store.read-ahead": config.store.read_ahead,
     }
     for flag, value in positive.items():
         if value <= 0:

@@ -53,29 +53,46 @@ def load_tokenizer(config: RunConfig, files: targets.TargetFiles) -> Any:
 def prepare(config: RunConfig) -> Prepared:
     """Makes the run's data and tables, or finds them made from the same inputs."""
     files = targets.resolve(config.target.ref)
-    tokenizer, target_config = load_tokenizer(config, files), targets.open_weights(files).config
-    family = targets.own_family(config.target.family) if config.target.family else None
-    ends, vocab = targets.end_token_ids(tokenizer, target_config), targets.read_spec(target_config, family).vocab
-    parts = room.parse_source(config.data.source)
-    settings = config.data
-    made_from = {
-        "version": jeagle.__version__,
-        "source": room.source_fingerprint(parts),
-        "tokenizer": room.tokenizer_hash(tokenizer),
-        "target_vocab": vocab,
-        "template": room.template_hash(tokenizer),
-        "end_token_ids": list(ends),
-        **{name: getattr(settings, name) for name in _SHAPING},
-    }
+    tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source)
+    made = made_from(config, tokenizer, targets.open_weights(files).config, parts)
     data = config.folder / "data"
-    reused = _found(data, made_from)
+    reused = found(data, made)
     if not reused:
-        _make_rows(config, parts, tokenizer, made_from, data)
-    tables = _make_tables(config, made_from, data)
+        _make_rows(config, parts, tokenizer, made, data)
+    return finish(config, made, reused=reused)
+
+
+def finish(config: RunConfig, made: dict[str, Any], *, reused: bool) -> Prepared:
+    """The run's vocabulary tables, its rows being there; and what is known of both."""
+    data = config.folder / "data"
+    tables = _make_tables(config, made, data)
     manifest, vocabulary = finished_manifest(data), _coverage(data, tables)
     if manifest.get("vocabulary") != (named := {"ids": room.ids_hash(room.load_tables(tables))} | vocabulary):
         write_manifest(data, manifest | {"vocabulary": named})
     return Prepared(data, tables, manifest["statistics"] | vocabulary, reused)
+
+
+def made_from(config: RunConfig, tokenizer: Any, target_config: dict[str, Any], parts: list) -> dict[str, Any]:
+    """Everything that rows depend on.
+
+    Args:
+      target_config: the target's config.json. parts: of `room.parse_source`.
+    """
+    family = targets.own_family(config.target.family) if config.target.family else None
+    return {
+        "version": jeagle.__version__,
+        "source": room.source_fingerprint(parts),
+        "tokenizer": room.tokenizer_hash(tokenizer),
+        "target_vocab": targets.read_spec(target_config, family).vocab,
+        "template": room.template_hash(tokenizer),
+        "end_token_ids": list(targets.end_token_ids(tokenizer, target_config)),
+        **shaping(config),
+    }
+
+
+def shaping(config: RunConfig) -> dict[str, Any]:
+    """The settings that change rows."""
+    return {name: getattr(config.data, name) for name in _SHAPING}
 
 
 _SHAPING = (  # settings that change rows; --data.streaming reads the same ones otherwise
@@ -104,7 +121,8 @@ def rules_of(config: RunConfig, end_token_ids: tuple[int, ...]) -> room.Rules:
     )
 
 
-def _found(data: Path, made_from: dict[str, Any]) -> bool:
+def found(data: Path, made_from: dict[str, Any]) -> bool:
+    """Whether rows made from the same inputs lie there."""
     old = read_manifest(data)
     if old is None:
         return False

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jeagle import align, drafts, objective, targets
+from jeagle import align, drafts, features, objective, targets
 from jeagle.assemble import TrainState
 from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Tables
 from jeagle.optimiser import averaged
@@ -126,30 +126,41 @@ def train_step(
     frozen: Frozen,
     batch: Batch,
     width: int,
+    stored: features.Stored | None = None,
 ) -> tuple[TrainState, Report]:
-    """One optimiser step; `state` is donated. An update that is not finite is not taken, and counted as skipped."""
+    """One optimiser step; `state` is donated. An update that is not finite is not taken, and counted as skipped.
+
+    Args:
+      stored: the batch's features out of a store; None computes them.
+    """
     if program.parts == 1:
-        found = part_gradient(program, state.draft, frozen, batch, width, None)
+        found = part_gradient(program, state.draft, frozen, batch, width, None, stored)
     else:
-        found = summed_gradient(program, state.draft, frozen, batch, width)
+        found = summed_gradient(program, state.draft, frozen, batch, width, stored)
     return descend(optimiser, state, *found, average=program.average)
 
 
 def part_gradient(
-    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, divisor_K: jax.Array | None
+    program: Program,
+    draft: Any,
+    frozen: Frozen,
+    batch: Batch,
+    width: int,
+    divisor_K: jax.Array | None,
+    stored: features.Stored | None,
 ) -> tuple[tuple[jax.Array, objective.Figures], Any]:
     """((loss, figures), gradient) of a batch, or of a part of one whose `objective.divisors` are given."""
     live = live_positions(program, batch, width)
-    features = target_features(program, frozen, batch, live)
+    found = target_features(program, frozen, batch, live) if stored is None else features.decode(stored)
 
     def loss_of(draft: Any) -> tuple[jax.Array, objective.Figures]:
-        return draft_loss(program, draft, batch, features, frozen.tables, live, divisor_K)
+        return draft_loss(program, draft, batch, found, frozen.tables, live, divisor_K)
 
     return jax.value_and_grad(loss_of, has_aux=True)(draft)
 
 
 def summed_gradient(
-    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int
+    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: features.Stored | None
 ) -> tuple[tuple[jax.Array, objective.Figures], Any]:
     """As `part_gradient` of the whole batch, a part at a time: each divided by what the whole batch is divided by.
 
@@ -158,17 +169,17 @@ def summed_gradient(
     spec = program.objective
     counts = align.counting_slots(batch, program.ttt_steps, spec.slots, cross_documents=spec.cross_documents)
     divisor_K = objective.divisors(spec, counts, batch.segments_BT, batch.tokens_BT.shape)
-    parts = jax.tree.map(lambda x: x.reshape(-1, program.parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    parts = jax.tree.map(lambda x: x.reshape(-1, program.parts, *x.shape[1:]).swapaxes(0, 1), (batch, stored))
 
-    def one(batch: Batch) -> Any:
-        return part_gradient(program, draft, frozen, batch, width, divisor_K)
+    def one(part: tuple[Batch, features.Stored | None]) -> Any:
+        return part_gradient(program, draft, frozen, part[0], width, divisor_K, part[1])
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: one(_first(parts))))
     total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), nothing, parts)
     return total
 
 
-def _first(parts: Batch) -> Batch:
+def _first(parts: Any) -> Any:
     return jax.tree.map(lambda x: x[0], parts)
 
 
@@ -213,3 +224,12 @@ def descend(
         else keep(averaged(state.average, draft, state.step, average), state.average),
     )
     return after, Report(loss, figures, norm, taken, after.skipped)
+
+
+@functools.partial(jax.jit, static_argnames=("program", "width"))
+def held_out_step(
+    program: Program, draft: Any, tables: Tables, batch: Batch, width: int, stored: features.Stored
+) -> objective.Figures:
+    """What a draft does on stored rows that it is not trained on."""
+    live = live_positions(program, batch, width)
+    return draft_loss(program, draft, batch, features.decode(stored), tables, live)[1]

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jeagle import assemble, data, dataset
+from jeagle import assemble, data, features, offline
 from jeagle import config as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.joints import Batch, DraftSpec, Tables
+from jeagle.held_out import HeldOut
+from jeagle.joints import DraftSpec, Tables
 from jeagle.log import Log
 from jeagle.objective import ObjectiveSpec
 from jeagle.optimiser import learning_rate, make_optimiser
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
     prepare_host()
     # Before the processes join: preparing may take longer than they wait for one another.
     if distributed.may_lead():
-        dataset.prepare(config)
+        offline.prepare(config, offline.open_stores(config))
     distributed.initialise()
     train(config)
 
@@ -58,11 +59,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     buckets = choose_buckets(run.stream, run.program, run.steps, config.train.slot_buckets, config.data.row_length)
     log, watch = Log(config, start, run.steps, run.stream.row_numbers), Watch(config, state.draft, start)
     trace, flops = StepTrace(config.folder / "profile", config.profile), {}
+    held_out = HeldOut(config, run.stores, run.program, run.frozen.tables, run.mesh, start)
     with log, stop_requested() as stopping:
-        for step, widest, rows in run.stream.from_step(start, run.steps):
-            batch = put_batch(rows, run.mesh)
+        for step, widest, rows, kept in offline.with_features(config, run.stream, start, run.steps, run.stores):
+            batch, stored = put_rows(rows, run.mesh), put_rows(kept, run.mesh)
             width = next(b for b in buckets if b >= widest)
-            given = run.program, run.optimiser, state, run.frozen, batch, width
+            given = run.program, run.optimiser, state, run.frozen, batch, width, stored
             if log.peak and width not in flops:
                 flops[width] = count_flops(train_step.trace(*given).jaxpr)
             with trace:
@@ -73,6 +75,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             if (step + 1) % config.train.save_every == 0 or step + 1 == run.steps or stopping():
                 log.drain()
                 checkpoints.save(step + 1, state)
+                held_out(step + 1, state.draft)
             if stopping():
                 break
         log.drain()
@@ -92,6 +95,7 @@ class Run(NamedTuple):
     stream: data.RowStream
     steps: int
     mesh: Any
+    stores: features.Mixture | None
 
 
 def set_up(config: RunConfig) -> Run:
@@ -99,35 +103,35 @@ def set_up(config: RunConfig) -> Run:
     learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
     check_parts(config, learnt, mesh)
     claim_folder(config)
-    prepared = dataset.prepare(config)  # found, or made on a host that does not share the leader's disk
+    stores = offline.open_stores(config)
+    prepared = offline.prepare(config, stores)  # found, or made on a host that does not share the leader's disk
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
-    loaded = assemble.load_target(config, mesh)
-    target, vocabulary = loaded.target, assemble.draft_to_target(config)
-    older = assemble.open_start(config)
-    spec = draft_spec(config, target.spec, len(vocabulary), loaded.end_token_ids, older)
-    check_engines(config.draft, spec, target.spec.layers)
-    describe_draft(config, spec, loaded.files.fingerprint)
-    tables = assemble.make_tables(target, vocabulary, mesh, spec=spec, folder=config.folder, start=older)
+    teacher = offline.teacher(config, stores, mesh)
+    vocabulary, older = assemble.draft_to_target(config), assemble.open_start(config)
+    spec = draft_spec(config, teacher.spec, len(vocabulary), teacher.end_token_ids, older)
+    check_engines(config.draft, spec, teacher.spec.layers)
+    describe_draft(config, spec, teacher.fingerprint)
+    tables = assemble.draft_tables(teacher.tables(vocabulary), mesh, spec=spec, folder=config.folder, start=older)
     keep_embedding(config.folder, spec, tables)
-    graphdef, draft = assemble.draft_state(config, spec, target.spec, tables, mesh, older)
+    graphdef, draft = assemble.draft_state(config, spec, teacher.spec, tables, mesh, older)
 
-    stream = open_stream(config)
+    stream = open_stream(config, stores)
     steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
     rate = learning_rate(config.train, steps)
     optimiser = make_optimiser(config.train, rate, trained=assemble.trained(config.draft))
     state = assemble.train_state(draft, optimiser, mesh, average=config.train.ema)
     program = Program(
-        target.graphdef,
+        teacher.graphdef,
         graphdef,
         spec.taps,
         learnt,
         config.draft.ttt_steps,
         jnp.dtype(config.train.dtype),
-        target.spec.logits,
+        teacher.spec.logits,
         config.train.accumulate,
         config.train.ema,
     )
-    return Run(program, optimiser, Frozen(target.state, tables), state, stream, steps, mesh)
+    return Run(program, optimiser, Frozen(teacher.state, tables), state, stream, steps, mesh, stores)
 
 
 def claim_folder(config: RunConfig) -> None:
@@ -206,7 +210,7 @@ def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) 
         atomic_write(path, json.dumps(tree, indent=2) + "\n")
 
 
-def open_stream(config: RunConfig) -> data.RowStream:
+def open_stream(config: RunConfig, stores: features.Mixture | None = None) -> data.RowStream:
     """This process's share of the run's training rows."""
     return data.RowStream(
         config.folder / "data" / "train",
@@ -214,6 +218,7 @@ def open_stream(config: RunConfig) -> data.RowStream:
         config.train.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        shares=offline.shares(stores),
     )
 
 
@@ -228,8 +233,8 @@ def choose_buckets(stream: data.RowStream, program: Program, steps: int, count: 
     return sorted({min(-(-int(q) // round_to) * round_to, length) for q in quantiles})
 
 
-def put_batch(rows: Batch, mesh: Any) -> Batch:
-    """This process's rows -> the global batch on the mesh."""
+def put_rows(rows: Any, mesh: Any) -> Any:
+    """This process's rows (arrays [B, ...]) -> those of the global batch on the mesh."""
     sharding = row_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
 

@@ -17,7 +17,7 @@ from jeagle.log import summarise
 from jeagle.runtime.changes import checksums, unchanged
 from jeagle.runtime.mesh import make_mesh
 from jeagle.step import part_gradient, summed_gradient, train_step
-from jeagle.train import Run, check_parts, choose_buckets, put_batch, set_up
+from jeagle.train import Run, check_parts, choose_buckets, put_rows, set_up
 from tests import tiny
 
 SWITCHES = {
@@ -42,7 +42,7 @@ class World:
         config = configs.parse_overrides(RunConfig(name="x"), flags, program="x", description="x")
         self.run: Run = set_up(config)
         (self.width,) = choose_buckets(self.run.stream, self.run.program, 4, 1, config.data.row_length)
-        self.batch = put_batch(self.run.stream.batch(0), self.run.mesh)
+        self.batch = put_rows(self.run.stream.batch(0), self.run.mesh)
 
     def step(self, state, batch=None, frozen=None):
         """The state is copied first: the step takes it over."""
@@ -99,7 +99,7 @@ def test_every_trained_tensor_moves_within_100_steps_and_stays_float32(world):
     state, before = world.run.state, checksums(world.run.state.draft)
     losses = []
     for step in range(100):
-        batch = put_batch(world.run.stream.batch(step), world.run.mesh)
+        batch = put_rows(world.run.stream.batch(step), world.run.mesh)
         state, report = world.step(state, batch)
         losses.append(float(report.loss))
     assert unchanged(before, checksums(state.draft)) == []

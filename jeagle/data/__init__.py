@@ -7,7 +7,7 @@ from jeagle.data.chat_templates import TEMPLATES, from_headers, reads_date, use_
 from jeagle.data.conversations import Conversation, Reading, read_conversations, read_source, split_held_out
 from jeagle.data.describe import describe
 from jeagle.data.near import variety
-from jeagle.data.pack import Packed, load_rows, pack, save_rows, unpack
+from jeagle.data.pack import Packed, RowWriter, load_rows, pack, save_rows, unpack
 from jeagle.data.prompts import read_prompts, read_rows
 from jeagle.data.render import Rendered, Renderer, render
 from jeagle.data.self_instruct import Turns, requests, turns_of
@@ -29,6 +29,7 @@ __all__ = [
     "Rendered",
     "Renderer",
     "RowStream",
+    "RowWriter",
     "Rules",
     "Server",
     "Shape",

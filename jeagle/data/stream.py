@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,9 +25,22 @@ class RowStream:
 
     Attributes:
       rows: of the global batch. steps_per_epoch: rounded down, at least 1.
+
+    Args:
+      shares: (rows, weight) of parts that follow one another in the folder and are drawn from in that proportion;
+        None takes every row once an epoch.
     """
 
-    def __init__(self, folder: Path, batch_rows: int, seed: int, *, process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        folder: Path,
+        batch_rows: int,
+        seed: int,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        shares: Sequence[tuple[int, float]] | None = None,
+    ):
         self._rows = load_rows(folder)
         total = len(self._rows.tokens_BT)
         if total == 0:
@@ -39,16 +52,20 @@ class RowStream:
         self.rows, self.steps_per_epoch = batch_rows, max(total // batch_rows, 1)
         share = batch_rows // process_count
         self._own = slice(process_index * share, (process_index + 1) * share)
-        self._order = grain.MapDataset.source(np.arange(total)).seed(seed).shuffle().repeat()
+        self._order = _order(total, seed, shares)
         self._live = np.zeros(0, np.int64)  # until count_live
 
     def row_numbers(self, step: int) -> np.ndarray:
         """Which rows the global batch of `step` holds."""
         return np.array([self._order[i] for i in range(step * self.rows, (step + 1) * self.rows)])
 
+    def own_row_numbers(self, step: int) -> np.ndarray:
+        """Which rows this process's share of the batch of `step` holds."""
+        return self.row_numbers(step)[self._own]
+
     def batch(self, step: int) -> Batch:
         """This process's share of the batch of `step`."""
-        numbers = self.row_numbers(step)[self._own]
+        numbers = self.own_row_numbers(step)
         return Batch(*(np.ascontiguousarray(array[numbers]) for array in self._rows))
 
     def count_live(self, steps: int, rule: align.SlotRule, *, cross_documents: bool) -> None:
@@ -89,3 +106,16 @@ class RowStream:
 
     def _item(self, step: int) -> tuple[int, int, Batch]:
         return step, self.widest(step), self.batch(step)
+
+
+def _order(total: int, seed: int, shares: Sequence[tuple[int, float]] | None) -> grain.MapDataset:
+    """Row numbers without end: a shuffle an epoch, or one of each part, mixed."""
+
+    def shuffled(start: int, stop: int) -> grain.MapDataset:
+        return grain.MapDataset.source(np.arange(start, stop)).seed(seed).shuffle().repeat()
+
+    if shares is None:
+        return shuffled(0, total)
+    ends = np.cumsum([rows for rows, _ in shares])
+    parts = [shuffled(end - rows, end) for (rows, _), end in zip(shares, ends, strict=True)]
+    return grain.MapDataset.mix(parts, [weight for _, weight in shares])

@@ -1,0 +1,112 @@
+"""The target's features of rows, as a store keeps them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jeagle import align, features, targets
+from jeagle.errors import UserError
+from jeagle.joints import Batch
+from jeagle.runtime.mesh import row_sharding
+from jeagle.targets import Target
+
+_WHOLE = ("float32", "float32")
+
+
+class Captured(NamedTuple):
+    """Stored features of some rows, and whether each row's are finite."""
+
+    stored: features.Stored
+    finite_B: Any
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "taps", "width", "kinds"))
+def _captured(
+    graphdef: Any,
+    state: Any,
+    batch: Batch,
+    channels: dict[str, jax.Array],
+    taps: tuple[int, ...],
+    width: int,
+    kinds: tuple[str, str],
+) -> Captured:
+    model = nnx.merge(graphdef, state)
+    found = targets.features(model, batch, taps, align.near_supervised(batch), width)
+    real_BT = batch.segments_BT > 0
+    finite = jnp.isfinite(found.taps_BTAH).all(axis=(2, 3)) & jnp.isfinite(found.last_BTH).all(axis=2)
+    return Captured(features.encode(found, *kinds, channels), (finite | ~real_BT).all(axis=1))
+
+
+class Capture:
+    """The frozen target as a function from rows to what is stored of them.
+
+    Args:
+      width: the most positions of a row whose `last` is kept.
+      kinds: types of taps and last on disk.
+      channels: scales of narrow kinds; None for those of no scale at all.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        taps: tuple[int, ...],
+        mesh: Mesh,
+        *,
+        width: int,
+        kinds: tuple[str, str] = _WHOLE,
+        channels: dict[str, np.ndarray] | None = None,
+    ):
+        self._target, self._taps, self._mesh, self._width, self._kinds = target, taps, mesh, width, kinds
+        shapes = {"taps": (len(taps), target.spec.width), "last": (target.spec.width,)}
+        one: dict[str, Any] = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        self._channels = one | (channels or {})
+
+    def begin(self, rows: Batch) -> Captured:
+        """This process's rows -> the global batch's features, on the devices and perhaps still under way."""
+        sharding = row_sharding(self._mesh)
+        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
+        return _captured(
+            self._target.graphdef, self._target.state, batch, self._channels, self._taps, self._width, self._kinds
+        )
+
+    def end(self, captured: Captured) -> features.Stored:
+        """This process's rows of what `begin` gave, on the host. UserError for features that are not numbers."""
+        own = jax.tree.map(_own_rows, captured)
+        if not own.finite_B.all():
+            raise UserError(
+                f"The target's hidden states of row {int(np.argmin(own.finite_B))} of a batch are not numbers: its "
+                "weights are damaged, or too narrow; compare them with python -m jeagle.doctor --against transformers."
+            )
+        return own.stored
+
+    def __call__(self, rows: Batch) -> features.Stored:
+        return self.end(self.begin(rows))
+
+
+def _own_rows(array: jax.Array) -> np.ndarray:
+    """The rows of a global array that this process's devices hold, in order, once each, other axes whole."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    pieces: dict[int, np.ndarray] = {}
+    for shard in array.addressable_shards:
+        if all(
+            part.indices(size)[:2] == (0, size) for part, size in zip(shard.index[1:], array.shape[1:], strict=True)
+        ):
+            pieces[shard.index[0].start or 0] = np.asarray(shard.data)
+    return np.concatenate([pieces[start] for start in sorted(pieces)])
+
+
+def kept_width(rows: Batch, block: int = 1024) -> int:
+    """The most positions of any row whose `last` is kept, a multiple of 16."""
+    most = 0
+    for start in range(0, len(rows.tokens_BT), block):
+        part = Batch(*(np.asarray(array[start : start + block]) for array in rows))
+        most = max(most, int(align.near_supervised(part, xp=np).sum(axis=1).max(initial=0)))
+    return min(-(-max(most, 1) // 16) * 16, rows.tokens_BT.shape[1])

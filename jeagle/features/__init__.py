@@ -1,0 +1,42 @@
+"""Features of prepared data in tensorstore: writing, reading, checking."""
+
+from jeagle.features.claims import Claims
+from jeagle.features.formats import Kind, Scaled, Stored, bytes_per_token, channel_scales, decode, encode
+from jeagle.features.manifests import DATA, Segment, check_fit, finished, read_store
+from jeagle.features.mixture import Mixture, open_stores, read_ahead
+from jeagle.features.places import Full, Place
+from jeagle.features.reader import Store
+from jeagle.features.rows import Ragged, joined, ragged
+from jeagle.features.verify import Damage, prune, verify
+from jeagle.features.writer import Unit, Writer, units_of
+
+__all__ = [
+    "DATA",
+    "Claims",
+    "Damage",
+    "Full",
+    "Kind",
+    "Mixture",
+    "Place",
+    "Ragged",
+    "Scaled",
+    "Segment",
+    "Store",
+    "Stored",
+    "Unit",
+    "Writer",
+    "bytes_per_token",
+    "channel_scales",
+    "check_fit",
+    "decode",
+    "encode",
+    "finished",
+    "joined",
+    "open_stores",
+    "prune",
+    "ragged",
+    "read_ahead",
+    "read_store",
+    "units_of",
+    "verify",
+]
