@@ -10,13 +10,13 @@ import os
 import socket
 import time
 import uuid
-from pathlib import Path
 
 from jeagle.features.manifests import CLAIMS
-from jeagle.features.places import Place
+from jeagle.features.places import Place, started
 
 STALE_SECONDS = 600.0  # a writer on another host that has been silent for so long is taken for dead
 RENEW_SECONDS = 60.0
+_HERE: set[str] = set()  # writers of this process
 
 
 class Claims:
@@ -28,6 +28,7 @@ class Claims:
 
     def __init__(self, place: Place):
         self._place, self.writer = place, uuid.uuid4().hex[:12]
+        _HERE.add(self.writer)
         self._held: dict[str, float] = {}
 
     def take(self, name: str) -> bool:
@@ -46,13 +47,13 @@ class Claims:
         data = self._place.read(f"{CLAIMS}/{name}.json")
         try:
             claim = json.loads(data or b"null")
-            if claim["writer"] == self.writer:
+            if claim["writer"] in _HERE:
                 return True
             if time.time() - claim["renewed"] > STALE_SECONDS:
                 return False
             if claim["host"] != socket.gethostname():
                 return True
-            return claim["process"] != os.getpid() and _started(claim["process"]) == claim["started"]
+            return claim["process"] != os.getpid() and started(claim["process"]) == claim["started"]
         except (ValueError, KeyError, TypeError):
             return False
 
@@ -75,21 +76,4 @@ class Claims:
 
     def _text(self) -> bytes:
         claim = {"writer": self.writer, "host": socket.gethostname(), "process": os.getpid()}
-        return json.dumps(claim | {"started": _started(os.getpid()), "renewed": time.time()}).encode()
-
-
-def _started(process: int) -> str | None:
-    """What tells a process from a later one of the same number; None where there is none."""
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return "alive"
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+        return json.dumps(claim | {"started": started(os.getpid()), "renewed": time.time()}).encode()

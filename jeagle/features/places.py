@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
+import socket
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
 
 from jeagle.errors import UserError
-from jeagle.runtime.manifest import atomic_write
 
+ASIDE = "aside"  # what is written before it gets its name
 _SCHEMES = {"gs://": "gcs", "s3://": "s3"}
 _ABSENT = b"\x02"  # the generation of a key that is not there, in tensorstore's encoding
 _FULL = ("No space left", "os_error_code='28'", "Disk quota", "RESOURCE_EXHAUSTED")
@@ -68,28 +70,49 @@ class Place:
     def write(self, key: str, data: bytes) -> None:
         """Writes a key whole, over an older one."""
         with full_disk_named():
-            if self.path is not None:
-                atomic_write(self.path / key, data)
-            else:
+            if self.path is None:
                 self._kv.write(key, data).result()
+                return
+            with self._aside(key, data) as aside:
+                os.replace(aside, self.path / key)
 
     def write_new(self, key: str, data: bytes) -> bool:
         """Writes a key whole unless it is there already; of several writers one gets True."""
         with full_disk_named():
             if self.path is None:
                 return bool(self._kv.write(key, data, if_equal=_ABSENT).result().generation)
-            path = self.path / key
-            if path.exists():
+            if (self.path / key).exists():
                 return False
-            aside = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
             try:
-                atomic_write(aside, data)
-                os.link(aside, path)  # unlike a rename, this fails where the name is taken
+                with self._aside(key, data) as aside:
+                    os.link(aside, self.path / key)  # unlike a rename, this fails where the name is taken
                 return True
             except FileExistsError:
                 return False
-            finally:
-                aside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _aside(self, key: str, data: bytes) -> Iterator[Path]:
+        """A file on disk with these bytes, under a name that nobody else has, gone afterwards."""
+        assert self.path is not None
+        folder = self.path / ASIDE
+        for needed in (folder, (self.path / key).parent):
+            needed.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+        try:
+            with open(path, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Removes what killed processes of this machine had not finished writing."""
+        for path in (self.path / ASIDE).glob("*~*~*") if self.path is not None else ():
+            host, process, _ = path.name.rsplit("~", 2)
+            if host == socket.gethostname() and started(int(process)) is None:
+                path.unlink(missing_ok=True)
 
     def names(self, folder: str) -> list[str]:
         """What lies in a folder, sorted: keys by their last part, and folders."""
@@ -131,8 +154,25 @@ class Place:
         return shutil.disk_usage(there).free
 
 
+def started(process: int) -> str | None:
+    """What tells a process from a later one of the same number; None where there is none."""
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return "alive"
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
 @contextlib.contextmanager
-def full_disk_named():
+def full_disk_named() -> Iterator[None]:
     """Turns every way in which a full disk shows itself into `Full`."""
     try:
         yield

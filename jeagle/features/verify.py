@@ -81,6 +81,7 @@ def prune(place: Place, damaged: list[str], *, only_damaged: bool = False) -> li
     for key in place.names(CLAIMS):
         if not claims.alive(key.removesuffix(".json")):
             place.delete(f"{CLAIMS}/{key}")
+    place.sweep()
     if gone:
         place.delete(INDEX)
         write_index(place)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jeagle.errors import UserError
-from jeagle.features.arrays import write_array
+from jeagle.features.arrays import metadata_sha256, write_array
 from jeagle.features.claims import Claims
 from jeagle.features.manifests import (
     CLAIMS,
@@ -93,13 +93,12 @@ class Writer:
         return []
 
     def take_one(self, unit: Unit) -> bool:
-        """Whether this writer shall make the unit; what a dead writer left of it goes."""
+        """Whether this writer shall make the unit."""
         if not self.claims.take(unit.name):
             return False
         if unit.name in finished(self.place):
             self.claims.drop(unit.name)
             return False
-        self._sweep(unit.name)
         return True
 
     def commit(self, unit: Unit, found: Ragged, chunk: int) -> bool:
@@ -128,6 +127,7 @@ class Writer:
                 self.place.delete(f"{SEGMENTS}/{data}")
         for claim in self.place.names(CLAIMS):
             self.place.delete(f"{CLAIMS}/{claim}")
+        self.place.sweep()
 
     def _commit(self, segment: Segment, arrays: dict[str, np.ndarray], chunk: int) -> bool:
         place, folder = self.place, segment.folder
@@ -135,19 +135,25 @@ class Writer:
             described = {name: write_array(place, f"{folder}/{name}", a, chunk) for name, a in arrays.items()}
             size = sum(a.nbytes for a in arrays.values())
             segment = dataclasses.replace(segment, arrays=described, bytes=size)
-            first = place.write_new(f"{MANIFESTS}/{segment.name}.json", sealed(dataclasses.asdict(segment)))
+            whole = all(
+                metadata_sha256(place, f"{folder}/{name}") == d["metadata_sha256"] for name, d in described.items()
+            )
+            seal = sealed(dataclasses.asdict(segment))
+            first = whole and place.write_new(f"{MANIFESTS}/{segment.name}.json", seal)
         except Full as error:
             place.delete(folder)
             self.claims.drop_all()
             raise UserError(self._full(sum(a.nbytes for a in arrays.values()), segment.name)) from error
         except BaseException:
             place.delete(folder)
+            if segment.name in finished(place):  # another was first, and has removed this beginning
+                return False
             raise
         if first:
             self.bytes += size
+            self._sweep(segment)
         else:
             place.delete(folder)
-        self._sweep(segment.name, keep=segment.data if first else None)
         self.claims.drop(segment.name)
         return first
 
@@ -159,10 +165,8 @@ class Writer:
             "room, and the same command goes on from them."
         )
 
-    def _sweep(self, name: str, keep: str | None = None) -> None:
-        """Removes other writers' beginnings of a unit, unless a manifest names them."""
-        data = self.place.read(f"{MANIFESTS}/{name}.json")
+    def _sweep(self, segment: Segment) -> None:
+        """Removes other writers' beginnings of a segment that is finished: they cannot come to count any more."""
         for other in self.place.names(SEGMENTS):
-            named = data is not None and f'"{other}"'.encode() in data
-            if other.startswith(f"{name}.") and other != keep and not named:
+            if other.startswith(f"{segment.name}.") and other != segment.data:
                 self.place.delete(f"{SEGMENTS}/{other}")

@@ -1,0 +1,117 @@
+"""Random rows and features, as a target would give them, and a store of them: no model is run."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jeagle import align, features
+from jeagle.features.formats import DTYPES, LARGEST
+from jeagle.joints import Batch
+
+LENGTH, HIDDEN, TAPS, VOCAB = 24, 16, 3, 50
+SPLITS = {"train": 20, "held_out": 5}
+
+
+def rows(count: int, seed: int) -> Batch:
+    """Packed rows of one to three documents, with padding; some rows are full, some answers end a row."""
+    rng = np.random.default_rng(seed)
+    tokens, segments, positions = (np.zeros((count, LENGTH), np.int32) for _ in range(3))
+    supervised = np.zeros((count, LENGTH), bool)
+    for row in range(count):
+        start = 0
+        for number in range(1, int(rng.integers(2, 5))):
+            length = min(int(rng.integers(4, LENGTH)), LENGTH - start)
+            here = slice(start, start + length)
+            tokens[row, here] = rng.integers(1, VOCAB, length)
+            segments[row, here], positions[row, here] = number, np.arange(length)
+            supervised[row, start + length // 2 : start + length] = True
+            start += length
+    return Batch(tokens, segments, positions, supervised)
+
+
+def stored(batch: Batch, kind: str, seed: int) -> features.Stored:
+    """Random features of rows, of one type on disk; zero where nothing is kept."""
+    rng = np.random.default_rng(seed)
+    near = align.near_supervised(batch, xp=np)
+    real = batch.segments_BT > 0
+
+    def one(mask: np.ndarray, *shape: int) -> features.Scaled:
+        full = (*mask.shape, *shape)
+        wide = mask.reshape(*mask.shape, *(1,) * len(shape))
+        values = (rng.standard_normal(full) * 20 * wide).astype(DTYPES[kind])
+        if kind not in LARGEST:
+            return features.Scaled(values)
+        row = (rng.random(full[:-1]) * wide[..., 0]).astype(np.float32)
+        return features.Scaled(values, row, np.ones((mask.shape[0], *shape), np.float32))
+
+    greedy = (rng.integers(0, VOCAB, near.shape) * near).astype(np.int32)
+    lse = (rng.standard_normal(near.shape) * near).astype(np.float32)
+    return features.Stored(one(real, TAPS, HIDDEN), one(near, HIDDEN), greedy, lse)
+
+
+def about(kind: str, **made_from: Any) -> dict[str, Any]:
+    data = {"end_token_ids": [1], "target_vocab": VOCAB, "source": "s", "template": "t"}
+    return {
+        "format": 1,
+        "made_from": {"data": data, "taps": [1, 2, 3], "arrays": {"taps": kind, "last": kind}} | made_from,
+        "layout": {"rows_per_segment": 3, "row_length": LENGTH},
+        "splits": {split: {"rows": count} for split, count in SPLITS.items()},
+        "command": "extract",
+    }
+
+
+def fill(url: str | Path, kind: str = "int8", pause: float = 0.0, **made_from: Any) -> int:
+    """Writes what is missing of the store that the seeds describe; returns the number of segments written."""
+    if pause:
+        random.seed(os.getpid())
+    writer = features.Writer(features.Place(str(url)), about(kind, **made_from))
+    tables = {"embed": np.ones((VOCAB, HIDDEN), np.float32)}
+    for name, shape in (("taps_channel", (TAPS, HIDDEN)), ("last_channel", (HIDDEN,))):
+        tables[name] = np.random.default_rng(3).random(shape).astype(np.float32)
+    writer.commit_tables(lambda: tables)
+    units, written = features.units_of(SPLITS, 3), 0
+    while taken := writer.take(units):
+        batch, found = content(taken[0].split, kind)
+        time.sleep(random.random() * pause)
+        written += writer.commit(taken[0], features.ragged(batch, found, taken[0].rows), 8)
+    writer.finish()
+    return written
+
+
+def content(split: str, kind: str) -> tuple[Batch, features.Stored]:
+    """All rows of a side, and what a store must give back for them."""
+    seed = list(SPLITS).index(split)
+    batch = rows(SPLITS[split], seed)
+    return batch, stored(batch, kind, seed)
+
+
+def check_whole(url: str | Path, kind: str = "int8") -> None:
+    """Every row is there once, with its bytes, every checksum is right, and nothing else lies about."""
+    store = features.Store(str(url))
+    store.check_complete()
+    assert list(features.verify(store)) == []
+    numbers = sorted((s.split, row) for s in store.segments for row in s.rows)
+    assert numbers == sorted((split, row) for split, count in SPLITS.items() for row in range(count))
+    for split, count in SPLITS.items():
+        order = np.random.default_rng(7).permutation(count)
+        batch, found = content(split, kind)
+        got = store.batch(split, order)
+        for array, wanted in zip(got, batch, strict=True):
+            np.testing.assert_array_equal(array, wanted[order])
+        back = store.stored(split, order, got)
+        for array, wanted in ((back.taps.values, found.taps.values), (back.last.values, found.last.values)):
+            np.testing.assert_array_equal(array.astype(np.float32), wanted[order].astype(np.float32))
+        np.testing.assert_array_equal(back.greedy_BT, found.greedy_BT[order])
+        np.testing.assert_array_equal(back.lse_BT, found.lse_BT[order])
+        if found.taps.row is not None:
+            np.testing.assert_array_equal(back.taps.row, found.taps.row[order])
+            np.testing.assert_array_equal(back.last.row, found.last.row[order])
+    place = store.place
+    assert set(place.names("segments")) == {s.data for s in store.segments}
+    assert place.names("claims") == place.names("aside") == []
