@@ -146,8 +146,8 @@ def part_gradient(
     frozen: Frozen,
     batch: Batch,
     width: int,
-    divisor_K: jax.Array | None,
-    stored: features.Stored | None,
+    divisor_K: jax.Array | None = None,
+    stored: features.Stored | None = None,
 ) -> tuple[tuple[jax.Array, objective.Figures], Any]:
     """((loss, figures), gradient) of a batch, or of a part of one whose `objective.divisors` are given."""
     live = live_positions(program, batch, width)
@@ -160,7 +160,7 @@ def part_gradient(
 
 
 def summed_gradient(
-    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: features.Stored | None
+    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: features.Stored | None = None
 ) -> tuple[tuple[jax.Array, objective.Figures], Any]:
     """As `part_gradient` of the whole batch, a part at a time: each divided by what the whole batch is divided by.
 
