@@ -1,5 +1,10 @@
 """Frozen targets: finding and loading them, features of packed rows, KV-cached generation."""
 
+import os
+
+# transformers, of which configurations and tokenizers are used, would say on every command that PyTorch is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from jeagle.targets.decoder import Decoder
 from jeagle.targets.families import Family, Piece, Switches, own_family, read_spec
 from jeagle.targets.features import features, greedy_and_gap, greedy_and_lse

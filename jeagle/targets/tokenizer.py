@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ def load_tokenizer(files: TargetFiles) -> PreTrainedTokenizerFast:
       UserError: where there is no tokenizer, one of a kind that is not supported, or one of another model: it has
         tokens for which the target has no embedding.
     """
-    # Without this, transformers prints at import that PyTorch is missing, which is as it should be here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     folder = files.path if files.format == "safetensors" else files.path.parent
     if files.format == "gguf" and not (folder / "tokenizer.json").is_file():
         from jeagle.targets.gguf_tokenizer import gguf_tokenizer
