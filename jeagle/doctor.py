@@ -7,6 +7,7 @@ token may be a thousand times as large as the others, and would hide their error
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -101,8 +102,9 @@ def _by_transformers(
     settings = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
     try:
         if files.format == "safetensors":
-            settings |= _dequantising(transformers, source.config)
+            settings |= _dequantising(transformers, json.loads((files.path / "config.json").read_text()))
             model = getattr(transformers, name).from_pretrained(files.path, **settings)
+            torch.nn.Module.to(model, settings["dtype"])  # what was fp8 comes as bfloat16, whatever is asked for
         else:
             model = _filled(torch, transformers, source, settings)
         with torch.no_grad():

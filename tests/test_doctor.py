@@ -95,3 +95,11 @@ def test_what_transformers_cannot_run_is_told_in_one_sentence(torch, monkeypatch
 def test_a_gguf_is_compared_too(torch, capsys, smollm2_files):
     assert doctor.main(["--target", str(smollm2_files.path), "--tokens", "16"]) == 0
     assert "greedy tokens equal: 16 of 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["gpt_oss_mxfp4", "qwen3_fp8"])
+def test_quantised_weights_are_compared_by_the_numbers_that_they_stand_for(torch, capsys, case):
+    if case.endswith("fp8"):
+        pytest.importorskip("accelerate")  # transformers reads fp8 with its help
+    assert doctor.main(["--target", str(GOLDEN.parent / case), "--tokens", "16"]) == 0
+    assert "greedy tokens equal: 16 of 16" in capsys.readouterr().out
