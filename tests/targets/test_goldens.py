@@ -88,17 +88,12 @@ def test_cached_decoding_equals_the_full_forward(case, block):
     assert_close(decode(case, tokens, block), theirs, TO_TRANSFORMERS)
 
 
-def test_stacked_layers_equal_separate_ones(case):
-    tokens, _ = golden(case)
-    stacked, separate = (forward(case, tokens, *alone(tokens), stacked=s) for s in (True, False))
-    assert_close(stacked, separate, TO_ITSELF)
-
-
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-def test_eight_devices_equal_one(case):
+def test_stacked_layers_on_eight_devices_equal_separate_ones_on_one(case):
+    """Both at once, since each is a program to compile: what is wrong with either shows."""
     tokens, _ = golden(case)
     one = forward(case, tokens, *alone(tokens))
-    assert_close(forward(case, tokens, *alone(tokens), stacked=True, split=True), one, TO_ITSELF)
+    split = jax.device_count() >= 8
+    assert_close(forward(case, tokens, *alone(tokens), stacked=True, split=split), one, TO_ITSELF)
 
 
 @functools.lru_cache
@@ -109,7 +104,7 @@ def golden(case: str) -> tuple[np.ndarray, States]:
 
 
 @functools.lru_cache(maxsize=4)
-def loaded(case: str, stacked: bool = False, split: bool = False) -> targets.Target:
+def loaded(case: str, stacked: bool, split: bool) -> targets.Target:
     source = targets.open_weights(targets.resolve(str(FOLDER / case)))
     return targets.load_target(source, mesh_of(source) if split else single(), "float32", stacked=stacked)
 
@@ -147,7 +142,7 @@ def forward(
 
 @functools.lru_cache(maxsize=4)
 def extending(case: str) -> Any:
-    target = loaded(case)
+    target = loaded(case, False, False)
     taps = tuple(range(target.spec.layers + 1))
 
     @jit
@@ -162,7 +157,7 @@ def extending(case: str) -> Any:
 def decode(case: str, tokens: np.ndarray, block: int) -> States:
     """The same states, by blocks of tokens that see what the cache holds; what is left over, one by one."""
     rows, length = tokens.shape
-    cache = loaded(case).model().empty_cache(rows, length, jnp.float32)
+    cache = loaded(case, False, False).model().empty_cache(rows, length, jnp.float32)
     pieces, start = [], 0
     while start < length:
         here = slice(start, start + (block if start + block <= length else 1))
