@@ -169,6 +169,18 @@ def test_order_does_not_depend_on_processes_or_on_where_one_resumes(rows, proces
         assert widest == parts[-1].widest(step)
 
 
+def test_the_order_follows_from_the_seed_and_the_epoch_alone(rows):
+    """One order, cut into batches of any size; another for each seed and each epoch."""
+    one = RowStream(rows, 1, seed=5)
+    flat = np.concatenate([one.row_numbers(step) for step in range(2 * 23)])
+    for size in (2, 4, 23):
+        stream = RowStream(rows, size, seed=5)
+        cut = np.concatenate([stream.row_numbers(step) for step in range(2 * 23 // size)])
+        np.testing.assert_array_equal(cut, flat[: len(cut)])
+    other = RowStream(rows, 1, seed=6)
+    assert [int(other.row_numbers(step)[0]) for step in range(23)] != flat[:23].tolist() != flat[23:].tolist()
+
+
 def test_what_fails_on_the_reading_thread_is_raised_and_not_waited_for(rows):
     stream = RowStream(rows, 4, seed=1)  # count_live was not called
     with pytest.raises(IndexError):
