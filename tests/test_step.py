@@ -15,6 +15,7 @@ from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.log import summarise
 from jeagle.runtime.changes import checksums, unchanged
+from jeagle.runtime.flops import count_flops
 from jeagle.runtime.mesh import make_mesh
 from jeagle.step import part_gradient, summed_gradient, train_step
 from jeagle.train import Run, check_parts, choose_buckets, put_rows, set_up
@@ -107,6 +108,22 @@ def test_every_trained_tensor_moves_within_100_steps_and_stays_float32(world):
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
     figures = summarise(report)
     assert 1 < figures["expected_acceptance_length_sampled"] < 4 and figures["taken"] == 1
+
+
+def test_flops_of_a_step_are_counted_from_its_trace_and_double_with_its_rows(world):
+    """What the progress line divides by the chips' peak; at least what the target's kernels alone take."""
+    run = world.run
+
+    def flops(batch):
+        return count_flops(
+            train_step.trace(run.program, run.optimiser, run.state, run.frozen, batch, world.width).jaxpr
+        )
+
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), world.batch)
+    kernels = tiny.LAYERS * tiny.WIDTH * (2 * (tiny.HEADS + tiny.KV_HEADS) * tiny.HEAD_DIM + 3 * tiny.INNER)
+    least = 2 * kernels * world.batch.tokens_BT.size
+    assert least < flops(world.batch) < 20 * least
+    assert flops(twice) == pytest.approx(2 * flops(world.batch), rel=0.01)  # chunks of positions are rounded up
 
 
 def test_one_changed_bit_is_seen():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,15 +12,18 @@ from jeagle.config import RunConfig
 from jeagle.exchange import read_export
 from jeagle.export import export
 from jeagle.runtime.checkpoints import load_named
+from jeagle.runtime.mesh import make_mesh
 from jeagle.train import train
 from tests import tiny
 
 
 def run(folder, **settings) -> RunConfig:
-    flags = tiny.flags(folder, mesh__fsdp=8, train__batch_rows=16, draft__ttt_steps=2, **settings)
+    flags = tiny.flags(folder, draft__ttt_steps=2, **settings)
     config = configs.parse_overrides(RunConfig(name="x"), flags, program="x", description="x")
     dataset.prepare(config)
-    train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:2]))
+        train(config)
     return config
 
 

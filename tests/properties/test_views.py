@@ -34,6 +34,7 @@ SPECS = {
     "qk_norm": {"qk_norm": True, "head_dim": 16},
     "llama3_rope": {"rope": LLAMA3},
     "bias": {"attention_bias": True},
+    "own_width": {"width": 16, "taps": (0, 1, 2, 3, 5), "head_norm": False},
 }
 
 
@@ -85,8 +86,8 @@ def test_training_view_is_decoding_view(changes):
     graphdef, state = shaken(spec)
     draft = nnx.merge(graphdef, state)
     batch = packed_row(rng)
-    taps = jnp.asarray(rng.standard_normal((1, 24, 3, 24)), jnp.float32)
-    embed = jnp.asarray(rng.standard_normal((40, 24)), jnp.float32)
+    taps = jnp.asarray(rng.standard_normal((1, 24, len(spec.taps), 24)), jnp.float32)
+    embed = jnp.asarray(rng.standard_normal((40, spec.width)), jnp.float32)
     tables = Tables(embed, jnp.zeros((20, 24)), jnp.arange(20))
     slots, predictions = training_view(graphdef, state, batch, taps, tables)
 
