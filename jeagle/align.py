@@ -142,7 +142,7 @@ def greedy_labels(greedy_BT: Any, read_BN: Any, *, xp: ModuleType = jnp) -> Any:
 
 
 class Selected(NamedTuple):
-    """Positions [B, N], rising; `live` is false on those that only fill the width up."""
+    """Positions [B, N], rising along a row; `live` is false on those that only fill the width up."""
 
     positions_BN: jax.Array
     live_BN: jax.Array
@@ -151,13 +151,12 @@ class Selected(NamedTuple):
 def select(wanted_BT: jax.Array, width: int) -> Selected:
     """The positions where `wanted` holds, first `width` of each row.
 
-    The caller guarantees that `width` suffices; rows with fewer end in dead entries, which point at distinct unwanted
-    positions.
+    The caller guarantees that `width` suffices; rows with fewer are filled up with their first unwanted positions.
     """
     if width >= wanted_BT.shape[1]:
         positions = jnp.broadcast_to(jnp.arange(wanted_BT.shape[1]), wanted_BT.shape)
         return Selected(positions.astype(jnp.int32), wanted_BT)
-    order = jnp.argsort(~wanted_BT, axis=1, stable=True)[:, :width]
+    order = jnp.sort(jnp.argsort(~wanted_BT, axis=1, stable=True)[:, :width], axis=1)
     return Selected(order.astype(jnp.int32), jnp.take_along_axis(wanted_BT, order, axis=1))
 
 

@@ -138,6 +138,16 @@ def draft_sharding(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) ->
     return NamedSharding(mesh, logical_sharding(axes, shape, mesh))
 
 
+def constrain_draft(state: Any, mesh: Mesh | None) -> Any:
+    """Parameters, or their gradients, told to the compiler to lie as `make_draft` lays them."""
+    if mesh is None or mesh.size == 1:
+        return state
+    if isinstance(state, dict):  # with adapters, which are whole everywhere
+        return state | {"base": constrain_draft(state["base"], mesh)}
+    places = _by_path(state, lambda path, leaf: draft_sharding(path, leaf.shape, mesh))
+    return jax.lax.with_sharding_constraint(state, places)
+
+
 def _by_path(state: Any, function: Any) -> Any:
     leaves = [(path, leaf.replace(function(path, leaf.get_value()))) for path, leaf in nnx.to_flat_state(state)]
     return nnx.from_flat_state(leaves)

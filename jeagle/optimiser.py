@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from jeagle.config import TrainConfig
+from jeagle.runtime.clip import clip_by_global_norm
 
 EMBEDDING_LIKE = ("lm_head",)
 """Matrices with a row for each token: no linear maps between features, so that AdamW suits them better than Muon."""
@@ -44,7 +45,7 @@ def make_optimiser(
     Args:
       trained: of a parameter's path of names.
     """
-    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    parts = [clip_by_global_norm(config.clip)] if config.clip else []
     both = optax.chain(*parts, OPTIMISERS[config.optimizer](config, rate))
     return optax.partition(
         {"train": both, "frozen": optax.set_to_zero()},

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from jeagle import align, drafts, features, objective, targets
-from jeagle.assemble import TrainState
+from jeagle.assemble import TrainState, constrain_draft
 from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Tables
 from jeagle.optimiser import averaged
+from jeagle.runtime.mesh import RULES, platform, row_parts
 
 
 class Program(NamedTuple):
@@ -29,6 +31,8 @@ class Program(NamedTuple):
       logits: what the target's family does to its logits, which teach.
       parts: that a batch's rows are worked through in, one after the other.
       average: decay of the moving average of parameters; 0 keeps none.
+      mesh: over which rows, parameters and gradients are split; None for one device.
+      remat: a TTT step is run again in the backward pass, from its inputs: less memory for more FLOPs.
     """
 
     target: Any
@@ -40,6 +44,8 @@ class Program(NamedTuple):
     logits: LogitShape = PLAIN_LOGITS
     parts: int = 1
     average: float = 0.0
+    mesh: Mesh | None = None
+    remat: bool = False
 
 
 class Frozen(NamedTuple):
@@ -96,25 +102,66 @@ def draft_loss(
     live: Live,
     divisor_K: jax.Array | None = None,
 ) -> tuple[jax.Array, objective.Figures]:
-    """The loss of a draft on features, and its figures."""
+    """The loss of a draft on features, and its figures.
+
+    Where a mesh splits the batch's rows, each device runs the TTT steps and the loss of its own rows: the draft's
+    parameters are gathered once a step, and their gradients summed over the devices once, not in every loop.
+    """
     draft = drafts.with_adapters(draft)
-    cross = program.objective.cross_documents
+    args = draft, batch, features, tables.embed_VW[batch.tokens_BT], tables, live, divisor_K
+    mesh = program.mesh
+    if mesh is None or row_parts(mesh) == 1:
+        return _loss_of_rows(program, (), *args)
+    axes = tuple(RULES["rows"])
+    whole, rows = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(
+        functools.partial(_loss_of_rows, program, axes),
+        mesh=mesh,
+        in_specs=(whole, rows, rows, rows, whole, Live(PartitionSpec(None, axes), rows, rows), whole),
+        out_specs=whole,
+        axis_names={*axes, *(axis for axis, size in mesh.shape.items() if size == 1)},
+        check_vma=False,
+    )(*args)
+
+
+def _loss_of_rows(
+    program: Program,
+    over: tuple[str, ...],
+    draft: Any,
+    batch: Batch,
+    features: Features,
+    embedded_BTW: jax.Array,
+    tables: Tables,
+    live: Live,
+    divisor_K: jax.Array | None,
+) -> tuple[jax.Array, objective.Figures]:
+    spec, kind = program.objective, platform(program.mesh)
     predictions = drafts.unroll(
-        program.draft, draft, batch, features.taps_BTAH, tables, live.slots, live.counts_KBT, cross_documents=cross
+        program.draft,
+        draft,
+        batch,
+        features.taps_BTAH,
+        embedded_BTW,
+        live.slots,
+        live.counts_KBT,
+        cross_documents=spec.cross_documents,
+        remat=program.remat,
+        backend="tpu" if kind == "tpu" else "chunked",
     )
-    head = nnx.merge(program.draft, draft).lm_head[...]
     return objective.objective(
-        program.objective,
+        spec,
         predictions,
         features,
         batch,
         tables,
-        head,
+        nnx.merge(program.draft, draft).lm_head[...],
         live.teachers,
         dtype=program.dtype,
         slots=live.slots,
         logits=program.logits,
         divisor_K=divisor_K,
+        over=over,
+        chunk_rows=objective.CPU_CHUNK if kind == "cpu" else objective.ACCELERATOR_CHUNK,
     )
 
 
@@ -137,7 +184,7 @@ def train_step(
         found = part_gradient(program, state.draft, frozen, batch, width, None, stored)
     else:
         found = summed_gradient(program, state.draft, frozen, batch, width, stored)
-    return descend(optimiser, state, *found, average=program.average)
+    return descend(optimiser, state, *found, average=program.average, mesh=program.mesh)
 
 
 def part_gradient(
@@ -187,9 +234,10 @@ def update(
     optimiser: optax.GradientTransformation,
     state: TrainState,
     loss_of: Callable[[Any], tuple[jax.Array, objective.Figures]],
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Report]:
     """The optimiser's step down `loss_of` the draft."""
-    return descend(optimiser, state, *jax.value_and_grad(loss_of, has_aux=True)(state.draft))
+    return descend(optimiser, state, *jax.value_and_grad(loss_of, has_aux=True)(state.draft), mesh=mesh)
 
 
 def descend(
@@ -199,6 +247,7 @@ def descend(
     gradient: Any,
     *,
     average: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Report]:
     """The optimiser's step; the old state, one more skipped, if loss or gradient is not finite or no slot is trained.
 
@@ -206,22 +255,25 @@ def descend(
       found: loss and figures. average: decay of the moving average of parameters, where the state has one.
     """
     loss, figures = found
+    gradient = constrain_draft(gradient, mesh)
     norm = optax.tree.norm(gradient)
-    updates, moments = optimiser.update(gradient, state.optimiser, state.draft)
     taken = jnp.isfinite(norm) & jnp.isfinite(loss) & (figures.trained.sum() > 0)
 
-    def keep(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+    def take(gradient: Any, old: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        draft, moments, mean = old
+        updates, moments = optimiser.update(gradient, moments, draft)
+        draft = optax.apply_updates(draft, updates)
+        return draft, moments, None if mean is None else averaged(mean, draft, state.step, average)
 
-    draft = keep(optax.apply_updates(state.draft, updates), state.draft)
+    # Choosing leaf by leaf between old and new would keep both, a second copy of parameters and moments.
+    old = state.draft, state.optimiser, state.average
+    draft, moments, mean = jax.lax.cond(taken, take, lambda _, old: old, gradient, old)
     after = TrainState(
-        draft=draft,
-        optimiser=keep(moments, state.optimiser),
+        draft=constrain_draft(draft, mesh),
+        optimiser=moments,
         step=state.step + 1,
         skipped=state.skipped + ~taken,
-        average=None
-        if state.average is None
-        else keep(averaged(state.average, draft, state.step, average), state.average),
+        average=mean,
     )
     return after, Report(loss, figures, norm, taken, after.skipped)
 

@@ -130,6 +130,7 @@ def set_up(config: RunConfig) -> Run:
         teacher.spec.logits,
         config.train.accumulate,
         config.train.ema,
+        mesh,
     )
     return Run(program, optimiser, Frozen(teacher.state, tables), state, stream, steps, mesh, stores)
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jeagle.drafts.eagle3 import Eagle3
-from jeagle.drafts.ttt import Past
 from jeagle.joints import Tables
 from jeagle.layers import Sight, attend
 
 
-def empty_cache(draft: Eagle3, rows: int, length: int) -> tuple[Past, ...]:
+class Cache(NamedTuple):
+    """One layer's keys and values of all slots so far."""
+
+    keys_BTGC: jax.Array
+    values_BTGC: jax.Array
+
+
+def empty_cache(draft: Eagle3, rows: int, length: int) -> tuple[Cache, ...]:
     """Room for `length` slots of `rows` sequences, for each layer."""
     shape = (rows, length, draft.spec.kv_heads, draft.spec.head_dim)
     kind = jnp.promote_types(draft.dtype, jnp.float32)
-    return tuple(Past(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in draft.layers)
+    return tuple(Cache(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in draft.layers)
 
 
 def advance(
@@ -26,8 +32,8 @@ def advance(
     hidden_BTW: jax.Array,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
-    cache: tuple[Past, ...],
-) -> tuple[jax.Array, jax.Array, tuple[Past, ...]]:
+    cache: tuple[Cache, ...],
+) -> tuple[jax.Array, jax.Array, tuple[Cache, ...]]:
     """Slots at `positions_BT` read a state and a token -> (what lm_head reads, the states to go on from, cache).
 
     A state is `draft.fuse(taps)` where the target has been, and the draft's own last state where it has not. Keys are
@@ -44,7 +50,7 @@ def advance(
     for layer, past in zip(draft.layers, cache, strict=True):
         read, residual = layer.inputs(embedded, hidden)
         fresh = layer.self_attn.keys_values(read, positions_BT)
-        past = Past(*(room.at[rows, positions_BT].set(new) for room, new in zip(past, fresh, strict=True)))
+        past = Cache(*(room.at[rows, positions_BT].set(new) for room, new in zip(past, fresh, strict=True)))
         queries = layer.self_attn.queries(read, positions_BT)
         mixed = attend(queries, *past, sight, draft.dtype, window=draft.spec.sliding_window)
         hidden = layer.finish(residual, mixed)

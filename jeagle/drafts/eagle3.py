@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jeagle.drafts.dense import dense, scaled_dense
+from jeagle.drafts.kept import kept
 from jeagle.joints import DraftSpec
-from jeagle.layers import GatedMLP, matmul, rms_norm, rotate_by
+from jeagle.layers import GatedMLP, rms_norm, rotate_by
+from jeagle.runtime.numerics import rows_product
 
-Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+class Read(NamedTuple):
+    """What a layer's attention projects: the state, in the first layer beside a token's embedding.
+
+    Attributes:
+      hidden: normed state [..., W], in the type of the products.
+      embedded: embedding of the token [..., W], divided by its root mean square but not scaled; None past layer 0.
+      scale: weight [W] of the embedding's norm; None past layer 0.
+    """
+
+    hidden: jax.Array
+    embedded: jax.Array | None = None
+    scale: jax.Array | None = None
 
 
 class Attention(nnx.Module):
-    """Projections and rotation; who attends to whom is the caller's `mix`."""
+    """Projections and rotation; who attends to whom is the caller's to say."""
 
     def __init__(self, spec: DraftSpec, inputs: int, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
@@ -35,28 +49,32 @@ class Attention(nnx.Module):
             self.k_norm = nnx.Param(jnp.ones(spec.head_dim))
         self.spec, self.dtype = spec, dtype
 
-    def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def queries(self, read: Read, positions: jax.Array) -> jax.Array:
         """Rotated [..., Q, C]."""
-        return self._rotated(x, positions, "q")
+        return self._rotated(read, positions, "q")
 
-    def keys_values(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def keys_values(self, read: Read, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Rotated keys and plain values, [..., G, C] each."""
-        return self._rotated(x, positions, "k"), self._project(x, "v")
+        return self._rotated(read, positions, "k"), self._project(read, "v")
 
     def out(self, mixed: jax.Array) -> jax.Array:
-        y = matmul(mixed.reshape(*mixed.shape[:-2], -1), self.o_proj[...], self.dtype)
+        y = dense(mixed.reshape(*mixed.shape[:-2], -1).astype(self.dtype), self.o_proj[...])
         return y + self.o_bias[...] if self.spec.attention_bias else y
 
-    def _rotated(self, x: jax.Array, positions: jax.Array, which: str) -> jax.Array:
-        heads = self._project(x, which)
+    def _rotated(self, read: Read, positions: jax.Array, which: str) -> jax.Array:
+        heads = self._project(read, which)
         if self.spec.qk_norm:
             heads = rms_norm(heads, getattr(self, f"{which}_norm")[...], self.spec.norm_eps)
         return rotate_by(self.spec.rope, heads, positions)
 
-    def _project(self, x: jax.Array, which: str) -> jax.Array:
-        y = matmul(x, getattr(self, f"{which}_proj")[...], self.dtype)
+    def _project(self, read: Read, which: str) -> jax.Array:
+        kernel, width = getattr(self, f"{which}_proj")[...], read.hidden.shape[-1]
+        y = dense(read.hidden, kernel[-width:])
+        if read.embedded is not None:
+            y = y + scaled_dense(read.embedded, read.scale, kernel[:width])
         if self.spec.attention_bias:
             y = y + getattr(self, f"{which}_bias")[...]
+        y = kept(y, self.dtype)
         return y.reshape(*y.shape[:-1], -1, self.spec.head_dim)
 
 
@@ -70,21 +88,29 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = nnx.Param(jnp.ones(spec.width))
         self.self_attn = Attention(spec, 2 * spec.width if first else spec.width, dtype, rngs)
         self.mlp = GatedMLP(spec.width, spec.mlp_width, dtype, rngs)
-        self.spec, self.first = spec, first
+        self.spec, self.first, self.dtype = spec, first, dtype
 
-    def inputs(self, embedded: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def inputs(self, embedded: jax.Array, hidden: jax.Array) -> tuple[Read, jax.Array]:
         """-> (what attention reads, the residual)."""
-        eps = self.spec.norm_eps
+        eps, stream = self.spec.norm_eps, kept(hidden, self.dtype)
         if not self.first:
-            return rms_norm(hidden, self.input_layernorm[...], eps), hidden
-        normed = rms_norm(hidden, self.hidden_norm[...], eps)
-        both = jnp.concatenate([rms_norm(embedded, self.input_layernorm[...], eps), normed], axis=-1)
-        return both, normed if self.spec.norm_before_residual else hidden
+            return Read(rms_norm(stream, self.input_layernorm[...], eps).astype(self.dtype)), hidden
+        normed = rms_norm(stream, self.hidden_norm[...], eps)
+        plain = jax.lax.stop_gradient(rms_norm(embedded, jnp.ones(()), eps)).astype(self.dtype)
+        read = Read(normed.astype(self.dtype), plain, self.input_layernorm[...])
+        return read, normed if self.spec.norm_before_residual else hidden
 
     def finish(self, residual: jax.Array, mixed: jax.Array) -> jax.Array:
         """Output projection, residual, MLP: the layer's output."""
         x = residual + self.self_attn.out(mixed)
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.spec.norm_eps))
+        normed = rms_norm(kept(x, self.dtype), self.post_attention_layernorm[...], self.spec.norm_eps)
+        gate, up = (
+            kept(dense(normed.astype(self.dtype), kernel[...]), self.dtype)
+            for kernel in (self.mlp.gate_proj, self.mlp.up_proj)
+        )
+        total = jnp.promote_types(self.dtype, jnp.float32)
+        inner = jax.nn.silu(gate.astype(total)) * up.astype(total)
+        return x + dense(inner.astype(self.dtype), self.mlp.down_proj[...])
 
 
 class Eagle3(nnx.Module):
@@ -114,13 +140,13 @@ class Eagle3(nnx.Module):
         fused = taps.reshape(*taps.shape[:-2], -1)
         if self.spec.norm_before_fc:
             fused = rms_norm(fused, self.input_norm[...], self.spec.norm_eps)
-        return matmul(fused, self.fc[...], self.dtype)
+        return dense(fused.astype(self.dtype), self.fc[...])
 
     def finish(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The last layer's output -> (what lm_head reads, the state that the next step starts from)."""
-        normed = rms_norm(hidden, self.norm[...], self.spec.norm_eps)
+        normed = rms_norm(kept(hidden, self.dtype), self.norm[...], self.spec.norm_eps)
         return normed if self.spec.head_norm else hidden, normed if self.spec.carry_normed else hidden
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """What lm_head reads [..., W] -> float32 logits [..., D] over the draft vocabulary."""
-        return matmul(hidden, self.lm_head[...], self.dtype, True)
+        return rows_product(hidden.astype(self.dtype), self.lm_head[...].astype(self.dtype), rows=True)

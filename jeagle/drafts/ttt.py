@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +12,32 @@ from flax import nnx
 from jeagle import align
 from jeagle.align import Selected, take_rows
 from jeagle.drafts import ttt_attention
-from jeagle.drafts.eagle3 import Eagle3
-from jeagle.joints import Batch, Predictions, Tables
+from jeagle.drafts.eagle3 import Eagle3, Read
+from jeagle.drafts.kept import ATTENTION, PRODUCT
+from jeagle.joints import Batch, Predictions
 
 
 class Past(NamedTuple):
-    """What the later layers of a step need beside the slot's own state."""
+    """Keys and values of step 0 at every position, of one layer."""
 
-    keys_BTGC: jax.Array
-    values_BTGC: jax.Array
+    keys_BGTC: jax.Array
+    values_BGTC: jax.Array
+
+
+class Own(NamedTuple):
+    """The slots' own keys and values of steps 1..K-1, of one layer; and what brings them along on the way back."""
+
+    keys_JBGNC: jax.Array
+    values_JBGNC: jax.Array
+    mirror: ttt_attention.Mirror | None
+
+
+class Context(NamedTuple):
+    """Of every layer, the step-0 keys and values; and the first and last of them that a slot sees."""
+
+    past: tuple[Past, ...]
+    first_BN: jax.Array
+    last_BN: jax.Array
 
 
 def unroll(
@@ -27,11 +45,13 @@ def unroll(
     state: Any,
     batch: Batch,
     taps_BTAH: jax.Array,
-    tables: Tables,
+    embedded_BTW: jax.Array,
     slots: Selected,
     counts_KBT: jax.Array,
     *,
     cross_documents: bool = False,
+    remat: bool = False,
+    backend: ttt_attention.Backend = "chunked",
 ) -> Predictions:
     """All K steps of TTT -> what the objective needs.
 
@@ -40,9 +60,12 @@ def unroll(
 
     Args:
       graphdef, state: of an `Eagle3`.
+      embedded_BTW: each position's own embedding row, frozen.
       slots: the N slots of each row that count at some step, from `layers.select`.
       counts_KBT: from `align.counting_slots`.
       cross_documents: as in `align.read_positions`.
+      remat: keep a step's input and its attention alone for the backward pass, and make its products anew there.
+      backend: of the attention to step-0 keys.
 
     Source: EAGLE-3 (arXiv 2503.01840), section 3.2.
     """
@@ -52,109 +75,107 @@ def unroll(
     reads_KBN = jax.vmap(lambda reads: take_rows(reads, slots.positions_BN))(reads_KBT)
     counts_KBN = jax.vmap(lambda counts: take_rows(counts, slots.positions_BN))(counts_KBT) & slots.live_BN
     fused_BTW = draft.fuse(taps_BTAH)
-    if draft.spec.layers == 1:
-        context = _context(draft, batch, fused_BTW, tables, reads_KBT[0], slots)
-    else:
-        context = _deep_context(draft, batch, fused_BTW, tables, reads_KBT[0], slots)
-
-    tokens_KBN = jax.vmap(lambda reads: _read_tokens(batch, reads))(reads_KBN)
+    context = _context(draft, batch, fused_BTW, _embedded(embedded_BTW, reads_KBT[0]), slots, backend)
     positions_BN = take_rows(batch.positions_BT, slots.positions_BN)
 
-    # Looked up before the scan: within it, XLA's CPU backend would convert the whole table to float32 first.
-    embedded_KBNW = tables.embed_VW[tokens_KBN]
+    policy = jax.checkpoint_policies.save_only_these_names(ATTENTION, *(() if remat else (PRODUCT,)))
 
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
     def step(carry, parts):
-        k, embedded_BNW = parts
-        return _step(nnx.merge(graphdef, state), carry, k, embedded_BNW, positions_BN, context)
+        k, reads_BN = parts
+        return _step(
+            nnx.merge(graphdef, state), carry, k, _embedded(embedded_BTW, reads_BN), positions_BN, context, backend
+        )
 
     own = _empty_own(draft, steps, slots.positions_BN.shape)
     carry = (take_rows(fused_BTW, slots.positions_BN), own)
-    _, hidden_KBNW = jax.lax.scan(step, carry, (jnp.arange(steps), embedded_KBNW))
+    (_, own), hidden_KBNW = jax.lax.scan(step, carry, (jnp.arange(steps), reads_KBN))
+    for mine in own:
+        found = ttt_attention.Mirror(mine.keys_JBGNC, mine.values_JBGNC)
+        hidden_KBNW = ttt_attention.reflect(hidden_KBNW, found, mine.mirror)
     return Predictions(hidden_KBNW, reads_KBN, counts_KBN)
 
 
-class Context(NamedTuple):
-    """Of every layer: the step-0 keys and values; and which of them a slot sees."""
-
-    past: tuple[Past, ...]
-    allowed_BNT: jax.Array
-
-
-def _embed(tables: Tables, tokens: jax.Array) -> jax.Array:
-    return tables.embed_VW[tokens].astype(jnp.float32)
+def _embedded(embedded_BTW: jax.Array, reads_BN: jax.Array) -> jax.Array:
+    """Embeddings of the tokens at these positions; any where a slot reads none (position T), for it does not count."""
+    rows = take_rows(embedded_BTW, jnp.minimum(reads_BN, embedded_BTW.shape[1] - 1))
+    return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
 
 
-def _read_tokens(batch: Batch, reads_BT: jax.Array) -> jax.Array:
-    """The tokens at these positions; 0 where a slot reads none (position T)."""
-    padded = jnp.pad(batch.tokens_BT, ((0, 0), (0, 1)))
-    return take_rows(padded, jnp.minimum(reads_BT, batch.tokens_BT.shape[1]))
-
-
-def _visible(batch: Batch, positions_BN: jax.Array, window: int) -> jax.Array:
-    """Step-0 keys at or before the slot, of its document, within the window: [B, N, T]."""
+def _first_seen(batch: Batch, window: int) -> jax.Array:
+    """The first position whose step-0 key each position sees: its document's, or its window's."""
     here_T = jnp.arange(batch.tokens_BT.shape[1])
-    segments_BN = take_rows(batch.segments_BT, positions_BN)
-    allowed = (here_T <= positions_BN[..., None]) & (segments_BN[..., None] == batch.segments_BT[:, None])
-    return allowed & (here_T > positions_BN[..., None] - window) if window else allowed
+    begins_BT = jnp.diff(batch.segments_BT, axis=1, prepend=-1) != 0
+    first_BT = jax.lax.cummax(jnp.where(begins_BT, here_T, 0), axis=1)
+    return jnp.maximum(first_BT, here_T - window + 1) if window else first_BT
 
 
-def _context(draft: Eagle3, batch: Batch, fused_BTW, tables: Tables, reads_BT, slots: Selected) -> Context:
-    layer = draft.layers[0]
-    read_BTX, _ = layer.inputs(_embed(tables, _read_tokens(batch, reads_BT)), fused_BTW)
-    past = Past(*layer.self_attn.keys_values(read_BTX, batch.positions_BT))
-    return Context((past,), _visible(batch, slots.positions_BN, draft.spec.sliding_window))
-
-
-def _deep_context(draft: Eagle3, batch: Batch, fused_BTW, tables: Tables, reads_BT, slots: Selected) -> Context:
-    """With several layers the deeper keys of step 0 need the shallower layers at every position."""
-    embedded = _embed(tables, _read_tokens(batch, reads_BT))
-    everywhere = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)
-    allowed = _visible(batch, everywhere, draft.spec.sliding_window)
+def _context(draft: Eagle3, batch: Batch, fused_BTW, embedded_BTW, slots: Selected, backend: Any) -> Context:
+    """Step 0 at every position, as far as later slots attend to it: the deepest layer stops at its keys and values."""
+    first_BT = _first_seen(batch, draft.spec.sliding_window)
+    last_BT = jnp.broadcast_to(jnp.arange(first_BT.shape[1]), first_BT.shape)
     hidden, past = fused_BTW, []
     for layer in draft.layers:
-        read, residual = layer.inputs(embedded, hidden)
-        keys, values = layer.self_attn.keys_values(read, batch.positions_BT)
-        past.append(Past(keys, values))
-        queries = layer.self_attn.queries(read, batch.positions_BT)
-        nothing = jnp.zeros((0, *keys.shape), keys.dtype)
-        mixed = ttt_attention.chunked(
-            queries, keys, values, allowed, nothing, nothing, jnp.zeros(0, bool), dtype=draft.dtype
+        read, residual = layer.inputs(embedded_BTW, hidden)
+        past.append(Past(*(_heads_first(x) for x in layer.self_attn.keys_values(read, batch.positions_BT))))
+        if layer is draft.layers[-1]:
+            break
+        queries = _heads_first(layer.self_attn.queries(read, batch.positions_BT))
+        nothing = _empty_own(draft, 1, first_BT.shape)[0].mirror
+        mixed, _ = ttt_attention.attend(
+            queries, *past[-1], first_BT, last_BT, *nothing, jnp.zeros(0, bool), dtype=draft.dtype, backend=backend
         )
-        hidden = layer.finish(residual, mixed)
-    return Context(tuple(past), take_rows(allowed, slots.positions_BN))
+        hidden = layer.finish(residual, _heads_first(mixed))
+    return Context(tuple(past), take_rows(first_BT, slots.positions_BN), slots.positions_BN)
 
 
-def _empty_own(draft: Eagle3, steps: int, slots: tuple[int, ...]) -> tuple[Past, ...]:
+def _heads_first(x: jax.Array) -> jax.Array:
+    """[B, N, heads, C] to [B, heads, N, C], or back."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _empty_own(draft: Eagle3, steps: int, slots: tuple[int, int]) -> tuple[Own, ...]:
     """Room for the slots' own keys and values of steps 1..K-1, of every layer."""
-    shape = (steps - 1, *slots, draft.spec.kv_heads, draft.spec.head_dim)
-    kind = jnp.promote_types(draft.dtype, jnp.float32)
-    return tuple(Past(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in draft.layers)
+    rows, count = slots
+    shape = (steps - 1, rows, draft.spec.kv_heads, count, draft.spec.head_dim)
+    empty = jnp.zeros(shape, draft.dtype)
+    return tuple(Own(empty, empty, ttt_attention.Mirror(empty, empty)) for _ in draft.layers)
 
 
-def _step(draft: Eagle3, carry, k: jax.Array, embedded_BNW, positions_BN, context: Context):
+def _step(draft: Eagle3, carry, k: jax.Array, embedded, positions_BN, context: Context, backend: Any):
     hidden, own = carry
-    embedded = embedded_BNW.astype(jnp.float32)
-    happened_J = jnp.arange(own[0].keys_BTGC.shape[0]) < k
-    kept = []
+    happened_J = jnp.arange(own[0].keys_JBGNC.shape[0]) < k
+    new_own = []
     for layer, past, mine in zip(draft.layers, context.past, own, strict=True):
         read, residual = layer.inputs(embedded, hidden)
-        mine = _keep_own(layer, mine, read, positions_BN + k, k)
-        queries = layer.self_attn.queries(read, positions_BN + k)
-        mixed = ttt_attention.chunked(
-            queries, past.keys_BTGC, past.values_BTGC, context.allowed_BNT, *mine, happened_J, dtype=draft.dtype
+        mine = _with_own(layer, mine, read, positions_BN + k, k)
+        queries = _heads_first(layer.self_attn.queries(read, positions_BN + k))
+        seen = context.first_BN, context.last_BN
+        mixed, mirror = ttt_attention.attend(
+            queries,
+            *past,
+            *seen,
+            mine.keys_JBGNC,
+            mine.values_JBGNC,
+            happened_J,
+            dtype=draft.dtype,
+            backend=backend,
+            mirror=mine.mirror,
         )
-        hidden = layer.finish(residual, mixed)
-        kept.append(mine)
+        hidden = layer.finish(residual, _heads_first(mixed))
+        new_own.append(Own(mine.keys_JBGNC, mine.values_JBGNC, mirror))
     for_head, state = draft.finish(hidden)
-    return (state, tuple(kept)), for_head
+    return (state, tuple(new_own)), for_head.astype(draft.dtype)
 
 
-def _keep_own(layer, mine: Past, read: jax.Array, positions: jax.Array, k: jax.Array) -> Past:
+def _with_own(layer, mine: Own, read: Read, positions: jax.Array, k: jax.Array) -> Own:
     """Puts step k's own keys and values at place k - 1; step 0's lie in the context already."""
-    if mine.keys_BTGC.shape[0] == 0:
+    if mine.keys_JBGNC.shape[0] == 0:
         return mine
     fresh = layer.self_attn.keys_values(read, positions)
     place = jnp.maximum(k - 1, 0)  # step 0 writes where step 1 will write again
-    return Past(
-        *(jax.lax.dynamic_update_index_in_dim(room, new, place, 0) for room, new in zip(mine, fresh, strict=True))
+    keys, values = (
+        jax.lax.dynamic_update_index_in_dim(room, _heads_first(new).astype(room.dtype), place, 0)
+        for room, new in zip((mine.keys_JBGNC, mine.values_JBGNC), fresh, strict=True)
     )
+    return mine._replace(keys_JBGNC=keys, values_JBGNC=values)

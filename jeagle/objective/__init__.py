@@ -2,6 +2,17 @@
 
 from jeagle.objective.dialects import DIALECTS, ObjectiveSpec, resolve
 from jeagle.objective.losses import LOSSES, parse_loss
-from jeagle.objective.objective import Figures, divisors, objective
+from jeagle.objective.objective import ACCELERATOR_CHUNK, CPU_CHUNK, Figures, divisors, objective
 
-__all__ = ["DIALECTS", "LOSSES", "Figures", "ObjectiveSpec", "divisors", "objective", "parse_loss", "resolve"]
+__all__ = [
+    "ACCELERATOR_CHUNK",
+    "CPU_CHUNK",
+    "DIALECTS",
+    "LOSSES",
+    "Figures",
+    "ObjectiveSpec",
+    "divisors",
+    "objective",
+    "parse_loss",
+    "resolve",
+]

@@ -12,8 +12,11 @@ from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Predictions
 from jeagle.objective.chunked import Recipe, Slotwise, Taught, chunked_loss
 from jeagle.objective.dialects import ObjectiveSpec
 from jeagle.objective.whole import needs_first_pass, split
+from jeagle.runtime.mesh import summed_over
 
-CHUNK_ROWS = 1024  # slots (of all rows and steps together) whose logits exist at a time
+# Slots (of all of a device's rows and steps together) whose logits exist at a time. An accelerator reads both lm_heads
+# for each chunk, which only many slots make worth it.
+CPU_CHUNK, ACCELERATOR_CHUNK = 512, 2048
 
 
 class Figures(NamedTuple):
@@ -53,8 +56,10 @@ def objective(
     slots: Selected,
     logits: LogitShape = PLAIN_LOGITS,
     divisor_K: jax.Array | None = None,
+    over: tuple[str, ...] = (),
+    chunk_rows: int = CPU_CHUNK,
 ) -> tuple[jax.Array, Figures]:
-    """The scalar loss of the global batch and its figures.
+    """The scalar loss of the global batch and its figures; its gradient on a device is that of the device's own rows.
 
     Args:
       predictions: of `drafts.unroll`, at the live `slots`.
@@ -64,6 +69,8 @@ def objective(
       slots: positions of the N live slots (for weighing by document).
       logits: what the target's family does to its logits.
       divisor_K: `divisors` of the whole batch, where `batch` is only a part of it.
+      over: mesh axes over which a surrounding `shard_map` splits the rows.
+      chunk_rows: slots whose logits exist at a time.
 
     Source: EAGLE-3 (arXiv 2503.01840); the switches of `spec` name the differences between its trainers.
     """
@@ -75,7 +82,7 @@ def objective(
     trained_KBN = counts_KBN & (label_KBN >= 0) if spec.mask_out_of_vocab else counts_KBN
     segments_BN = take_rows(batch.segments_BT, slots.positions_BN)
     if divisor_K is None:
-        divisor_K = divisors(spec, trained_KBN, segments_BN, batch.tokens_BT.shape)
+        divisor_K = divisors(spec, trained_KBN, segments_BN, batch.tokens_BT.shape, over)
     scale_KBN = _scale(spec, trained_KBN, segments_BN, divisor_K, batch.tokens_BT.shape[1])
     decay_K = spec.decay ** jnp.arange(counts_KBN.shape[0], dtype=scale_KBN.dtype)
     weight_KBN = jnp.where(trained_KBN, scale_KBN * decay_K[:, None, None], 0.0)
@@ -89,20 +96,21 @@ def objective(
         weight_BMK=jnp.where(present_BMK, _take(weight_KBN, slot_BMK), 0.0),
     )
     hidden_BMKW = _take(predictions.hidden_KBNW, slot_BMK)
-    chunk = _chunk(*slot_BMK.shape)
+    chunk = _chunk(slot_BMK.shape, chunk_rows)
     recipe = Recipe(spec.terms(), spec.renormalised, dtype, chunk, logits, spec.temperature, spec.mixture)
     rest_K = jnp.zeros_like(decay_K)
     if needs_first_pass(recipe.terms):
         frozen = jax.lax.stop_gradient((hidden_BMKW, lm_head_DW, taught))
         _, first = chunked_loss(recipe._replace(terms=((1.0, "tv"),)), *frozen)
         accepted = _by_slot(first, slot_BMK, present_BMK, counts_KBN.shape[2]).accepted
-        terms, factors, rest_K = split(recipe.terms, accepted, trained_KBN, scale_KBN, spec.decay, spec.mixture)
+        terms, factors, rest_K = split(recipe.terms, accepted, trained_KBN, scale_KBN, spec.decay, spec.mixture, over)
         recipe = recipe._replace(terms=terms)
         taught = taught._replace(factors=tuple(f if f is None else _take(f, slot_BMK) for f in factors))
     loss, by_teacher = chunked_loss(recipe, hidden_BMKW, lm_head_DW, taught)
     by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, counts_KBN.shape[2])
     figures = _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)
-    return loss + jnp.sum(decay_K * rest_K), figures._replace(loss=figures.loss + rest_K)
+    figures = figures._replace(loss=figures.loss + rest_K)
+    return summed_over((loss + jnp.sum(decay_K * rest_K), figures), over)
 
 
 def _draft_labels(greedy_BT: jax.Array, tables: Tables) -> jax.Array:
@@ -112,20 +120,26 @@ def _draft_labels(greedy_BT: jax.Array, tables: Tables) -> jax.Array:
     return index_V[greedy_BT]
 
 
-def divisors(spec: ObjectiveSpec, trained_KBX: jax.Array, segments_BX: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def divisors(
+    spec: ObjectiveSpec,
+    trained_KBX: jax.Array,
+    segments_BX: jax.Array,
+    shape: tuple[int, int],
+    over: tuple[str, ...] = (),
+) -> jax.Array:
     """What each step's loss is divided by, [K]: all slots, those that carry loss, or documents that have such.
 
     Args:
       trained_KBX: the slots that carry loss; segments_BX: their documents.
-      shape: of the batch, [B, T].
+      shape: of the batch, [B, T]. over: as in `objective`.
     """
     if spec.normaliser == "all_slots":
-        return jnp.full(len(trained_KBX), float(shape[0] * shape[1]))
+        return jnp.full(len(trained_KBX), jnp.float32(summed_over(shape[0] * shape[1], over)))
     if spec.normaliser == "counting":
         # Dividing by the slots that count, dropped ones included, would let the vocabulary change the scale.
-        return jnp.maximum(trained_KBX.sum(axis=(1, 2)), 1).astype(jnp.float32)
+        return jnp.maximum(summed_over(trained_KBX.sum(axis=(1, 2)), over), 1).astype(jnp.float32)
     documents_KB = (_by_document(trained_KBX, segments_BX, shape[1]) > 0).sum(axis=2)
-    return jnp.maximum(documents_KB.sum(axis=1), 1).astype(jnp.float32)
+    return jnp.maximum(summed_over(documents_KB.sum(axis=1), over), 1).astype(jnp.float32)
 
 
 def _scale(
@@ -170,9 +184,10 @@ def _take(array_KBNX: jax.Array, slot_BMK: jax.Array) -> jax.Array:
     return array_KBNX[_places(slot_BMK)]
 
 
-def _chunk(batch: int, width: int, steps: int) -> int:
-    """The largest divisor of `width` that keeps a chunk at CHUNK_ROWS rows of logits or fewer."""
-    wanted = max(1, CHUNK_ROWS // (batch * steps))
+def _chunk(shape: tuple[int, ...], rows: int) -> int:
+    """The largest divisor of `width` that keeps a chunk at so many rows of logits or fewer."""
+    batch, width, steps = shape
+    wanted = max(1, rows // (batch * steps))
     return max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
 
 

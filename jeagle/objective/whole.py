@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.objective.losses import WHOLE, Mixture, Terms
+from jeagle.runtime.mesh import summed_over
 
 
 class Split(NamedTuple):
@@ -34,7 +35,13 @@ def needs_first_pass(terms: Terms) -> bool:
 
 
 def split(
-    terms: Terms, accepted_KBN: jax.Array, trained_KBN: jax.Array, scale_KBN: jax.Array, decay: float, mixture: Mixture
+    terms: Terms,
+    accepted_KBN: jax.Array,
+    trained_KBN: jax.Array,
+    scale_KBN: jax.Array,
+    decay: float,
+    mixture: Mixture,
+    over: tuple[str, ...] = (),
 ) -> Split:
     """The terms as losses of single slots.
 
@@ -49,13 +56,14 @@ def split(
       accepted_KBN: overlap of draft and target at each slot, from the first pass.
       scale_KBN: what a slot's loss is multiplied with before the decay.
       decay: of the objective: a slot of step j stands in the chances of all steps k >= j, which weigh decay**k.
+      over: mesh axes over which a surrounding `shard_map` splits the rows.
     """
     steps = len(trained_KBN)
     out: list[tuple[tuple[float, str], jax.Array | None]] = []
     rest_K = jnp.zeros(steps, scale_KBN.dtype)
     for weight, name in terms:
         if name == "lk_step":
-            share, mean = _step_factors(accepted_KBN, trained_KBN, scale_KBN, mixture)
+            share, mean = _step_factors(accepted_KBN, trained_KBN, scale_KBN, mixture, over)
             out += [((weight, "soft_ce"), share), ((weight, "tv"), mean)]
         elif name == "length":
             factor, missing_K = _length_factors(accepted_KBN, trained_KBN, scale_KBN, decay)
@@ -66,9 +74,9 @@ def split(
     return Split(tuple(term for term, _ in out), tuple(factor for _, factor in out), rest_K)
 
 
-def _step_factors(accepted, trained, scale, mixture: Mixture) -> tuple[jax.Array, jax.Array]:
-    count_K = jnp.maximum(trained.sum(axis=(1, 2)), 1)
-    mean_K = jnp.where(trained, accepted, 0.0).sum(axis=(1, 2)) / count_K
+def _step_factors(accepted, trained, scale, mixture: Mixture, over) -> tuple[jax.Array, jax.Array]:
+    count_K = jnp.maximum(summed_over(trained.sum(axis=(1, 2)), over), 1)
+    mean_K = summed_over(jnp.where(trained, accepted, 0.0).sum(axis=(1, 2)), over) / count_K
     share = jnp.broadcast_to(mixture.share(mean_K)[:, None, None], scale.shape)
     return share, (1.0 - share) / (count_K[:, None, None] * jnp.where(scale == 0, 1.0, scale))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -91,6 +92,11 @@ def by_rows(array_BX: jax.Array, mesh: Mesh | None) -> jax.Array:
         return array_BX
     axes = row_axes(mesh, array_BX.shape[0])
     return jax.lax.with_sharding_constraint(array_BX, NamedSharding(mesh, PartitionSpec(axes or None)))
+
+
+def summed_over(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Sums over the devices along these axes, inside a `shard_map`; without axes, what is given."""
+    return jax.lax.psum(tree, axes) if axes else tree
 
 
 def row_parts(mesh: Mesh) -> int:

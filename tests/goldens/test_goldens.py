@@ -68,7 +68,14 @@ def loss_function(case: cases.Case, spec):
 
     def loss(state):
         predictions = unroll(
-            graphdef, state, batch, features.taps_BTAH, tables, everywhere, counts, cross_documents=spec.cross_documents
+            graphdef,
+            state,
+            batch,
+            features.taps_BTAH,
+            tables.embed_VW[batch.tokens_BT],
+            everywhere,
+            counts,
+            cross_documents=spec.cross_documents,
         )
         head = nnx.merge(graphdef, state).lm_head[...]
         return objective(

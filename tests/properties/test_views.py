@@ -76,7 +76,8 @@ def packed_row(rng: np.random.Generator) -> Batch:
 def training_view(graphdef, state, batch: Batch, taps, tables: Tables):
     counts = align.counting_slots(batch, STEPS, "predicted")
     slots = align.select(counts.any(axis=0), 20)
-    return slots, unroll(graphdef, state, jax.tree.map(jnp.asarray, batch), taps, tables, slots, counts)
+    batch = jax.tree.map(jnp.asarray, batch)
+    return slots, unroll(graphdef, state, batch, taps, tables.embed_VW[batch.tokens_BT], slots, counts)
 
 
 @pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS.keys())

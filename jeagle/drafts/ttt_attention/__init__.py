@@ -1,6 +1,7 @@
 """Attention of the TTT steps: step-0 keys of the past, and the slot's own keys of later steps, in one softmax."""
 
-from jeagle.drafts.ttt_attention.chunked import chunked
+from jeagle.drafts.ttt_attention.mirror import Mirror, reflect
+from jeagle.drafts.ttt_attention.op import Backend, attend
 from jeagle.drafts.ttt_attention.reference import reference
 
-__all__ = ["chunked", "reference"]
+__all__ = ["Backend", "Mirror", "attend", "reference", "reflect"]

@@ -1,63 +1,98 @@
-"""The same in blocks of slots, grouped heads unrepeated, products in a chosen type: memory linear in T."""
+"""Plain XLA, in blocks of slots: scores exist for one block at a time, so memory is linear in T; and a block reads keys
+only as far as its slots can see.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30
+from jeagle.drafts.ttt_attention.past import MASKED, Past
+
+BLOCK = 128  # slots whose scores exist at a time
+BANDS = 8
+SMALLEST_BAND = 64
 
 
-def chunked(
-    queries_BNQC: jax.Array,
-    keys_BTGC: jax.Array,
-    values_BTGC: jax.Array,
-    allowed_BNT: jax.Array,
-    own_keys_JBNGC: jax.Array,
-    own_values_JBNGC: jax.Array,
-    own_allowed_J: jax.Array,
-    *,
-    dtype: Any,
-    block: int = 512,
-) -> jax.Array:
-    """As `reference.reference`; at most `block` slots' scores exist at a time, forward and backward."""
-    slots = queries_BNQC.shape[1]
-    if slots <= block or slots % block:
-        return _block(
-            queries_BNQC, keys_BTGC, values_BTGC, allowed_BNT, own_keys_JBNGC, own_values_JBNGC, own_allowed_J, dtype
-        )
+def forward(past: Past) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `Past` says."""
 
-    def split(x: jax.Array, axis: int) -> jax.Array:
-        shape = (*x.shape[:axis], slots // block, block, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
+    def one(end, sums, queries, seen):
+        scores = _scores(past, end, queries, seen)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        return sums, (_product("bgrnt,bgtc->bgrnc", past.dtype, weights, past.values_BGTC[:, :, :end]), top, total)
 
-    def one(parts):
-        queries, allowed, own_keys, own_values = parts
-        return _block(queries, keys_BTGC, values_BTGC, allowed, own_keys, own_values, own_allowed_J, dtype)
-
-    parts = (split(queries_BNQC, 1), split(allowed_BNT, 1), split(own_keys_JBNGC, 2), split(own_values_JBNGC, 2))
-    out = jax.lax.map(jax.checkpoint(one), parts)
-    return jnp.moveaxis(out, 0, 1).reshape(queries_BNQC.shape)
+    return _over_blocks(past, one, (), (past.queries_BGRNC, _seen(past)))[1]
 
 
-def _block(queries, keys, values, allowed, own_keys, own_values, own_allowed, dtype):
-    batch, slots, heads, width = queries.shape
-    groups = keys.shape[2]
+def backward(past: Past, dout: jax.Array, lse: jax.Array, taken: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `Past` says."""
+
+    def one(end, sums, queries, seen, dout, lse, taken):
+        weights = jnp.exp(_scores(past, end, queries, seen) - lse)
+        dweights = _product("bgrnc,bgtc->bgrnt", past.dtype, dout, past.values_BGTC[:, :, :end])
+        dscores = weights * (dweights - taken)
+        # The narrow operand first, which XLA's CPU backend copies transposed: the keys' gradients come out as [C, T].
+        dkeys = _product("bgrnc,bgrnt->bgct", past.dtype, queries, dscores)
+        dvalues = _product("bgrnc,bgrnt->bgct", past.dtype, dout, weights)
+        dqueries = _product("bgrnt,bgtc->bgrnc", past.dtype, dscores, past.keys_BGTC[:, :, :end])
+        return (sums[0] + dkeys, sums[1] + dvalues), (dqueries,)
+
+    batch, groups, _, width = past.keys_BGTC.shape
+    nothing = jnp.zeros((batch, groups, width, 0), dout.dtype)
+    given = (past.queries_BGRNC, _seen(past), dout, lse, taken)
+    sums, (dqueries,) = _over_blocks(past, one, (nothing, nothing), given)
+    # Without the barrier XLA merges the transposition into the product, which its CPU backend cannot do in bfloat16.
+    dkeys_BGCT, dvalues_BGCT = jax.lax.optimization_barrier(sums)
+    return dqueries, jnp.swapaxes(dkeys_BGCT, 2, 3), jnp.swapaxes(dvalues_BGCT, 2, 3)
+
+
+def _seen(past: Past) -> jax.Array:
+    """First and last key of each slot, [B, 1, 1, N, 2]: slots on the axis where queries have them."""
+    return jnp.stack([past.first_BN, past.last_BN], axis=-1)[:, None, None]
+
+
+def _product(formula: str, dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     total = jnp.promote_types(dtype, jnp.float32)
-    grouped = queries.reshape(batch, slots, groups, heads // groups, width)
-    past = jnp.einsum("bngrc,btgc->bgrnt", grouped.astype(dtype), keys.astype(dtype), preferred_element_type=total)
-    # One key a slot: elementwise work, not a matrix product.
-    own = jnp.einsum("bngrc,jbngc->bgrnj", grouped.astype(total), own_keys.astype(total))
-    scale = 1 / math.sqrt(width)
-    past = jnp.where(allowed[:, None, None], past * scale, MASKED)
-    own = jnp.where(own_allowed, own * scale, MASKED)
-    top = jax.lax.stop_gradient(jnp.maximum(past.max(axis=-1), own.max(axis=-1, initial=MASKED)))[..., None]
-    past, own = jnp.exp(past - top), jnp.exp(own - top)
-    sums = past.sum(axis=-1) + own.sum(axis=-1)
-    mixed = jnp.einsum("bgrnt,btgc->bngrc", past.astype(dtype), values.astype(dtype), preferred_element_type=total)
-    mixed = mixed + jnp.einsum("bgrnj,jbngc->bngrc", own, own_values.astype(total))
-    mixed = mixed / jnp.moveaxis(sums, 3, 1)[..., None]
-    return mixed.reshape(batch, slots, heads, width)
+    return jnp.einsum(formula, a.astype(dtype), b.astype(dtype), preferred_element_type=total)
+
+
+def _scores(past: Past, end: int, queries: jax.Array, seen: jax.Array) -> jax.Array:
+    scores = _product("bgrnc,bgtc->bgrnt", past.dtype, queries, past.keys_BGTC[:, :, :end])
+    here_T = jnp.arange(end)
+    return jnp.where((here_T >= seen[..., :1]) & (here_T <= seen[..., 1:]), scores, MASKED)
+
+
+def bands(slots: int, length: int) -> list[tuple[int, int, int]]:
+    """The N slots in up to `BANDS` equal parts: (first slot, slot after the last, keys that the part can see).
+
+    Positions rise along a row, so slot n, which has N - 1 - n others behind it, lies at T - N + n at most.
+    """
+    count = max(d for d in range(1, BANDS + 1) if slots % d == 0 and (d == 1 or slots // d >= SMALLEST_BAND))
+    width = slots // count
+    return [(i * width, (i + 1) * width, length - slots + (i + 1) * width) for i in range(count)]
+
+
+def _over_blocks(past: Past, one: Callable, sums: Any, slotwise: tuple[jax.Array, ...]) -> Any:
+    """`one(end, sums, *block of slotwise) -> (sums, block's results)` over all blocks, of keys 0 to end.
+
+    Slots are on axis 3 of `slotwise` and of the results; `sums` are [..., T], cut or filled with zeros to `end`.
+    """
+    results = []
+    for start, stop, end in bands(past.last_BN.shape[1], past.keys_BGTC.shape[2]):
+        sums = jax.tree.map(lambda x, end=end: jnp.pad(x, [(0, 0)] * 3 + [(0, end - x.shape[3])]), sums)
+        here = tuple(x[:, :, :, start:stop] for x in slotwise)
+        blocks = (stop - start) // BLOCK if (stop - start) % BLOCK == 0 else 1
+        if blocks <= 1:
+            sums, found = one(end, sums, *here)
+        else:
+            split = tuple(jnp.moveaxis(x.reshape(*x.shape[:3], blocks, -1, x.shape[4]), 3, 0) for x in here)
+            sums, found = jax.lax.scan(lambda s, x, end=end: one(end, s, *x), sums, split)
+            found = tuple(jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1, x.shape[5]) for x in found)
+        results.append(found)
+    return sums, tuple(jnp.concatenate(x, axis=3) for x in zip(*results, strict=True))

@@ -9,39 +9,39 @@ import jax.numpy as jnp
 
 
 def reference(
-    queries_BNQC: jax.Array,
-    keys_BTGC: jax.Array,
-    values_BTGC: jax.Array,
-    allowed_BNT: jax.Array,
-    own_keys_JBNGC: jax.Array,
-    own_values_JBNGC: jax.Array,
+    queries_BQNC: jax.Array,
+    keys_BGTC: jax.Array,
+    values_BGTC: jax.Array,
+    first_BN: jax.Array,
+    last_BN: jax.Array,
+    own_keys_JBGNC: jax.Array,
+    own_values_JBGNC: jax.Array,
     own_allowed_J: jax.Array,
 ) -> jax.Array:
-    """One softmax over the step-0 keys that `allowed_BNT` lets a slot see and its own keys of later steps.
+    """One softmax over the step-0 keys `first` to `last` of a slot and its own keys of later steps.
 
     Args:
-      queries_BNQC: rotated queries of N slots.
-      keys_BTGC, values_BTGC: rotated keys and values of step 0, of every position.
-      allowed_BNT: which step-0 keys a slot sees (causal, same document, window).
-      own_keys_JBNGC, own_values_JBNGC: the slot's own keys and values of steps 1..J.
+      queries_BQNC: rotated queries of N slots.
+      keys_BGTC, values_BGTC: rotated keys and values of step 0, of every position.
+      first_BN, last_BN: the first and last position whose step-0 key a slot sees (its document's or window's first, and
+        its own).
+      own_keys_JBGNC, own_values_JBGNC: the slot's own keys and values of steps 1..J.
       own_allowed_J: which of those steps have happened.
 
     Returns:
-      [B, N, Q, C].
+      [B, Q, N, C].
 
     Source: EAGLE-3 (arXiv 2503.01840), figure 6: the attention mask of training-time test.
     """
-    repeats = queries_BNQC.shape[2] // keys_BTGC.shape[2]
+    repeats = queries_BQNC.shape[1] // keys_BGTC.shape[1]
     keys, values, own_keys, own_values = (
-        jnp.repeat(x, repeats, axis=-2) for x in (keys_BTGC, values_BTGC, own_keys_JBNGC, own_values_JBNGC)
+        jnp.repeat(x, repeats, axis=-3) for x in (keys_BGTC, values_BGTC, own_keys_JBGNC, own_values_JBGNC)
     )
-    past = jnp.einsum("bnqc,btqc->bnqt", queries_BNQC, keys)
-    own = jnp.einsum("bnqc,jbnqc->bnqj", queries_BNQC, own_keys)
-    allowed = jnp.concatenate(
-        [jnp.broadcast_to(allowed_BNT[:, :, None], past.shape), jnp.broadcast_to(own_allowed_J, own.shape)], axis=-1
-    )
-    scores = jnp.concatenate([past, own], axis=-1) / math.sqrt(queries_BNQC.shape[-1])
-    weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
-    length = keys.shape[1]
-    mixed = jnp.einsum("bnqt,btqc->bnqc", weights[..., :length], values)
-    return mixed + jnp.einsum("bnqj,jbnqc->bnqc", weights[..., length:], own_values)
+    here_T = jnp.arange(keys.shape[2])
+    seen_BNT = (here_T >= first_BN[..., None]) & (here_T <= last_BN[..., None])
+    past = jnp.where(seen_BNT[:, None], jnp.einsum("bqnc,bqtc->bqnt", queries_BQNC, keys), -jnp.inf)
+    own = jnp.where(own_allowed_J, jnp.einsum("bqnc,jbqnc->bqnj", queries_BQNC, own_keys), -jnp.inf)
+    scores = jnp.concatenate([past, own], axis=-1) / math.sqrt(queries_BQNC.shape[-1])
+    weights = jax.nn.softmax(scores, axis=-1)
+    mixed = jnp.einsum("bqnt,bqtc->bqnc", weights[..., : len(here_T)], values)
+    return mixed + jnp.einsum("bqnj,jbqnc->bqnc", weights[..., len(here_T) :], own_values)

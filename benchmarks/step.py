@@ -1,0 +1,252 @@
+"""`python -m benchmarks.step --work W1 --json`: what one training step of a draft costs, the target's features given.
+
+The frozen target's taps and last states are arrays; its logits over the whole vocabulary, the TTT steps, the gradients,
+the clipping, AdamW and the new parameters are the step's, as in `jeagle.step.train_step`. Works: `benchmarks.works`;
+W4 stands for all its lengths, and `--shares` for W3 with ever fewer supervised tokens (counted, not compiled).
+
+The last line printed is a JSON object: wall_s_per_step and cpu_s_per_step (the least of the steps after the first),
+compile_s, temp_bytes (what XLA allots beside arguments and results), peak_rss_bytes, flops_needed (see
+`benchmarks.needed`), flops_counted (from the jaxpr) and flops_share, needed by counted. W3, and W4 beyond 4096, are
+compiled and not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks.needed import needed_flops
+from benchmarks.works import W4_LENGTHS, WORKS, Arrays, Work, array_shapes, make, make_batch
+from jeagle import align, objective
+from jeagle.assemble import TrainState
+from jeagle.drafts import Eagle3
+from jeagle.joints import Batch, Features, Tables
+from jeagle.runtime.clip import clip_by_global_norm
+from jeagle.runtime.flops import flops_of
+from jeagle.runtime.host import prepare_host
+from jeagle.runtime.numerics import rows_product
+from jeagle.step import Program, Report, draft_loss, live_positions, update
+from jeagle.targets.features import greedy_and_lse
+
+# The peers' slots and scale (targets argmax outside the draft vocabulary dropped); and what jeagle trains with.
+OBJECTIVES = {
+    "peers": objective.ObjectiveSpec("soft_ce", 0.8, "speculators", "all_slots", True, False, False),
+    "ours": objective.DIALECTS["jeagle"],
+}
+SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
+LONGEST_RUN = 4096  # positions; longer works are compiled only
+
+
+class Given(NamedTuple):
+    """What the step reads and never changes."""
+
+    batch: Batch
+    taps_BTAH: jax.Array
+    last_BTH: jax.Array
+    head_VH: jax.Array
+    tables: Tables
+
+
+class FullHead(NamedTuple):
+    """The target's lm_head, for the teacher's logits."""
+
+    head_VH: jax.Array
+    dtype: Any
+
+    def logits(self, last: jax.Array) -> jax.Array:
+        return rows_product(last.astype(self.dtype), self.head_VH.astype(self.dtype), rows=True)
+
+
+@functools.partial(jax.jit, static_argnames=("program", "optimiser", "width"), donate_argnames=("state",))
+def step(
+    program: Program, optimiser: optax.GradientTransformation, state: TrainState, given: Given, width: int
+) -> tuple[TrainState, Report]:
+    """One step; `width` live slots a row suffice."""
+    batch = given.batch
+    live = live_positions(program, batch, width)
+    places = live.teachers.positions_BN
+    greedy, lse = greedy_and_lse(FullHead(given.head_VH, program.dtype), align.take_rows(given.last_BTH, places))
+    rows, empty = jnp.arange(places.shape[0])[:, None], jnp.zeros(batch.tokens_BT.shape, jnp.float32)
+    features = Features(
+        given.taps_BTAH,
+        given.last_BTH,
+        empty.astype(jnp.int32).at[rows, places].set(greedy),
+        empty.at[rows, places].set(lse),
+    )
+    return update(optimiser, state, lambda draft: draft_loss(program, draft, batch, features, given.tables, live))
+
+
+def optimiser() -> optax.GradientTransformation:
+    return optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-4, weight_decay=0.0))
+
+
+def program_of(work: Work, dtype: str, *, remat: bool = False) -> tuple[Program, Any]:
+    """(what is static about the step, the draft's state as shapes)."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Eagle3(work.spec(), jnp.dtype(dtype), nnx.Rngs(0))))
+    spec = OBJECTIVES[work.objective]
+    return Program(None, graphdef, work.spec().taps, spec, work.steps, jnp.dtype(dtype), remat=remat), abstract
+
+
+def draft_state(abstract: Any, arrays: Arrays) -> Any:
+    """The work's parameters in the draft's own layout."""
+
+    def leaf(path: tuple[Any, ...]) -> jax.Array:
+        name = ".".join(map(str, path)).replace("layers.0.", "midlayer.") + ".weight"
+        array = arrays.params[name]
+        return jnp.asarray(array.T if array.ndim == 2 and path[-1] != "lm_head" else array)
+
+    return nnx.from_flat_state([(path, v.replace(leaf(path))) for path, v in nnx.to_flat_state(abstract)])
+
+
+def _live(work: Work, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """(slots that count at each step [K, B, T], positions that teach some of them [B, T])."""
+    counts = align.counting_slots(batch, work.steps, OBJECTIVES[work.objective].slots, xp=np)
+    return counts, align.teacher_positions(counts, align.read_positions(batch.segments_BT, work.steps, xp=np), xp=np)
+
+
+def slot_width(work: Work, batch: Batch) -> int:
+    """Live slots of the fullest row, rounded up as training does."""
+    counts, taught = _live(work, batch)
+    most = int(max(counts.any(axis=0).sum(axis=1).max(), taught.sum(axis=1).max()))
+    return min(-(-most // 16) * 16, work.length)
+
+
+def start(arrays: Arrays, abstract: Any, dtype: str) -> tuple[TrainState, Given]:
+    # The target's own weights are stored in the type of its products.
+    head, embed = jnp.asarray(arrays.head_VH, dtype), jnp.asarray(arrays.embed_VW, dtype)
+    chosen = jnp.asarray(arrays.draft_to_target_D)
+    tables = Tables(embed, head[chosen], chosen)
+    batch = jax.tree.map(jnp.asarray, arrays.batch)
+    given = Given(batch, jnp.asarray(arrays.taps_BTAH), jnp.asarray(arrays.last_BTH), head, tables)
+    draft = draft_state(abstract, arrays)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(draft, optimiser().init(draft), zero, jnp.copy(zero)), given
+
+
+def cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+class Bench(NamedTuple):
+    """A work as a program, and what runs it."""
+
+    work: Work
+    program: Program
+    abstract: Any
+    batch: Batch
+    width: int
+    optimiser: optax.GradientTransformation
+
+    def lower(self, state: Any, given: Any) -> Any:
+        return step.lower(self.program, self.optimiser, state, given, self.width)
+
+    def shapes(self) -> tuple[Any, Any]:
+        """State and given of this work as shapes: nothing is allocated."""
+
+        def started(fields: dict[str, Any]) -> tuple[TrainState, Given]:
+            return start(Arrays(checksum="", **fields), self.abstract, self.program.dtype)
+
+        return jax.eval_shape(started, array_shapes(self.work))
+
+    def flops(self) -> dict[str, float]:
+        counts, taught = _live(self.work, self.batch)
+        run = functools.partial(step.__wrapped__, self.program, self.optimiser, width=self.width)
+        counted = flops_of(lambda state, given: run(state, given), *self.shapes())
+        needed = needed_flops(self.work, counts, taught)
+        return {"flops_needed": needed, "flops_counted": counted, "flops_share": round(needed / counted, 4)}
+
+
+def bench_of(work: Work, batch: Batch, dtype: str, *, remat: bool) -> Bench:
+    program, abstract = program_of(work, dtype, remat=remat)
+    return Bench(work, program, abstract, batch, slot_width(work, batch), optimiser())
+
+
+def measure(name: str, work: Work, dtype: str, *, remat: bool, run: bool, budget_s: float) -> dict[str, Any]:
+    """Compiles the step of a work, runs it where asked to, and tells what it costs."""
+    arrays = make(work) if run else None
+    bench = bench_of(work, arrays.batch if arrays else make_batch(work), dtype, remat=remat)
+    result = {"work": name, "dtype": dtype, "remat": remat, "slots": bench.width} | bench.flops()
+    state, given = start(arrays, bench.abstract, dtype) if arrays else bench.shapes()
+    begun, cpu_begun = time.perf_counter(), cpu_s()
+    compiled = bench.lower(state, given).compile()
+    result["compile_s"] = round(time.perf_counter() - begun, 2)
+    result["compile_cpu_s"] = round(cpu_s() - cpu_begun, 2)
+    result["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+    if arrays:
+        result |= {"checksum": arrays.checksum} | timed(compiled, state, given, budget_s)
+    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result
+
+
+def timed(compiled: Any, state: Any, given: Any, budget_s: float) -> dict[str, Any]:
+    """Runs the step four times or more. The first one after compilation still touches memory for the first time."""
+    first, wall, cpu, ended = None, [], [], time.perf_counter() + budget_s
+    while len(wall) < 4 or time.perf_counter() < ended:
+        cpu_before, before = cpu_s(), time.perf_counter()
+        state, report = compiled(state, given)
+        report = jax.device_get(report)
+        jax.block_until_ready(state)
+        wall.append(time.perf_counter() - before)
+        cpu.append(cpu_s() - cpu_before)
+        first = first or report
+    return {
+        "first_loss": float(first.loss),
+        "first_gradient_norm": float(first.gradient_norm),
+        "steps": len(wall) - 1,
+        "wall_s_per_step": min(wall[1:]),
+        "cpu_s_per_step": min(cpu[1:]),
+    }
+
+
+def shares(remat: bool) -> Iterator[dict[str, Any]]:
+    """FLOPs of the 8B step by supervised share."""
+    for share in SHARES:
+        work = dataclasses.replace(WORKS["W3"], supervised=share)
+        bench = bench_of(work, make_batch(work), work.dtype, remat=remat)
+        yield {"supervised": share, "slots": bench.width} | bench.flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", choices=["W4", *WORKS], default="W1", help="W4 is all of its lengths")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: the work's)")
+    parser.add_argument("--remat", action="store_true", help="keep only a TTT step's inputs for its backward pass")
+    parser.add_argument("--shares", action="store_true", help="instead: FLOPs of W3 by supervised share")
+    parser.add_argument("--compile-only", action="store_true", help="as for W3: no arrays, no times")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of steps to take the least of")
+    parser.add_argument("--json", action="store_true", help="print nothing but JSON")
+    args = parser.parse_args()
+    prepare_host()
+    if not args.json:
+        print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)
+    if args.shares:
+        found = list(shares(args.remat))
+        print(json.dumps({"work": "W3", "shares": found}))
+        return
+    names = [f"W4_{length}" for length in W4_LENGTHS] if args.work == "W4" else [args.work]
+    found = []
+    for name in names:
+        run = not args.compile_only and WORKS[name].rows * WORKS[name].length <= LONGEST_RUN and name != "W3"
+        dtype = args.dtype or WORKS[name].dtype
+        found.append(measure(name, WORKS[name], dtype, remat=args.remat, run=run, budget_s=args.seconds))
+        if len(names) > 1:
+            print(json.dumps(found[-1]), flush=True)
+    print(json.dumps(found[0] if len(names) == 1 else {"work": "W4", "lengths": found}))
+
+
+if __name__ == "__main__":
+    main()
