@@ -5,7 +5,7 @@
 Prints JSON. Conversations are made up from a word list with a fixed seed, of one to four turns. The peers' functions
 are loaded from checkouts (SpecForge 0.2.0's specforge.data.preprocessing.preprocess_conversations; speculators 0.4's
 _preprocess_batch) and need torch; modules of theirs that masking does not use are stubbed. Without checkouts jeagle is
-timed alone. The rounds of all of them take turns, and processor time is measured beside the clock, so that a machine
+timed alone. They take turns, slice by slice, and processor time is measured beside the clock, so that a machine
 that does other work too favours none of them.
 
     python benchmarks/data.py --whole 1000000 --short
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -42,7 +43,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a folder; by default one is trained on the conversations")
     parser.add_argument("--specforge", type=Path)
     parser.add_argument("--speculators", type=Path)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--slices", type=int, default=20, help="of the conversations: all are timed on one, then on the next"
+    )
     parser.add_argument("--whole", type=int, default=0, metavar="CONVERSATIONS")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--scratch", type=Path, help="a folder for files; by default the system's")
@@ -58,11 +61,11 @@ def main() -> None:
     if args.speculators is not None:
         ways["speculators"] = (speculators_masks(args.speculators, tokenizer), args.processes)
     rounds: dict[str, list[Round]] = {name: [] for name in ways}
-    for _ in range(args.repeats):
+    for number in range(args.slices):
         for name, (masks, processes) in ways.items():
-            rounds[name].append(timed(masks, chats, processes=processes))
+            rounds[name].append(timed(masks, chats[number :: args.slices], processes=processes))
             print(name, rounds[name][-1], file=sys.stderr, flush=True)
-    report: dict[str, Any] = {"conversations": len(chats), "processes": args.processes, "repeats": args.repeats}
+    report: dict[str, Any] = {"conversations": len(chats), "processes": args.processes, "slices": args.slices}
     report |= {name: summary(found, len(chats)) for name, found in rounds.items()}
     for name in list(ways)[1:]:
         report[name]["jeagle_times_faster"] = {
@@ -77,17 +80,20 @@ def conversations(count: int, *, short: bool = False) -> Iterator[list[dict[str,
     random_ = random.Random(0)
     syllables = [a + b for a in "bcdfghjklmnprstvw" for b in ("a", "e", "i", "o", "u", "ai", "ou", "er", "in")]
     words = ["".join(random_.choices(syllables, k=random_.randint(1, 4))) for _ in range(20000)]
-    weights = [1 / (rank + 5) for rank in range(len(words))]
+    weights = list(itertools.accumulate(1 / (rank + 5) for rank in range(len(words))))
 
     def text(low: int, high: int) -> str:
-        found = random_.choices(words, weights, k=random_.randint(low, high))
+        found = random_.choices(words, cum_weights=weights, k=random_.randint(low, high))
         marks = random_.choices((" ", " ", " ", " ", " ", " ", ", ", ". ", "\n"), k=len(found))
         return "".join(word + mark for word, mark in zip(found, marks, strict=True)).strip()
 
+    if short:  # of sentences that are there, since a million new ones take longer to make up than to read
+        known = [text(5, 15) for _ in range(20000)]
+        for _ in range(count):
+            question, *answer = random_.choices(known, k=random_.randint(2, 4))
+            yield [{"role": "user", "content": question}, {"role": "assistant", "content": ". ".join(answer)}]
+        return
     for _ in range(count):
-        if short:
-            yield [{"role": "user", "content": text(5, 15)}, {"role": "assistant", "content": text(10, 40)}]
-            continue
         turns = [(("user", text(5, 60)), ("assistant", text(40, 300))) for _ in range(random_.randint(1, 4))]
         yield [{"role": role, "content": said} for pair in turns for role, said in pair]
 
@@ -209,16 +215,17 @@ def column(rounds: list[Round], name: str) -> np.ndarray:
 
 
 def summary(rounds: list[Round], count: int) -> dict[str, Any]:
-    """Rates of the best run, and its counts."""
-    best, cpu = float(column(rounds, "seconds").min()), float(column(rounds, "cpu_seconds").min())
+    """Rates over all slices, and counts."""
+    seconds, cpu, tokens, supervised = (float(column(rounds, name).sum()) for name in Round._fields)
     return {
-        "seconds": round(best, 2),
-        "cpu_seconds": round(cpu, 2),
-        "conversations_per_s": round(count / best),
-        "tokens_per_s": round(rounds[0].tokens / best),
-        "tokens_per_cpu_s": round(rounds[0].tokens / cpu),
-        "tokens": rounds[0].tokens,
-        "supervised_tokens": rounds[0].supervised_tokens,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+        "conversations_per_s": round(count / seconds),
+        "conversations_per_cpu_s": round(count / cpu),
+        "tokens_per_s": round(tokens / seconds),
+        "tokens_per_cpu_s": round(tokens / cpu),
+        "tokens": int(tokens),
+        "supervised_tokens": int(supervised),
     }
 
 
