@@ -211,7 +211,13 @@ def test_a_row_that_the_template_refuses_is_set_aside_with_its_place(tmp_path):
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
 def test_training_and_held_out_prompts_are_apart_for_every_share(tmp_path, share):
     path = tiny.write_chats(tmp_path / "chats.jsonl", 200)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in found[:]:  # each prompt has two answers
+        again = [m | {"content": m["content"] + " too"} if m["role"] == "assistant" else m for m in row["messages"]]
+        found.append({"messages": again})
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
     training, held_out = split_held_out(read_conversations(str(path)).conversations, share)
+    assert len(training) + len(held_out) > 380
     prompts = [
         {tuple(m["content"] for m in c.messages if m["role"] == "user") for c in side} for side in (training, held_out)
     ]
