@@ -29,7 +29,7 @@ class Own(NamedTuple):
 
     keys_JBGNC: jax.Array
     values_JBGNC: jax.Array
-    mirror: ttt_attention.Mirror | None
+    mirror: ttt_attention.Mirror
 
 
 class Context(NamedTuple):
@@ -162,6 +162,7 @@ def _step(draft: Eagle3, carry, k: jax.Array, embedded, positions_BN, context: C
             backend=backend,
             mirror=mine.mirror,
         )
+        assert mirror is not None  # as it was given
         hidden = layer.finish(residual, _heads_first(mixed))
         new_own.append(Own(mine.keys_JBGNC, mine.values_JBGNC, mirror))
     for_head, state = draft.finish(hidden)
