@@ -130,7 +130,7 @@ class DraftConfig:
     sliding_window: int = 0
     """Keys further back are not attended to (vLLM can serve it, SGLang cannot); 0: all are."""
     head_start: Literal["target", "random"] = "target"
-    """Where the draft's lm_head starts: the target's own rows, or noise."""
+    """Where the draft's lm_head starts: the target's own rows (noise at another width), or noise."""
     train_head: bool = True
     """Whether the draft's lm_head is trained (SpecForge) or stays as it starts (speculators)."""
 

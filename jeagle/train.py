@@ -51,9 +51,9 @@ def main(arguments: list[str]) -> None:
 
 def train(config: RunConfig) -> dict[str, Any]:
     """The whole run, from its folder's state on. Returns the last step's figures."""
-    run = set_up(config)
+    run, state = set_up(config)
     checkpoints = Checkpoints(config.folder / "checkpoints", keep=config.train.keep)
-    start, state = checkpoints.latest() or 0, run.state
+    start = checkpoints.latest() or 0
     if start:
         state = checkpoints.restore(start, state)
     buckets = choose_buckets(run.stream, run.program, run.steps, config.train.slot_buckets, config.data.row_length)
@@ -86,20 +86,22 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 class Run(NamedTuple):
-    """All that the steps of a run need, and the state before the first of them."""
+    """All that the steps of a run need beside the state that they change."""
 
     program: Program
     optimiser: optax.GradientTransformation
     frozen: Frozen
-    state: assemble.TrainState
     stream: data.RowStream
     steps: int
     mesh: Any
     stores: features.Mixture | None
 
 
-def set_up(config: RunConfig) -> Run:
-    """Target, draft, rows and optimiser, on the mesh. UserError where they do not go together."""
+def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
+    """Target, draft, rows and optimiser, on the mesh, and the state before the first step.
+
+    UserError where they do not go together.
+    """
     learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
     check_parts(config, learnt, mesh)
     claim_folder(config)
@@ -132,7 +134,7 @@ def set_up(config: RunConfig) -> Run:
         config.train.ema,
         mesh,
     )
-    return Run(program, optimiser, Frozen(teacher.state, tables), state, stream, steps, mesh, stores)
+    return Run(program, optimiser, Frozen(teacher.state, tables), stream, steps, mesh, stores), state
 
 
 def claim_folder(config: RunConfig) -> None:

@@ -18,7 +18,7 @@ from jeagle.runtime.changes import checksums, unchanged
 from jeagle.runtime.flops import count_flops
 from jeagle.runtime.mesh import make_mesh
 from jeagle.step import part_gradient, summed_gradient, train_step
-from jeagle.train import Run, check_parts, choose_buckets, put_rows, set_up
+from jeagle.train import check_parts, choose_buckets, put_rows, set_up
 from tests import tiny
 
 SWITCHES = {
@@ -41,7 +41,7 @@ class World:
     def __init__(self, folder):
         flags = [*tiny.flags(folder, **SWITCHES), "--draft.engines"]
         config = configs.parse_overrides(RunConfig(name="x"), flags, program="x", description="x")
-        self.run: Run = set_up(config)
+        self.run, self.state = set_up(config)
         (self.width,) = choose_buckets(self.run.stream, self.run.program, 4, 1, config.data.row_length)
         self.batch = put_rows(self.run.stream.batch(0), self.run.mesh)
 
@@ -66,8 +66,8 @@ def test_a_step_in_parts_is_the_step(world):
     assert len(set(counts.tolist())) > 1
     whole = jax.jit(functools.partial(part_gradient, program, width=world.width, divisor_K=None))
     parts = jax.jit(functools.partial(summed_gradient, program._replace(parts=4), width=world.width))
-    (loss, figures), gradient = whole(run.state.draft, run.frozen, world.batch)
-    (ours, ours_figures), ours_gradient = parts(run.state.draft, run.frozen, world.batch)
+    (loss, figures), gradient = whole(world.state.draft, run.frozen, world.batch)
+    (ours, ours_figures), ours_gradient = parts(world.state.draft, run.frozen, world.batch)
     np.testing.assert_allclose(ours, loss, rtol=1e-6)
     for name, found, wanted in zip(figures._fields, ours_figures, figures, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=name)
@@ -80,7 +80,7 @@ def same(a, b) -> bool:
 
 
 def test_a_batch_that_teaches_nothing_or_a_nan_is_skipped_counted_and_reported(world):
-    state = world.run.state
+    state = world.state
     silent = world.batch._replace(supervised_BT=jnp.zeros_like(world.batch.supervised_BT))
     broken = world.run.frozen._replace(
         tables=world.run.frozen.tables._replace(head_DH=world.run.frozen.tables.head_DH * jnp.nan)
@@ -97,7 +97,7 @@ def test_a_batch_that_teaches_nothing_or_a_nan_is_skipped_counted_and_reported(w
 
 
 def test_every_trained_tensor_moves_within_100_steps_and_stays_float32(world):
-    state, before = world.run.state, checksums(world.run.state.draft)
+    state, before = world.state, checksums(world.state.draft)
     losses = []
     for step in range(100):
         batch = put_rows(world.run.stream.batch(step), world.run.mesh)
@@ -116,7 +116,7 @@ def test_flops_of_a_step_are_counted_from_its_trace_and_double_with_its_rows(wor
 
     def flops(batch):
         return count_flops(
-            train_step.trace(run.program, run.optimiser, run.state, run.frozen, batch, world.width).jaxpr
+            train_step.trace(run.program, run.optimiser, world.state, run.frozen, batch, world.width).jaxpr
         )
 
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), world.batch)
