@@ -33,12 +33,13 @@ from benchmarks.works import W4_LENGTHS, WORKS, Arrays, Work, array_shapes, make
 from jeagle import align, objective
 from jeagle.assemble import TrainState
 from jeagle.drafts import Eagle3
+from jeagle.forward import Program, draft_loss, live_positions
 from jeagle.joints import Batch, Features, Tables
 from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.flops import flops_of
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.numerics import rows_product
-from jeagle.step import Program, Report, draft_loss, live_positions, update
+from jeagle.step import Report, update
 from jeagle.targets.features import greedy_and_lse
 
 # The peers' slots and scale (targets argmax outside the draft vocabulary dropped); and what jeagle trains with.

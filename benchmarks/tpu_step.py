@@ -34,9 +34,10 @@ from benchmarks.works import WORKS
 from jeagle import objective
 from jeagle.assemble import TrainState, draft_sharding
 from jeagle.drafts import Eagle3
+from jeagle.forward import Frozen, Program
 from jeagle.joints import Tables
 from jeagle.runtime.clip import clip_by_global_norm
-from jeagle.step import Frozen, Program, train_step
+from jeagle.step import train_step
 from jeagle.targets import abstract_target, check_taps
 from jeagle.targets.families import read_spec
 

@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from jeagle import align, data, features
 from jeagle.config import RunConfig
+from jeagle.forward import Program
 from jeagle.joints import Batch, Tables
 from jeagle.runtime import distributed
 from jeagle.runtime.mesh import row_sharding
 from jeagle.runtime.trackers import JsonlTracker
-from jeagle.step import Program, held_out_step
+from jeagle.step import held_out_step
 
 
 class HeldOut:

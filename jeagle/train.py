@@ -20,6 +20,7 @@ from jeagle import assemble, data, features, offline
 from jeagle import config as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
+from jeagle.forward import Frozen, Program
 from jeagle.held_out import HeldOut
 from jeagle.joints import DraftSpec, Tables
 from jeagle.log import Log
@@ -36,7 +37,7 @@ from jeagle.runtime.mesh import row_parts, row_sharding
 from jeagle.runtime.preemption import stop_requested
 from jeagle.runtime.trace import StepTrace
 from jeagle.starting import EMBEDDING_FILE, check_engines, draft_spec
-from jeagle.step import Frozen, Program, train_step
+from jeagle.step import train_step
 
 
 def main(arguments: list[str]) -> None:
