@@ -2,6 +2,8 @@
 # make test: every test that needs no accelerator. make check: format, lint, types, layering.
 # make parity: every target family against the installed transformers and torch, for models made there and then; needs
 # torch, which it installs. SEED, HIDDEN, LAYERS and ONLY (a regular expression) say which: make parity SEED=3 ONLY=gemma
+# make tpu-check: targets and training steps compiled for TPU slices by the TPU compiler, which needs no TPU: memory of
+# each chip, estimated time, FLOPs. Installs it.
 # PYTHON=... chooses the interpreter, ARGS="--train.steps 100" overrides fields of the quickstart's recipe.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -11,7 +13,7 @@ HIDDEN ?= 64
 LAYERS ?=
 ONLY ?=
 
-.PHONY: quickstart test check parity .venv
+.PHONY: quickstart test check parity tpu-check .venv
 
 quickstart: .venv/installed
 	.venv/bin/python -m jeagle.pipeline --config configs/smollm2_135m.py $(ARGS)
@@ -32,13 +34,19 @@ parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest -q tests/targets/test_goldens.py tests/test_doctor.py && \
 	.venv-parity/bin/python -m jeagle.doctor --against transformers --target "$$(ls -d "$$folder"/* | head -n 1)"
 
+tpu-check: .venv-tpu/installed
+	.venv-tpu/bin/python -m benchmarks.tpu_targets
+	.venv-tpu/bin/python -m benchmarks.tpu_kernels
+	.venv-tpu/bin/python -m benchmarks.tpu_step
+
 .venv: .venv/installed
 
 # The stamp comes last, so that an installation that was cut off is not taken for finished. The interpreter is the one
 # beneath an active environment, which may be the very one that is made anew.
 .venv/installed: EXTRAS = dev
 .venv-parity/installed: EXTRAS = dev,parity
-.venv/installed .venv-parity/installed: pyproject.toml constraints.txt
+.venv-tpu/installed: EXTRAS = dev,tpu
+.venv/installed .venv-parity/installed .venv-tpu/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: jeagle needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "Installing jeagle with its dependencies into $(@D): about a minute."
