@@ -235,18 +235,15 @@ def main() -> None:
     if not args.json:
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)
     if args.shares:
-        found = list(shares(args.remat))
-        print(json.dumps({"work": "W3", "shares": found}))
-        return
-    names = [f"W4_{length}" for length in W4_LENGTHS] if args.work == "W4" else [args.work]
+        return print(json.dumps({"work": "W3", "shares": list(shares(args.remat))}))
     found = []
-    for name in names:
+    for name in [f"W4_{length}" for length in W4_LENGTHS] if args.work == "W4" else [args.work]:
         run = not args.compile_only and WORKS[name].rows * WORKS[name].length <= LONGEST_RUN and name != "W3"
         dtype = args.dtype or WORKS[name].dtype
         found.append(measure(name, WORKS[name], dtype, remat=args.remat, run=run, budget_s=args.seconds))
-        if len(names) > 1:
-            print(json.dumps(found[-1]), flush=True)
-    print(json.dumps(found[0] if len(names) == 1 else {"work": "W4", "lengths": found}))
+        print(json.dumps(found[-1]), flush=True)
+    if args.work == "W4":
+        print(json.dumps({"work": "W4", "lengths": found}))
 
 
 if __name__ == "__main__":

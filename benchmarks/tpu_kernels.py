@@ -36,7 +36,9 @@ def compile_seconds(topology: str, slots: int, length: int, heads: int, groups: 
 
     def loss(queries, keys, values, own_keys, own_values, first, last, happened):
         given = (queries, keys, values, first, last, own_keys, own_values, happened)
-        return jnp.sum(ttt_attention.attend(*given, dtype=DTYPE, backend="tpu")[0].astype(jnp.float32) ** 2)
+        return jnp.sum(
+            ttt_attention.attend(*given, dtype=DTYPE, mirror=None, backend="tpu")[0].astype(jnp.float32) ** 2
+        )
 
     seen = shape(*place_BN, kind=jnp.int32)
     begun = time.monotonic()

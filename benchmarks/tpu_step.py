@@ -4,9 +4,8 @@ The real TPU compiler, run ahead of time on a CPU, compiles `jeagle.step.train_s
 draft: target, TTT steps, loss, gradients, AdamW. Everything is supervised, the dearest case. Printed as JSON:
 
 - memory of each chip, exact: what the compiler allots for arguments, results and temporary values;
-- FLOPs, counted from the jaxpr, beside the needed ones;
-- seconds, an estimate: the target's as in `benchmarks.tpu_targets`; the draft's from pieces without loops (one and two
-  TTT steps, with as many slots as `--piece` says, scaled up), the compiler's own cycles for each of their instructions.
+- with --time seconds, an estimate: the target's as in `benchmarks.tpu_targets`; the draft's from one and two TTT steps
+  without loops, by the compiler's own cycles for each instruction; the attention kernels by their FLOPs.
 
 Exit status 1 if it does not fit.
 """
@@ -20,24 +19,29 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.tpu_targets import DTYPE, batch_of, shapes, slice_mesh  # first: it sets up the compiler
+from benchmarks.tpu_targets import DTYPE, batch_of, estimate, shapes, slice_mesh  # first: it sets up the compiler
 
 # isort: split
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.needed import needed_flops
+from benchmarks.tpu_compiled import Parts, parts_of
+from benchmarks.tpu_needed import needed_flops as target_flops
 from benchmarks.tpu_shapes import CHIPS, MODELS, Case
 from benchmarks.works import WORKS
 from jeagle import objective
 from jeagle.assemble import TrainState, draft_sharding
 from jeagle.drafts import Eagle3
-from jeagle.forward import Frozen, Program
-from jeagle.joints import Tables
+from jeagle.forward import Frozen, Program, draft_loss, live_positions
+from jeagle.joints import Features, Tables
 from jeagle.runtime.clip import clip_by_global_norm
-from jeagle.step import train_step
+from jeagle.runtime.mesh import row_axes
+from jeagle.step import train_step, update
 from jeagle.targets import abstract_target, check_taps
 from jeagle.targets.families import read_spec
 
@@ -99,6 +103,57 @@ def memory(case: Case, mesh: Any, *, remat: bool) -> dict[str, Any]:
     }
 
 
+def draft_parts(case: Case, mesh: Any, steps: int, *, remat: bool) -> Parts:
+    """Of everything behind the target's features: TTT steps, loss, gradients, update."""
+    program, state, frozen = program_of(case, mesh, remat=remat)
+    program = program._replace(ttt_steps=steps)
+    rows, width, batch = NamedSharding(mesh, PartitionSpec(row_axes(mesh, case.rows))), 4096, batch_of(case, mesh)
+
+    def shape(*sizes: int, kind: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((case.rows, case.length, *sizes), kind, sharding=rows)
+
+    features = Features(shape(3, width, kind=DTYPE), shape(width), shape(kind=jnp.int32), shape())
+
+    def run(state: Any, batch: Any, features: Any, tables: Any) -> Any:
+        live = live_positions(program, batch, case.length)
+        return update(
+            optimiser(), state, lambda draft: draft_loss(program, draft, batch, features, tables, live), program.mesh
+        )
+
+    return parts_of(run, state, batch, features, frozen.tables)
+
+
+def seconds(case: Case, mesh: Any, *, remat: bool) -> dict[str, Any]:
+    """The estimate, and what share of the needed FLOPs' roofline it reaches."""
+    chip = CHIPS[case.topology.split(":")[0]]
+    one, two = (draft_parts(case, mesh, steps, remat=remat) for steps in (1, 2))
+    draft = one + (two - one) * (TTT_STEPS - 1)
+    # The kernels of attention to step-0 keys, for which the compiler has no cycles: two products forward, three and
+    # four backward, over half of the keys.
+    products = 9 * TTT_STEPS * case.rows * case.length**2 * 4096
+    kernels = products / mesh.size / chip.flops
+    target = estimate(read_spec(MODELS[case.target]), case, mesh)
+    work = dataclasses.replace(WORKS["W3"], rows=case.rows, length=case.length, steps=TTT_STEPS)
+    whole = np.ones((case.rows, case.length), bool)
+    needed_draft = needed_flops(work, np.broadcast_to(whole, (TTT_STEPS, *whole.shape)), whole)
+    teacher = 2.0 * whole.size * work.width * work.vocab  # counted in both
+    needed = needed_draft + target_flops(MODELS[case.target], case.rows, case.length) - teacher
+    on_chip = (draft.cycles + target.cycles) / chip.clock + kernels
+    links = (draft.link_bytes + target.link_bytes) / chip.links
+    total, roofline = max(on_chip, links), needed / mesh.size / chip.flops
+    return {
+        "flops_needed": needed,
+        "seconds_roofline": round(roofline, 4),
+        "seconds": round(total, 4),
+        "over_roofline": round(total / roofline, 3),
+        "seconds_draft": round(draft.cycles / chip.clock, 4),
+        "seconds_target": round(target.cycles / chip.clock, 4),
+        "seconds_kernels": round(kernels, 4),
+        "seconds_links": round(links, 4),
+        "tokens_per_second_per_chip": round(case.rows * case.length / total / mesh.size),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x4", help="a slice: v5e:2x4, v5p:2x2x1, ...")
@@ -106,11 +161,14 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="T")
     parser.add_argument("--mesh", default="fsdp=-1", help="axes of the mesh: data, fsdp, expert, tensor; -1 = the rest")
     parser.add_argument("--remat", action="store_true", help="make the TTT steps' products anew in the backward pass")
+    parser.add_argument("--time", action="store_true", help="estimate seconds too: six more compilations")
     args = parser.parse_args()
     case = Case(TARGET, args.topology, args.rows, args.length, args.mesh)
     mesh = slice_mesh(case.topology, case.mesh)
     found = dataclasses.asdict(case) | {"chips": mesh.size, "remat": args.remat} | memory(case, mesh, remat=args.remat)
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+    if args.time:
+        print(json.dumps(seconds(case, mesh, remat=args.remat)))
     return 0 if found["fits"] else 1
 
 

@@ -120,7 +120,7 @@ def _loss_of_rows(
     live: Live,
     divisor_K: jax.Array | None,
 ) -> tuple[jax.Array, objective.Figures]:
-    spec, kind = program.objective, platform(program.mesh)
+    spec, mesh, kind = program.objective, program.mesh, platform(program.mesh)
     predictions = drafts.unroll(
         program.draft,
         draft,
@@ -131,7 +131,8 @@ def _loss_of_rows(
         live.counts_KBT,
         cross_documents=spec.cross_documents,
         remat=program.remat,
-        backend="tpu" if kind == "tpu" else "chunked",
+        # XLA cannot split a kernel over heads by itself.
+        backend="tpu" if kind == "tpu" and (mesh is None or mesh.size == row_parts(mesh)) else "chunked",
     )
     return objective.objective(
         spec,

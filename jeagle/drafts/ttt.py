@@ -61,7 +61,7 @@ def unroll(
     Args:
       graphdef, state: of an `Eagle3`.
       embedded_BTW: each position's own embedding row, frozen.
-      slots: the N slots of each row that count at some step, from `layers.select`.
+      slots: the N slots of each row that count at some step, from `align.select`.
       counts_KBT: from `align.counting_slots`.
       cross_documents: as in `align.read_positions`.
       remat: keep a step's input and its attention alone for the backward pass, and make its products anew there.
@@ -123,7 +123,15 @@ def _context(draft: Eagle3, batch: Batch, fused_BTW, embedded_BTW, slots: Select
         queries = _heads_first(layer.self_attn.queries(read, batch.positions_BT))
         nothing = _empty_own(draft, 1, first_BT.shape)[0].mirror
         mixed, _ = ttt_attention.attend(
-            queries, *past[-1], first_BT, last_BT, *nothing, jnp.zeros(0, bool), dtype=draft.dtype, backend=backend
+            queries,
+            *past[-1],
+            first_BT,
+            last_BT,
+            *nothing,
+            jnp.zeros(0, bool),
+            dtype=draft.dtype,
+            mirror=None,
+            backend=backend,
         )
         hidden = layer.finish(residual, _heads_first(mixed))
     return Context(tuple(past), take_rows(first_BT, slots.positions_BN), slots.positions_BN)

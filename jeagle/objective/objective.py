@@ -16,7 +16,7 @@ from jeagle.runtime.mesh import summed_over
 
 # Slots (of all of a device's rows and steps together) whose logits exist at a time. An accelerator reads both lm_heads
 # for each chunk, which only many slots make worth it.
-CPU_CHUNK, ACCELERATOR_CHUNK = 512, 2048
+CPU_CHUNK, ACCELERATOR_CHUNK = 256, 2048
 
 
 class Figures(NamedTuple):
@@ -185,7 +185,7 @@ def _take(array_KBNX: jax.Array, slot_BMK: jax.Array) -> jax.Array:
 
 
 def _chunk(shape: tuple[int, ...], rows: int) -> int:
-    """The largest divisor of `width` that keeps a chunk at so many rows of logits or fewer."""
+    """Of slots [B, M, K] by teacher, the largest divisor of M that keeps a chunk at so many rows of logits or fewer."""
     batch, width, steps = shape
     wanted = max(1, rows // (batch * steps))
     return max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)

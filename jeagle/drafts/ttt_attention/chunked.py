@@ -63,6 +63,8 @@ def _product(formula: str, dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _scores(past: Past, end: int, queries: jax.Array, seen: jax.Array) -> jax.Array:
+    # Or JAX would take the masks, which no TTT step changes, out of the scans and keep them for all blocks at once.
+    queries, seen = jax.lax.optimization_barrier((queries, seen))
     scores = _product("bgrnc,bgtc->bgrnt", past.dtype, queries, past.keys_BGTC[:, :, :end])
     here_T = jnp.arange(end)
     return jnp.where((here_T >= seen[..., :1]) & (here_T <= seen[..., 1:]), scores, MASKED)

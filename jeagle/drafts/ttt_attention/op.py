@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jeagle.drafts.ttt_attention import chunked, tpu
 from jeagle.drafts.ttt_attention.mirror import Mirror
 from jeagle.drafts.ttt_attention.past import MASKED, Past
 
+M = TypeVar("M", Mirror, None)
 Backend = Literal["chunked", "tpu", "tpu_interpreted"]
 BACKENDS: dict[Backend, Any] = {
     "chunked": (chunked.forward, chunked.backward),
@@ -59,15 +60,15 @@ def attend(
     own_allowed_J: jax.Array,
     *,
     dtype: Any,
+    mirror: M,
     backend: Backend = "chunked",
-    mirror: Mirror | None = None,
-) -> tuple[jax.Array, Mirror | None]:
+) -> tuple[jax.Array, M]:
     """As `reference.reference`; `last_BN` must rise along each row, each slot at another position.
 
     Args:
       dtype: of the matrix products and of the result; sums are float32 or better.
-      backend: of the step-0 keys. Where slots or positions do not divide into a kernel's blocks, "chunked" is taken.
       mirror: what brings the own keys and values along in the backward pass (see `mirror`); where None, they are kept.
+      backend: of the step-0 keys. Where slots or positions do not divide into a kernel's blocks, "chunked" is taken.
 
     Returns:
       [B, Q, N, C], and the mirror for the next step.
