@@ -16,7 +16,7 @@ from jeagle.runtime.mesh import summed_over
 
 # Slots (of all of a device's rows and steps together) whose logits exist at a time. An accelerator reads both lm_heads
 # for each chunk, which only many slots make worth it.
-CPU_CHUNK, ACCELERATOR_CHUNK = 256, 2048
+CPU_CHUNK, ACCELERATOR_CHUNK = 512, 2048
 
 
 class Figures(NamedTuple):
