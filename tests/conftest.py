@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before jax starts: tests of meshes need several devices.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import jax
 import pytest
 
 from jeagle.errors import UserError
@@ -22,3 +24,10 @@ def smollm2_files() -> TargetFiles:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file() -> Iterator[None]:
+    """What a file's tests compiled is dropped after them: over all tests it adds up to gigabytes."""
+    yield
+    jax.clear_caches()

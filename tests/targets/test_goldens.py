@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +44,10 @@ class States(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request) -> str:
+def case(request) -> Iterator[str]:
     """Of the module's scope, so that all tests of a case come one after the other and share its model."""
-    return request.param
+    yield request.param
+    jax.clear_caches()  # eighty models' programs are gigabytes
 
 
 def test_there_are_goldens_and_every_architecture_of_theirs_has_a_family():
