@@ -160,8 +160,8 @@ class Writer:
     def _full(self, needed: int, name: str) -> str:
         done = len(finished(self.place))
         return (
-            f"The disk of {self.place} is full: segment {name} needs {needed / 1e9:.3g} GB and "
-            f"{(self.place.free_bytes() or 0) / 1e9:.3g} GB are free. The {done} finished segments are safe: make "
+            f"The disk of {self.place} is full: segment {name} needs {needed / 1e6:,.3f} MB and "
+            f"{(self.place.free_bytes() or 0) / 1e6:,.3f} MB are free. The {done} finished segments are safe: make "
             "room, and the same command goes on from them."
         )
 

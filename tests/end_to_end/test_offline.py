@@ -1,0 +1,193 @@
+"""Extracting and training from a store, as a user does it, on a tiny target: the same losses, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jeagle import config as configs
+from jeagle import extract as extracting
+from jeagle import store as storing
+from jeagle.errors import UserError
+from jeagle.train import train
+from tests import tiny
+
+RECIPE = str(Path(__file__).parents[2] / "configs" / "llama3_8b.py")
+STEPS = 4
+
+
+def config_of(folder: Path, **more):
+    settings = {"train__steps": STEPS, "train__save_every": 2, "draft__ttt_steps": 2} | more
+    return configs.from_command_line(["--config", RECIPE, *tiny.flags(folder, **settings)], program="", description="")
+
+
+def run(folder: Path, **more) -> list[dict]:
+    """Trains, and returns what was logged of every step."""
+    config = config_of(folder, **more)
+    train(config)
+    return [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("offline")
+
+
+@pytest.fixture(scope="module")
+def stores(folder) -> dict[str, Path]:
+    """One store exact, one in bytes."""
+    made = {}
+    for kind in ("float32", "int8"):
+        made[kind] = folder / kind
+        config = config_of(folder, name="extract", store__taps=kind, store__last=kind, store__segment_mb=1)
+        extracting.extract(config, str(made[kind]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def online(folder) -> list[dict]:
+    return run(folder, name="online")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folder, stores) -> Path:
+    """A machine with the exact store, and neither the target nor the data."""
+    other = folder / "elsewhere"
+    shutil.copytree(stores["float32"], other / "store")
+    return other
+
+
+def test_an_exact_store_gives_the_online_losses_without_the_target(folder, online, stores, elsewhere):
+    config = config_of(folder, name="alone", runs=elsewhere / "runs", features=elsewhere / "store")
+    target, chats = folder / "target", folder / "chats.jsonl"
+    target.rename(folder / "away"), chats.rename(folder / "away.jsonl")
+    try:
+        train(config)
+    finally:
+        (folder / "away").rename(target), (folder / "away.jsonl").rename(chats)
+    rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "gradient_norm", "accuracy_0", "acceptance_1"):
+        np.testing.assert_allclose([r[name] for r in rows], [r[name] for r in online], rtol=2e-6)
+    held_out = [json.loads(x) for x in (config.folder / "held_out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in held_out] == [2, 4]
+    assert held_out[1]["loss_0"] < held_out[0]["loss_0"]
+    for name in ("tokens.npy", "segments.npy", "positions.npy", "supervised.npy", "counts.npy"):
+        ours, theirs = (f / "data" / "train" / name for f in (config.folder, folder / "runs" / "online"))
+        np.testing.assert_array_equal(np.load(ours), np.load(theirs))
+
+
+def test_a_store_in_bytes_comes_close(folder, online, stores, capsys):
+    rows = run(folder, name="bytes", features=stores["int8"])
+    np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in online], rtol=0.02)
+    assert rows[0]["loss"] != online[0]["loss"]
+    assert "the target's argmax is the stored one at 100.0%" in capsys.readouterr().out
+
+
+def test_two_stores_mixed_with_weights(folder, stores):
+    same = shutil.copytree(stores["int8"], folder / "int8 again")
+    config = config_of(folder, name="mixed", features=f"0.8*{stores['int8']},0.2*{same}", store__check_rows=0)
+    train(config)
+    tokens = np.load(config.folder / "data" / "train" / "tokens.npy")
+    half = len(tokens) // 2
+    np.testing.assert_array_equal(tokens[:half], tokens[half:])
+    with pytest.raises(UserError, match=r"arrays.last, arrays.taps differ"):
+        train(config_of(folder, name="mixed2", features=f"{stores['int8']},{stores['float32']}"))
+
+
+def other_weights(folder: Path) -> Path:
+    if not (folder / "other").is_dir():
+        tiny.write_target(folder / "other", rope_theta=500.0)
+    return folder / "other"
+
+
+REFUSED = {
+    "template": ({"data__template": "llama3"}, "data.template"),
+    "taps": ({"target__taps": "1 2 3"}, "taps"),
+    "dtype": ({"target__dtype": "bfloat16"}, "target.dtype"),
+    "quantisation": ({"target__weights": "int8"}, "target.weights"),
+    "row length": ({"data__row_length": 32}, "data.row_length"),
+    "system prompt": ({"data__system_prompt": "Be brief."}, "data.system_prompt"),
+}
+
+
+@pytest.mark.parametrize(("changed", "field"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_store_made_otherwise_is_refused_by_name(folder, stores, changed, field):
+    flags = tiny.flags(folder, name="refused", features=stores["float32"], **changed)
+    flags = [part for flag in flags for part in (flag.split() if flag == "1 2 3" else [flag])]
+    config = configs.from_command_line(["--config", RECIPE, *flags], program="", description="")
+    with pytest.raises(UserError, match=rf"does not fit this run: (.*, )?{field}(, .*)? differs? \("):
+        train(config)
+
+
+def test_another_target_is_refused(folder, stores):
+    with pytest.raises(UserError, match=r"target.fingerprint differs"):
+        train(config_of(folder, name="refused", features=stores["float32"], target__ref=other_weights(folder)))
+    with pytest.raises(UserError, match=r"target.reference differs"):
+        train(config_of(folder, name="refused", features=stores["float32"], target__ref="org/another"))
+    with pytest.raises(UserError, match=r"does not fit this run: target.fingerprint"):
+        extracting.extract(
+            config_of(
+                folder, name="e", target__ref=other_weights(folder), store__taps="float32", store__last="float32"
+            ),
+            str(stores["float32"]),
+        )
+
+
+def test_states_from_before_the_norm_are_noticed(folder, stores, tmp_path):
+    """A store whose `last` is not what its head reads contradicts its own argmax."""
+    from jeagle import features
+    from jeagle.features import reader
+
+    config = config_of(folder, name="contradicts", features=stores["float32"], store__check_rows=0)
+    read = reader.Store.stored
+
+    def shuffled(self, split, rows, batch):
+        found = read(self, split, rows, batch)
+        return found._replace(last=found.last._replace(values=found.last.values[..., ::-1].copy()))
+
+    reader.Store.stored = shuffled
+    try:
+        with pytest.raises(UserError, match="contradicts itself"):
+            train(config)
+    finally:
+        reader.Store.stored = read
+    assert features.Store is reader.Store
+
+
+def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, capsys):
+    damaged = shutil.copytree(stores["int8"], folder / "damaged")
+    assert storing.main(["verify", str(damaged)]) == 0
+    path = next(damaged.glob("segments/train-*/taps/c/0/0/0"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="1 of .* segments .* are damaged"):
+        storing.main(["verify", str(damaged)])
+    with pytest.raises(UserError, match=r"damaged: taps of segment train-00000"):
+        train(config_of(folder, name="damaged", features=damaged, store__check_rows=0))
+    assert storing.main(["prune", str(damaged), "--damaged", "True"]) == 0
+    with pytest.raises(UserError, match="rows are missing"):
+        train(config_of(folder, name="damaged", features=damaged))
+    config = config_of(folder, name="extract", store__segment_mb=1)
+    extracting.extract(config, str(damaged))
+    assert storing.main(["verify", str(damaged), "--target", str(folder / "target")]) == 0
+    assert "argmax alike at 100.00%" in capsys.readouterr().out
+
+
+def test_info_and_sample(folder, stores, capsys):
+    assert storing.main(["info", str(stores["int8"])]) == 0
+    said = capsys.readouterr().out
+    assert "kept as int8" in said and "all there" in said and "jeagle.extract" in said
+    assert storing.main(["sample", str(stores["int8"]), "--rows", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("train row") == 2 and "<|im_start|>assistant" in said
+
+
+def test_a_disk_too_small_is_said_before_anything_is_computed(folder, monkeypatch):
+    monkeypatch.setattr("jeagle.features.places.Place.free_bytes", lambda self: 50_000)
+    with pytest.raises(UserError, match=r"needs .* GB for \d+ rows, the disk .* fits \d+ rows"):
+        extracting.extract(config_of(folder, name="extract"), str(folder / "none"))

@@ -1,0 +1,50 @@
+"""Writers killed at random moments, two at a time, then run to the end: every row once, nothing to clean by hand."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+
+import pytest
+
+from jeagle import features
+from tests.features import made
+
+KILLS = int(os.environ.get("JEAGLE_KILLS", "6"))  # make kill-check asks for 50
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Makes processes quickly: of a server that has imported everything once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.features.made"])
+    return context
+
+
+def test_killed_writers_leave_nothing_wrong(tmp_path, processes):
+    rng, killed, round_number = random.Random(0), 0, 0
+    while killed < KILLS:
+        url = str(tmp_path / str(round_number))
+        round_number += 1
+        for _ in range(3):  # three times two writers, then one that nobody disturbs
+            pair = [processes.Process(target=made.fill, args=(url, "int8", 0.02)) for _ in range(2)]
+            for process in pair:
+                process.start()
+            while not os.path.exists(f"{url}/store.json") and pair[0].is_alive():
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.5)
+            for process in pair:
+                killed += process.is_alive()
+                process.kill()
+                process.join()
+            check_readable(url)
+        made.fill(url)
+        made.check_whole(url)
+
+
+def check_readable(url: str) -> None:
+    """Whatever a kill leaves, what counts as finished is whole."""
+    if features.read_store(features.Place(url)) is not None:
+        assert list(features.verify(features.Store(url))) == []
