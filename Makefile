@@ -4,6 +4,7 @@
 # torch, which it installs. SEED, HIDDEN, LAYERS and ONLY (a regular expression) say which: make parity SEED=3 ONLY=gemma
 # make tpu-check: targets and training steps compiled for TPU slices by the TPU compiler, which needs no TPU: memory of
 # each chip, estimated time, FLOPs. Installs it.
+# make kill-check: writers of a store killed at fifty random moments, two at a time; the tests do it at six.
 # PYTHON=... chooses the interpreter, ARGS="--train.steps 100" overrides fields of the quickstart's recipe.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -13,7 +14,7 @@ HIDDEN ?= 64
 LAYERS ?=
 ONLY ?=
 
-.PHONY: quickstart test check parity tpu-check .venv
+.PHONY: quickstart test check parity tpu-check kill-check .venv
 
 quickstart: .venv/installed
 	.venv/bin/python -m jeagle.pipeline --config configs/smollm2_135m.py $(ARGS)
@@ -38,6 +39,9 @@ tpu-check: .venv-tpu/installed
 	.venv-tpu/bin/python -m benchmarks.tpu_targets
 	.venv-tpu/bin/python -m benchmarks.tpu_kernels
 	.venv-tpu/bin/python -m benchmarks.tpu_step
+
+kill-check: .venv/installed
+	JEAGLE_KILLS=50 JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q tests/features/test_kill.py
 
 .venv: .venv/installed
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.features --folder /a/folder/on/the/disk
 
-Prints JSON: bytes per token by shape and mode, measured on what lies on disk, and reading speeds with a cold cache. Each
-round reads everything once in every way, one after the other, so that all ways meet the same neighbours on the machine.
+Prints JSON: bytes per token by shape and mode, measured on what lies on disk, and reading speeds with a cold cache.
+Each round reads everything once in every way, one after the other, so that all ways meet the same neighbours.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from jeagle.joints import Batch
 
 SHAPES = {"SmolLM2-135M": 576, "8B": 4096, "70B": 8192}
 TAPS, LENGTH = 3, 2048
+SEGMENT = 2**28  # bytes: the default of --store.segment-mb
 RNG = np.random.default_rng(0)
 
 
@@ -72,15 +73,16 @@ def write(folder: Path, kind: str, hidden: int, count: int, share: float, each: 
 
 
 def bytes_per_token(folder: Path) -> list[dict[str, Any]]:
-    """What lies on disk of one row, beside the tensors alone of a peer's file of the same tokens."""
+    """What lies on disk of one segment, beside the tensors alone of a peer's file of the same tokens."""
     found = []
     for name, hidden in SHAPES.items():
         theirs = (TAPS + 1) * hidden * 2 + 16  # bfloat16 states and two int64 a token, without their files' overhead
-        for kind in ("bfloat16", "int8", "fp8"):
+        for kind in ("bfloat16", "int8"):  # fp8 takes the bytes of int8
+            count = max(SEGMENT // (LENGTH * (TAPS + 1) * hidden * DTYPES[kind].itemsize), 1)
             for share in (1.0, 0.35):
-                store = write(folder / "one", kind, hidden, 1, share, 1)
+                store = write(folder / "one", kind, hidden, count, share, count)
                 segment = next(s for s in store.segments if s.split)
-                size = sum(store.place.sizes(segment.folder).values()) / LENGTH
+                size = sum(store.place.sizes(segment.folder).values()) / (LENGTH * count)
                 row = {"shape": name, "mode": kind, "supervised": share, "bytes": round(size, 1), "peers": theirs}
                 found.append(row | {"of_peers": round(size / theirs, 4)})
                 shutil.rmtree(folder / "one")

@@ -1,0 +1,109 @@
+"""Reading what torch.save wrote, without torch and without running any code: tensors, numbers, texts, dicts and lists.
+
+A pickle may ask for any function to be called. This reader knows six names and refuses every other one.
+"""
+
+from __future__ import annotations
+
+import collections
+import gzip
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jeagle.errors import UserError
+
+_STORAGES: dict[str, Any] = {
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "HalfStorage": np.float16,
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+    "Float8_e4m3fnStorage": ml_dtypes.float8_e4m3fn,
+}
+
+
+class _Refused(Exception):
+    """The pickle asks for something that is no tensor."""
+
+
+def read_torch(path: Path) -> Any:
+    """The tree in a file of torch.save (its zip form, or that gzipped), tensors as numpy arrays.
+
+    Raises:
+      UserError: for a file of another form, a damaged one, or one that asks for anything but tensors.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+            pickled = next(name for name in names if name.endswith("/data.pkl") or name == "data.pkl")
+            prefix = pickled.removesuffix("data.pkl")
+            if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
+                raise UserError(f"{path} was written on a big-endian machine, which this reader does not know.")
+            return _Unpickler(archive, prefix, archive.read(pickled)).load()
+    except _Refused as error:
+        raise UserError(
+            f"{path} asks for {error} to be called: reading it might run code, so it is not read. Only tensors, "
+            "numbers, texts, dicts and lists are."
+        ) from error
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        StopIteration,
+        ValueError,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(f"{path} is not a whole file of torch.save ({type(error).__name__}: {error}).") from error
+
+
+class _Storage(str):
+    """The name of a kind of storage, where the pickle expects the class."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, archive: zipfile.ZipFile, prefix: str, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self._archive, self._prefix = archive, prefix
+        self._loaded: dict[str, np.ndarray] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _Storage(name)
+        raise _Refused(f"{module}.{name}")
+
+    def persistent_load(self, key: Any) -> np.ndarray:
+        kind, storage, name, _, count = key
+        if kind != "storage" or not isinstance(storage, _Storage):
+            raise _Refused(str(kind))
+        if name not in self._loaded:
+            data = self._archive.read(f"{self._prefix}data/{name}")
+            self._loaded[name] = np.frombuffer(data, _STORAGES[storage])[:count]
+        return self._loaded[name]
+
+
+def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+    """A copy of a view into a storage, which must hold it."""
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if min((offset, *size, *stride), default=0) < 0 or (0 not in size and last >= len(storage)):
+        raise ValueError("a tensor reaches beyond its storage")
+    steps = [step * storage.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps).copy()
