@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jeagle import align, assemble, data, dataset, features, targets
+from jeagle import assemble, data, dataset, features, targets
 from jeagle import config as configs
 from jeagle.capture import Capture, kept_width
 from jeagle.config import RunConfig
@@ -23,7 +23,7 @@ from jeagle.runtime import distributed
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.progress import Progress
-from jeagle.storing import Sizes, about, check_space, measure
+from jeagle.storing import Sizes, about, block, check_space, commit_tables, copy_data, measure
 
 
 def main(arguments: list[str]) -> None:
@@ -66,57 +66,15 @@ def extract(config: RunConfig, out: str) -> str:
     writer = features.Writer(place, about(config, loaded, prepared, sizes, taps))
     units = features.units_of({s: len(x.tokens) for s, x in sizes.items()}, writer.about["layout"]["rows_per_segment"])
     check_space(config, place, writer.pending(units), sizes, loaded.target.spec.width, len(taps))
-    _copy_data(prepared, place)
+    copy_data(prepared, place)
     width = max(kept_width(batch) for batch in rows.values())
     kinds = (config.store.taps, config.store.last)
-    channels = _tables(config, writer, loaded, Capture(loaded.target, taps, mesh, width=width), rows["train"])
+    channels = commit_tables(config, writer, loaded, Capture(loaded.target, taps, mesh, width=width), rows["train"])
     capture = Capture(loaded.target, taps, mesh, width=width, kinds=kinds, channels=channels)
     _fill(config, writer, units, rows, sizes, capture)
     if distributed.is_leader():
         writer.finish()
     return out
-
-
-def _copy_data(prepared: dataset.Prepared, place: features.Place) -> None:
-    """What a run needs of its data folder besides rows."""
-    if distributed.is_leader():
-        for name in ("manifest.json", "tokenizer.json", "held_out.jsonl"):
-            place.write_new(f"{features.DATA}/{name}", (prepared.data / name).read_bytes())
-
-
-def _tables(
-    config: RunConfig, writer: features.Writer, loaded: assemble.LoadedTarget, whole: Capture, rows: Batch
-) -> dict[str, np.ndarray]:
-    """Writes the target's frozen rows and the channels' scales, unless they are there; returns the scales."""
-    there = _agreed(int("tables" in features.finished(writer.place)))
-    if not there:
-        share = config.train.batch_rows // jax.process_count()
-        first = _block(rows, range(min(share, len(rows.tokens_BT))), share)
-        stored, model = whole(first), loaded.target.model()
-        arrays = {"embed": _everywhere(model.embed_tokens[...]), "norm": _everywhere(model.norm[...])}
-        if not loaded.target.spec.tied:
-            arrays["head"] = _everywhere(model.head_rows())
-        near, real = align.near_supervised(first, xp=np), first.segments_BT > 0
-        if config.store.taps in ("int8", "fp8"):
-            arrays["taps_channel"] = features.channel_scales(stored.taps.values[real])
-        if config.store.last in ("int8", "fp8"):
-            arrays["last_channel"] = features.channel_scales(stored.last.values[near])
-        if distributed.is_leader():
-            writer.commit_tables(lambda: arrays)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tables of the store")
-    return features.Store(str(writer.place)).channels
-
-
-def _everywhere(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _agreed(value: int) -> int:
-    """What the leader says."""
-    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
 def _fill(
@@ -183,20 +141,13 @@ def _captured(
     waiting: list[tuple[range, Any, Batch]] = []
     for step in range(steps):
         chosen = numbers[step * share : (step + 1) * share]
-        batch = _block(source, chosen, share)
+        batch = block(source, chosen, share)
         waiting.append((chosen, capture.begin(batch), batch))
         if len(waiting) > 1:
             chosen, found, batch = waiting.pop(0)
             yield chosen, capture.end(found), batch
     for chosen, found, batch in waiting:
         yield chosen, capture.end(found), batch
-
-
-def _block(rows: Batch, numbers: range, size: int) -> Batch:
-    """Rows by number, padded with empty ones to `size`."""
-    here = slice(numbers.start, numbers.start + len(numbers))
-    missing = size - len(numbers)
-    return Batch(*(np.pad(np.asarray(array[here]), ((0, missing), (0, 0))) for array in rows))
 
 
 if __name__ == "__main__":

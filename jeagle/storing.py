@@ -9,13 +9,17 @@ import sys
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 import jeagle
 from jeagle import align, assemble, dataset, features, offline, targets
+from jeagle.capture import Capture
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.joints import Batch
+from jeagle.runtime import distributed
 from jeagle.runtime.manifest import finished_manifest
 
 _FORMAT = 1
@@ -103,3 +107,52 @@ def check_space(
         f"The store needs {needed / 1e9:.4g} GB for {count} rows, the disk of {place} has {free / 1e9:.4g} GB free, "
         f"which fits {math.floor(count * free / needed)} rows: make room, or choose another --out ({advice})."
     )
+
+
+def copy_data(prepared: dataset.Prepared, place: features.Place) -> None:
+    """What a run needs of its data folder besides rows."""
+    if distributed.is_leader():
+        for name in ("manifest.json", "tokenizer.json", "held_out.jsonl"):
+            place.write_new(f"{features.DATA}/{name}", (prepared.data / name).read_bytes())
+
+
+def commit_tables(
+    config: RunConfig, writer: features.Writer, loaded: assemble.LoadedTarget, whole: Capture, rows: Batch
+) -> dict[str, np.ndarray]:
+    """Writes the target's frozen rows and the channels' scales, unless they are there; returns the scales."""
+    there = _agreed(int("tables" in features.finished(writer.place)))
+    if not there:
+        share = config.train.batch_rows // jax.process_count()
+        first = block(rows, range(min(share, len(rows.tokens_BT))), share)
+        stored, model = whole(first), loaded.target.model()
+        arrays = {"embed": _everywhere(model.embed_tokens[...]), "norm": _everywhere(model.norm[...])}
+        if not loaded.target.spec.tied:
+            arrays["head"] = _everywhere(model.head_rows())
+        near, real = align.near_supervised(first, xp=np), first.segments_BT > 0
+        if config.store.taps in ("int8", "fp8"):
+            arrays["taps_channel"] = features.channel_scales(stored.taps.values[real])
+        if config.store.last in ("int8", "fp8"):
+            arrays["last_channel"] = features.channel_scales(stored.last.values[near])
+        if distributed.is_leader():
+            writer.commit_tables(lambda: arrays)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tables of the store")
+    return features.Store(str(writer.place)).channels
+
+
+def _everywhere(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _agreed(value: int) -> int:
+    """What the leader says."""
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+
+
+def block(rows: Batch, numbers: range, size: int) -> Batch:
+    """Rows by number, padded with empty ones to `size`."""
+    here = slice(numbers.start, numbers.start + len(numbers))
+    missing = size - len(numbers)
+    return Batch(*(np.pad(np.asarray(array[here]), ((0, missing), (0, 0))) for array in rows))

@@ -7,7 +7,7 @@ from jeagle.data.chat_templates import TEMPLATES, from_headers, reads_date, use_
 from jeagle.data.conversations import Conversation, Reading, read_conversations, read_source, split_held_out
 from jeagle.data.describe import describe
 from jeagle.data.near import variety
-from jeagle.data.pack import Packed, RowWriter, load_rows, pack, save_rows, unpack
+from jeagle.data.pack import Packed, RowWriter, load_rows, pack, rows_of, save_rows, unpack
 from jeagle.data.prompts import read_prompts, read_rows
 from jeagle.data.render import Rendered, Renderer, render
 from jeagle.data.self_instruct import Turns, requests, turns_of
@@ -60,6 +60,7 @@ __all__ = [
     "render",
     "render_prompt",
     "requests",
+    "rows_of",
     "save_rows",
     "save_tables",
     "source_fingerprint",

@@ -9,17 +9,21 @@ from jeagle.exchange.config_read import Hints
 from jeagle.exchange.layouts import export_sglang, export_vllm
 from jeagle.exchange.limits import check_spec, sglang_limits, vllm_limits
 from jeagle.exchange.names import check_params, expected_shapes
+from jeagle.exchange.peer_features import PeerFeatures, Sample, open_peer_features
 from jeagle.exchange.reading import ImportedDraft, read_export
 
 __all__ = [
     "ExportCard",
     "Hints",
     "ImportedDraft",
+    "PeerFeatures",
+    "Sample",
     "check_params",
     "check_spec",
     "expected_shapes",
     "export_sglang",
     "export_vllm",
+    "open_peer_features",
     "read_draft_config",
     "read_export",
     "sglang_limits",

@@ -1,0 +1,7 @@
+"""States of speculators or vLLM into a store: python converters/from_speculators.py --source DIR --out STORE --config C."""
+
+from jeagle.adopt import main
+from jeagle.runtime.cli import run
+
+if __name__ == "__main__":
+    run(main)
