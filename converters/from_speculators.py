@@ -1,4 +1,4 @@
-"""States of speculators or vLLM into a store: python converters/from_speculators.py --source DIR --out STORE --config C."""
+"""States of speculators or vLLM into a store: from_speculators.py --source DIR --out STORE --config C."""
 
 from jeagle.adopt import main
 from jeagle.runtime.cli import run

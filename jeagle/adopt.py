@@ -82,18 +82,31 @@ def adopt(config: RunConfig, source: Path, out: str) -> None:
         kinds=(config.store.taps, config.store.last),
         channels=ones | channels,
     )
-    chunk = min(max(config.data.row_length // 8, 16), 1024)
+    _fill(config, writer, units, peers, plan, rows, encode)
+
+
+def _fill(
+    config: RunConfig,
+    writer: features.Writer,
+    units: list[features.Unit],
+    peers: PeerFeatures,
+    plan: dict[str, Rows],
+    rows: dict[str, Batch],
+    encode: Any,
+) -> None:
+    """Reads and writes units until none is left."""
+    size, length, done = config.train.batch_rows, config.data.row_length, 0
     with Progress(sum(len(p) for p in plan.values()), "rows", "adopt") as progress:
         while taken := writer.take(units):
-            unit = taken[0]
-            parts = []
-            for start in range(unit.rows.start, unit.rows.stop, config.train.batch_rows):
-                numbers = range(start, min(start + config.train.batch_rows, unit.rows.stop))
-                batch = block(rows[unit.split], numbers, config.train.batch_rows)
-                states = _states(peers, [plan[unit.split][n] for n in numbers], batch, len(taps), spec.width)
+            unit, parts = taken[0], []
+            for start in range(unit.rows.start, unit.rows.stop, size):
+                numbers = range(start, min(start + size, unit.rows.stop))
+                batch = block(rows[unit.split], numbers, size)
+                states = _states(peers, [plan[unit.split][n] for n in numbers], batch)
                 parts.append(features.ragged(batch, jax.tree.map(np.asarray, encode(*states)), range(len(numbers))))
-                progress.update(numbers.stop)
-            writer.commit(unit, features.joined(parts), chunk)
+                done += len(numbers)
+                progress.update(done)
+            writer.commit(unit, features.joined(parts), min(max(length // 8, 16), 1024))
     writer.finish()
 
 
@@ -181,12 +194,13 @@ def _packed(sizes: list[int], numbers: range, length: int) -> Rows:
     return rows
 
 
-def _states(peers: PeerFeatures, rows: Rows, batch: Batch, taps: int, width: int) -> tuple[Any, Any]:
+def _states(peers: PeerFeatures, rows: Rows, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The rows' taps [B, T, A, H] and last [B, T, H], float32, zero on padding."""
     size, length = batch.tokens_BT.shape
-    taps_BTAH, last_BTH = np.zeros((size, length, taps, width), np.float32), np.zeros((size, length, width), np.float32)
-    for b, row in enumerate(rows):
-        samples = [peers.read(i) for i in row]
+    read = [[peers.read(i) for i in row] for row in rows]
+    taps_BTAH = np.zeros((size, length, *read[0][0].taps.shape[1:]), np.float32)
+    last_BTH = np.zeros((size, length, *read[0][0].last.shape[1:]), np.float32)
+    for b, samples in enumerate(read):
         starts = itertools.accumulate([min(len(s.tokens), length) for s in samples], initial=0)
         for start, sample in zip(starts, samples, strict=False):
             here = slice(start, start + min(len(sample.tokens), length))

@@ -27,7 +27,7 @@ class Captured(NamedTuple):
     finite_B: Any
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "taps", "width", "kinds"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "taps", "width", "kinds", "mesh"))
 def _captured(
     graphdef: Any,
     state: Any,
@@ -36,12 +36,15 @@ def _captured(
     taps: tuple[int, ...],
     width: int,
     kinds: tuple[str, str],
+    mesh: Mesh,
 ) -> Captured:
     model = nnx.merge(graphdef, state)
     found = targets.features(model, batch, taps, align.near_supervised(batch), width)
     real_BT = batch.segments_BT > 0
     finite = jnp.isfinite(found.taps_BTAH).all(axis=(2, 3)) & jnp.isfinite(found.last_BTH).all(axis=2)
-    return Captured(features.encode(found, *kinds, channels), (finite | ~real_BT).all(axis=1))
+    captured = Captured(features.encode(found, *kinds, channels), (finite | ~real_BT).all(axis=1))
+    # Each process finds its own rows, and only those, on its own devices.
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_sharding(mesh)), captured)
 
 
 class Capture:
@@ -72,8 +75,9 @@ class Capture:
         """This process's rows -> the global batch's features, on the devices and perhaps still under way."""
         sharding = row_sharding(self._mesh)
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
+        target, channels = self._target, self._channels
         return _captured(
-            self._target.graphdef, self._target.state, batch, self._channels, self._taps, self._width, self._kinds
+            target.graphdef, target.state, batch, channels, self._taps, self._width, self._kinds, self._mesh
         )
 
     def end(self, captured: Captured) -> features.Stored:
@@ -91,15 +95,10 @@ class Capture:
 
 
 def _own_rows(array: jax.Array) -> np.ndarray:
-    """The rows of a global array that this process's devices hold, in order, once each, other axes whole."""
+    """The rows of a global array split by rows that this process's devices hold, in order, once each."""
     if array.is_fully_addressable:
         return np.asarray(array)
-    pieces: dict[int, np.ndarray] = {}
-    for shard in array.addressable_shards:
-        if all(
-            part.indices(size)[:2] == (0, size) for part, size in zip(shard.index[1:], array.shape[1:], strict=True)
-        ):
-            pieces[shard.index[0].start or 0] = np.asarray(shard.data)
+    pieces = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
     return np.concatenate([pieces[start] for start in sorted(pieces)])
 
 
