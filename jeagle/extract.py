@@ -103,9 +103,10 @@ def _fill(
             for place, found, batch in _captured(
                 unit, rows, share, capture, writer.about["layout"]["rows_per_segment"]
             ):
-                parts.append(features.ragged(batch, found, range(len(place))))
+                if len(place):  # else this process only keeps the others company
+                    parts.append(features.ragged(batch, found, range(len(place))))
+                    done += sum(parts[-1].lengths)
                 writer.claims.renew()
-                done += sum(parts[-1].lengths)
                 progress.update(done, written=f"{writer.bytes / 1e9:.2f} GB")
             if writing is not None:
                 writing.result()

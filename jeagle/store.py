@@ -92,7 +92,7 @@ def _verify(args: Arguments, store: features.Store) -> int:
     if found:
         raise UserError(
             f"{len(found)} of {len(store.segments)} segments of {store} are damaged. python -m jeagle.store prune "
-            f"{store} --damaged True removes them, and the extract command makes them again."
+            f"{store} --damaged removes them, and the extract command makes them again."
         )
     store.check_complete()
     print(f"{store}: {len(store.segments)} segments, {total:,} bytes, every checksum right, every row there once")

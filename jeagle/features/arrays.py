@@ -68,7 +68,7 @@ def damage(store: object, segment: str, array: str, error: Exception) -> UserErr
     reason = str(error).split(" [source")[0].split(" [tensorstore_spec")[0]
     return UserError(
         f"The store {store} is damaged: {array} of segment {segment} cannot be read ({reason[:300]}). Run python -m "
-        f"jeagle.store prune {store} --damaged True, then the extract command again: it makes only what is missing."
+        f"jeagle.store prune {store} --damaged, then the extract command again: it makes only what is missing."
     )
 
 

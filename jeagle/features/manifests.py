@@ -66,7 +66,7 @@ def unsealed(place: Place, key: str, data: bytes) -> dict[str, Any]:
     if claimed is None or fingerprint(tree) != claimed:
         raise UserError(
             f"{place}/{key} is damaged: its checksum does not fit its content. python -m jeagle.store prune {place} "
-            "--damaged True drops a damaged segment; without store.json the store must be made anew."
+            "--damaged drops a damaged segment; without store.json the store must be made anew."
         )
     return tree
 

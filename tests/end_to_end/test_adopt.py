@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
     found = capture(Batch(tokens, np.ones_like(tokens), positions, np.ones(tokens.shape, bool)))
     (folder / "vllm").mkdir()
     for i, states in enumerate(found.taps.values):
-        kept = states[:, [*TAPS, tiny.LAYERS]].astype(ml_dtypes.bfloat16)
+        kept = np.ascontiguousarray(states[:, [*TAPS, tiny.LAYERS]].astype(ml_dtypes.bfloat16))
         save_file(
             {"hidden_states": kept, "token_ids": tokens[i].astype(np.int64)}, folder / "vllm" / f"hs_{i}.safetensors"
         )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,15 @@ import pytest
 
 from jeagle import config as configs
 from jeagle import extract as extracting
+from jeagle import features
 from jeagle import store as storing
 from jeagle.errors import UserError
+from jeagle.features import reader
 from jeagle.train import train
 from tests import tiny
 
-RECIPE = str(Path(__file__).parents[2] / "configs" / "llama3_8b.py")
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "configs" / "llama3_8b.py")
 STEPS = 4
 
 
@@ -139,9 +145,6 @@ def test_another_target_is_refused(folder, stores):
 
 def test_states_from_before_the_norm_are_noticed(folder, stores, tmp_path):
     """A store whose `last` is not what its head reads contradicts its own argmax."""
-    from jeagle import features
-    from jeagle.features import reader
-
     config = config_of(folder, name="contradicts", features=stores["float32"], store__check_rows=0)
     read = reader.Store.stored
 
@@ -155,7 +158,6 @@ def test_states_from_before_the_norm_are_noticed(folder, stores, tmp_path):
             train(config)
     finally:
         reader.Store.stored = read
-    assert features.Store is reader.Store
 
 
 def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, capsys):
@@ -169,13 +171,33 @@ def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, capsy
         storing.main(["verify", str(damaged)])
     with pytest.raises(UserError, match=r"damaged: taps of segment train-00000"):
         train(config_of(folder, name="damaged", features=damaged, store__check_rows=0))
-    assert storing.main(["prune", str(damaged), "--damaged", "True"]) == 0
+    assert storing.main(["prune", str(damaged), "--damaged"]) == 0
     with pytest.raises(UserError, match="rows are missing"):
         train(config_of(folder, name="damaged", features=damaged))
     config = config_of(folder, name="extract", store__segment_mb=1)
     extracting.extract(config, str(damaged))
     assert storing.main(["verify", str(damaged), "--target", str(folder / "target")]) == 0
     assert "argmax alike at 100.00%" in capsys.readouterr().out
+
+
+def test_two_processes_fill_one_store(folder, stores):
+    """What each process computes of its own units is what one process computes."""
+    flags = tiny.flags(folder, name="two", store__taps="float32", store__last="float32", store__segment_mb=1)
+    command = [sys.executable, "-m", "jeagle.extract", "--config", RECIPE, *flags, "--out", str(folder / "two")]
+    launch = ["bash", str(ROOT / "launch" / "gpu_node.sh"), "--processes", "2", "--", *command]
+    one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | one_device | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = features.Store(str(stores["float32"])), features.Store(str(folder / "two"))
+    two.check_complete()
+    assert len({segment.data.split(".")[1] for segment in two.segments}) == 2
+    for split in ("train", "held_out"):
+        batch = one.batch(split, range(one.rows(split)))
+        a, b = (store.stored(split, range(one.rows(split)), batch) for store in (one, two))
+        np.testing.assert_allclose(a.taps.values, b.taps.values, atol=1e-4)
+        np.testing.assert_allclose(a.last.values, b.last.values, atol=1e-4)
+        np.testing.assert_array_equal(a.greedy_BT, b.greedy_BT)
 
 
 def test_info_and_sample(folder, stores, capsys):
