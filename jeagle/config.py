@@ -271,8 +271,6 @@ class StoreConfig:
     """Size of a segment: what a writer holds in memory, and makes again when it was killed."""
     check_rows: int = 2
     """Rows that training recomputes, where the target's weights lie on this machine; 0 trusts the store."""
-    read_ahead: int = 4
-    """Batches that are read before they are needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,8 +282,7 @@ class RunConfig:
     runs: str = "runs"
     """Folder that holds the runs."""
     features: str = "online"
-    """Where hidden states come from: online computes them; else a store that jeagle.extract made, several as A,B or in
-    proportion as 0.7*A,0.3*B."""
+    """online: at each step; auto: once, into the run's own store; else a store, or several: A,B or 0.7*A,0.3*B."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl and the screen."""
     profile: int = 0
@@ -388,7 +385,6 @@ def validate(config: RunConfig) -> None:
         "bench.max-new-tokens": config.bench.max_new_tokens,
         "bench.batch": config.bench.batch,
         "store.segment-mb": config.store.segment_mb,
-        "store.read-ahead": config.store.read_ahead,
     }
     for flag, value in positive.items():
         if value <= 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +15,15 @@ from jax.sharding import Mesh
 from jeagle import assemble, data, dataset, features, targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
+from jeagle.filling import extract
 from jeagle.joints import Batch, Tables
 from jeagle.recheck import at_hand, recheck, spec_of, stored_tables
 from jeagle.runtime.manifest import atomic_folder, fingerprint, write_manifest
+from jeagle.storing import template_settings
 from jeagle.targets import TargetFiles, TargetSpec
 
 _ROWS = 256  # read and written at a time
+_AHEAD = 4  # batches read before they are needed
 _DOING = "Extract anew with these settings, or give those that the store was made with."
 
 
@@ -44,7 +49,7 @@ def open_stores(config: RunConfig) -> features.Mixture | None:
     Raises:
       UserError: for a store that is missing, unfinished, or was made from something else.
     """
-    if config.features == "online":
+    if config.features in ("online", "auto"):
         return None
     mixture = features.open_stores(config.features)
     first = mixture.stores[0]
@@ -56,6 +61,15 @@ def open_stores(config: RunConfig) -> features.Mixture | None:
             store.place, alike, store.about["made_from"], f"Stores are mixed with {first} only if alike."
         )
     return mixture
+
+
+def filled_stores(config: RunConfig) -> features.Mixture | None:
+    """As `open_stores`; with --features auto the run's own store, which is filled first as far as it is not yet."""
+    if config.features != "auto":
+        return open_stores(config)
+    store = extract(config, str(config.folder / "features"))
+    gc.collect()  # the target must not stay beside the draft's training
+    return open_stores(dataclasses.replace(config, features=store))
 
 
 def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
@@ -90,12 +104,6 @@ def _expected_data(config: RunConfig, files: TargetFiles | None) -> dict[str, An
         return {"data": rows, "template_settings": template_settings(config)}
     hashes = {"tokenizer": data.tokenizer_hash(tokenizer), "template": data.template_hash(tokenizer)}
     return {"data": rows | hashes}
-
-
-def template_settings(config: RunConfig) -> dict[str, str]:
-    """What chooses the template, where the tokenizer is not at hand to tell what it is."""
-    names = ("template", "user_header", "assistant_header", "end_of_turn")
-    return {name: getattr(config.data, name) for name in names}
 
 
 def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prepared:
@@ -167,7 +175,7 @@ def _of_stores(store: features.Store, mesh: Mesh) -> Teacher:
 
 
 def with_features(
-    config: RunConfig, stream: data.RowStream, start: int, stop: int, mixture: features.Mixture | None
+    stream: data.RowStream, start: int, stop: int, mixture: features.Mixture | None
 ) -> Iterator[tuple[int, int, Batch, features.Stored | None]]:
     """(step, widest, rows, their stored features) for start <= step < stop, read ahead on threads."""
     if mixture is None:
@@ -179,7 +187,7 @@ def with_features(
         rows = stream.batch(step)
         return step, stream.widest(step), rows, mixture.stored("train", stream.own_row_numbers(step), rows)
 
-    yield from features.read_ahead(range(start, stop), read, threads=2, depth=config.store.read_ahead)
+    yield from features.read_ahead(range(start, stop), read, threads=2, depth=_AHEAD)
 
 
 def shares(mixture: features.Mixture | None) -> list[tuple[int, float]] | None:

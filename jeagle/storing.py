@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import jeagle
-from jeagle import align, assemble, dataset, features, offline, targets
+from jeagle import align, assemble, dataset, features, targets
 from jeagle.capture import Capture
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
@@ -63,7 +63,7 @@ def about(
             "target": identity,
             "taps": list(taps),
             "data": made,
-            "template_settings": offline.template_settings(config),
+            "template_settings": template_settings(config),
             "arrays": {"taps": config.store.taps, "last": config.store.last},
         },
         "layout": {"rows_per_segment": rows_each, "row_length": config.data.row_length, "hidden": hidden},
@@ -78,6 +78,12 @@ def about(
         "command": shlex.join(["python", "-m", "jeagle.extract", *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def template_settings(config: RunConfig) -> dict[str, str]:
+    """What chooses the template, where the tokenizer is not at hand to tell what it is."""
+    names = ("template", "user_header", "assistant_header", "end_of_turn")
+    return {name: getattr(config.data, name) for name in names}
 
 
 def bytes_of(config: RunConfig, hidden: int, taps: int, sizes: list[Sizes]) -> float:

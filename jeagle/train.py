@@ -62,7 +62,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     trace, flops = StepTrace(config.folder / "profile", config.profile), {}
     held_out = HeldOut(config, run.stores, run.program, run.frozen.tables, run.mesh, start)
     with log, stop_requested() as stopping:
-        for step, widest, rows, kept in offline.with_features(config, run.stream, start, run.steps, run.stores):
+        for step, widest, rows, kept in offline.with_features(run.stream, start, run.steps, run.stores):
             batch, stored = put_rows(rows, run.mesh), put_rows(kept, run.mesh)
             width = next(b for b in buckets if b >= widest)
             given = run.program, run.optimiser, state, run.frozen, batch, width, stored
@@ -106,7 +106,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
     check_parts(config, learnt, mesh)
     claim_folder(config)
-    stores = offline.open_stores(config)
+    stores = offline.filled_stores(config)
     prepared = offline.prepare(config, stores)  # found, or made on a host that does not share the leader's disk
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
     teacher = offline.teacher(config, stores, mesh)

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from jeagle import config as configs
-from jeagle import extract as extracting
-from jeagle import features
+from jeagle import features, filling
 from jeagle import store as storing
 from jeagle.errors import UserError
 from jeagle.features import reader
@@ -50,7 +49,7 @@ def stores(folder) -> dict[str, Path]:
     for kind in ("float32", "int8"):
         made[kind] = folder / kind
         config = config_of(folder, name="extract", store__taps=kind, store__last=kind, store__segment_mb=1)
-        extracting.extract(config, str(made[kind]))
+        filling.extract(config, str(made[kind]))
     return made
 
 
@@ -91,6 +90,13 @@ def test_a_store_in_bytes_comes_close(folder, online, stores, capsys):
     np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in online], rtol=0.02)
     assert rows[0]["loss"] != online[0]["loss"]
     assert "the target's argmax is the stored one at 100.0%" in capsys.readouterr().out
+
+
+def test_auto_fills_a_store_of_its_own_and_goes_on_with_it(folder, stores):
+    rows = run(folder, name="auto", features="auto", store__check_rows=0)
+    same = run(folder, name="named", features=stores["int8"], store__check_rows=0)
+    assert [r["loss"] for r in rows] == [r["loss"] for r in same]
+    features.Store(str(folder / "runs" / "auto" / "features")).check_complete()
 
 
 def test_two_stores_mixed_with_weights(folder, stores):
@@ -135,7 +141,7 @@ def test_another_target_is_refused(folder, stores):
     with pytest.raises(UserError, match=r"target.reference differs"):
         train(config_of(folder, name="refused", features=stores["float32"], target__ref="org/another"))
     with pytest.raises(UserError, match=r"does not fit this run: target.fingerprint"):
-        extracting.extract(
+        filling.extract(
             config_of(
                 folder, name="e", target__ref=other_weights(folder), store__taps="float32", store__last="float32"
             ),
@@ -175,7 +181,7 @@ def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, capsy
     with pytest.raises(UserError, match="rows are missing"):
         train(config_of(folder, name="damaged", features=damaged))
     config = config_of(folder, name="extract", store__segment_mb=1)
-    extracting.extract(config, str(damaged))
+    filling.extract(config, str(damaged))
     assert storing.main(["verify", str(damaged), "--target", str(folder / "target")]) == 0
     assert "argmax alike at 100.00%" in capsys.readouterr().out
 
@@ -212,4 +218,4 @@ def test_info_and_sample(folder, stores, capsys):
 def test_a_disk_too_small_is_said_before_anything_is_computed(folder, monkeypatch):
     monkeypatch.setattr("jeagle.features.places.Place.free_bytes", lambda self: 50_000)
     with pytest.raises(UserError, match=r"needs .* GB for \d+ rows, the disk .* fits \d+ rows"):
-        extracting.extract(config_of(folder, name="extract"), str(folder / "none"))
+        filling.extract(config_of(folder, name="extract"), str(folder / "none"))
