@@ -136,9 +136,9 @@ def commit_tables(
             arrays["head"] = _everywhere(model.head_rows())
         near, real = align.near_supervised(first, xp=np), first.segments_BT > 0
         if config.store.taps in ("int8", "fp8"):
-            arrays["taps_channel"] = features.channel_scales(stored.taps.values[real])
+            arrays["taps_channel"] = features.channel_scales(stored.taps.values[real], config.store.taps)
         if config.store.last in ("int8", "fp8"):
-            arrays["last_channel"] = features.channel_scales(stored.last.values[near])
+            arrays["last_channel"] = features.channel_scales(stored.last.values[near], config.store.last)
         if distributed.is_leader():
             writer.commit_tables(lambda: arrays)
     if jax.process_count() > 1:

@@ -2,7 +2,7 @@
 
 A narrow array is kept as  round(x / (row * channel)):  one float32 `channel` for each of the H places of a vector,
 the median of |x| over a first batch, once for the whole store; one float32 `row` for each vector, which fits what is
-left to the type's range. The channel's scale is what makes a byte enough: a few places of a residual stream are
+left to the type's range. The channel's scale is what makes int8 enough: a few places of a residual stream are
 hundreds of times as large as the others.
 """
 
@@ -91,11 +91,13 @@ def _encoded(x: jax.Array, kind: str, channel: jax.Array) -> Scaled:
     return Scaled(values, row.astype(jnp.float32), jnp.broadcast_to(channel, (x.shape[0], *channel.shape)))
 
 
-def channel_scales(vectors: np.ndarray) -> np.ndarray:
-    """The median of |x| over vectors [N, ..., H]: float32 [..., H], never 0.
+def channel_scales(vectors: np.ndarray, kind: str) -> np.ndarray:
+    """The median of |x| over vectors [N, ..., H]: float32 [..., H], never 0; ones for fp8, whose exponents do this.
 
     A mean, or a maximum, would belong to the one token of a document that gathers attention.
     """
+    if kind == "fp8":
+        return np.ones(vectors.shape[1:], np.float32)
     sizes = np.median(np.abs(np.asarray(vectors, np.float32)), axis=0)
     floor = max(float(np.median(sizes)) * 1e-3, _LEAST)
     return np.maximum(sizes, floor).astype(np.float32)
