@@ -33,7 +33,7 @@ def write_array(place: Place, key: str, array: np.ndarray, chunk: int) -> dict[s
     array = np.ascontiguousarray(array)
     metadata = _metadata(array, chunk)
     spec = _spec(place, key, metadata) | {"store_data_equal_to_fill_value": True}
-    with full_disk_named():
+    with full_disk_named(place):
         ts.open(spec, create=True, open=False).result().write(array).result()
     return {
         "shape": list(array.shape),

@@ -24,7 +24,7 @@ _ABSENT = b"\x02"  # the generation of a key that is not there, in tensorstore's
 _FULL = ("No space left", "os_error_code='28'", "Disk quota", "RESOURCE_EXHAUSTED")
 
 
-class Full(Exception):
+class Full(UserError):
     """The place has no room for what was being written."""
 
 
@@ -69,7 +69,7 @@ class Place:
 
     def write(self, key: str, data: bytes) -> None:
         """Writes a key whole, over an older one."""
-        with full_disk_named():
+        with full_disk_named(self):
             if self.path is None:
                 self._kv.write(key, data).result()
                 return
@@ -78,7 +78,7 @@ class Place:
 
     def write_new(self, key: str, data: bytes) -> bool:
         """Writes a key whole unless it is there already; of several writers one gets True."""
-        with full_disk_named():
+        with full_disk_named(self):
             if self.path is None:
                 return bool(self._kv.write(key, data, if_equal=_ABSENT).result().generation)
             if (self.path / key).exists():
@@ -172,13 +172,16 @@ def started(process: int) -> str | None:
 
 
 @contextlib.contextmanager
-def full_disk_named() -> Iterator[None]:
+def full_disk_named(place: Place) -> Iterator[None]:
     """Turns every way in which a full disk shows itself into `Full`."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         if getattr(error, "errno", None) in (28, 122) or any(sign in str(error) for sign in _FULL):
-            raise Full(str(error)) from error
+            free = (place.free_bytes() or 0) / 1e6
+            raise Full(
+                f"The disk of {place} is full, {free:,.3f} MB are free: make room, and the same command goes on."
+            ) from error
         raise
 
 

@@ -130,10 +130,11 @@ class Writer:
         self.place.sweep()
 
     def _commit(self, segment: Segment, arrays: dict[str, np.ndarray], chunk: int) -> bool:
-        place, folder = self.place, segment.folder
+        place, folder, size = self.place, segment.folder, sum(a.nbytes for a in arrays.values())
         try:
+            if (place.free_bytes() or size) < size:  # before it is truly full, for whoever else writes there
+                raise Full
             described = {name: write_array(place, f"{folder}/{name}", a, chunk) for name, a in arrays.items()}
-            size = sum(a.nbytes for a in arrays.values())
             segment = dataclasses.replace(segment, arrays=described, bytes=size)
             whole = all(
                 metadata_sha256(place, f"{folder}/{name}") == d["metadata_sha256"] for name, d in described.items()
@@ -143,7 +144,7 @@ class Writer:
         except Full as error:
             place.delete(folder)
             self.claims.drop_all()
-            raise UserError(self._full(sum(a.nbytes for a in arrays.values()), segment.name)) from error
+            raise UserError(self._full(size, segment.name)) from error
         except BaseException:
             place.delete(folder)
             if segment.name in finished(place):  # another was first, and has removed this beginning
