@@ -132,7 +132,8 @@ class Writer:
     def _commit(self, segment: Segment, arrays: dict[str, np.ndarray], chunk: int) -> bool:
         place, folder, size = self.place, segment.folder, sum(a.nbytes for a in arrays.values())
         try:
-            if (place.free_bytes() or size) < size:  # before it is truly full, for whoever else writes there
+            free = place.free_bytes()
+            if free is not None and free < size:  # before it is truly full, for whoever else writes there
                 raise Full
             described = {name: write_array(place, f"{folder}/{name}", a, chunk) for name, a in arrays.items()}
             segment = dataclasses.replace(segment, arrays=described, bytes=size)
