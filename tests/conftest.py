@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-# Before jax starts: tests of meshes need several devices.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Before jax starts: tests of meshes need several devices, and programs that run for a millisecond no LLVM passes, which
+# take a quarter of all tests' time. Commands that tests start inherit both.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
 import jax
 import pytest
