@@ -32,7 +32,7 @@ parity: .venv-parity/installed
 	folder="$$(mktemp -d)" && trap 'rm -rf "$$folder"' EXIT && export JAX_PLATFORMS=cpu JEAGLE_TARGET_GOLDENS="$$folder" && \
 	.venv-parity/bin/python -m tests.targets.make_goldens --check --out "$$folder" --only '$(ONLY)' \
 		--seed $(SEED) --hidden $(HIDDEN) $(if $(LAYERS),--layers $(LAYERS)) && \
-	.venv-parity/bin/python -m pytest -q tests/targets/test_goldens.py tests/test_doctor.py && \
+	.venv-parity/bin/python -m pytest -q -n 2 tests/targets/test_goldens.py tests/test_doctor.py && \
 	.venv-parity/bin/python -m jeagle.doctor --against transformers --target "$$(ls -d "$$folder"/* | head -n 1)"
 
 tpu-check: .venv-tpu/installed
