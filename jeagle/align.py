@@ -135,12 +135,6 @@ def near_supervised(batch: Batch, *, xp: ModuleType = jnp) -> Any:
     return (supervised_BT | after_BT | before_BT[..., ::-1]) & (segments_BT != 0)
 
 
-def greedy_labels(greedy_BT: Any, read_BN: Any, *, xp: ModuleType = jnp) -> Any:
-    """The target's greedy choice after the token that each slot reads: what a draft must say to be accepted."""
-    length = greedy_BT.shape[-1]
-    return xp.take_along_axis(greedy_BT, xp.clip(read_BN, 0, length - 1), axis=-1)
-
-
 class Selected(NamedTuple):
     """Positions [B, N], rising along a row; `live` is false on those that only fill the width up."""
 
