@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
-
 from jeagle.errors import UserError
 from jeagle.targets.gguf_config import read_config
 from jeagle.targets.gguf_names import CONFIGURING, NAMES, Recipe
 from jeagle.targets.gguf_reader import Gguf, open_gguf
-from jeagle.targets.quantised_views import Index, View, whole
+from jeagle.targets.quantised_views import NamedViews, View
 
 
-class GgufWeights:
+class GgufWeights(NamedViews):
     """The WeightSource of a GGUF, split or not. Arrays are float32, whatever their type in the file.
 
     Raises:
@@ -22,23 +20,10 @@ class GgufWeights:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path = path  # named already by what `_made` refuses
         opened = open_gguf(path)
         self.config = read_config(opened)
-        self._views = self._made(opened, NAMES[opened.metadata["general.architecture"]])
-
-    def names(self) -> list[str]:
-        return sorted(self._views)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._view(name).shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._view(name).dtype
-
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        view = self._view(name)
-        return view.read(whole(index, view.shape))
+        super().__init__(path, self._made(opened, NAMES[opened.metadata["general.architecture"]]))
 
     def _made(self, opened: Gguf, recipes: dict[str, Recipe]) -> dict[str, View]:
         experts = self.config.get("num_local_experts") or self.config.get("num_experts")
@@ -67,8 +52,3 @@ class GgufWeights:
                 f"The target {self._path} has a tensor {strange[0]} that jeagle does not know for this architecture: "
                 "it would be left out of the model, so the file is refused."
             )
-
-    def _view(self, name: str) -> View:
-        if name not in self._views:
-            raise UserError(f"The target {self._path} has no tensor {name}: is its download complete?")
-        return self._views[name]

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from jeagle.errors import UserError
 
 Index = tuple[slice, ...]
 
@@ -31,6 +34,31 @@ def whole(index: Index | None, shape: tuple[int, ...]) -> Index:
     """`index` with every slice's start and stop spelled out; all of the array for None."""
     given = tuple(index or ()) + (slice(None),) * (len(shape) - len(index or ()))
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(given, shape, strict=True))
+
+
+class NamedViews:
+    """The arrays of a `weights.WeightSource`: views by name, out of the target at `path`."""
+
+    def __init__(self, path: Path, views: dict[str, View]):
+        self._path, self._views = path, views
+
+    def names(self) -> list[str]:
+        return sorted(self._views)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._view(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._view(name).dtype
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        view = self._view(name)
+        return view.read(whole(index, view.shape))
+
+    def _view(self, name: str) -> View:
+        if name not in self._views:
+            raise UserError(f"The target {self._path} has no tensor {name}: is its download complete?")
+        return self._views[name]
 
 
 @dataclass(frozen=True)

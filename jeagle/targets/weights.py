@@ -11,7 +11,7 @@ import numpy as np
 from jeagle.errors import UserError
 from jeagle.targets.quantised_methods import dequantised
 from jeagle.targets.quantised_storage import safetensors_arrays
-from jeagle.targets.quantised_views import Index, View, whole
+from jeagle.targets.quantised_views import Index, NamedViews
 from jeagle.targets.reference import TargetFiles
 
 
@@ -47,7 +47,7 @@ def open_weights(files: TargetFiles) -> WeightSource:
     return SafetensorsWeights(files.path)
 
 
-class SafetensorsWeights:
+class SafetensorsWeights(NamedViews):
     """A folder of config.json and one or more safetensors files.
 
     Weights that were published in fp8, int8 or MXFP4 are multiplied out on reading (`quantised_methods`): names, shapes
@@ -61,25 +61,7 @@ class SafetensorsWeights:
         self._where = {name: file for file, arrays in files.items() for name in arrays}
         self._check_index()
         arrays = {name: array for held in files.values() for name, array in held.items()}
-        self._views = dequantised(arrays, quantisation, folder)
-
-    def names(self) -> list[str]:
-        return sorted(self._views)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._view(name).shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._view(name).dtype
-
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        view = self._view(name)
-        return view.read(whole(index, view.shape))
-
-    def _view(self, name: str) -> View:
-        if name not in self._views:
-            raise UserError(f"The target {self._folder} has no tensor {name}: is its download complete?")
-        return self._views[name]
+        super().__init__(folder, dequantised(arrays, quantisation, folder))
 
     def _check_index(self) -> None:
         index = self._folder / "model.safetensors.index.json"
