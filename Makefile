@@ -20,7 +20,7 @@ quickstart: .venv/installed
 	.venv/bin/python -m jeagle.pipeline --config configs/smollm2_135m.py $(ARGS)
 
 test: .venv/installed
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 tests
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 check: .venv/installed
 	.venv/bin/ruff format --check .

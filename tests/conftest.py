@@ -27,6 +27,14 @@ def smollm2_files() -> TargetFiles:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """For tests that are not about meshes: programs of one device compile and run in a fraction of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda real=jax.devices: real()[:1])
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file() -> Iterator[None]:
     """What a file's tests compiled is dropped after them: over all tests it adds up to gigabytes."""

@@ -13,6 +13,7 @@ from jeagle.errors import UserError
 from jeagle.regenerate import regenerate
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_device")
 SAMPLED = {"temperature": 1.2, "top_p": 0.95, "top_k": 50, "seed": 3}
 
 

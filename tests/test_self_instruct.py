@@ -17,6 +17,7 @@ from jeagle.errors import UserError
 from tests import tiny
 from tests.data.test_server import Fake
 
+pytestmark = pytest.mark.usefixtures("one_device")
 ASKED = "People sent these messages"
 
 

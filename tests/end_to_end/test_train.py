@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jeagle import train
+from jeagle.runtime.cli import run
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +24,7 @@ STEPS = 12
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
@@ -137,16 +140,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("more", "said"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_input_is_one_sentence(folder, straight, more, said):
-    flags = tiny.flags(
-        folder, name="straight", train__steps=STEPS, train__save_every=3, draft__layers=2, draft__engines="vllm"
-    )
-    name = "wrong"
-    flags[flags.index("straight")] = name
-    done = call("train", [*flags, *more], status=2)
-    assert done.stderr.splitlines()[-1].startswith("error: ") and said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (folder / "runs" / name / "checkpoints").exists()
+def test_wrong_input_is_one_sentence(folder, straight, more, said, capsys, monkeypatch):
+    flags = tiny.flags(folder, name="wrong", train__steps=STEPS)
+    monkeypatch.setattr(sys, "argv", ["train", "--config", RECIPE, *flags, *more])
+    with pytest.raises(SystemExit, match="2"):
+        run(train.main)
+    stderr = capsys.readouterr().err
+    assert stderr.splitlines()[-1].startswith("error: ") and said in stderr and "Traceback" not in stderr
+    assert not (folder / "runs" / "wrong" / "checkpoints").exists()
 
 
 def test_a_run_with_other_settings_is_refused(folder, straight):
