@@ -1,6 +1,6 @@
 """Makes the goldens of targets: tiny random models of transformers' own classes, and the numbers that they compute.
 
-    python tests/targets/make_goldens.py [--only REGEX] [--seed N] [--out DIR] [--hidden N] [--layers N] [--check]
+    python -m tests.targets.make_goldens [--only REGEX] [--seed N] [--out DIR] [--hidden N] [--layers N] [--check]
 
 Each case of golden_cases.py becomes a folder: config.json, model.safetensors, and golden.npz with
     tokens [2, T], hidden [L + 1, 2, T, H] (the residual stream before the first layer and after each one), last
@@ -16,7 +16,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-if __package__:
-    from tests.targets import golden_checks, golden_formats
-    from tests.targets.golden_cases import BASE, CASES, Case, Shape
-else:
-    sys.path.insert(0, str(Path(__file__).parent))
-    import golden_checks
-    import golden_formats
-    from golden_cases import BASE, CASES, Case, Shape
+from tests.targets import golden_checks, golden_formats
+from tests.targets.golden_cases import BASE, CASES, Case, Shape
 
 FOLDER = Path(__file__).parent / "goldens"
 HIDDEN = 32

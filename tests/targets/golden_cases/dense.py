@@ -105,6 +105,10 @@ DENSE: dict[str, Case] = {
         },
     ),
     "phi4_partial": Case("Phi3ForCausalLM", {"rope_parameters": rope(partial_rotary_factor=0.75)}),
+    "glm": Case("GlmForCausalLM", {"rope_parameters": rope(partial_rotary_factor=0.25), "head_dim": 16}),
+    "glm_published": Case(
+        "GlmForCausalLM", {"rope_theta": 1000.0, "head_dim": 8, "attention_bias": False}, published=True
+    ),
     "glm4": Case("Glm4ForCausalLM", {"rope_parameters": rope(partial_rotary_factor=0.25), "head_dim": 16}),
     "glm4_published": Case(
         "Glm4ForCausalLM", {"rope_theta": 1000.0, "head_dim": 8, "attention_bias": False}, published=True

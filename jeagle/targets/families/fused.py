@@ -1,0 +1,150 @@
+"""Families that keep several weights in one: Phi-3 and 4, GLM-4 (dense), gpt-oss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from jeagle.targets.families.common import (
+    Family,
+    Names,
+    Piece,
+    attention,
+    attention_names,
+    dense,
+    layer_types,
+    linear,
+    merged,
+    norm,
+    pre_norm_names,
+    stem_names,
+    target,
+)
+from jeagle.targets.families.switches import Switches
+from jeagle.targets.spec import AttentionSpec, BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
+
+
+def glm(switches: Switches, norms: Literal["pre", "both"] = "pre") -> TargetSpec:
+    mixer = attention(switches, qkv_bias=bool(switches.get("attention_bias", True)), interleaved=True)
+    return target(switches, [BlockSpec(mixer, dense(switches), norms=norms)] * switches["num_hidden_layers"])
+
+
+def glm4(switches: Switches) -> TargetSpec:
+    return glm(switches, "both")
+
+
+def phi3(switches: Switches) -> TargetSpec:
+    switches.get("original_max_position_embeddings")
+    switches.only(full_attn_mod=(1,), interpolate_factor=(1,))  # Phi-4-mini's own code reads these
+    mixer = attention(switches, window=switches.get("sliding_window", 0))
+    return target(switches, [BlockSpec(mixer, dense(switches))] * switches["num_hidden_layers"])
+
+
+def gpt_oss(switches: Switches) -> TargetSpec:
+    switches.only(hidden_act=("silu",), experts_per_token=(switches["num_experts_per_tok"],))
+    bias, window = bool(switches.get("attention_bias", True)), switches.get("sliding_window", 0)
+    experts = ExpertsSpec(
+        switches["num_local_experts"],
+        switches["num_experts_per_tok"],
+        switches["intermediate_size"],
+        RouterSpec("chosen", bias=True),
+        "clamped_swiglu",
+        bias=True,
+        clamp=(float(switches.get("swiglu_alpha", 1.702)), float(switches.get("swiglu_limit", 7.0))),
+    )
+    mixers = [
+        attention(
+            switches, window=window if kind == "sliding_attention" else 0, sinks=True, qkv_bias=bias, out_bias=bias
+        )
+        for kind in layer_types(switches)
+    ]
+    return target(switches, [BlockSpec(mixer, experts=experts) for mixer in mixers])
+
+
+def _fused_heads(part: int) -> Callable[[BlockSpec], np.ndarray]:
+    """Rows of q, k or v in one projection."""
+
+    def rows(block: BlockSpec) -> np.ndarray:
+        mixer = block.mixer
+        assert isinstance(mixer, AttentionSpec)
+        queries, keys = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+        return np.split(np.arange(queries + 2 * keys), [queries, queries + keys])[part]
+
+    return rows
+
+
+def _fused_mlp(second: bool) -> Callable[[BlockSpec], np.ndarray]:
+    def rows(block: BlockSpec) -> np.ndarray:
+        assert block.mlp is not None
+        return np.arange(block.mlp.width) + (block.mlp.width if second else 0)
+
+    return rows
+
+
+def _every_other(first: int) -> Callable[[BlockSpec], np.ndarray]:
+    def rows(block: BlockSpec) -> np.ndarray:
+        assert block.experts is not None
+        return 2 * np.arange(block.experts.width) + first
+
+    return rows
+
+
+_LAYER = "model.layers.{i}."
+_FUSED_MLP: Names = merged(
+    linear("mlp.gate_proj", "mlp.gate_up_proj", rows=_fused_mlp(False)),
+    linear("mlp.up_proj", "mlp.gate_up_proj", rows=_fused_mlp(True)),
+    linear("mlp.down_proj", "mlp.down_proj"),
+)
+
+_PHI3: Names = merged(
+    stem_names(),
+    pre_norm_names(),
+    linear("mixer.q_proj", "self_attn.qkv_proj", rows=_fused_heads(0)),
+    linear("mixer.k_proj", "self_attn.qkv_proj", rows=_fused_heads(1)),
+    linear("mixer.v_proj", "self_attn.qkv_proj", rows=_fused_heads(2)),
+    linear("mixer.o_proj", "self_attn.o_proj"),
+    _FUSED_MLP,
+)
+
+_GLM: Names = merged(stem_names(), pre_norm_names(), attention_names(), _FUSED_MLP)
+
+_GLM4: Names = merged(
+    stem_names(),
+    attention_names(),
+    _FUSED_MLP,
+    norm("before_mixer", "input_layernorm"),
+    norm("after_mixer", "post_self_attn_layernorm"),
+    norm("before_mlp", "post_attention_layernorm"),
+    norm("after_mlp", "post_mlp_layernorm"),
+)
+
+_GPT_OSS_EXPERTS = f"{_LAYER}mlp.experts."
+_GPT_OSS: Names = merged(
+    stem_names(),
+    pre_norm_names(),
+    attention_names(),
+    linear("mixture.router.proj", "mlp.router"),
+    {
+        "blocks.mixer.sinks": Piece(f"{_LAYER}self_attn.sinks"),
+        # Gate and up are interleaved, and the matrices lie [in, out].
+        "blocks.mixture.experts.gate_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(0), transposed=False),
+        "blocks.mixture.experts.up_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(1), transposed=False),
+        "blocks.mixture.experts.down_proj": Piece(f"{_GPT_OSS_EXPERTS}down_proj", transposed=False),
+        "blocks.mixture.experts.gate_bias": Piece(
+            f"{_GPT_OSS_EXPERTS}gate_up_proj_bias", _every_other(0), transposed=False
+        ),
+        "blocks.mixture.experts.up_bias": Piece(
+            f"{_GPT_OSS_EXPERTS}gate_up_proj_bias", _every_other(1), transposed=False
+        ),
+        "blocks.mixture.experts.down_bias": Piece(f"{_GPT_OSS_EXPERTS}down_proj_bias", transposed=False),
+    },
+)
+
+FAMILIES = {
+    "GlmForCausalLM": Family(glm, _GLM, "glm"),
+    "Glm4ForCausalLM": Family(glm4, _GLM4, "glm4"),
+    "Phi3ForCausalLM": Family(phi3, _PHI3, "phi3"),
+    "GptOssForCausalLM": Family(gpt_oss, _GPT_OSS, "gpt_oss"),
+}
