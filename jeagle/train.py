@@ -134,6 +134,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
         config.train.accumulate,
         config.train.ema,
         mesh,
+        remat=config.train.remat,
     )
     return Run(program, optimiser, Frozen(teacher.state, tables), stream, steps, mesh, stores), state
 
