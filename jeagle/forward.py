@@ -130,6 +130,7 @@ def _loss_of_rows(
         live.slots,
         live.counts_KBT,
         cross_documents=spec.cross_documents,
+        fixed_window=spec.fixed_window,
         remat=program.remat,
         # XLA cannot split a kernel over heads by itself.
         backend="tpu" if kind == "tpu" and (mesh is None or mesh.size == row_parts(mesh)) else "chunked",

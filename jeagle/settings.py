@@ -140,6 +140,8 @@ class ObjectiveConfig:
     """Drop slots whose target argmax the draft cannot say."""
     cross_documents: bool | None = None
     """Let steps k >= 1 run on into the next packed document, as speculators does."""
+    fixed_window: bool | None = None
+    """Keep a draft's sliding window where step 0 has it, as speculators does, instead of moving it on with k."""
     renormalised: bool | None = None
     """Take acceptance (tv, nla, lk, lk_step, length) against the teacher renormalised over the draft vocabulary."""
     temperature: float | None = None

@@ -38,6 +38,18 @@ class Context(NamedTuple):
     past: tuple[Past, ...]
     first_BN: jax.Array
     last_BN: jax.Array
+    window: int  # that moves on with k; 0: none does
+
+    def seen(self, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first and the last step-0 key that slots see at step k."""
+        if not self.window:
+            return self.first_BN, self.last_BN
+        return jnp.maximum(self.first_BN, self.last_BN + k - self.window + 1), self.last_BN
+
+    def own(self, k: jax.Array, steps: int) -> jax.Array:
+        """[J]: which of the slots' own keys, of steps 1 to J, they see at step k."""
+        step_J = jnp.arange(1, steps + 1)
+        return (step_J <= k) & (step_J > k - self.window) if self.window else step_J <= k
 
 
 def unroll(
@@ -50,6 +62,7 @@ def unroll(
     counts_KBT: jax.Array,
     *,
     cross_documents: bool = False,
+    fixed_window: bool = False,
     remat: bool = False,
     backend: ttt_attention.Backend = "chunked",
 ) -> Predictions:
@@ -64,6 +77,7 @@ def unroll(
       slots: the N slots of each row that count at some step, from `align.select`.
       counts_KBT: from `align.counting_slots`.
       cross_documents: as in `align.read_positions`.
+      fixed_window: as in `objective.ObjectiveSpec`.
       remat: keep a step's input and its attention alone for the backward pass, and make its products anew there.
       backend: of the attention to step-0 keys.
 
@@ -76,6 +90,8 @@ def unroll(
     counts_KBN = jax.vmap(lambda counts: take_rows(counts, slots.positions_BN))(counts_KBT) & slots.live_BN
     fused_BTW = draft.fuse(taps_BTAH)
     context = _context(draft, batch, fused_BTW, _embedded(embedded_BTW, reads_KBT[0]), slots, backend)
+    if not fixed_window:
+        context = context._replace(window=draft.spec.sliding_window)
     positions_BN = take_rows(batch.positions_BT, slots.positions_BN)
 
     policy = jax.checkpoint_policies.save_only_these_names(ATTENTION, *(() if remat else (PRODUCT,)))
@@ -134,7 +150,7 @@ def _context(draft: Eagle3, batch: Batch, fused_BTW, embedded_BTW, slots: Select
             backend=backend,
         )
         hidden = layer.finish(residual, _heads_first(mixed))
-    return Context(tuple(past), take_rows(first_BT, slots.positions_BN), slots.positions_BN)
+    return Context(tuple(past), take_rows(first_BT, slots.positions_BN), slots.positions_BN, window=0)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
@@ -152,20 +168,19 @@ def _empty_own(draft: Eagle3, steps: int, slots: tuple[int, int]) -> tuple[Own, 
 
 def _step(draft: Eagle3, carry, k: jax.Array, embedded, positions_BN, context: Context, backend: Any):
     hidden, own = carry
-    happened_J = jnp.arange(own[0].keys_JBGNC.shape[0]) < k
+    seen, own_J = context.seen(k), context.own(k, own[0].keys_JBGNC.shape[0])
     new_own = []
     for layer, past, mine in zip(draft.layers, context.past, own, strict=True):
         read, residual = layer.inputs(embedded, hidden)
         mine = _with_own(layer, mine, read, positions_BN + k, k)
         queries = _heads_first(layer.self_attn.queries(read, positions_BN + k))
-        seen = context.first_BN, context.last_BN
         mixed, mirror = ttt_attention.attend(
             queries,
             *past,
             *seen,
             mine.keys_JBGNC,
             mine.values_JBGNC,
-            happened_J,
+            own_J,
             dtype=draft.dtype,
             backend=backend,
             mirror=mine.mirror,

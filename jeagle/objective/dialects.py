@@ -24,6 +24,8 @@ class ObjectiveSpec:
         slots that count (counting); or each document's own count, documents weighing alike (document).
       mask_out_of_vocab: slots whose target argmax the draft cannot say carry no loss.
       cross_documents: steps k >= 1 run on into the next packed document.
+      fixed_window: where the draft has a sliding window, step k sees the same step-0 keys as step 0 does, instead of
+        the window k further on, as a server moves it.
       renormalised: acceptance is taken against the teacher renormalised over the draft vocabulary.
       temperature: the teacher's logits are divided by it. Acceptance that is not renormalised stays at 1: the target's
         normaliser over the whole vocabulary is known for 1 alone.
@@ -36,6 +38,7 @@ class ObjectiveSpec:
     normaliser: Normaliser
     mask_out_of_vocab: bool
     cross_documents: bool
+    fixed_window: bool
     renormalised: bool
     temperature: float = 1.0
     lk_scale: float = 1.0
@@ -60,9 +63,9 @@ class ObjectiveSpec:
 
 # Sources: SpecForge 0.2.0 and speculators 0.9.0, as their own classes compute (tests/goldens).
 DIALECTS: dict[str, ObjectiveSpec] = {
-    "jeagle": ObjectiveSpec("soft_ce", 0.8, "served", "counting", False, False, False),
-    "specforge": ObjectiveSpec("soft_ce", 0.8, "specforge", "all_slots", True, False, False),
-    "speculators": ObjectiveSpec("kl", 1.0, "speculators", "counting", False, True, True),
+    "jeagle": ObjectiveSpec("soft_ce", 0.8, "served", "counting", False, False, False, False),
+    "specforge": ObjectiveSpec("soft_ce", 0.8, "specforge", "all_slots", True, False, False, False),
+    "speculators": ObjectiveSpec("kl", 1.0, "speculators", "counting", False, True, True, True),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +16,12 @@ from jeagle.objective import resolve
 from tests.properties.test_devices import LENGTH, SPEC, case
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_gradients_are_finite_differences(remat):
+@pytest.mark.parametrize(("remat", "window"), [(False, 0), (True, 3)])
+def test_gradients_are_finite_differences(remat, window):
     """Along a random direction of each parameter by itself; live slots fewer than positions, documents packed."""
+    spec = dataclasses.replace(SPEC, sliding_window=window)
     with jax.enable_x64(True):
-        graphdef, draft = nnx.split(Eagle3(SPEC, jnp.dtype("float64"), nnx.Rngs(0)))
+        graphdef, draft = nnx.split(Eagle3(spec, jnp.dtype("float64"), nnx.Rngs(0)))
         program = step.Program(None, graphdef, SPEC.taps, resolve("jeagle"), 4, jnp.dtype("float64"), remat=remat)
         wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
         draft, (batch, features, tables) = jax.tree.map(wide, (draft, case()))

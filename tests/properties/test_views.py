@@ -34,6 +34,8 @@ SPECS = {
     "qk_norm": {"qk_norm": True, "head_dim": 16},
     "llama3_rope": {"rope": LLAMA3},
     "bias": {"attention_bias": True},
+    "window": {"sliding_window": 9},
+    "window_within_the_steps": {"sliding_window": 3, "layers": 2},
     "own_width": {"width": 16, "taps": (0, 1, 2, 3, 5), "head_norm": False},
 }
 
