@@ -76,6 +76,7 @@ def loss_function(case: cases.Case, spec):
             everywhere,
             counts,
             cross_documents=spec.cross_documents,
+            fixed_window=spec.fixed_window,
         )
         head = nnx.merge(graphdef, state).lm_head[...]
         return objective(
