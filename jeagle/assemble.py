@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from jeagle.config import DraftConfig, ObjectiveConfig, RunConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
 from jeagle.joints import DraftSpec, Tables
-from jeagle.optimiser import served_params
+from jeagle.optimiser import Trained, served_params
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
 from jeagle.runtime.progress import bytes_progress
@@ -250,6 +249,6 @@ def path_names(path: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\['?(\w+)'?\]", path))
 
 
-def trained(draft: DraftConfig) -> Callable[[tuple[str, ...]], bool]:
-    """Which parameters the optimiser moves, by their path: adapters alone, or all but a frozen lm_head."""
-    return lambda path: "lora" in path if draft.lora else draft.train_head or path[-1] != "lm_head"
+def trained(draft: DraftConfig) -> Trained:
+    """Which parameters the optimiser moves: adapters alone, or all but a frozen lm_head."""
+    return Trained(bool(draft.lora), draft.train_head)

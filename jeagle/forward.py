@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jeagle import align, drafts, objective, targets
 from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Tables
+from jeagle.optimiser import Trained
 from jeagle.runtime.mesh import RULES, platform, row_parts
 
 
@@ -29,6 +30,7 @@ class Program(NamedTuple):
       average: decay of the moving average of parameters; 0 keeps none.
       mesh: over which rows, parameters and gradients are split; None for one device.
       remat: a TTT step is run again in the backward pass, from its inputs: less memory for more FLOPs.
+      trained: which of the draft's parameters are.
     """
 
     target: Any
@@ -42,6 +44,7 @@ class Program(NamedTuple):
     average: float = 0.0
     mesh: Mesh | None = None
     remat: bool = False
+    trained: Trained = Trained()
 
 
 class Frozen(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -37,13 +38,30 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
     return lambda step: jnp.where(step < warmup, peak * (step + 1) / warmup, after(step - warmup))
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Whether a parameter is trained, by its path of names: adapters alone, or all but a lm_head that is held."""
+
+    adapters: bool = False
+    head: bool = True
+
+    def __call__(self, path: tuple[str, ...]) -> bool:
+        return "lora" in path if self.adapters else self.head or path[-1] != "lm_head"
+
+
+def held(draft: Any, trained: Trained) -> Any:
+    """The draft; no gradient reaches what is not trained, so that none is computed, nor counted in its norm."""
+    labels = _labels(draft, lambda path, _: "train" if trained(path) else "frozen")
+    return jax.tree.map(lambda x, label: x if label == "train" else jax.lax.stop_gradient(x), draft, labels)
+
+
 def make_optimiser(
-    config: TrainConfig, rate: optax.Schedule, *, trained: Callable[[tuple[str, ...]], bool] = lambda path: True
+    config: TrainConfig, rate: optax.Schedule, *, trained: Trained = Trained()
 ) -> optax.GradientTransformation:
     """Clip by global norm, then the chosen optimiser; what is not `trained` stays, and has no moments.
 
     Args:
-      trained: of a parameter's path of names.
+      trained: which parameters move.
     """
     parts = [clip_by_global_norm(config.clip)] if config.clip else []
     both = optax.chain(*parts, OPTIMISERS[config.optimizer](config, rate))

@@ -15,7 +15,7 @@ from jeagle import align, features, objective
 from jeagle.assemble import TrainState, constrain_draft
 from jeagle.forward import Frozen, Program, draft_loss, live_positions, target_features
 from jeagle.joints import Batch, Tables
-from jeagle.optimiser import averaged
+from jeagle.optimiser import averaged, held
 
 
 class Report(NamedTuple):
@@ -65,7 +65,7 @@ def part_gradient(
     found = target_features(program, frozen, batch, live) if stored is None else features.decode(stored)
 
     def loss_of(draft: Any) -> tuple[jax.Array, objective.Figures]:
-        return draft_loss(program, draft, batch, found, frozen.tables, live, divisor_K)
+        return draft_loss(program, held(draft, program.trained), batch, found, frozen.tables, live, divisor_K)
 
     return jax.value_and_grad(loss_of, has_aux=True)(draft)
 

@@ -135,6 +135,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
         config.train.ema,
         mesh,
         remat=config.train.remat,
+        trained=assemble.trained(config.draft),
     )
     return Run(program, optimiser, Frozen(teacher.state, tables), stream, steps, mesh, stores), state
 

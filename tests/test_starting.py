@@ -17,6 +17,7 @@ from jeagle.config import DataConfig, DraftConfig, RunConfig, TargetConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
 from jeagle.joints import Rope
+from jeagle.optimiser import Trained, held
 from jeagle.starting import Start, check_engines, draft_class, draft_spec, own_embedding, starting_head
 from tests.exchange.drafts import CARD, LAYERS, PLAIN, parameters
 
@@ -233,6 +234,13 @@ def test_which_parameters_are_trained():
     everything, frozen, lora = (assemble.trained(DraftConfig(**d)) for d in ({}, {"train_head": False}, {"lora": 2}))
     assert everything(("lm_head",)) and not frozen(("lm_head",)) and frozen(("layers", "0", "norm"))
     assert lora(("lora", "fc", "down")) and not lora(("base", "fc"))
+
+
+def test_no_gradient_reaches_a_head_that_is_held():
+    draft = {"fc": jnp.ones(3), "lm_head": jnp.ones(3)}
+    squares = lambda draft: sum(jnp.sum(x**2) for x in draft.values())  # noqa: E731
+    gradient = jax.grad(lambda draft: squares(held(draft, Trained(head=False))))(draft)
+    assert not gradient["lm_head"].any() and (gradient["fc"] == 2).all()
 
 
 def test_the_vocabulary_of_a_draft_to_start_from_is_kept(exported, tmp_path, monkeypatch):
