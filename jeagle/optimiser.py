@@ -126,6 +126,18 @@ def averaged(average: Any, draft: Any, step: jax.Array, decay: float) -> Any:
     return jax.tree.map(lambda old, new: old + (1.0 - keep) * (new - old), average, draft)
 
 
+def served_draft(draft: Any, moments: Any, average: Any = None) -> Any:
+    """As `served_params`, of a state on the device: its draft, what the optimiser keeps of it, and the average."""
+    free = optax.tree.get(moments, "ScheduleFreeState")
+    if average is not None or free is None:
+        return draft if average is None else average
+
+    def iterate(z: Any, y: Any) -> Any:
+        return y if isinstance(z, optax.MaskedNode) else (y - (1 - SCHEDULE_FREE_B1) * z) / SCHEDULE_FREE_B1
+
+    return jax.tree.map(iterate, free.z, draft, is_leaf=lambda z: isinstance(z, optax.MaskedNode))
+
+
 def served_params(tree: dict[str, Any]) -> dict[str, np.ndarray]:
     """From a checkpoint's arrays by tree path, the draft's parameters by dotted name that are measured and exported.
 

@@ -192,6 +192,8 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints kept."""
+    held_out_rows: int = 64
+    """Held-out rows that the draft is evaluated on at each checkpoint, spread over all of them; 0: none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     slot_buckets: int = 4

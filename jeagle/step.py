@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jeagle import align, features, objective
 from jeagle.assemble import TrainState, constrain_draft
 from jeagle.forward import Frozen, Program, draft_loss, live_positions, target_features
-from jeagle.joints import Batch, Tables
+from jeagle.joints import Batch
 from jeagle.optimiser import averaged, held
 
 
@@ -144,8 +144,9 @@ def descend(
 
 @functools.partial(jax.jit, static_argnames=("program", "width"))
 def held_out_step(
-    program: Program, draft: Any, tables: Tables, batch: Batch, width: int, stored: features.Stored
+    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: features.Stored | None = None
 ) -> objective.Figures:
-    """What a draft does on stored rows that it is not trained on."""
+    """What a draft does on rows that it is not trained on; `stored` and `width` as `train_step` has them."""
     live = live_positions(program, batch, width)
-    return draft_loss(program, draft, batch, features.decode(stored), tables, live)[1]
+    found = target_features(program, frozen, batch, live) if stored is None else features.decode(stored)
+    return draft_loss(program, draft, batch, found, frozen.tables, live)[1]

@@ -60,8 +60,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     buckets = choose_buckets(run.stream, run.program, run.steps, config.train.slot_buckets, config.data.row_length)
     log, watch = Log(config, start, run.steps, run.stream.row_numbers), Watch(config, state.draft, start)
     trace, flops = StepTrace(config.folder / "profile", config.profile), {}
-    held_out = HeldOut(config, run.stores, run.program, run.frozen.tables, run.mesh, start)
-    with log, stop_requested() as stopping:
+    with log, HeldOut(config, run.program, run.frozen, run.stores, start) as held_out, stop_requested() as stopping:
         for step, widest, rows, kept in offline.with_features(run.stream, start, run.steps, run.stores):
             batch, stored = put_rows(rows, run.mesh), put_rows(kept, run.mesh)
             width = next(b for b in buckets if b >= widest)
@@ -73,10 +72,12 @@ def train(config: RunConfig) -> dict[str, Any]:
                 trace.wait(report)
             log.step(step, report, rows, flops.get(width, 0.0))
             log.say(watch.after(step, state.draft))
-            if (step + 1) % config.train.save_every == 0 or step + 1 == run.steps or stopping():
+            due = (step + 1) % config.train.save_every == 0 or step + 1 == run.steps
+            if due or stopping():
                 log.drain()
                 checkpoints.save(step + 1, state)
-                held_out(step + 1, state.draft)
+            if due:
+                log.say(held_out(step + 1, state))
             if stopping():
                 break
         log.drain()
@@ -145,7 +146,8 @@ def claim_folder(config: RunConfig) -> None:
     path = config.folder / "config.json"
     wanted = configs.to_json(config)
     if path.is_file() and (config.folder / "checkpoints").is_dir():
-        fields = [f for f in differences(json.loads(path.read_text()), wanted) if f.split(".")[0] in _SHAPING]
+        begun = configs.to_json(configs.from_json(json.loads(path.read_text())))
+        fields = [f for f in differences(begun, wanted) if f.split(".")[0] in _SHAPING]
         if fields:
             raise UserError(
                 f"The run {config.folder} was begun with other settings ({', '.join(fields)}): give the same ones "

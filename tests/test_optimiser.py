@@ -11,7 +11,7 @@ import pytest
 from jeagle.assemble import path_names, train_state
 from jeagle.config import TrainConfig
 from jeagle.objective import Figures
-from jeagle.optimiser import OPTIMISERS, learning_rate, make_optimiser, served_params
+from jeagle.optimiser import OPTIMISERS, learning_rate, make_optimiser, served_draft, served_params
 from jeagle.runtime.checkpoints import Checkpoints, load_named
 from jeagle.runtime.mesh import make_mesh
 from jeagle.step import descend
@@ -103,6 +103,7 @@ def test_the_average_is_the_recurrence_and_is_what_is_served(tmp_path):
         expected = keep * expected + (1 - keep) * np.asarray(state.draft["fc"])
     np.testing.assert_allclose(state.average["fc"], expected, rtol=1e-5)
     served = saved(state, tmp_path)
+    assert same(served_draft(state.draft, state.optimiser, state.average), state.average)
     np.testing.assert_array_equal(served["fc"], state.average["fc"])
     np.testing.assert_array_equal(served["layers.0.norm"], state.average["layers"][0]["norm"])
     assert not np.array_equal(served["fc"], state.draft["fc"])
@@ -120,7 +121,8 @@ def test_what_schedule_free_serves_is_its_averaged_iterate(tmp_path):
     state = toy.run(toy.fresh(), 6)
     inner = state.optimiser.inner_states["train"].inner_state
     wanted = optax.contrib.schedule_free_eval_params(inner[1], state.draft)
-    served = saved(state, tmp_path)
+    served, on_device = saved(state, tmp_path), served_draft(state.draft, state.optimiser)
+    np.testing.assert_allclose(on_device["fc"], served["fc"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(served["fc"], wanted["fc"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(served["layers.0.norm"], wanted["layers"][0]["norm"], rtol=1e-5)
     assert not np.allclose(served["fc"], state.draft["fc"], atol=1e-3)
@@ -130,6 +132,7 @@ def test_plain_training_serves_what_it_trains(tmp_path):
     toy = Toy()
     state = toy.run(toy.fresh(), 2)
     served = saved(state, tmp_path)
+    assert served_draft(state.draft, state.optimiser) is state.draft
     assert sorted(served) == ["fc", "layers.0.norm", "lm_head"]
     np.testing.assert_array_equal(served["fc"], state.draft["fc"])
 
@@ -141,6 +144,10 @@ def test_what_is_frozen_stays_and_has_no_moments():
     updates, _ = optimiser.update(gradient(draft(), 0), moments, draft())
     assert not np.any(updates["lm_head"]) and np.all(updates["fc"])
     assert not any(x.shape == (5, 4) for x in jax.tree.leaves(moments))
+    free = TrainConfig(learning_rate=0.1, optimizer="schedule_free")
+    optimiser = make_optimiser(free, lambda _: 0.1, trained=lambda path: path[-1] != "lm_head")
+    served = served_draft(draft(), optimiser.init(draft()))
+    np.testing.assert_array_equal(served["lm_head"], draft()["lm_head"])
 
 
 def test_muon_takes_matrices_and_adamw_what_has_a_row_a_token():

@@ -146,5 +146,6 @@ def flags(folder: Path, **more: Any) -> list[str]:
         "train.dtype": "float32",
         "train.log-every": 1,
         "train.slot-buckets": 1,
+        "train.held-out-rows": 0,
     } | {name.replace("__", ".").replace("_", "-"): value for name, value in more.items()}
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]

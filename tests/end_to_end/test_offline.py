@@ -17,6 +17,7 @@ from jeagle import features, filling
 from jeagle import store as storing
 from jeagle.errors import UserError
 from jeagle.features import reader
+from jeagle.held_out import spread
 from jeagle.train import train
 from tests import tiny
 
@@ -55,7 +56,11 @@ def stores(folder) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def online(folder) -> list[dict]:
-    return run(folder, name="online")
+    return run(folder, name="online", train__held_out_rows=100)
+
+
+def held_out(config) -> list[dict]:
+    return [json.loads(line) for line in (config.folder / "held_out" / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,9 @@ def elsewhere(folder, stores) -> Path:
 
 
 def test_an_exact_store_gives_the_online_losses_without_the_target(folder, online, stores, elsewhere):
-    config = config_of(folder, name="alone", runs=elsewhere / "runs", features=elsewhere / "store")
+    config = config_of(
+        folder, name="alone", runs=elsewhere / "runs", features=elsewhere / "store", train__held_out_rows=100
+    )
     target, chats = folder / "target", folder / "chats.jsonl"
     target.rename(folder / "away"), chats.rename(folder / "away.jsonl")
     try:
@@ -77,12 +84,31 @@ def test_an_exact_store_gives_the_online_losses_without_the_target(folder, onlin
     rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
     for name in ("loss", "gradient_norm", "accuracy_0", "acceptance_1"):
         np.testing.assert_allclose([r[name] for r in rows], [r[name] for r in online], rtol=2e-6)
-    held_out = [json.loads(x) for x in (config.folder / "held_out" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in held_out] == [2, 4]
-    assert held_out[1]["loss_0"] < held_out[0]["loss_0"]
+    ours, theirs = held_out(config), held_out(config_of(folder, name="online"))
+    assert [row["step"] for row in ours] == [2, 4] == [row["step"] for row in theirs]
+    assert ours[1]["loss_0"] < ours[0]["loss_0"]
+    for name in ours[0]:
+        np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=2e-6)
     for name in ("tokens.npy", "segments.npy", "positions.npy", "supervised.npy", "counts.npy"):
         ours, theirs = (f / "data" / "train" / name for f in (config.folder, folder / "runs" / "online"))
         np.testing.assert_array_equal(np.load(ours), np.load(theirs))
+
+
+def test_a_resumed_run_has_the_figures_of_held_out_rows_once(folder, online):
+    """Stopped after its checkpoint, before it was evaluated: the last one is trained and evaluated again."""
+    config = config_of(folder, name="resumed", train__held_out_rows=100)
+    shutil.copytree(folder / "runs" / "online", config.folder)
+    tree = json.loads((config.folder / "config.json").read_text()) | {"name": "resumed"}
+    (config.folder / "config.json").write_text(json.dumps(tree))
+    shutil.rmtree(config.folder / "checkpoints" / "4")
+    train(config)
+    rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in rows] == [r["loss"] for r in online]
+    assert held_out(config) == held_out(config_of(folder, name="online"))
+
+
+def test_few_held_out_rows_are_taken_from_all_over_them():
+    assert spread(10, 4).tolist() == [0, 2, 5, 7] and spread(3, 64).tolist() == [0, 1, 2] and not spread(0, 64).size
 
 
 def test_a_store_in_bytes_comes_close(folder, online, stores, capsys):
