@@ -223,7 +223,8 @@ def measure_ngram(
     folder: Path, prompts: Sequence[np.ndarray], decoded: Decoded, *, draft_tokens: int
 ) -> dict[str, Any]:
     """The same counters for a 3-gram table of the run's training answers, over the same answers."""
-    table = decoding.NGramTable(data.unpack(data.load_rows(folder / "data" / "train")))
+    documents = data.unpack(data.load_rows(folder / "data" / "train"))
+    table = decoding.NGramTable((document.ids, document.supervised) for document in documents)
     measured = [
         decoding.measure_ngram(table, prompt, plain.tokens, len(answer.tokens), draft_tokens)
         for prompt, plain, answer in zip(prompts, decoded.plain, decoded.speculative, strict=True)

@@ -101,6 +101,7 @@ _SHAPING = (  # settings that change rows; --data.streaming reads the same ones 
     "long",
     "held_out",
     "bad_share",
+    "near_duplicates",
     "system_prompt",
     "reasoning",
     "thinking",
@@ -141,6 +142,7 @@ def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[s
         held_out=config.data.held_out,
         max_conversations=config.data.max_conversations,
         bad_share=config.data.bad_share,
+        near_duplicates=config.data.near_duplicates,
         streaming=config.data.streaming,
         target=(config.target.ref,),
     )

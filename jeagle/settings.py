@@ -36,6 +36,8 @@ class DataConfig:
     """Take only the first so many conversations; 0 takes all."""
     bad_share: float = 0.01
     """Share of conversations that may be unusable; they are set aside with file, line and reason."""
+    near_duplicates: Literal["keep", "drop"] = "keep"
+    """Whether conversations over 70 % alike an earlier one stay; they are counted."""
     row_length: int = 2048
     """T: tokens in a packed row."""
     long: Literal["cut", "split", "drop"] = "cut"

@@ -105,6 +105,7 @@ CHANGES = {
     "long": "split",
     "held_out": 0.2,
     "bad_share": 0.02,
+    "near_duplicates": "drop",
     "system_prompt": "be old",
     "reasoning": "drop",
     "thinking": "off",

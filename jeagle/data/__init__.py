@@ -2,7 +2,7 @@
 
 from jeagle.data.answer_file import AnswerFile, beside
 from jeagle.data.answers import ConversationError
-from jeagle.data.build import Shape, build
+from jeagle.data.build import build
 from jeagle.data.chat_templates import TEMPLATES, from_headers, reads_date, use_template
 from jeagle.data.conversations import Conversation, Reading, read_conversations, read_source, split_held_out
 from jeagle.data.describe import describe
@@ -10,6 +10,7 @@ from jeagle.data.near import variety
 from jeagle.data.pack import Packed, RowWriter, load_rows, pack, rows_of, save_rows, unpack
 from jeagle.data.prompts import read_prompts, read_rows
 from jeagle.data.render import Rendered, Renderer, render
+from jeagle.data.row_set import Shape
 from jeagle.data.self_instruct import Turns, requests, turns_of
 from jeagle.data.server import Server, answer
 from jeagle.data.show import figures, html_page, pieces, terminal_row, token_texts

@@ -27,12 +27,12 @@ def describe(statistics: dict[str, Any], data: Path) -> list[str]:
 
 
 def _notes(s: dict[str, Any]) -> list[str]:
+    near, dropped = s.get("near_duplicates", 0), s.get("near_dropped", 0)
     long = {name: s["train"][name] + s["held_out"][name] for name in ("truncated", "split", "dropped", "unsupervised")}
     notes = {
         f"{s['duplicates']} duplicates are left out": s["duplicates"],
-        f"{s.get('near_duplicates', 0)} conversations are nearly the same as an earlier one, and kept": s.get(
-            "near_duplicates", 0
-        ),
+        f"{near} conversations are nearly the same as an earlier one, and "
+        + ("left out" if dropped else "kept: --data.near-duplicates drop leaves them out"): near,
         f"{long['truncated']} conversations were cut to the row length: --data.row-length sets it, --data.long split "
         "keeps all of them": long["truncated"],
         f"{long['split']} conversations were longer than a row and go on in further documents": long["split"],

@@ -18,10 +18,12 @@ class Span(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document's text, the answers in it, and the template's inputs where its ids can be compared."""
+    """A document's text, the answers in it, how many characters stand before its first turn but the system's, and the
+    template's inputs where its ids can be compared."""
 
     text: str
     spans: list[Span]
+    lead: int
     inputs: tuple[Messages, Sequence[dict], bool] | None = None
 
 
@@ -64,7 +66,7 @@ class Planner:
             for i, prompt in zip(cuts, prompts, strict=True)
         ]
         thinks = self._rules.thinks([messages[i] for i in cuts])
-        return [Document(whole, spans, (messages, conversation.tools, thinks))]
+        return [Document(whole, spans, _lead(whole, messages), (messages, conversation.tools, thinks))]
 
     def apart(self, conversation: Any) -> list[Document]:
         """One document for each answer, after the history as a server shows it. ConversationError where it cannot."""
@@ -76,11 +78,17 @@ class Planner:
             asked = [Request(messages[: i + 1 - prompt], conversation.tools, thinks, bool(prompt)) for prompt in (0, 1)]
             whole, prompt = (_good(text) for text in self.maker.texts(asked))
             span = Span(len(prompt), messages[i], not (conversation.truncated and i == cuts[-1]))
+            lead = _lead(prompt, messages)
             if whole.startswith(prompt):
-                documents.append(Document(whole, [span], (messages[: i + 1], conversation.tools, thinks)))
+                documents.append(Document(whole, [span], lead, (messages[: i + 1], conversation.tools, thinks)))
             else:
-                documents.append(Document(prompt + _continuation(prompt, whole, messages[i]), [span]))
+                documents.append(Document(prompt + _continuation(prompt, whole, messages[i]), [span], lead))
         return documents
+
+
+def _lead(text: str, messages: Messages) -> int:
+    first = next((m["content"] for m in messages if m["role"] != "system"), "")
+    return max(text.find(first.strip()), 0)
 
 
 def _good(text: str | ConversationError) -> str:

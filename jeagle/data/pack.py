@@ -106,7 +106,7 @@ def rows_of(groups: list[list[Rendered]], row_length: int) -> Batch:
         start = 0
         for number, document in enumerate(group, 1):
             here = slice(start, start + len(document.ids))
-            tokens[row, here], supervised[row, here] = document
+            tokens[row, here], supervised[row, here] = document.ids, document.supervised
             segments[row, here], positions[row, here] = number, np.arange(len(document.ids))
             start = here.stop
     return Batch(tokens, segments, positions, supervised)

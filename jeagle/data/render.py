@@ -18,10 +18,11 @@ from jeagle.data.texts import Messages, Rules
 
 
 class Rendered(NamedTuple):
-    """ids int32 [n] and supervised bool [n] of one document."""
+    """ids int32 [n] and supervised bool [n] of one document; the first `lead` are what stands before its first turn."""
 
     ids: np.ndarray
     supervised: np.ndarray
+    lead: int = 0
 
 
 class Renderer:
@@ -94,7 +95,7 @@ class Renderer:
             if theirs != ids:
                 first = next((i for i, (a, b) in enumerate(zip(theirs, ids, strict=False)) if a != b), len(ids))
                 raise ConversationError(f"its ids differ from apply_chat_template's at token {first}")
-        return Rendered(np.array(ids, np.int32), supervised)
+        return Rendered(np.array(ids, np.int32), supervised, encoding.char_to_token(document.lead) or 0)
 
     def _answer(self, text: str, span: Span, encoding: Any, ids: list[int]) -> tuple[int, int]:
         """-> (the answer's first token, the end token)."""

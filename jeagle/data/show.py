@@ -131,7 +131,11 @@ def figures(manifest: dict[str, Any], tables: dict[str, Any] | None, coverage: f
     aside = sum(s["set_aside"].values())
     found += [
         ("read", f"{s['read']:,} rows: {s['duplicates']:,} duplicates, {aside:,} set aside"),
-        ("nearly duplicates", f"{s.get('near_duplicates', 0):,}, {s.get('near_held_out', 0):,} of them held out"),
+        (
+            "nearly duplicates",
+            f"{s.get('near_duplicates', 0):,}, {s.get('near_dropped', 0):,} left out, {s.get('near_held_out', 0):,} "
+            "held out and like one to train on",
+        ),
         ("answers cut short", f"{s['answers_cut_short']:,} ({s['answers_cut_short'] / used:.1%})"),
         ("on-policy share", f"{s['on_policy'] / used:.1%} known to be {manifest['target']}'s own"),
     ]

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jeagle.data.near import NEARLY, Distinct, NearDocuments, likeness, signatures, text_signature, variety
+from jeagle.data import near
+from jeagle.data.near import (
+    NEARLY,
+    Distinct,
+    NearDocuments,
+    document_signatures,
+    likeness,
+    signatures,
+    text_signature,
+    variety,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -55,25 +65,59 @@ def test_variety_of_texts_that_are_known():
     assert variety([]) == {"distinct_1": 0, "distinct_2": 0, "distinct_3": 0, "nearest_mean": 0}
 
 
+def add(found: NearDocuments, ids: np.ndarray, held_out: bool = False) -> bool:
+    return found.add(document_signatures([ids])[0], held_out)
+
+
 def test_near_documents_are_counted_and_those_across_the_split():
     """Of 300 documents, every third has a copy with one token changed; every sixth's copy is held out."""
     found, planted = NearDocuments(), 0
     for i in range(300):
         ids = RNG.integers(0, 9000, 400)
-        found.add(ids, False)
+        add(found, ids)
         if i % 3 == 0:
             planted += 1
             ids[200] += 1
-            found.add(ids, i % 6 == 0)
+            add(found, ids, i % 6 == 0)
     counts = found.count()
-    assert planted * 0.95 <= counts["near_duplicates"] <= planted
-    assert planted / 2 * 0.9 <= counts["near_held_out"] <= planted / 2
-    assert NearDocuments().count() == {"near_duplicates": 0, "near_held_out": 0}
+    assert planted * 0.98 <= counts["near_duplicates"] <= planted
+    assert planted / 2 * 0.96 <= counts["near_held_out"] <= planted / 2
+    assert set(NearDocuments().count().values()) == {0}
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_what_is_left_out_is_compared_with_no_more(drop):
+    """Eight documents, each with 18 of 400 tokens changed in the next: 0.9 of windows are alike, after seven 0.44."""
+    ids, found, said = RNG.integers(0, 9000, 400), NearDocuments(drop=drop), []
+    for i in range(8):
+        said.append(add(found, ids))
+        ids = ids.copy()
+        ids[50 * i : 50 * i + 18] += 1
+    assert said[:2] == [False, True] and all(said[1:]) != drop and found.near == sum(said)
+
+
+def test_documents_are_found_again_however_many_came_between():
+    """The tables that they are found by are filled anew as they grow."""
+    found, first = NearDocuments(), RNG.integers(0, 9000, (20, 60))
+    assert not any(add(found, ids) for ids in first)
+    for signature in RNG.integers(0, 1 << 16, (9000, 64)).astype(np.uint16):
+        found.add(signature, False)
+    assert all(add(found, ids) for ids in first)
+
+
+def test_only_so_many_are_remembered(monkeypatch):
+    monkeypatch.setattr(near, "_REMEMBERED", 8)
+    first, found = RNG.integers(0, 9000, 50), NearDocuments()
+    add(found, first, True)
+    assert add(found, first)
+    for _ in range(8):
+        assert not add(found, RNG.integers(0, 9000, 50))
+    assert not add(found, first) and found.count()["near_held_out"] == found.near == 1
 
 
 def test_documents_of_half_the_same_words_are_no_duplicates():
     found = NearDocuments()
     lead = RNG.integers(0, 9000, 200)
-    for _ in range(200):  # a long system prompt that all of them share
-        found.add(np.concatenate([lead, RNG.integers(0, 9000, 200)]), False)
+    for _ in range(200):  # a long question that all of them share
+        add(found, np.concatenate([lead, RNG.integers(0, 9000, 200)]))
     assert NEARLY > 0.5 and found.count()["near_duplicates"] <= 4

@@ -140,6 +140,25 @@ def test_held_out_copies_of_training_prompts_are_told(tmp_path, tokenizer):
     assert any("flatters the draft" in line for line in dataset.room.describe(described, tmp_path))
 
 
+def test_near_copies_are_left_out_and_a_system_prompt_that_all_share_makes_none(tmp_path, tokenizer):
+    """A conversation stays and its near copies go, whichever side of the split they are on; so that nothing leaks."""
+    random, system = np.random.default_rng(0), {"role": "system", "content": "the old stone house near a tree " * 40}
+    names, said = ["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], []
+    for i in range(60):
+        question, answer = (" ".join(random.choice(names, n)) for n in (40, 60))
+        for mark in ("", " now", " then")[: 1 + i % 3]:
+            turns = [{"role": "user", "content": question + mark}, {"role": "assistant", "content": answer}]
+            said.append({"messages": [system, *turns]})
+    settings = {"row_length": 1024, "held_out": 0.3}
+    kept, _ = make(tmp_path, said, tokenizer, **settings)
+    assert kept["near_duplicates"] == 60 and kept["near_held_out"] > 10 and kept["conversations"] == 120
+    statistics, folder = make(tmp_path, said, tokenizer, near_duplicates="drop", **settings)
+    assert statistics["near_dropped"] == 60 and statistics["near_held_out"] == 0 and statistics["conversations"] == 60
+    prompts = [json.loads(line)["messages"] for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    assert len(prompts) == statistics["held_out"]["documents"] == 60 - statistics["train"]["documents"]
+    assert all(not m[1]["content"].endswith((" now", " then")) for m in prompts)
+
+
 # T6: history by another model.
 def test_the_share_of_the_targets_own_answers_is_counted(tmp_path, tokenizer):
     rows = [row | {"model": "Owner/Target-1B" if i < 5 else "other"} for i, row in enumerate(chats(20))]
