@@ -140,6 +140,8 @@ def validate(config: RunConfig) -> None:
     for flag, value in positive.items():
         if value <= 0:
             raise UserError(f"--{flag} is {value}; it must be above 0.")
+    if config.data.max_conversations < 0:
+        raise UserError(f"--data.max-conversations is {config.data.max_conversations}; 0 takes all, none is negative.")
     if not 0 <= config.data.held_out < 1:
         raise UserError(f"--data.held-out is {config.data.held_out}; it is a share, from 0 up to but not including 1.")
     if not 0 <= config.data.bad_share <= 1:
@@ -161,7 +163,7 @@ def _validate_draft(draft: DraftConfig) -> None:
         raise UserError("--draft.json and --draft.start both say what the draft is: leave one out.")
     if draft.lora and not draft.start:
         raise UserError(f"--draft.lora {draft.lora} trains beside a draft that stays: name it with --draft.start.")
-    for name in ("width", "heads", "kv_heads", "head_dim", "mlp_width", "sliding_window", "lora"):
+    for name in ("vocab", "width", "heads", "kv_heads", "head_dim", "mlp_width", "sliding_window", "lora"):
         if getattr(draft, name) < 0:
             raise UserError(f"--draft.{name.replace('_', '-')} is {getattr(draft, name)}; it must be 0 or above.")
 

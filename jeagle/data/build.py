@@ -104,6 +104,11 @@ def _whole(statistics: collections.Counter, reading: Reading) -> dict[str, Any]:
 
 
 def _check_learnt(named: dict[str, dict[str, Any]], shape: Shape) -> None:
+    if not named["train"]["documents"] and named["held_out"]["documents"]:
+        raise UserError(
+            f"All {named['held_out']['documents']} conversations are held out, and none is left to train on: lower "
+            f"--data.held-out from {shape.held_out}, or give more."
+        )
     lost = sum(side["unsupervised"] + side["dropped"] for side in named.values())
     all_of_them = lost + sum(side["documents"] for side in named.values())
     if lost > (1 - LEAST_LEARNT) * all_of_them:

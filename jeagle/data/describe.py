@@ -20,8 +20,8 @@ def describe(statistics: dict[str, Any], data: Path) -> list[str]:
         *(f"read {columns}" for columns in s["columns"]),
         f"data: {train['documents']} conversations in {train['rows']} rows ({train['fill']:.0%} full), "
         f"{train['tokens']:,} tokens, {share:.0%} of them answers; {held_out['documents']} held out",
-        f"draft vocabulary: {s['draft_vocab']} tokens cover {s['coverage_train']:.1%} of the answers, "
-        f"{s['coverage_held_out']:.1%} of held-out ones",
+        f"draft vocabulary: {s['draft_vocab']} tokens cover {s['coverage_train']:.1%} of the answers"
+        + (f", {s['coverage_held_out']:.1%} of held-out ones" if held_out["documents"] else ""),
     ]
     return lines + [f"note: {text}" for text in _notes(s)] + _aside(s, data) + [f"warning: {t}" for t in _warnings(s)]
 

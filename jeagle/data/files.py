@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import io
@@ -56,9 +57,11 @@ def records(path: Path) -> Iterator[Record]:
     Raises:
       UserError: when the file cannot be read to its end; a single row that cannot be read is a Record with a reason.
     """
-    kind = kind_of(path) or ".jsonl"
+    kind = kind_of(path)
     try:
-        if kind in _TABLES:
+        if kind is None:
+            yield from _unnamed(path)
+        elif kind in _TABLES:
             yield from _table(path, kind)
         elif kind in _TREES:
             yield from _tree(path)
@@ -106,10 +109,23 @@ def _lines(path: Path, lines: Iterator[bytes] | IO[bytes], first: int = 1) -> It
             yield parse_line(f"{path}:{number}", line)
 
 
+def _unnamed(path: Path) -> Iterator[Record]:
+    """A file whose name does not say what it holds: JSON lines, or a UserError."""
+    with open_file(path) as file:
+        first = next((line for line in file if line.strip()), b"{}")
+        if parse_line("", first).reason:
+            raise UserError(
+                f"{path} is no .jsonl, .json, .parquet or .arrow file (.gz and .zst too), and its first line is no "
+                "JSON: turn it into one of them."
+            )
+    with open_file(path) as file:
+        yield from _lines(path, file)
+
+
 def parse_line(where: str, line: bytes) -> Record:
-    """The JSON value of one line."""
+    """The JSON value of one line of UTF-8, with or without a byte order mark."""
     try:
-        return Record(where, json.loads(line))
+        return Record(where, json.loads(line.decode("utf-8-sig")))
     except UnicodeError:
         return Record(where, None, "text that is no Unicode")
     except (ValueError, RecursionError):
@@ -119,7 +135,7 @@ def parse_line(where: str, line: bytes) -> Record:
 def _tree(path: Path) -> Iterator[Record]:
     """A .json file: a list of rows, read piece by piece; JSON lines under another name; or one tree."""
     with open_file(path) as file:
-        first = file.readline()
+        first = file.readline().removeprefix(codecs.BOM_UTF8)
         number = 1
         while first and not first.strip():
             first, number = file.readline(), number + 1
@@ -127,16 +143,28 @@ def _tree(path: Path) -> Iterator[Record]:
             text = io.TextIOWrapper(io.BufferedReader(_Again(first, file)), encoding="utf-8")
             yield from _items(path, text)
             return
-        if isinstance(parse_line("", first).row, dict):
-            yield from _lines(path, itertools.chain([first], file), number)
+        whole = parse_line("", first).row
+        if not isinstance(whole, dict):
+            whole = parse_line("", first + file.read()).row
+        elif more := _to_next(file):
+            yield from _lines(path, itertools.chain([first], more, file), number)
             return
-        whole = parse_line("", first + file.read()).row
     if not isinstance(whole, dict):
         raise UserError(f"{path} is no JSON: give a list of conversations, or one JSON object a line.")
     lists = [v for v in whole.values() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
     is_rows = len(lists) == 1 and not {"messages", "conversations"} & whole.keys()
     for count, row in enumerate(lists[0] if is_rows else [whole], 1):
         yield Record(f"{path}:row {count}", row)
+
+
+def _to_next(file: IO[bytes]) -> list[bytes]:
+    """The blank lines up to one that is not, and that one; none where only blank ones are left."""
+    found = []
+    for line in file:
+        found.append(line)
+        if line.strip():
+            return found
+    return []
 
 
 class _Again(io.RawIOBase):

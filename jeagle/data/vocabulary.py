@@ -158,6 +158,6 @@ def _check_map(offsets: np.ndarray, in_draft: np.ndarray | None, where: str) -> 
     if np.any(np.diff(ids) <= 0) or ids[0] < 0 or (marked is not None and not np.array_equal(ids, marked)):
         raise UserError(
             f"{where}: d2t.npy and t2d.npy contradict each other, or d2t does not rise: d2t holds offsets, "
-            "id = i + d2t[i], and t2d marks those ids."
+            "id = i + d2t[i], and t2d marks those ids. Mend them; the tables/ of a run are made anew once removed."
         )
     return ids.astype(np.int32)

@@ -99,6 +99,31 @@ def test_a_long_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
         assert [r.row for r in records(tmp_path / "x.json")] == rows
 
 
+def test_a_json_file_may_be_one_line_with_a_list_in_it_and_begin_with_a_byte_order_mark(tmp_path):
+    rows = [{"messages": CHAT}, {"messages": CHAT, "n": 1}]
+    for name, tree in {"list": rows, "wrapped": {"data": rows}, "indented": {"data": rows}}.items():
+        text = json.dumps(tree, indent=1 if name == "indented" else None)
+        for mark in ("", "\ufeff"):
+            (tmp_path / "x.json").write_text(mark + text + "\n\n", "utf-8")
+            assert [r.row for r in records(tmp_path / "x.json")] == rows, (name, mark)
+    (tmp_path / "x.json").write_text("\n" + json.dumps(rows[0]) + "\n\n" + json.dumps(rows[1]) + "\n{\n")
+    assert [r.where.rpartition(":")[2] for r in records(tmp_path / "x.json")] == ["2", "4", "5"]
+    (tmp_path / "x.jsonl").write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert [r.row for r in records(tmp_path / "x.jsonl")] == rows
+
+
+def test_other_encodings_and_other_kinds_of_files_are_told(tmp_path):
+    """Read line by line, the second line of this UTF-16 would otherwise be read as other characters."""
+    rows = [{"messages": [{"role": "user", "content": "中文"}, {"role": "assistant", "content": "中"}]}] * 3
+    (tmp_path / "x.jsonl").write_bytes(lines(rows).decode().encode("utf-16"))
+    assert all(record.reason for record in records(tmp_path / "x.jsonl"))
+    (tmp_path / "x.csv").write_text("prompt,response\na,b\n")
+    with pytest.raises(UserError, match="x.csv is no .jsonl.*first line is no JSON"):
+        list(records(tmp_path / "x.csv"))
+    (tmp_path / "chats").write_bytes(lines(rows))
+    assert [record.row for record in records(tmp_path / "chats")] == rows
+
+
 @pytest.mark.parametrize("text", ["[{}", "[{},", "[{} {}", '[{"a": ]', "", "[", "nul", '{"a": 1', "[1, 2"])
 def test_json_that_breaks_off_is_one_sentence(tmp_path, text):
     (tmp_path / "x.json").write_text(text)

@@ -243,6 +243,11 @@ def test_training_and_held_out_prompts_are_apart_for_every_share(tmp_path, share
     assert not prompts[0] & prompts[1]
 
 
+def test_nothing_left_to_train_on_stops_the_work(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="All 3 conversations are held out.*lower --data.held-out from 0.999"):
+        make(tmp_path, chats(3), tokenizer, held_out=0.999)
+
+
 # T14: a map is built anew under a trained head, or a stale one is found.
 def prepare(flags):
     return dataset.prepare(configs.parse_overrides(configs.RunConfig(name="t"), flags, program="t", description=""))
