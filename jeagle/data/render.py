@@ -14,6 +14,7 @@ import numpy as np
 from jeagle.data.answers import ConversationError, check_sampled
 from jeagle.data.conversations import Conversation
 from jeagle.data.documents import Document, Planner, Span
+from jeagle.data.places import Encoder, Encoding
 from jeagle.data.texts import Messages, Rules
 
 
@@ -35,6 +36,7 @@ class Renderer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._encode = Encoder(self._backend)
 
     def __call__(
         self, conversations: Sequence[Conversation], check: Sequence[bool] = ()
@@ -70,7 +72,7 @@ class Renderer:
         """Encodes the documents of `plans` all at once, and puts them, or what is wrong with them, into `found`."""
         good = {i: documents for i, documents in plans.items() if not isinstance(documents, ConversationError)}
         texts = [document.text for documents in good.values() for document in documents]
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        encodings = iter(self._encode(texts))
         for i, documents in plans.items():
             if isinstance(documents, ConversationError):
                 found[i] = documents
@@ -81,7 +83,7 @@ class Renderer:
             except ConversationError as error:
                 found[i] = error
 
-    def _mark(self, document: Document, encoding: Any, check: bool) -> Rendered:
+    def _mark(self, document: Document, encoding: Encoding, check: bool) -> Rendered:
         ids = encoding.ids
         bos = self._tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
@@ -97,7 +99,7 @@ class Renderer:
                 raise ConversationError(f"its ids differ from apply_chat_template's at token {first}")
         return Rendered(np.array(ids, np.int32), supervised, encoding.char_to_token(document.lead) or 0)
 
-    def _answer(self, text: str, span: Span, encoding: Any, ids: list[int]) -> tuple[int, int]:
+    def _answer(self, text: str, span: Span, encoding: Encoding, ids: list[int]) -> tuple[int, int]:
         """-> (the answer's first token, the end token)."""
         place, first = span.begin, None
         while first is None and place < len(text):  # some tokenizers leave leading spaces out of their offsets
