@@ -73,12 +73,13 @@ def train(config: RunConfig) -> dict[str, Any]:
             log.step(step, report, rows, flops.get(width, 0.0))
             log.say(watch.after(step, state.draft))
             due = (step + 1) % config.train.save_every == 0 or step + 1 == run.steps
-            if due or stopping():
+            stop = stopping(step)
+            if due or stop:
                 log.drain()
                 checkpoints.save(step + 1, state)
             if due:
                 log.say(held_out(step + 1, state))
-            if stopping():
+            if stop:
                 break
         log.drain()
     checkpoints.close()
