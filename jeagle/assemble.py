@@ -205,12 +205,17 @@ def run_folder(path: str | Path) -> Path:
 
 def load_draft(folder: Path, step: int | str) -> tuple[int, DraftSpec, dict[str, np.ndarray]]:
     """(step, spec, parameters by name) of a run's checkpoint: those that are measured and exported."""
-    described = folder / "draft.json"
-    if not described.is_file():
-        raise UserError(f"{folder} holds no trained draft: run python -m jeagle.train first.")
-    spec = DraftSpec.from_json(json.loads(described.read_text())["draft"])
+    spec = described_draft(folder)
     found, tree = load_named(folder / "checkpoints", step)
     return found, spec, drafts.merge_adapters(served_params(tree))
+
+
+def described_draft(folder: Path, *, where: str = "") -> DraftSpec:
+    """What a run's checkpoints are of. UserError where nothing has been trained; `where` names the run."""
+    described = folder / "draft.json"
+    if not described.is_file():
+        raise UserError(f"{where or folder} holds no trained draft: run python -m jeagle.train first.")
+    return DraftSpec.from_json(json.loads(described.read_text())["draft"])
 
 
 def open_start(config: RunConfig) -> Start | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -138,24 +138,40 @@ def served_draft(draft: Any, moments: Any, average: Any = None) -> Any:
     return jax.tree.map(iterate, free.z, draft, is_leaf=lambda z: isinstance(z, optax.MaskedNode))
 
 
+_DRAFT, _ITERATE, _AVERAGE = r"\.draft", r"\.optimiser.*\.z", r"\.average"
+
+
 def served_params(tree: dict[str, Any]) -> dict[str, np.ndarray]:
     """From a checkpoint's arrays by tree path, the draft's parameters by dotted name that are measured and exported.
 
     The moving average where one is kept; of schedule_free the averaged iterate x = (y - (1 - b1) z) / b1, whose y is
     trained; else the trained ones.
     """
-    average = _named(tree, r"\.average")
-    trained = _named(tree, r"\.draft")
-    base = _named(tree, r"\.optimiser.*\.z")
+    average = _named(tree, _AVERAGE)
+    trained = _named(tree, _DRAFT)
+    base = _named(tree, _ITERATE)
     b1 = SCHEDULE_FREE_B1
     iterate = {name: ((trained[name] - (1 - b1) * z) / b1).astype(np.float32) for name, z in base.items()}
     return trained | iterate | average
 
 
+def served_from(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The same, unread: by parameter, the paths of the arrays of which `served_params` makes it."""
+    tree = dict.fromkeys(paths, 0)
+    found: dict[str, list[str]] = {}
+    for prefix in (_DRAFT, _ITERATE, _AVERAGE):
+        for path in tree:
+            if below := _below(path, prefix):
+                found[below] = [path] if prefix == _AVERAGE else [*found.get(below, ()), path]
+    return found
+
+
 def _named(tree: dict[str, Any], prefix: str) -> dict[str, np.ndarray]:
     """The arrays below a prefix: `.draft['layers'][0]['norm'].value` is layers.0.norm."""
-    found = {}
-    for path, array in tree.items():
-        if below := re.fullmatch(rf"{prefix}((?:\['?\w+'?\])+)(?:\.value)?", path):
-            found[".".join(re.findall(r"\['?(\w+)'?\]", below[1]))] = np.asarray(array)
-    return found
+    return {below: np.asarray(array) for path, array in tree.items() if (below := _below(path, prefix))}
+
+
+def _below(path: str, prefix: str) -> str:
+    """The dotted name of a path below the prefix; empty where it is not below it."""
+    below = re.fullmatch(rf"{prefix}((?:\['?\w+'?\])+)(?:\.value)?", path)
+    return ".".join(re.findall(r"\['?(\w+)'?\]", below[1])) if below else ""

@@ -173,16 +173,17 @@ def starting_head(draft: DraftConfig, spec: DraftSpec, target: TargetSpec, table
 
 
 def own_embedding(folder: Path, spec: DraftSpec, embed_VH: jax.Array, start: Start | None = None) -> jax.Array | None:
-    """The embedding of a draft of another width than the target's, float32 [V, W]; None where the target's serves.
+    """The embedding that the draft reads, float32 [V, W]: the run's own, as a draft of another width than the target's
+    or a published one has it; None where the target's serves.
 
     The one that an older draft came with, else the target's rows through a fixed random projection, which keeps
     distances. It is frozen, as SpecForge has it, and exported with the draft.
     """
+    if (folder / EMBEDDING_FILE).is_file():
+        return jnp.asarray(np.load(folder / EMBEDDING_FILE))
     if spec.width == spec.target_width:
         _check_shared(start, embed_VH)
         return None
-    if (folder / EMBEDDING_FILE).is_file():
-        return jnp.asarray(np.load(folder / EMBEDDING_FILE))
     if start is not None and start.embed_VW is not None:
         return jnp.asarray(start.embed_VW)
     noise = np.random.Generator(np.random.PCG64(0)).standard_normal((spec.target_width, spec.width), np.float32)

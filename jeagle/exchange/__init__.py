@@ -7,25 +7,32 @@ from jeagle.exchange.card import ExportCard
 from jeagle.exchange.config_file import read_draft_config
 from jeagle.exchange.config_read import Hints
 from jeagle.exchange.layouts import export_sglang, export_vllm
-from jeagle.exchange.limits import check_spec, sglang_limits, vllm_limits
+from jeagle.exchange.limits import check_spec, sglang_jax_limits, sglang_limits, vllm_limits
 from jeagle.exchange.names import check_params, expected_shapes
 from jeagle.exchange.peer_features import PeerFeatures, Sample, open_peer_features
-from jeagle.exchange.reading import ImportedDraft, read_export
+from jeagle.exchange.reading import ImportedDraft, Lazy, OpenDraft, open_draft, read_export
+from jeagle.exchange.readings import Reading, readings
 
 __all__ = [
     "ExportCard",
     "Hints",
     "ImportedDraft",
+    "Lazy",
+    "OpenDraft",
     "PeerFeatures",
+    "Reading",
     "Sample",
     "check_params",
     "check_spec",
     "expected_shapes",
     "export_sglang",
     "export_vllm",
+    "open_draft",
     "open_peer_features",
     "read_draft_config",
     "read_export",
+    "readings",
+    "sglang_jax_limits",
     "sglang_limits",
     "vllm_limits",
 ]

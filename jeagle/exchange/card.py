@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, Literal
 
 import jeagle
-from jeagle.exchange.limits import READ_IN, Layout, sglang_limits, vllm_limits
+from jeagle.exchange.limits import READ_IN, Layout, sglang_jax_limits, sglang_limits, vllm_limits
 from jeagle.joints import DraftSpec
 
 EXPORT_FILE = "jeagle_export.json"
@@ -30,6 +31,7 @@ class ExportCard:
       step: of the checkpoint.
       template_hash: of the chat template that the draft was trained with.
       recipe: how it was trained: a command, or a recipe's name.
+      data: what it was trained on, by name: source, fingerprint, rows, tokens, ...
       acceptance: what was measured, by name: acceptance_length, acceptance_by_position, prompts_measured, ...
       speculative_tokens: drafted before each verification, in the commands of the card and in speculators' layout.
       licence: an SPDX name or a hub's licence tag, where the author has chosen one.
@@ -43,6 +45,7 @@ class ExportCard:
     step: int | None = None
     template_hash: str | None = None
     recipe: str | None = None
+    data: Mapping[str, Any] | None = None
     acceptance: Mapping[str, Any] | None = None
     speculative_tokens: int = 3
     licence: str | None = None
@@ -78,10 +81,23 @@ def record(export: Export) -> dict[str, Any]:
         "template_hash": card.template_hash,
         "target": {"ref": card.target_ref, "fingerprint": card.target_fingerprint, "layers": export.target_layers},
         "recipe": card.recipe,
+        "data": dict(card.data) if card.data else None,
         "acceptance": dict(card.acceptance) if card.acceptance else None,
         "spec": export.spec.to_json(),
+        "limits": limits_of(export),
         "versions": {"jeagle": jeagle.__version__} | {name: metadata.version(name) for name in _PACKAGES},
         "engines_read_in": READ_IN,
+    }
+
+
+def limits_of(export: Export) -> dict[str, list[str]]:
+    """Why an engine would not serve this very folder as it was trained, by engine; an empty list where it does."""
+    given = export.spec, export.target_layers, export.card.target_architectures
+    wrong_layout = ["it does not read speculators' layout"] if export.layout == "speculators" else []
+    return {
+        "SGLang": wrong_layout + sglang_limits(*given),
+        "vLLM": vllm_limits(export.spec, export.layout, export.card.target_architectures),
+        "sglang-jax": wrong_layout + sglang_jax_limits(*given),
     }
 
 
@@ -92,9 +108,11 @@ def readme(export: Export) -> str:
     parts = [
         _front_matter(card),
         f"# {title}\n\nAn EAGLE-3 draft model for speculative decoding with {_code(card.target_ref or target)}, "
-        f"trained with jeagle {jeagle.__version__}. It proposes, the target checks: the text stays the target's.",
+        f"{'trained with' if card.recipe else 'handed on by'} jeagle {jeagle.__version__}. It proposes, the target "
+        "checks: the text stays the target's.",
         "## Measured acceptance\n\n" + _acceptance(card),
         "## Serving\n\n" + _serving(export, target),
+        "## Sharing it\n\n" + _sharing(export),
         "## How it was made\n\n" + _facts(export),
         "## Licence\n\nThe draft learnt from what its target computes and answers. Before you pass it on, see what the "
         "target's licence and that of the conversations ask for."
@@ -122,19 +140,20 @@ def _acceptance(card: ExportCard) -> str:
 
 
 def _serving(export: Export, target: str) -> str:
-    where, tokens = shlex.quote(export.out), export.card.speculative_tokens
+    where, tokens, reasons = shlex.quote(export.out), export.card.speculative_tokens, limits_of(export)
     settings = {"method": "eagle3", "model": export.out, "num_speculative_tokens": tokens}
     vllm = f"vllm serve {shlex.quote(target)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
-    sglang = (
-        f"python -m sglang.launch_server --model-path {shlex.quote(target)} \\\n"
+    chain = (
+        f"--model-path {shlex.quote(target)} \\\n"
         f"  --speculative-algorithm EAGLE3 --speculative-draft-model-path {where} \\\n"
         f"  --speculative-num-steps {tokens} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
     )
-    wrong_layout = ["it does not read speculators' layout"] if export.layout == "speculators" else []
-    parts = [
-        _command("SGLang", sglang, wrong_layout + sglang_limits(export.spec, export.target_layers)),
-        _command("vLLM", vllm, vllm_limits(export.spec, export.layout)),
-    ]
+    commands = {
+        "SGLang": f"python -m sglang.launch_server {chain}",
+        "vLLM": vllm,
+        "sglang-jax": f"python -m sgl_jax.launch_server {chain}",
+    }
+    parts = [_command(engine, command, reasons[engine]) for engine, command in commands.items()]
     if target == "TARGET":
         parts.append("TARGET is the target's safetensors folder or hub id: engines do not read the reference above.")
     return "\n\n".join(parts if export.engine == "SGLang" else [parts[1], parts[0], *parts[2:]])
@@ -143,7 +162,15 @@ def _serving(export: Export, target: str) -> str:
 def _command(engine: str, command: str, reasons: list[str]) -> str:
     if reasons:
         return f"{engine} {READ_IN[engine]} does not serve this folder as it was trained: {'; '.join(reasons)}."
-    return f"{engine} (its reader was checked in version {READ_IN[engine]}):\n\n```bash\n{command}\n```"
+    checked = "by running" if engine == "vLLM" else "by reading its source"
+    return f"{engine} (checked {checked}, version {READ_IN[engine]}):\n\n```bash\n{command}\n```"
+
+
+def _sharing(export: Export) -> str:
+    """The command that uploads the folder; what stands in the commands above is then its hub id."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", export.card.name or export.card.run or "eagle3-draft").strip("-.")
+    command = f"hf upload YOUR-NAME/{name} {shlex.quote(export.out)} ."
+    return f"```bash\n{command}\n```\n\nThe commands above then take YOUR-NAME/{name} in place of the folder."
 
 
 def _facts(export: Export) -> str:
@@ -151,6 +178,7 @@ def _facts(export: Export) -> str:
     rows = {
         "recipe": _code(card.recipe),
         "run": f"{card.run}, step {card.step}" if card.run and card.step is not None else card.run,
+        "data": ", ".join(f"{name} {_cell(value)}" for name, value in card.data.items()) if card.data else None,
         "target": _code(card.target_ref),
         "target's files": _code(card.target_fingerprint),
         "chat template": _code(card.template_hash),

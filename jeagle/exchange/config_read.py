@@ -14,6 +14,8 @@ from jeagle.joints import DraftSpec, Rope
 
 NormOutput = Literal["carry", "head"]
 _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+NORM_OUTPUT_MEANS = "norm_output_means"
+"""Added to a plain config.json by `dialects` where the trainer that wrote it is known."""
 _ARCHITECTURES = (PLAIN_ARCHITECTURE, "Eagle3LlamaForCausalLM")
 
 
@@ -23,12 +25,14 @@ class Hints:
 
     Attributes:
       taps: layer boundaries, where no layer ids are given, or two lists contradict each other.
+      norm_before_residual: where speculators' form is silent about it.
       norm_output: what a plain config.json that jeagle did not write means by it. "carry", as engines read it: the
         state handed to the next step is normed. "head", as SpecForge reads it: the norm stands before lm_head.
     """
 
     taps: tuple[int, ...] | None = None
     norm_output: NormOutput | None = None
+    norm_before_residual: bool | None = None
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:
@@ -94,7 +98,7 @@ def _plain_norms(config: Mapping[str, Any], hints: Hints) -> dict[str, bool]:
     }
     if "norm_output" not in config:
         return norms
-    means = "carry" if WRITTEN_BY in config else hints.norm_output
+    means = "carry" if WRITTEN_BY in config else config.get(NORM_OUTPUT_MEANS, hints.norm_output)
     if means is None:
         raise UserError(
             f"config.json has norm_output {config['norm_output']}, which SGLang and vLLM read as the carried state's "
@@ -104,12 +108,14 @@ def _plain_norms(config: Mapping[str, Any], hints: Hints) -> dict[str, bool]:
 
 
 def _speculators_norms(config: Mapping[str, Any], hints: Hints) -> dict[str, bool]:
-    if config.get("norm_before_residual") is None:
+    written = config.get("norm_before_residual")
+    before = hints.norm_before_residual if written is None else written
+    if before is None:
         raise UserError(
             "config.json lacks norm_before_residual, which speculators then reads as false and vLLM as true: "
             "write into it what the draft was trained with."
         )
-    norms = {flag: bool(config.get(flag, False)) for flag in _FLAGS}
+    norms = {flag: bool(config.get(flag, False)) for flag in _FLAGS} | {"norm_before_residual": bool(before)}
     return {"carry_normed": norms.pop("norm_output"), **norms}
 
 

@@ -6,23 +6,23 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from jeagle.errors import UserError
 from jeagle.exchange.card import EXPORT_FILE, Export, ExportCard, readme, record
 from jeagle.exchange.config_json import plain_config, speculators_config
 from jeagle.exchange.limits import Layout, check_sglang, check_spec, check_vllm
-from jeagle.exchange.names import EMBEDDING, FirstLayer, Params, check_embedding, to_torch
+from jeagle.exchange.names import EMBEDDING, FirstLayer, check_embedding, check_params, torch_name
+from jeagle.exchange.rounding import DTYPES, Dtype, planned
+from jeagle.exchange.stream import Planned, Readable, whole, write_safetensors
 from jeagle.exchange.vocabulary import tables_of
 from jeagle.joints import DraftSpec
 from jeagle.runtime.manifest import atomic_folder
 
-Dtype = Literal["bfloat16", "float16", "float32"]
-DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+_ROWS = 8192  # of an embedding at a time
+_BFLOAT16_STEP = 2.0**-8
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,21 +38,21 @@ _TOKENIZER_FILES = (
 
 def export_sglang(
     spec: DraftSpec,
-    params: Mapping[str, np.ndarray],
+    params: Mapping[str, Readable],
     draft_to_target_D: np.ndarray | None,
     out: str | Path,
     *,
     target_layers: int,
     dtype: Dtype = "bfloat16",
     card: ExportCard | None = None,
-    embed_VW: np.ndarray | None = None,
-    target_embed_VW: np.ndarray | None = None,
+    embed_VW: Readable | None = None,
+    target_embed_VW: Readable | None = None,
     tokenizer: Any = None,
 ) -> Path:
     """Writes the plain layout for SGLang and returns `out`; vLLM loads the same folder, unless `vllm_limits` says no.
 
     Args:
-      params: float32, as `names.expected_shapes` lists them.
+      params: float32, as `names.expected_shapes` lists them; read one at a time, so they may be larger than memory.
       draft_to_target_D: target ids, strictly rising; None for a full vocabulary.
       out: the folder; an older export of jeagle's is replaced, anything else that is not empty is refused.
       target_layers: n, decoder layers of the target, which the taps are checked against.
@@ -68,16 +68,17 @@ def export_sglang(
         that cannot be written. Nothing is written then.
     """
     check_spec(spec, target_layers)
-    check_sglang(spec, target_layers)
+    card = card or ExportCard()
+    check_sglang(spec, target_layers, card.target_architectures)
     _check_replaced(spec, embed_VW, target_embed_VW)
     tensors = _tensors(spec, params, draft_to_target_D, embed_VW, "midlayer", dtype)
-    export = Export("SGLang", "plain", dtype, str(out), spec, target_layers, card or ExportCard())
+    export = Export("SGLang", "plain", dtype, str(out), spec, target_layers, card)
     return _write(export, tensors, plain_config(spec, dtype=dtype), tokenizer)
 
 
 def export_vllm(
     spec: DraftSpec,
-    params: Mapping[str, np.ndarray],
+    params: Mapping[str, Readable],
     draft_to_target_D: np.ndarray | None,
     out: str | Path,
     *,
@@ -85,7 +86,7 @@ def export_vllm(
     layout: Layout = "speculators",
     dtype: Dtype = "bfloat16",
     card: ExportCard | None = None,
-    embed_VW: np.ndarray | None = None,
+    embed_VW: Readable | None = None,
     tokenizer: Any = None,
 ) -> Path:
     """Writes the speculators or the plain layout for vLLM; arguments and result as of `export_sglang`.
@@ -95,8 +96,8 @@ def export_vllm(
         `card.target_ref`, which that layout names.
     """
     check_spec(spec, target_layers)
-    check_vllm(spec, layout)
     card = card or ExportCard()
+    check_vllm(spec, layout, card.target_architectures)
     if layout == "plain":
         config = plain_config(spec, dtype=dtype)
     elif not card.target_ref:
@@ -117,41 +118,30 @@ def export_vllm(
 
 def _tensors(
     spec: DraftSpec,
-    params: Mapping[str, np.ndarray],
+    params: Mapping[str, Readable],
     draft_to_target_D: np.ndarray | None,
-    embed_VW: np.ndarray | None,
+    embed_VW: Readable | None,
     first_layer: FirstLayer,
     dtype: Dtype,
-) -> Params:
-    """Everything that goes into the safetensors file, checked and rounded, under torch names."""
-    tensors = to_torch(spec, params, first_layer=first_layer)
-    if embed_VW is not None:
-        tensors[EMBEDDING] = np.ascontiguousarray(embed_VW)
-    check_embedding(spec, embed_VW, where="The draft's parameters")
-    rounded = {name: _rounded(name, array, dtype) for name, array in tensors.items()}
-    return rounded | tables_of(spec, draft_to_target_D)
-
-
-def _rounded(name: str, array: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """To nearest, ties to even, as IEEE arithmetic rounds."""
+) -> dict[str, Planned]:
+    """Everything that goes into the safetensors file under torch names, its shapes checked; read when it is written."""
     if dtype not in DTYPES:
         raise UserError(f"No export is stored as {dtype!r}: choose {', '.join(DTYPES)}.")
-    with np.errstate(over="ignore"):
-        stored = array.astype(DTYPES[dtype])
-    if not np.isfinite(stored.astype(np.float32)).all():
-        raise UserError(f"The parameter {name} holds numbers beyond {dtype}'s range: store the export as bfloat16.")
-    return stored
+    check_params(spec, params)
+    check_embedding(spec, embed_VW, where="The draft's parameters")
+    named = {torch_name(name, first_layer): planned(name, array, dtype) for name, array in params.items()}
+    if embed_VW is not None:
+        named[EMBEDDING] = planned(EMBEDDING, embed_VW, dtype)
+    return named | {name: whole(table) for name, table in tables_of(spec, draft_to_target_D).items()}
 
 
-def _write(export: Export, tensors: Params, config: dict[str, Any], tokenizer: Any) -> Path:
+def _write(export: Export, tensors: dict[str, Planned], config: dict[str, Any], tokenizer: Any) -> Path:
     out = Path(export.out)
     _check_place(out)
     try:
         with atomic_folder(out) as folder:
             _put_tokenizer(tokenizer, folder)
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-            # It is written for its owner alone; a server may run as somebody else.
-            (folder / "model.safetensors").chmod(0o644)
+            write_safetensors(folder / "model.safetensors", tensors)
             (folder / "config.json").write_text(_json(config), "utf-8")
             (folder / "README.md").write_text(readme(export), "utf-8")
             (folder / EXPORT_FILE).write_text(_json(record(export)), "utf-8")
@@ -160,11 +150,14 @@ def _write(export: Export, tensors: Params, config: dict[str, Any], tokenizer: A
     return out
 
 
-def _check_replaced(spec: DraftSpec, embed_VW: np.ndarray | None, target_embed_VW: np.ndarray | None) -> None:
+def _check_replaced(spec: DraftSpec, embed_VW: Readable | None, target_embed_VW: Readable | None) -> None:
+    """UserError where SGLang would put other rows in place of the draft's own, rounding to bfloat16 aside."""
     if embed_VW is None or target_embed_VW is None or spec.width != spec.target_width:
         return
-    if not np.array_equal(embed_VW, target_embed_VW):
-        raise UserError("SGLang would put the target's embedding in place of the draft's own: export it for vLLM.")
+    for start in range(0, spec.target_vocab, _ROWS):
+        ours, theirs = (np.asarray(e[start : start + _ROWS], np.float32) for e in (embed_VW, target_embed_VW))
+        if not np.allclose(ours, theirs, rtol=_BFLOAT16_STEP, atol=1e-30):
+            raise UserError("SGLang would put the target's embedding in place of the draft's own: export it for vLLM.")
 
 
 def _check_place(out: Path) -> None:

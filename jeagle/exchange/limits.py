@@ -1,12 +1,15 @@
 """What an engine cannot serve, said before anything is written.
 
-Read in vLLM 0.32.0 (model_executor/models/llama_eagle3.py, qwen3_eagle3.py, transformers_utils/configs/speculators) and
-SGLang 0.5.23 (srt/models/llama_eagle3.py, llama.py). Neither engine reports a flag that it ignores: a draft that breaks
-one of these rules loads, and is accepted less often or never.
+Read in vLLM 0.32.0 (model_executor/models/llama_eagle3.py, qwen3_eagle3.py, transformers_utils/configs/speculators),
+SGLang 0.5.23 (srt/models/llama_eagle3.py, llama.py) and sglang-jax (srt/models/llama_eagle3.py, llama.py,
+model_executor/model_runner.py). None of them reports a flag that it ignores: a draft that breaks one of these rules
+loads, and is accepted less often or never.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from jeagle.errors import UserError
@@ -14,8 +17,20 @@ from jeagle.joints import DraftSpec
 
 Layout = Literal["plain", "speculators"]
 
-READ_IN = {"SGLang": "0.5.23", "vLLM": "0.32.0"}
+READ_IN = {"SGLang": "0.5.23", "vLLM": "0.32.0", "sglang-jax": "cddbf6f (21 August 2026)"}
 """The version of each engine whose source the rules below were read in."""
+
+_GEMMA = ("GemmaForCausalLM", "Gemma2ForCausalLM")
+NOT_TAPPED = {
+    "SGLang": (*_GEMMA, "Glm4ForCausalLM", "GraniteForCausalLM", "MixtralForCausalLM", "Olmo2ForCausalLM"),
+    "vLLM": (
+        *(*_GEMMA, "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        *("Glm4ForCausalLM", "Glm4MoeForCausalLM", "MixtralForCausalLM", "Qwen2MoeForCausalLM"),
+    ),
+}
+"""Architectures whose target model an engine has, without a way to hand a draft its inner hidden states. One that is
+not named here is not refused: it may be tapped, or be new."""
+TAPPED_BY_SGLANG_JAX = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 
 
 def check_spec(spec: DraftSpec, target_layers: int) -> None:
@@ -31,23 +46,27 @@ def check_spec(spec: DraftSpec, target_layers: int) -> None:
         raise UserError("The draft has both norm_before_fc and fc_norm, which exclude each other: switch one off.")
 
 
-def check_sglang(spec: DraftSpec, target_layers: int) -> None:
-    """UserError, naming SGLang and the flag, unless SGLang serves this draft as it was trained."""
-    reasons = sglang_limits(spec, target_layers)
-    elsewhere = "" if vllm_limits(spec, "speculators") else " vLLM can: export it for vLLM."
+def check_sglang(spec: DraftSpec, target_layers: int, architectures: Sequence[str] = ()) -> None:
+    """UserError, naming SGLang and the flag, unless SGLang serves this draft as it was trained.
+
+    Args:
+      architectures: of the target, where they are known.
+    """
+    reasons = sglang_limits(spec, target_layers, architectures)
+    elsewhere = "" if vllm_limits(spec, "speculators", architectures) else " vLLM can: export it for vLLM."
     if reasons:
         raise UserError(f"SGLang cannot serve this draft as it was trained: {'; '.join(reasons)}.{elsewhere}")
 
 
-def check_vllm(spec: DraftSpec, layout: Layout) -> None:
-    """UserError, naming vLLM and the flag, unless vLLM serves this draft as it was trained."""
-    reasons = vllm_limits(spec, layout)
-    elsewhere = "" if vllm_limits(spec, "speculators") else ' Choose the layout "speculators".'
+def check_vllm(spec: DraftSpec, layout: Layout, architectures: Sequence[str] = ()) -> None:
+    """UserError, naming vLLM and the flag, unless vLLM serves this draft as it was trained; see `check_sglang`."""
+    reasons = vllm_limits(spec, layout, architectures)
+    elsewhere = "" if vllm_limits(spec, "speculators", architectures) else ' Choose the layout "speculators".'
     if reasons:
         raise UserError(f"vLLM cannot serve this draft as it was trained: {'; '.join(reasons)}.{elsewhere}")
 
 
-def sglang_limits(spec: DraftSpec, target_layers: int) -> list[str]:
+def sglang_limits(spec: DraftSpec, target_layers: int, architectures: Sequence[str] = ()) -> list[str]:
     """Why SGLang would not serve this draft as it was trained, a clause for each reason; empty when it does."""
     reasons = {
         "norm_before_residual is true, and its residual is always the raw feature": spec.norm_before_residual,
@@ -62,10 +81,10 @@ def sglang_limits(spec: DraftSpec, target_layers: int) -> list[str]:
             spec.sliding_window != 0
         ),
     }
-    return _no_head_norm(spec) + [reason for reason, holds in reasons.items() if holds]
+    return _target("SGLang", architectures) + _no_head_norm(spec) + [r for r, holds in reasons.items() if holds]
 
 
-def vllm_limits(spec: DraftSpec, layout: Layout) -> list[str]:
+def vllm_limits(spec: DraftSpec, layout: Layout, architectures: Sequence[str] = ()) -> list[str]:
     """Why vLLM would not serve this draft as it was trained, a clause for each reason; empty when it does."""
     reasons = {
         'qk_norm is true, which it takes only in the layout "speculators"': spec.qk_norm and layout == "plain",
@@ -73,7 +92,35 @@ def vllm_limits(spec: DraftSpec, layout: Layout) -> list[str]:
             spec.qk_norm and spec.attention_bias
         ),
     }
-    return _no_head_norm(spec) + [reason for reason, holds in reasons.items() if holds]
+    return _target("vLLM", architectures) + _no_head_norm(spec) + [r for r, holds in reasons.items() if holds]
+
+
+def sglang_jax_limits(spec: DraftSpec, target_layers: int, architectures: Sequence[str] = ()) -> list[str]:
+    """Why sglang-jax, which reads the plain layout, would not serve this draft as it was trained.
+
+    It looks for the layer ids in the target's configuration, not the draft's, so that the default ones are always
+    tapped; its fc has room for three; it has none of EAGLE-3.1's norms, and puts the target's embedding in the draft.
+    """
+    usual = (2, target_layers // 2, target_layers - 3)
+    reasons = {
+        f"taps is {list(spec.taps)}, and it always taps {list(usual)} of {target_layers} layers": spec.taps != usual,
+        "norm_before_fc is true, which it does not know": spec.norm_before_fc,
+        "fc_norm is true, which it does not know": spec.fc_norm,
+        "carry_normed is true, and it hands on the raw state": spec.carry_normed,
+        f"width is {spec.width}, and it puts the target's embedding of width {spec.target_width} in the draft": (
+            spec.width != spec.target_width
+        ),
+        f"the target is {', '.join(architectures)}, and it taps {' and '.join(TAPPED_BY_SGLANG_JAX)} alone": (
+            bool(architectures) and not set(architectures) & set(TAPPED_BY_SGLANG_JAX)
+        ),
+    }
+    shared = sglang_limits(dataclasses.replace(spec, taps=(1,)), target_layers)
+    return [reason for reason, holds in reasons.items() if holds] + shared
+
+
+def _target(engine: str, architectures: Sequence[str]) -> list[str]:
+    names = [name for name in architectures if name in NOT_TAPPED[engine]]
+    return [f"the target is {names[0]}, whose hidden states it hands to no draft"] if names else []
 
 
 def _no_head_norm(spec: DraftSpec) -> list[str]:

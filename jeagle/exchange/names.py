@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from jeagle.errors import UserError
+from jeagle.exchange.stream import Readable
 from jeagle.joints import DraftSpec
 
 Params = dict[str, np.ndarray]
@@ -58,57 +59,20 @@ def _layer_shapes(spec: DraftSpec, *, first: bool) -> dict[str, Shape]:
     return shapes | {"mlp.down_proj": (spec.mlp_width, width)}
 
 
-def check_params(spec: DraftSpec, params: Mapping[str, np.ndarray], *, where: str = "The draft's parameters") -> None:
-    """That `params` are exactly those of the spec, and finite; `where` begins an error's sentence.
+def check_params(spec: DraftSpec, params: Mapping[str, Readable], *, where: str = "The draft's parameters") -> None:
+    """That `params` are exactly those of the spec, by name and shape; `where` begins an error's sentence.
 
     Raises:
-      UserError: for a missing, unknown, wrongly shaped or non-finite parameter, naming it.
+      UserError: for a missing, unknown or wrongly shaped parameter, naming it.
     """
     expected = expected_shapes(spec)
-    _check_names(expected, params, where=where)
+    check_names(expected, params, where=where)
     for name, shape in expected.items():
         if params[name].shape != shape:
-            raise UserError(f"{where}: {name} is {_text(params[name].shape)}; this draft needs {_text(shape)}.")
-        _check_finite(name, params[name], where=where)
+            raise UserError(f"{where}: {name} is {text(params[name].shape)}; this draft needs {text(shape)}.")
 
 
-def to_torch(spec: DraftSpec, params: Mapping[str, np.ndarray], *, first_layer: FirstLayer) -> Params:
-    """jeagle's parameters -> contiguous arrays under torch names, kernels turned to [out, in], dtypes kept.
-
-    Raises:
-      UserError: as `check_params`.
-    """
-    check_params(spec, params)
-    return {
-        _torch_name(name, first_layer): np.ascontiguousarray(array.T if _is_kernel(name, array.shape) else array)
-        for name, array in params.items()
-    }
-
-
-def from_torch(spec: DraftSpec, tensors: Mapping[str, np.ndarray], *, where: str) -> Params:
-    """Arrays under torch names -> jeagle's float32 parameters.
-
-    Args:
-      tensors: kernels [out, in], names as `canonical` gives them, without those of `TABLES`.
-      where: what the tensors come from; begins an error's sentence.
-
-    Raises:
-      UserError: for a missing, unknown, wrongly shaped or non-finite tensor, by its torch name.
-    """
-    expected = {_torch_name(name, "layers.0"): (name, shape) for name, shape in expected_shapes(spec).items()}
-    _check_names(expected, tensors, where=where)
-    params = {}
-    for torch_name, (name, shape) in expected.items():
-        array, turned = tensors[torch_name], _is_kernel(name, shape)
-        wanted = shape[::-1] if turned else shape
-        if array.shape != wanted:
-            raise UserError(f"{where}: {torch_name} is {_text(array.shape)}; config.json asks for {_text(wanted)}.")
-        params[name] = np.ascontiguousarray((array.T if turned else array).astype(np.float32))
-        _check_finite(torch_name, params[name], where=where)
-    return params
-
-
-def check_embedding(spec: DraftSpec, embed_VW: np.ndarray | None, *, where: str) -> None:
+def check_embedding(spec: DraftSpec, embed_VW: Readable | None, *, where: str) -> None:
     """That a draft of another width than its target brings an embedding, and that one that is there fits.
 
     Raises:
@@ -121,27 +85,28 @@ def check_embedding(spec: DraftSpec, embed_VW: np.ndarray | None, *, where: str)
             f"width {spec.target_width}."
         )
     if embed_VW is not None and embed_VW.shape != shape:
-        raise UserError(f"{where}: {EMBEDDING} is {_text(embed_VW.shape)}; this draft needs {_text(shape)}.")
-    if embed_VW is not None:
-        _check_finite(EMBEDDING, embed_VW, where=where)
+        raise UserError(f"{where}: {EMBEDDING} is {text(embed_VW.shape)}; this draft needs {text(shape)}.")
 
 
 def canonical(name: str) -> str:
-    """A torch name with the first layer called `layers.0.`, whichever of its two names it came under."""
-    return re.sub(r"^midlayer\.", "layers.0.", name)
+    """A torch name as speculators has it: without the prefixes that some put first, and the first layer `layers.0.`."""
+    return re.sub(r"^midlayer\.", "layers.0.", re.sub(r"^(module\.)?(model\.)?", "", name))
 
 
-def _torch_name(name: str, first_layer: FirstLayer) -> str:
+def torch_name(name: str, first_layer: FirstLayer) -> str:
+    """jeagle's name of a parameter -> torch's."""
     name = re.sub(r"\.([qkvo])_bias$", r".\1_proj.bias", name)
     name = re.sub(r"^layers\.0\.", f"{first_layer}.", name)
     return name if name.endswith(".bias") else f"{name}.weight"
 
 
-def _is_kernel(name: str, shape: Shape) -> bool:
-    return len(shape) == 2 and name != "lm_head"
+def is_kernel(name: str, shape: Shape) -> bool:
+    """Whether jeagle and torch keep a parameter turned against one another."""
+    return len(shape) == 2 and name not in ("lm_head", EMBEDDING)
 
 
-def _check_names(expected: Collection[str], found: Collection[str], *, where: str) -> None:
+def check_names(expected: Collection[str], found: Collection[str], *, where: str) -> None:
+    """UserError, naming one, where a name is missing or belongs to no such draft."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
         hint = f", and {_first(unknown)} is there, which belongs to no such draft" if unknown else ""
@@ -150,7 +115,8 @@ def _check_names(expected: Collection[str], found: Collection[str], *, where: st
         raise UserError(f"{where}: {_first(unknown)} belongs to no draft of this configuration.")
 
 
-def _check_finite(name: str, array: np.ndarray, *, where: str) -> None:
+def check_finite(name: str, array: np.ndarray, *, where: str) -> None:
+    """UserError, naming the array, where it holds NaN or infinity."""
     if not np.isfinite(array).all():
         raise UserError(f"{where}: {name} holds NaN or infinity, so the draft is broken; take an earlier checkpoint.")
 
@@ -159,5 +125,6 @@ def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
-def _text(shape: Shape) -> str:
+def text(shape: Shape) -> str:
+    """A shape as people write it: [4, 8]."""
     return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,25 +1,34 @@
-"""A folder with a draft, in either layout -> the draft. Only config.json and the safetensors beside it are read."""
+"""A folder with a draft, in any dialect -> the draft. Only config.json and the weights beside it are read."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  lets safetensors return bfloat16 arrays
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jeagle.errors import UserError
 from jeagle.exchange.config_read import Hints, spec_from_config
+from jeagle.exchange.dialects import as_common
 from jeagle.exchange.limits import check_spec
-from jeagle.exchange.names import EMBEDDING, TABLES, Params, canonical, check_embedding, from_torch
+from jeagle.exchange.names import (
+    EMBEDDING,
+    TABLES,
+    Params,
+    check_embedding,
+    check_finite,
+    check_names,
+    expected_shapes,
+    is_kernel,
+    text,
+    torch_name,
+)
+from jeagle.exchange.tensors import Tensor, open_tensors
 from jeagle.exchange.vocabulary import ids_of
 from jeagle.joints import DraftSpec
-
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,28 +48,121 @@ class ImportedDraft:
     embed_VW: np.ndarray | None
 
 
+_ROWS = 512  # of a kernel at a time
+
+
+class Lazy:
+    """A parameter, float32, that is read from its file each time that it is indexed: `[...]`, or `[start:stop]`."""
+
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...], *, turned: bool, name: str, where: str):
+        self.shape = shape
+        self._tensor, self._turned, self._name, self._where = tensor, turned, name, where
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if not self._turned:
+            array = self._tensor.read(index)
+            check_finite(self._name, array, where=self._where)
+            return array.astype(np.float32, copy=False)
+        stored, turned = self._tensor.read(...), np.empty(self.shape, np.float32)
+        for start in range(0, len(stored), _ROWS):  # a copy of all of it in between would be as large as the result
+            rows = stored[start : start + _ROWS]
+            check_finite(self._name, rows, where=self._where)
+            turned[:, start : start + _ROWS] = rows.T
+        return turned[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenDraft:
+    """A draft in a folder whose parameters are still to be read.
+
+    Attributes:
+      config: config.json in one of the two common forms, whichever dialect it came in.
+      tensors: all but `names.TABLES`, by canonical torch name.
+      tables: those, by the same.
+      where: the folder, for errors.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    tables: dict[str, Tensor]
+    where: str
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def spec(self, hints: Hints | None = None) -> DraftSpec:
+        """UserError where config.json leaves a question open that `hints` do not answer."""
+        spec = spec_from_config(self.config, self.shapes, hints or Hints())
+        check_spec(spec, target_layers=spec.taps[-1])
+        return spec
+
+    def params(self, spec: DraftSpec) -> dict[str, Lazy]:
+        """jeagle's parameters, float32, each read when it is indexed.
+
+        Raises:
+          UserError: for a missing, unknown or wrongly shaped tensor by its torch name; when it is read, for NaN.
+        """
+        expected = {torch_name(name, "layers.0"): (name, shape) for name, shape in expected_shapes(spec).items()}
+        check_names(expected, self.tensors, where=self.where)
+        params = {}
+        for named, (name, shape) in expected.items():
+            tensor, turned = self.tensors[named], is_kernel(name, shape)
+            wanted = shape[::-1] if turned else shape
+            if tensor.shape != wanted:
+                raise UserError(f"{self.where}: {named} is {text(tensor.shape)}; config.json asks for {text(wanted)}.")
+            params[name] = Lazy(tensor, shape, turned=turned, name=named, where=self.where)
+        return params
+
+    def draft_to_target(self, spec: DraftSpec) -> np.ndarray:
+        """The vocabulary's ids, int64 [D]. UserError where the tables are none."""
+        tables = {name: tensor.read(...) for name, tensor in self.tables.items() if name != EMBEDDING}
+        return ids_of(spec, tables, where=self.where)
+
+    def embedding(self, spec: DraftSpec) -> np.ndarray | None:
+        """The embedding stored with the draft, float32 [V, W]. UserError where it is missing and needed, or is none."""
+        stored = self.tables.get(EMBEDDING)
+        embed_VW = None if stored is None else stored.read(...).astype(np.float32)
+        check_embedding(spec, embed_VW, where=self.where)
+        if embed_VW is not None:
+            check_finite(EMBEDDING, embed_VW, where=self.where)
+        return embed_VW
+
+
+def open_draft(folder: str | Path) -> OpenDraft:
+    """The draft in `folder`, its parameters unread.
+
+    Raises:
+      UserError: for a missing or broken file, or a config.json of no EAGLE-3 draft.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = open_tensors(folder)
+    tables = {name: tensors.pop(name) for name in TABLES if name in tensors}
+    return OpenDraft(as_common(config, {n: t.shape for n, t in tensors.items()}), tensors, tables, str(folder))
+
+
 def read_export(folder: str | Path, hints: Hints | None = None) -> ImportedDraft:
-    """The draft in `folder`: an export of jeagle's, of SpecForge's or EAGLE's plain layout, or of speculators.
+    """The draft in `folder`, whole: an export of jeagle's, or what any of the dialects in `dialects` published.
 
     Args:
-      folder: with config.json and model.safetensors (or its shards).
+      folder: with config.json and model.safetensors (or its shards), or pytorch_model.bin.
       hints: answers to what the folder leaves open, as foreign ones may; none is needed for jeagle's own.
 
     Raises:
       UserError: for a missing or broken file, a tensor that is missing, unknown, wrongly shaped or not finite, a config
         that leaves a question open or that jeagle's draft cannot follow, or a map of ids that is not one.
     """
-    folder = Path(folder)
-    config = _read_config(folder)
-    tensors = dict(_read_tensors(folder))
-    tables = {name: tensors.pop(name) for name in TABLES if name in tensors}
-    spec = spec_from_config(config, {name: array.shape for name, array in tensors.items()}, hints or Hints())
-    check_spec(spec, target_layers=spec.taps[-1])
-    where = str(folder)
-    embed_VW = tables.get(EMBEDDING)
-    embed_VW = None if embed_VW is None else embed_VW.astype(np.float32)
-    check_embedding(spec, embed_VW, where=where)
-    return ImportedDraft(spec, from_torch(spec, tensors, where=where), ids_of(spec, tables, where=where), embed_VW)
+    draft = open_draft(folder)
+    spec = draft.spec(hints)
+    embed_VW = draft.embedding(spec)
+    params = loaded(draft.params(spec))
+    return ImportedDraft(spec, params, draft.draft_to_target(spec), embed_VW)
+
+
+def loaded(params: Mapping[str, Lazy]) -> Params:
+    """The same parameters in memory."""
+    return {name: parameter[...] for name, parameter in params.items()}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -74,30 +176,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no configuration, but a {type(config).__name__}.")
     return config
-
-
-def _read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor under its canonical name, once."""
-    seen: set[str] = set()
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, "numpy") as file:
-                for torch_name in sorted(file.keys()):
-                    name, array = canonical(torch_name), file.get_tensor(torch_name)
-                    if name in seen:
-                        raise UserError(f"{path}: {name} is there twice, as itself and as {torch_name}.")
-                    if name not in TABLES[1:] and array.dtype.name not in _FLOATS:
-                        raise UserError(f"{path}: {torch_name} is {array.dtype}; expected {', '.join(_FLOATS)}.")
-                    seen.add(name)
-                    yield name, array
-        except (SafetensorError, OSError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} cannot be read: {error}. Was it copied whole?") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*.safetensors"))
-    if files:
-        return files
-    torch_files = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-    hint = f": {torch_files[0].name} is torch's format, save it as safetensors first" if torch_files else ""
-    raise UserError(f"{folder} holds no model.safetensors{hint}.")

@@ -1,6 +1,6 @@
 """Reading what torch.save wrote, without torch and without running any code: tensors, numbers, texts, dicts and lists.
 
-A pickle may ask for any function to be called. This reader knows six names and refuses every other one.
+A pickle may ask for any function to be called. This reader knows a few names and refuses every other one.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class _Unpickler(pickle.Unpickler):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _parameter
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _Storage(name)
         raise _Refused(f"{module}.{name}")
@@ -98,6 +100,10 @@ class _Unpickler(pickle.Unpickler):
             data = self._archive.read(f"{self._prefix}data/{name}")
             self._loaded[name] = np.frombuffer(data, _STORAGES[storage])[:count]
         return self._loaded[name]
+
+
+def _parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:
+    return tensor
 
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:

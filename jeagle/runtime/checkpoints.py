@@ -11,6 +11,8 @@ import orbax.checkpoint as ocp
 
 from jeagle.errors import UserError
 
+_CHUNK_BYTES = 1 << 26  # so that a part of a large array can be read alone
+
 
 class Checkpoints:
     """The checkpoints of one run, a folder each, named by step.
@@ -35,7 +37,9 @@ class Checkpoints:
         """Copies the arrays off the device and returns; they are written in the background."""
         if step in self._manager.all_steps():
             return
-        self._manager.save(step, args=ocp.args.StandardSave(_named(tree)))
+        named = _named(tree)
+        pieces = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in named}
+        self._manager.save(step, args=ocp.args.StandardSave(named, save_args=pieces))
 
     def restore(self, step: int, like: Any) -> Any:
         """The tree saved at `step`, laid out as `like` is.
@@ -83,7 +87,7 @@ def load_named(folder: Path, step: int | str) -> tuple[int, dict[str, Any]]:
         steps = sorted(manager.all_steps())
         if not steps:
             raise UserError(f"{folder} holds no finished checkpoint: let the run save one first.")
-        chosen = steps[-1] if step == "last" else int(step)
-        if chosen not in steps:
+        if step != "last" and not (str(step).isdigit() and int(step) in steps):
             raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+        chosen = steps[-1] if step == "last" else int(step)
         return chosen, manager.restore(chosen, args=ocp.args.StandardRestore())

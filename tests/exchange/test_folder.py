@@ -1,5 +1,6 @@
 """What else lies in an export, and where one may be written."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -27,6 +28,7 @@ KNOWN = ExportCard(
     run="quickstart",
     step=300,
     template_hash="fedcba9876543210",
+    data={"source": "chats.jsonl", "fingerprint": "00ff", "tokens": 302604},
     recipe="python -m jeagle.pipeline --config configs/smollm2_135m.py",
     acceptance={"acceptance_length": 1.6543, "acceptance_by_position": [0.4, 0.15], "prompts_measured": 60},
     speculative_tokens=4,
@@ -42,6 +44,11 @@ def commands(folder):
     """The shell commands of the model card, as lists of arguments."""
     text = (folder / "README.md").read_text("utf-8")
     return [shlex.split(block.replace("\\\n", " ")) for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
+
+
+def serving(folder):
+    """The servers that the card has a command for, in its order."""
+    return [c[0] if c[0] == "vllm" else c[2].split(".")[0] for c in commands(folder) if c[0] != "hf"]
 
 
 def test_an_older_export_is_replaced_whole(tmp_path):
@@ -93,12 +100,16 @@ def test_the_record_tells_where_the_draft_comes_from(tmp_path):
     assert record["template_hash"] == "fedcba9876543210"
     assert record["target"] == {"ref": "someone/tiny", "fingerprint": "0123456789abcdef", "layers": LAYERS}
     assert {"jeagle", "jax", "safetensors"} <= record["versions"].keys()
+    assert record["data"] == KNOWN.data
+    assert record["limits"] == {"SGLang": [], "vLLM": [], "sglang-jax": []}
     assert type(PLAIN).from_json(record["spec"]) == PLAIN
 
 
 def test_the_card_holds_commands_that_serve_this_folder(tmp_path):
     out = write(tmp_path / "a draft", card=KNOWN)
-    sglang, vllm = commands(out)
+    sglang, vllm, on_tpu, upload = commands(out)
+    assert on_tpu == [*sglang[:2], "sgl_jax.launch_server", *sglang[3:]]
+    assert upload == ["hf", "upload", "YOUR-NAME/Quick", str(out), "."]
     flags = dict(zip(sglang[3::2], sglang[4::2], strict=True))
     assert sglang[:3] == ["python", "-m", "sglang.launch_server"]
     assert flags == {
@@ -115,7 +126,16 @@ def test_the_card_holds_commands_that_serve_this_folder(tmp_path):
 
 def test_the_card_shows_what_was_measured_and_how_it_was_made(tmp_path):
     text = (write(tmp_path / "draft", card=KNOWN) / "README.md").read_text()
-    for shown in ("1.654", "0.4, 0.15", "| prompts_measured | 60 |", KNOWN.recipe, "someone/tiny", "apache-2.0"):
+    for shown in (
+        "1.654",
+        "0.4, 0.15",
+        "| prompts_measured | 60 |",
+        KNOWN.recipe,
+        "someone/tiny",
+        "apache-2.0",
+        "chats.jsonl",
+        "302604",
+    ):
         assert shown in text, shown
     assert "None" not in text
     assert "Not measured" in (write(tmp_path / "bare") / "README.md").read_text()
@@ -127,16 +147,19 @@ def test_the_card_gives_no_command_that_would_serve_the_draft_wrongly(tmp_path):
     for name, layout in cases.items():
         spec = (VLLM_ONLY | SPECULATORS_ONLY)[name]
         out = write(tmp_path / name, spec=spec, to=export_vllm, layout=layout, card=CARD)
-        assert [c[0] for c in commands(out)] == ["vllm"]
+        assert serving(out) == ["vllm"]
         assert "SGLang" in (out / "README.md").read_text()
-    assert [c[0] for c in commands(write(tmp_path / "s", to=export_vllm, card=CARD))] == ["vllm"]
-    assert [c[0] for c in commands(write(tmp_path / "p", to=export_vllm, layout="plain"))] == ["vllm", "python"]
+    assert serving(write(tmp_path / "s", to=export_vllm, card=CARD)) == ["vllm"]
+    assert serving(write(tmp_path / "p", to=export_vllm, layout="plain")) == ["vllm", "sglang", "sgl_jax"]
+    other = dataclasses.replace(PLAIN, taps=(1, 4, 5))
+    assert serving(write(tmp_path / "o", spec=other)) == ["sglang", "vllm"]
+    assert "always taps [2, 4, 5]" in (tmp_path / "o" / "README.md").read_text()
 
 
 def test_a_target_that_engines_cannot_fetch_stands_as_a_word_to_replace(tmp_path):
     for ref in ("pypi:smollm2==1.0", "models/tiny.gguf", None):
         out = write(tmp_path / "draft", card=ExportCard(target_ref=ref))
-        assert all("TARGET" in command for command in commands(out))
+        assert all("TARGET" in command for command in commands(out) if command[0] != "hf")
         assert "TARGET is" in (out / "README.md").read_text()
 
 

@@ -38,7 +38,7 @@ def _inner(**fields):
 
 
 PLAIN_CONFIG_FAULTS = {
-    "other architecture": (_set(architectures=["LlamaForCausalLM"]), "architectures"),
+    "other architecture": (_set(architectures=["EagleLlamaForCausalLM"]), "architectures"),
     "no hidden_size": (_drop("hidden_size"), "hidden_size"),
     "hidden_size is text": (_set(hidden_size="24"), "hidden_size"),
     "no vocab_size": (_drop("vocab_size"), "vocab_size"),
@@ -126,7 +126,8 @@ TENSOR_FAULTS = {
     "no fc": (_drop("fc.weight"), r"fc\.weight"),
     "no norm": (_drop("norm.weight"), r"norm\.weight"),
     "no head": (_drop("lm_head.weight"), r"lm_head\.weight"),
-    "engine's prefix": (lambda t: t.update({"model.norm.weight": t.pop("norm.weight")}), r"norm\.weight"),
+    "a prefix, and without": (lambda t: t.update({"model.norm.weight": t["norm.weight"]}), r"norm\.weight.*twice"),
+    "an engine's own name": (lambda t: t.update({"model.fc2.weight": t.pop("fc.weight")}), r"fc\.weight"),
     "unknown tensor": (_put(mask_hidden=np.ones(3, np.float32)), "mask_hidden"),
     "layer twice": (_twice, "twice"),
     "kernel not turned": (lambda t: t.update({"fc.weight": t["fc.weight"].T.copy()}), r"fc\.weight"),
@@ -155,7 +156,7 @@ def test_a_folder_without_a_draft_or_with_half_of_one_is_refused(tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             read_export(folder)
     weights.rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is not a whole file"):
         read_export(folder)
     for text in ("{", "[]"):
         (folder / "config.json").write_text(text)

@@ -26,6 +26,7 @@ UNSERVED_BY_VLLM = {
     ("speculators", "head_norm"): {"head_norm": False},
     ("speculators", "bias of o_proj"): {"qk_norm": True, "attention_bias": True},
 }
+UNTAPPED = {"SGLang": "GraniteForCausalLM", "vLLM": "Gemma3ForCausalLM"}
 SENSELESS = {
     "taps": [{"taps": ()}, {"taps": (4, 2)}, {"taps": (2, 2)}, {"taps": (-1, 2)}, {"taps": (2, LAYERS + 1)}],
     "vocabulary": [{"draft_vocab": 41}],
@@ -47,6 +48,17 @@ def test_what_vllm_would_serve_wrongly_is_refused(layout, named, tmp_path):
     with pytest.raises(UserError, match=f"vLLM.*{named}"):
         to_vllm(spec, tmp_path / "draft", layout=layout)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("engine", UNTAPPED)
+def test_a_family_that_an_engine_does_not_tap_is_refused(engine, tmp_path):
+    card = ExportCard(target_ref="a/b", target_architectures=(UNTAPPED[engine],))
+    write = {"SGLang": to_sglang, "vLLM": to_vllm}[engine]
+    with pytest.raises(UserError, match=f"{engine}.*{UNTAPPED[engine]}"):
+        write(PLAIN, tmp_path / "draft", card=card)
+    assert not list(tmp_path.iterdir())
+    other = {"SGLang": to_vllm, "vLLM": to_sglang}[engine]
+    assert other(PLAIN, tmp_path / "draft", card=card).is_dir()
 
 
 @pytest.mark.parametrize(("named", "changes"), [(named, c) for named, cs in SENSELESS.items() for c in cs])

@@ -1,0 +1,118 @@
+"""A run's draft on its way out: byte for byte what came in; what is wrong is one sentence and leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+from jeagle import exchange, export, features, importing
+from jeagle.errors import UserError
+from jeagle.runtime.mesh import make_mesh
+from tests.converting import blank_target, convert, take_in
+from tests.exchange.drafts import PLAIN, to_sglang
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> tuple[Path, Path]:
+    """(a run, what it was made from)."""
+    folder = tmp_path_factory.mktemp("imported")
+    source = to_sglang(PLAIN, folder / "source")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(importing, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
+    run = take_in(source, folder / "runs" / "draft")
+    patch.undo()
+    return run, source
+
+
+def copied(imported, tmp_path):
+    return Path(shutil.copytree(imported[0], tmp_path / "runs" / "draft"))
+
+
+def lose(name):
+    return lambda run: next(run.rglob(name)).unlink()
+
+
+RUNS = {
+    "no run": (lambda run: (run / "config.json").unlink(), [], "is no run"),
+    "nothing trained": (lambda run: (run / "draft.json").unlink(), [], "no trained draft"),
+    "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), [], "no checkpoint"),
+    "no such step": (lambda run: None, ["--step", "7"], "no checkpoint of step 7; it has 0"),
+    "no step at all": (lambda run: None, ["--step", "newest"], "no checkpoint of step newest; it has 0"),
+    "no metadata": (lose("_METADATA"), [], "no finished checkpoint"),
+    "no manifest": (lambda run: (run / "checkpoints/0/default/manifest.ocdbt").unlink(), [], "incomplete or damaged"),
+    "no arrays": (
+        lambda run: shutil.rmtree(run / "checkpoints/0/default/ocdbt.process_0/d"),
+        [],
+        "incomplete or damaged",
+    ),
+    "a torn config": (lambda run: (run / "config.json").write_text("{"), [], "is damaged"),
+    "a torn description": (lambda run: (run / "draft.json").write_text('{"draft": {}}'), [], "is damaged"),
+    "no target": (lambda run: None, [], "names no target: give --target"),
+}
+
+
+@pytest.mark.parametrize("fault", RUNS)
+def test_a_run_at_fault_is_one_sentence_and_no_export(fault, imported, tmp_path):
+    change, more, named = RUNS[fault]
+    run, known = copied(imported, tmp_path), blank_target(tmp_path / "target", PLAIN)
+    change(run)
+    more = more if fault == "no target" else [*more, "--target", known]
+    with pytest.raises(UserError, match=re.escape(named)) as error:
+        convert(export.to_sglang, run, tmp_path / "out" / "draft", *more)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_target_that_the_draft_is_not_for_is_refused(imported, tmp_path):
+    other = blank_target(tmp_path / "target", dataclasses.replace(PLAIN, target_vocab=41))
+    with pytest.raises(UserError, match=r"vocabulary 40; .* has 24 and 41: give --target"):
+        convert(export.to_sglang, imported[0], tmp_path / "out", "--target", other)
+
+
+def test_an_export_that_would_replace_something_else_is_refused(imported, tmp_path):
+    known = blank_target(tmp_path / "target", PLAIN)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="no export of jeagle's"):
+        convert(export.to_sglang, imported[0], tmp_path / "out", "--target", known)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_copy_in_object_storage_is_exported_as_the_run_is(imported, tmp_path, monkeypatch):
+    """The path handling alone: the bucket is a folder."""
+    bucket = tmp_path / "bucket"
+    shutil.copytree(imported[0], bucket / "runs" / "draft")
+
+    def remote(url, scheme):
+        return {"driver": "file", "path": f"{bucket}/{url.removeprefix('gs://bucket/')}/"}
+
+    monkeypatch.setattr(features.places, "_remote", remote)
+    known = blank_target(tmp_path / "target", PLAIN)
+    more = ("--target", known, "--dtype", "float32")
+    out = convert(export.to_sglang, "gs://bucket/runs/draft", tmp_path / "out", *more)
+    assert (out / "model.safetensors").read_bytes() == (imported[1] / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="--out"):
+        export.to_sglang(["--checkpoint", "gs://bucket/runs/draft"])
+    with pytest.raises(UserError, match="no folder of this machine"):
+        convert(export.to_sglang, imported[0], "gs://bucket/out", *more)
+    with pytest.raises(UserError, match="gs://bucket/runs/none is no run"):
+        convert(export.to_sglang, "gs://bucket/runs/none", tmp_path / "other", *more)
+
+
+def test_an_export_that_does_not_read_back_is_not_left(imported, tmp_path, monkeypatch):
+    known = blank_target(tmp_path / "target", PLAIN)
+    write = exchange.layouts.write_safetensors
+
+    def swapped(path, tensors):
+        first, second = "midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight"
+        write(path, tensors | {first: tensors[second], second: tensors[first]})
+
+    monkeypatch.setattr(exchange.layouts, "write_safetensors", swapped)
+    with pytest.raises(UserError, match="does not give the trained draft's logits"):
+        convert(export.to_sglang, imported[0], tmp_path / "out", "--target", known)
+    assert not (tmp_path / "out").exists()
