@@ -127,15 +127,18 @@ Masks = Callable[[list], tuple[int, int]]  # conversations -> (tokens, supervise
 
 def jeagle_masks(tokenizer: Any) -> Masks:
     from jeagle.data import Rules
+    from jeagle.data.build import RENDERING
     from jeagle.data.conversations import Conversation
     from jeagle.data.render import Renderer
+    from jeagle.runtime.ahead import read_ahead
 
     renderer = Renderer(tokenizer, Rules((tokenizer.eos_token_id,)))
 
     def masks(chats: list) -> tuple[int, int]:
         tokens = learnt = 0
-        for start in range(0, len(chats), 256):
-            for documents in renderer([Conversation("", tuple(chat)) for chat in chats[start : start + 256]]):
+        chunks = ([Conversation("", tuple(c)) for c in chats[i : i + 128]] for i in range(0, len(chats), 128))
+        for found in read_ahead(chunks, renderer, threads=RENDERING, depth=RENDERING + 1):
+            for documents in found:
                 tokens += sum(len(d.ids) for d in documents)
                 learnt += sum(int(d.supervised.sum()) for d in documents)
         return tokens, learnt

@@ -14,6 +14,7 @@ from jeagle.forward import Frozen, Program
 from jeagle.joints import Batch
 from jeagle.optimiser import served_draft
 from jeagle.runtime import distributed
+from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.mesh import row_sharding
 from jeagle.runtime.trackers import Trackers, open_trackers
 from jeagle.step import held_out_step
@@ -74,7 +75,7 @@ class HeldOut:
         assert self._program.mesh is not None
         sharding = row_sharding(self._program.mesh)
         starts = range(0, len(self._numbers), self._size)
-        for both in features.read_ahead(starts, self._read, threads=1, depth=2):
+        for both in read_ahead(starts, self._read, threads=1, depth=2):
             batch, stored = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), both)
             found = held_out_step(self._program, draft, self._frozen, batch, self._width, stored)
             figures = jax.device_get(found)._asdict()

@@ -18,6 +18,7 @@ from jeagle.errors import UserError
 from jeagle.filling import extract
 from jeagle.joints import Batch, Tables
 from jeagle.recheck import at_hand, recheck, spec_of, stored_tables
+from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.manifest import atomic_folder, fingerprint, write_manifest
 from jeagle.storing import template_settings
 from jeagle.targets import TargetFiles, TargetSpec
@@ -187,7 +188,7 @@ def with_features(
         rows = stream.batch(step)
         return step, stream.widest(step), rows, mixture.stored("train", stream.own_row_numbers(step), rows)
 
-    yield from features.read_ahead(range(start, stop), read, threads=2, depth=_AHEAD)
+    yield from read_ahead(range(start, stop), read, threads=2, depth=_AHEAD)
 
 
 def shares(mixture: features.Mixture | None) -> list[tuple[int, float]] | None:

@@ -6,7 +6,6 @@ import collections
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +19,11 @@ from jeagle.data.row_set import RowSet, Shape
 from jeagle.data.sources import Part
 from jeagle.data.texts import Rules
 from jeagle.errors import UserError
+from jeagle.runtime.ahead import read_ahead
 
 CHECKED_FIRST, CHECKED_EVERY = 200, 100  # which conversations' ids are compared with apply_chat_template's
 LEAST_LEARNT = 0.95  # fewer documents than this share with anything to learn stop the work
+RENDERING = 2  # threads that render
 _CHUNK = 256  # conversations rendered together
 _T = TypeVar("_T")
 
@@ -134,28 +135,25 @@ def _render_all(
 ) -> Iterator[tuple[Conversation, bool, list[Rendered] | ConversationError, np.ndarray]]:
     """(conversation, held out, its documents or what is wrong, a signature of what its turns say), in order.
 
-    Rendered on a thread while more are read.
+    Rendered on threads while more are read.
     """
     numbers = {True: itertools.count(), False: itertools.count()}
 
-    def render(chunk: list[tuple[Conversation, bool]]) -> list[tuple]:
-        check = []
-        for _, held_out in chunk:
-            number = next(numbers[held_out])
-            check.append(number < CHECKED_FIRST or number % CHECKED_EVERY == 0)
+    def with_checks(chunk: list[tuple[Conversation, bool]]) -> tuple[list[tuple[Conversation, bool]], list[bool]]:
+        counted = [next(numbers[held_out]) for _, held_out in chunk]
+        return chunk, [number < CHECKED_FIRST or number % CHECKED_EVERY == 0 for number in counted]
+
+    def render(work: tuple[list[tuple[Conversation, bool]], list[bool]]) -> list[tuple]:
+        chunk, check = work
         found = renderer([conversation for conversation, _ in chunk], check)
         signed = document_signatures([_turns(documents) for documents in found])
         return [(*pair, documents, mine) for pair, documents, mine in zip(chunk, found, signed, strict=True)]
 
     pairs = ((c, is_held_out(c, share)) for c in conversations)
-    with ThreadPoolExecutor(1, "render") as worker:
-        waiting: collections.deque[Future] = collections.deque()
-        for chunk in _chunks(pairs, _CHUNK):
-            waiting.append(worker.submit(render, chunk))
-            if len(waiting) > 1:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+    work = map(with_checks, _chunks(pairs, _CHUNK))
+    # One chunk's texts are made in Python while another's are tokenised outside of it.
+    for found in read_ahead(work, render, threads=RENDERING, depth=RENDERING + 1):
+        yield from found
 
 
 def _turns(found: list[Rendered] | ConversationError) -> np.ndarray:

@@ -3,7 +3,7 @@
 from jeagle.features.claims import Claims
 from jeagle.features.formats import Kind, Scaled, Stored, bytes_per_token, channel_scales, decode, encode
 from jeagle.features.manifests import DATA, Segment, check_fit, finished, read_store
-from jeagle.features.mixture import Mixture, open_stores, read_ahead
+from jeagle.features.mixture import Mixture, open_stores
 from jeagle.features.places import Full, Place
 from jeagle.features.reader import Store
 from jeagle.features.rows import Ragged, joined, ragged
@@ -35,7 +35,6 @@ __all__ = [
     "open_stores",
     "prune",
     "ragged",
-    "read_ahead",
     "read_store",
     "units_of",
     "verify",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import collections
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -93,19 +90,3 @@ def open_stores(source: str) -> Mixture:
     for store in stores:
         store.check_complete()
     return Mixture(stores, numbers or None)
-
-
-def read_ahead(items: Iterable[_T], read: Callable[[_T], Any], *, threads: int, depth: int) -> Iterator[Any]:
-    """read(item) of each item, in order, begun up to `depth` items ahead on threads, whose errors are raised here."""
-    source = iter(items)
-    with ThreadPoolExecutor(threads, "features") as pool:
-        waiting: collections.deque[Future] = collections.deque(
-            pool.submit(read, item) for item in itertools.islice(source, depth)
-        )
-        try:
-            while waiting:
-                found = waiting.popleft().result()
-                waiting.extend(pool.submit(read, item) for item in itertools.islice(source, 1))
-                yield found
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)

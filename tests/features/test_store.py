@@ -13,6 +13,7 @@ import pytest
 
 from jeagle import features
 from jeagle.errors import UserError
+from jeagle.runtime.ahead import read_ahead
 from tests.features import made
 
 
@@ -171,7 +172,7 @@ def test_errors_of_a_thread_that_reads_ahead_are_raised():
             raise UserError("damaged")
         return number
 
-    ahead = features.read_ahead(range(9), read, threads=2, depth=4)
+    ahead = read_ahead(range(9), read, threads=2, depth=4)
     assert [next(ahead) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="damaged"):
         next(ahead)
