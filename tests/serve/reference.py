@@ -1,0 +1,131 @@
+"""What jeagle's own decoding says of a trained run: the texts, and what was accepted in each round."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jeagle import assemble, bench
+from jeagle import config as configs
+from jeagle.config import RunConfig
+from jeagle.errors import UserError
+from jeagle.joints import DraftSpec
+
+# Two float32 programs may choose otherwise where the best two logits lie closer than this.
+LEAST_GAP = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How both sides decode: greedily, without heeding end tokens."""
+
+    draft_tokens: int = 4
+    """Tokens drafted before each verification."""
+    max_new_tokens: int = 48
+    """Tokens of each answer."""
+    max_prompts: int = 8
+    """Held-out prompts that are asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """vLLM's counters: verifications that had drafts, tokens drafted, accepted, and accepted at each position."""
+
+    drafts: int
+    drafted: int
+    accepted: int
+    by_position: tuple[int, ...]
+
+    @classmethod
+    def of_rounds(cls, rounds: Sequence[int], draft_tokens: int) -> Counted:
+        """rounds: for each verification, how many drafts were accepted."""
+        by_position = tuple(sum(r > place for r in rounds) for place in range(draft_tokens))
+        return cls(len(rounds), len(rounds) * draft_tokens, sum(rounds), by_position)
+
+    @classmethod
+    def of_json(cls, tree: dict[str, Any]) -> Counted:
+        whole = {name: int(tree[name]) for name in ("drafts", "drafted", "accepted")}
+        return cls(**whole, by_position=tuple(map(int, tree["by_position"])))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """jeagle's decoding of a run's prompts, in float32.
+
+    Attributes:
+      prompts, answers: token ids.
+      rounds: of each answer, how many drafts each verification accepted.
+      least_gap: between the best two of the target's logits, over all answers.
+    """
+
+    settings: Settings
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    rounds: list[list[int]]
+    least_gap: float
+
+    def counted(self, prompt: int | None = None) -> Counted:
+        """Of one prompt, or of all."""
+        rounds = [r for each in self.rounds for r in each] if prompt is None else self.rounds[prompt]
+        return Counted.of_rounds(rounds, self.settings.draft_tokens)
+
+    def job(self, target: Path, draft: Path) -> dict[str, Any]:
+        """What `in_vllm` is asked to do."""
+        longest = max(map(len, self.prompts))
+        room = longest + self.settings.max_new_tokens + 2 * self.settings.draft_tokens
+        return {
+            "target": str(target),
+            "draft": str(draft),
+            "draft_tokens": self.settings.draft_tokens,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "max_model_len": room,
+            "prompts": self.prompts,
+        }
+
+
+def open_run(run: Path) -> tuple[RunConfig, DraftSpec, bench.Bench]:
+    """A run's last checkpoint and its target, both in float32, the target's weights as they are stored.
+
+    Raises:
+      UserError: for a run without a checkpoint.
+    """
+    config = configs.from_json(json.loads((run / "config.json").read_text()))
+    config = dataclasses.replace(config, target=dataclasses.replace(config.target, weights="dtype"))
+    _, spec, params = assemble.load_draft(run, "last")
+    return config, spec, bench.open_bench(config, spec, run, params)
+
+
+def decode(run: Path, settings: Settings) -> Reference:
+    """Decodes held-out prompts of the run with its last checkpoint, as `jeagle.bench` does.
+
+    Prompts on whose answer the target nearly hesitates are left out.
+
+    Raises:
+      UserError: for a run without a checkpoint, or without held-out prompts.
+    """
+    config, _, opened = open_run(run)
+    prompts = bench.prompt_ids(opened, config, run, None, settings.max_prompts)
+    endless = opened._replace(loaded=opened.loaded._replace(end_token_ids=()))
+    report, decoded = bench.measure(
+        endless,
+        prompts,
+        draft_tokens=settings.draft_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        batch=settings.max_prompts,
+    )
+    if report["different"]:
+        raise UserError(f"{run}: jeagle's own speculative and plain decoding differ in {report['different']} prompts.")
+    gaps = [float(plain.gaps[: settings.max_new_tokens].min()) for plain in decoded.plain]
+    kept = [i for i, gap in enumerate(gaps) if gap > LEAST_GAP]
+    if not kept:
+        raise UserError(f"{run}: in every prompt's answer the best two tokens nearly tie; ask more prompts.")
+    return Reference(
+        settings,
+        prompts=[prompts[i].tolist() for i in kept],
+        answers=[decoded.speculative[i].tokens for i in kept],
+        rounds=[decoded.speculative[i].rounds for i in kept],
+        least_gap=min(gaps[i] for i in kept),
+    )

@@ -1,0 +1,60 @@
+"""A draft ready to be served: decoded by jeagle, exported, its target beside it as engines read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from jeagle import config as configs
+from jeagle.errors import UserError
+from jeagle.export import export
+from tests.serve import reference
+from tests.serve.check import says_nothing
+from tests.serve.float32_target import write_float32
+
+Layout = Literal["speculators", "plain"]
+
+
+class Served(NamedTuple):
+    """What an engine is given, and what jeagle says of it.
+
+    Attributes:
+      run: the folder that the draft was trained in.
+      target: its target, float32.
+      exports: of the draft for vLLM, by layout.
+      sglang: the export for SGLang, or jeagle's word why SGLang cannot serve it.
+    """
+
+    name: str
+    run: Path
+    reference: reference.Reference
+    target: Path
+    exports: dict[Layout, Path]
+    sglang: Path | str
+
+
+def prepare(name: str, run: Path, work: Path, settings: reference.Settings) -> Served:
+    """Decodes with the run's checkpoint, and writes its target and its exports in float32 under `work`.
+
+    Raises:
+      UserError: for a draft that is accepted so seldom or so often that equal counters would prove nothing.
+    """
+    config = configs.from_json(json.loads((run / "config.json").read_text()))
+    decoded = reference.decode(run, settings)
+    nothing = says_nothing(decoded.counted())
+    if nothing:
+        raise UserError(f"{name}: {nothing}. Train it longer, or give more prompts.")
+    exports: dict[Layout, Path] = {"speculators": work / "exports" / "vllm", "plain": work / "exports" / "plain"}
+    for layout, out in exports.items():
+        print(f"{name}: {export(run, 'vllm', out=out, dtype='float32', layout=layout)}", flush=True)
+    target = write_float32(config.target.ref, work / "float32")
+    return Served(name, run, decoded, target, exports, for_sglang(run, work / "exports" / "sglang"))
+
+
+def for_sglang(run: Path, out: Path) -> Path | str:
+    try:
+        export(run, "sglang", out=out, dtype="float32")
+    except UserError as refused:
+        return str(refused)
+    return out

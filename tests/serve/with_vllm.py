@@ -1,0 +1,77 @@
+"""vLLM beside jeagle: the same drafts, sound and with faults, and what each of the two accepts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jeagle.errors import UserError
+from tests.serve import faults
+from tests.serve.check import differences
+from tests.serve.served import Layout, Served
+
+PROGRAM = Path(__file__).with_name("in_vllm.py")
+
+
+class Trial(NamedTuple):
+    """One start of vLLM."""
+
+    served: Served
+    layout: Layout
+    fault: str
+    folder: Path
+
+
+def check(python: Path, served: list[Served], work: Path, *, with_faults: bool) -> Iterator[dict[str, Any]]:
+    """A finding for each draft in each layout, and for each fault of the first draft."""
+    trials = [Trial(one, layout, "", folder) for one in served for layout, folder in one.exports.items()]
+    if with_faults:
+        trials += planted(served[0], work / "faults")
+    for trial, answer in zip(trials, answers(python, trials, work), strict=True):
+        yield judged(trial, answer)
+
+
+def planted(served: Served, work: Path) -> Iterator[Trial]:
+    """An export once with each fault that this draft can have."""
+    layout, folder = next(iter(served.exports.items()))
+    for fault in faults.FAULTS:
+        out = work / fault.replace(" ", "_")
+        if faults.plant(fault, folder, out):
+            yield Trial(served, layout, fault, out)
+        else:
+            print(f"{served.name}: {fault} cannot be planted in this draft", flush=True)
+
+
+def answers(python: Path, trials: list[Trial], work: Path) -> Iterator[dict[str, Any]]:
+    """vLLM's answers, as they come."""
+    jobs, log = work / "jobs.jsonl", work / "vllm.log"
+    jobs.write_text("".join(json.dumps(t.served.reference.job(t.served.target, t.folder)) + "\n" for t in trials))
+    with log.open("w") as errors:
+        engine = subprocess.Popen([python, "-P", PROGRAM, jobs], stdout=subprocess.PIPE, stderr=errors, text=True)
+        with engine:
+            for line in engine.stdout or ():
+                yield json.loads(line)
+    if engine.returncode:
+        raise UserError(f"vLLM's process ended with status {engine.returncode}:\n{log.read_text()[-3000:]}")
+
+
+def judged(trial: Trial, answer: dict[str, Any]) -> dict[str, Any]:
+    """A sound draft must agree with jeagle's decoding, one with a fault must not."""
+    reference = trial.served.reference
+    wrong = differences(reference, answer)
+    return {
+        "engine": "vllm",
+        "draft": trial.served.name,
+        "layout": trial.layout,
+        "fault": trial.fault,
+        "as_it_should": bool(wrong) == bool(trial.fault),
+        "found": answer.get("together", answer.get("failed")),
+        "jeagle": dataclasses.asdict(reference.counted()),
+        "prompts": len(reference.prompts),
+        "least_gap": reference.least_gap,
+        "differences": wrong,
+    }
