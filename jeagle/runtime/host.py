@@ -18,17 +18,22 @@ def prepare_host() -> None:
     took 2 to 4 times as long. XLA's threads must share one arena: the arenas that glibc makes for further threads
     cannot hold blocks of 64 MiB and more, whatever the thresholds, and map those anew each time.
     """
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL(None)
-            libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
-            libc.mallopt(_ARENA_MAX, 1)
-        except (AttributeError, OSError):
-            pass  # another C library: slower, not wrong
+    keep_freed_memory(largest=1 << 30, most=(1 << 31) - 1)
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle") / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+
+
+def keep_freed_memory(*, largest: int, most: int) -> None:
+    """Keeps blocks of up to `largest` bytes in the process once they are freed, `most` bytes in all at its end."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_MMAP_THRESHOLD, largest)
+            libc.mallopt(_TRIM_THRESHOLD, most)
+            libc.mallopt(_ARENA_MAX, 1)
+        except (AttributeError, OSError):
+            pass  # another C library: slower, not wrong
