@@ -6,8 +6,8 @@ W4 stands for all its lengths, and `--shares` for W3 with ever fewer supervised 
 
 The last line printed is a JSON object: wall_s_per_step and cpu_s_per_step (the least of the steps after the first),
 compile_s, temp_bytes (what XLA allots beside arguments and results), peak_rss_bytes, flops_needed (see
-`benchmarks.needed`), flops_counted (from the jaxpr) and flops_share, needed by counted. W3, and W4 beyond 4096, are
-compiled and not run.
+`benchmarks.needed`), flops_counted (from the jaxpr), flops_share, needed by counted, and needed_flops_per_s, which is
+the MFU by a chip's peak. On CPUs W3, and W4 beyond 4096, are compiled and not run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import dataclasses
 import functools
 import json
 import os
-import resource
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ import optax
 from flax import nnx
 
 from benchmarks.needed import needed_flops
+from benchmarks.timing import compiled, least, peak_rss_bytes
 from benchmarks.works import W4_LENGTHS, WORKS, Arrays, Work, array_shapes, make, make_batch
 from jeagle import align, objective
 from jeagle.assemble import TrainState
@@ -48,7 +47,7 @@ OBJECTIVES = {
     "ours": objective.DIALECTS["jeagle"],
 }
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
-LONGEST_RUN = 4096  # positions; longer works are compiled only
+LONGEST_RUN = 4096  # positions; longer works are compiled only, on CPUs
 
 
 class Given(NamedTuple):
@@ -137,11 +136,6 @@ def start(arrays: Arrays, abstract: Any, dtype: str) -> tuple[TrainState, Given]
     return TrainState(draft, optimiser().init(draft), zero, jnp.copy(zero)), given
 
 
-def cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
 class Bench(NamedTuple):
     """A work as a program, and what runs it."""
 
@@ -182,35 +176,24 @@ def measure(name: str, work: Work, dtype: str, *, remat: bool, run: bool, budget
     bench = bench_of(work, arrays.batch if arrays else make_batch(work), dtype, remat=remat)
     result = {"work": name, "dtype": dtype, "remat": remat, "slots": bench.width} | bench.flops()
     state, given = start(arrays, bench.abstract, dtype) if arrays else bench.shapes()
-    begun, cpu_begun = time.perf_counter(), cpu_s()
-    compiled = bench.lower(state, given).compile()
-    result["compile_s"] = round(time.perf_counter() - begun, 2)
-    result["compile_cpu_s"] = round(cpu_s() - cpu_begun, 2)
-    result["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+    program, cost = compiled(lambda: bench.lower(state, given))
+    result |= cost
     if arrays:
-        result |= {"checksum": arrays.checksum} | timed(compiled, state, given, budget_s)
-    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result |= {"checksum": arrays.checksum} | timed(program, state, given, budget_s)
+        result["needed_flops_per_s"] = result["flops_needed"] / result["wall_s_per_step"]
+    result["peak_rss_bytes"] = peak_rss_bytes()
     return result
 
 
-def timed(compiled: Any, state: Any, given: Any, budget_s: float) -> dict[str, Any]:
-    """Runs the step four times or more. The first one after compilation still touches memory for the first time."""
-    first, wall, cpu, ended = None, [], [], time.perf_counter() + budget_s
-    while len(wall) < 4 or time.perf_counter() < ended:
-        cpu_before, before = cpu_s(), time.perf_counter()
-        state, report = compiled(state, given)
-        report = jax.device_get(report)
+def timed(program: Any, state: Any, given: Any, budget_s: float) -> dict[str, Any]:
+    def run() -> Report:
+        nonlocal state
+        state, report = program(state, given)
         jax.block_until_ready(state)
-        wall.append(time.perf_counter() - before)
-        cpu.append(cpu_s() - cpu_before)
-        first = first or report
-    return {
-        "first_loss": float(first.loss),
-        "first_gradient_norm": float(first.gradient_norm),
-        "steps": len(wall) - 1,
-        "wall_s_per_step": min(wall[1:]),
-        "cpu_s_per_step": min(cpu[1:]),
-    }
+        return jax.device_get(report)
+
+    first, times = least(run, budget_s, "step")
+    return {"first_loss": float(first.loss), "first_gradient_norm": float(first.gradient_norm)} | times
 
 
 def shares(remat: bool) -> Iterator[dict[str, Any]]:
@@ -219,6 +202,12 @@ def shares(remat: bool) -> Iterator[dict[str, Any]]:
         work = dataclasses.replace(WORKS["W3"], supervised=share)
         bench = bench_of(work, make_batch(work), work.dtype, remat=remat)
         yield {"supervised": share, "slots": bench.width} | bench.flops()
+
+
+def runs_here(name: str) -> bool:
+    """Whether this machine can run a work in bearable time."""
+    work = WORKS[name]
+    return jax.default_backend() != "cpu" or (work.rows * work.length <= LONGEST_RUN and name != "W3")
 
 
 def main() -> None:
@@ -238,7 +227,7 @@ def main() -> None:
         return print(json.dumps({"work": "W3", "shares": list(shares(args.remat))}))
     found = []
     for name in [f"W4_{length}" for length in W4_LENGTHS] if args.work == "W4" else [args.work]:
-        run = not args.compile_only and WORKS[name].rows * WORKS[name].length <= LONGEST_RUN and name != "W3"
+        run = not args.compile_only and runs_here(name)
         dtype = args.dtype or WORKS[name].dtype
         found.append(measure(name, WORKS[name], dtype, remat=args.remat, run=run, budget_s=args.seconds))
         print(json.dumps(found[-1]), flush=True)

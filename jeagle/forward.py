@@ -136,7 +136,7 @@ def _loss_of_rows(
         fixed_window=spec.fixed_window,
         remat=program.remat,
         # XLA cannot split a kernel over heads by itself.
-        backend="tpu" if kind == "tpu" and (mesh is None or mesh.size == row_parts(mesh)) else "chunked",
+        backend=drafts.BY_PLATFORM[kind] if mesh is None or mesh.size == row_parts(mesh) else "chunked",
     )
     return objective.objective(
         spec,

@@ -14,8 +14,9 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
     """FLOPs of all matrix products and convolutions; a multiply-add is two, everything else counts nothing.
 
     A scan's body counts as often as it runs, a `while`'s once (how often it runs is not in the jaxpr), a `cond`'s
-    dearest branch, a `shard_map`'s body once for each device of its axes, a Pallas kernel's once for each point of its
-    grid, as if it skipped none. A ragged product counts every row that it is given, also those of no group.
+    dearest branch, a `shard_map`'s body once for each device of its axes, a Pallas kernel what it says of itself, or
+    else its body once for each point of its grid, as if it skipped none. A ragged product counts every row that it is
+    given, also those of no group.
 
     Args:
       jaxpr: from `jax.make_jaxpr(f)(*args)`.
@@ -42,6 +43,8 @@ def _equation(equation: Any) -> int:
         axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]  # by jax's age
         return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(parts)
     if name == "pallas_call":
+        if estimate := params["cost_estimate"]:
+            return int(estimate.flops)
         return math.prod(params["grid_mapping"].grid) * sum(parts)
     return sum(parts)
 

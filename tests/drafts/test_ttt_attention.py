@@ -26,7 +26,7 @@ CASES = {
 }
 KERNEL_CASES = {
     "all slots": (1, 256, 256, 4, 2, 64, 2, 0),
-    "few slots, blocks of both kinds": (2, 128, 384, 2, 1, 128, 1, 0),
+    "few slots, three heads a group, odd width": (2, 128, 384, 3, 1, 80, 1, 0),
     "window": (1, 384, 384, 2, 2, 64, 2, 100),
     "wide heads": (1, 128, 256, 2, 1, 256, 0, 0),
 }
@@ -72,8 +72,9 @@ def test_chunked_is_the_reference(case, dtype, tolerance, monkeypatch):
 
 @pytest.mark.parametrize("case", KERNEL_CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2)])
-def test_the_tpu_kernels_are_the_reference(case, dtype, tolerance):
-    is_the_reference(case, dtype, tolerance, "tpu_interpreted")
+@pytest.mark.parametrize("kernels", ["tpu", "gpu"])
+def test_the_kernels_are_the_reference(case, dtype, tolerance, kernels):
+    is_the_reference(case, dtype, tolerance, f"{kernels}_interpreted")
 
 
 def is_the_reference(case, dtype, tolerance, backend):

@@ -100,3 +100,11 @@ def test_a_kernel_counts_for_its_grid():
 
     kernel = pl.pallas_call(body, out_shape=SQUARE, grid=(3, 2), interpret=True)
     assert flops_of(kernel, SQUARE) == 6 * ONE
+
+
+def test_a_kernel_counts_what_it_says_of_itself():
+    def body(x_ref, out_ref):  # as often as data tell, which no jaxpr can
+        out_ref[...] = jax.lax.while_loop(lambda y: y[0, 0] < 1, product, x_ref[...])
+
+    said = pl.CostEstimate(flops=5 * ONE, transcendentals=0, bytes_accessed=0)
+    assert flops_of(pl.pallas_call(body, out_shape=SQUARE, interpret=True, cost_estimate=said), SQUARE) == 5 * ONE

@@ -9,25 +9,43 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jeagle.drafts.kept import ATTENTION, marked
-from jeagle.drafts.ttt_attention import chunked, tpu
+from jeagle.drafts.ttt_attention import chunked, gpu, tpu
 from jeagle.drafts.ttt_attention.mirror import Mirror
 from jeagle.drafts.ttt_attention.past import MASKED, Past
 
 M = TypeVar("M", Mirror, None)
-Backend = Literal["chunked", "tpu", "tpu_interpreted"]
-BACKENDS: dict[Backend, Any] = {
-    "chunked": (chunked.forward, chunked.backward),
-    "tpu": (tpu.forward, tpu.backward),
-    "tpu_interpreted": (
-        functools.partial(tpu.forward, interpret=True),
-        functools.partial(tpu.backward, interpret=True),
-    ),
+Backend = Literal["chunked", "tpu", "tpu_interpreted", "gpu", "gpu_interpreted"]
+# What takes a platform's step-0 keys, where one device holds all heads of a row.
+BY_PLATFORM: dict[str, Backend] = {"cpu": "chunked", "tpu": "tpu", "gpu": "gpu"}
+
+
+class Kernels(NamedTuple):
+    """Of a backend: both passes, as `Past` says, and whether so many slots and positions suit them."""
+
+    forward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    divides: Callable[[int, int], bool]
+
+    @classmethod
+    def interpreted(cls, room: ModuleType) -> Kernels:
+        forward, backward = (functools.partial(one, interpret=True) for one in (room.forward, room.backward))
+        return cls(forward, backward, room.divides)
+
+
+BACKENDS: dict[Backend, Kernels] = {
+    "chunked": Kernels(chunked.forward, chunked.backward, lambda slots, length: True),
+    "tpu": Kernels(tpu.forward, tpu.backward, tpu.divides),
+    "tpu_interpreted": Kernels.interpreted(tpu),
+    "gpu": Kernels(gpu.forward, gpu.backward, gpu.divides),
+    "gpu_interpreted": Kernels.interpreted(gpu),
 }
 
 
@@ -78,7 +96,7 @@ def attend(
     inputs = Inputs(
         queries_BQNC, keys_BGTC, values_BGTC, first_BN, last_BN, own_keys_JBGNC, own_values_JBGNC, own_allowed_J
     )
-    if backend != "chunked" and not tpu.divides(queries_BQNC.shape[2], keys_BGTC.shape[2]):
+    if not BACKENDS[backend].divides(queries_BQNC.shape[2], keys_BGTC.shape[2]):
         backend = "chunked"
     return _attention(Static(jnp.dtype(dtype), backend), inputs, mirror)
 
@@ -90,7 +108,7 @@ def _attention(static: Static, inputs: Inputs, mirror: Mirror | None) -> tuple[j
 
 def _forward(static: Static, inputs: Inputs, mirror: Mirror | None) -> tuple[tuple[jax.Array, Mirror | None], Any]:
     past = _past(static, inputs)
-    mixed, top, total = BACKENDS[static.backend][0](past)
+    mixed, top, total = BACKENDS[static.backend].forward(past)
     if inputs.own_allowed_J.size:
         own = _own_scores(inputs, past.queries_BGRNC)
         joint = jnp.maximum(top, own.max(axis=0))
@@ -113,7 +131,7 @@ def _backward(static: Static, residuals: Any, cotangents: Any) -> tuple[Inputs, 
     dout = dout_BQNC.astype(queries.dtype).reshape(queries.shape)
     # <dout, out>: what the normaliser takes back from the gradient of each weight.
     taken = jnp.sum(dout * out.reshape(dout.shape), axis=-1, keepdims=True)
-    dqueries, dkeys, dvalues = BACKENDS[static.backend][1](past, dout, lse, taken)
+    dqueries, dkeys, dvalues = BACKENDS[static.backend].backward(past, dout, lse, taken)
     own_weights = jnp.exp(_own_scores(inputs, queries) - lse)
     down = own_weights * (_own_dots(dout, inputs.own_values_JBGNC) - taken)
     dqueries = dqueries + _own_sum(down, inputs.own_keys_JBGNC)
