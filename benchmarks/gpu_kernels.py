@@ -1,8 +1,8 @@
-"""`python -m benchmarks.gpu_kernels`: the TTT attention's GPU kernels through the real GPU compiler: Triton, XLA, ptxas.
+"""`python -m benchmarks.gpu_kernels`: the TTT attention's GPU kernels through the GPU compiler (Triton, XLA, ptxas).
 
 As `benchmarks.kernels` says; needs jax[cuda12] and neither GPU nor driver. Speed takes a GPU: `python -m benchmarks.ops
---work W3` for the kernels beside plain XLA, `python -m benchmarks.step --work W3` for a whole step. Exit status 1 if any
-does not compile.
+--work W3` for the kernels beside plain XLA, `python -m benchmarks.step --work W3` for a whole step. Exit status 1 if
+any does not compile.
 """
 
 from __future__ import annotations

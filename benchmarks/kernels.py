@@ -1,7 +1,8 @@
 """The TTT attention's kernels through a chip's own compiler, none of which needs the chip.
 
-Forward and backward at the shapes of a Llama-3.1-8B draft and at heads of other widths; compiling shows that the kernels
-fit a chip's memories and lower at all. `tests/drafts/test_ttt_attention.py` checks their numbers, in interpret mode.
+Forward and backward at the shapes of a Llama-3.1-8B draft and at heads of other widths; compiling shows that the
+kernels fit a chip's memories and lower at all. `tests/drafts/test_ttt_attention.py` checks their numbers, in interpret
+mode.
 """
 
 from __future__ import annotations

@@ -43,7 +43,16 @@ from jeagle.targets.features import greedy_and_lse
 
 # The peers' slots and scale (targets argmax outside the draft vocabulary dropped); and what jeagle trains with.
 OBJECTIVES = {
-    "peers": objective.ObjectiveSpec("soft_ce", 0.8, "speculators", "all_slots", True, False, False),
+    "peers": dataclasses.replace(
+        objective.DIALECTS["speculators"],
+        loss="soft_ce",
+        decay=0.8,
+        normaliser="all_slots",
+        mask_out_of_vocab=True,
+        cross_documents=False,
+        fixed_window=False,
+        renormalised=False,
+    ),
     "ours": objective.DIALECTS["jeagle"],
 }
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
