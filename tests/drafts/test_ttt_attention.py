@@ -90,6 +90,20 @@ def is_the_reference(case, dtype, tolerance, backend):
             np.testing.assert_allclose(a / scale, b / scale, atol=tolerance)
 
 
+def test_the_gpu_kernels_lower_for_cuda():
+    """As far as Triton's own language, without a GPU; `benchmarks.gpu_kernels` goes on to machine code."""
+    arrays, first, last, happened = inputs("few slots, three heads a group, odd width", "float32")
+
+    def loss(arrays):
+        queries, keys, values, own_keys, own_values = arrays
+        given = queries, keys, values, first, last, own_keys, own_values, happened
+        return jnp.sum(attend(*given, dtype="bfloat16", backend="gpu"))
+
+    text = jax.jit(jax.grad(loss)).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("_forward_kernel", "_dqueries_kernel", "_dkeys_dvalues_kernel"):
+        assert name in text
+
+
 @pytest.mark.parametrize(("slots", "length"), [(192, 256), (512, 512), (208, 512), (1, 9), (97, 97), (4096, 4096)])
 def test_bands_cover_every_slot_and_all_that_it_can_see(slots, length):
     parts = bands(slots, length)
