@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jeagle import align, drafts, objective, targets
-from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Tables
+from jeagle.joints import PLAIN_LOGITS, Batch, DraftSpec, Features, LogitShape, Tables
 from jeagle.optimiser import Trained
+from jeagle.runtime import distributed
 from jeagle.runtime.mesh import RULES, platform, row_parts
 
 
@@ -31,6 +32,7 @@ class Program(NamedTuple):
       mesh: over which rows, parameters and gradients are split; None for one device.
       remat: a TTT step is run again in the backward pass, from its inputs: less memory for more FLOPs.
       trained: which of the draft's parameters are.
+      attention: backend of the attention to step-0 keys; None takes the platform's.
     """
 
     target: Any
@@ -45,6 +47,7 @@ class Program(NamedTuple):
     mesh: Mesh | None = None
     remat: bool = False
     trained: Trained = Trained()
+    attention: drafts.Backend | None = None
 
 
 class Frozen(NamedTuple):
@@ -60,6 +63,26 @@ class Live(NamedTuple):
     counts_KBT: jax.Array
     slots: align.Selected
     teachers: align.Selected
+
+
+def attention_of(mesh: Mesh | None) -> drafts.Backend:
+    """The backend of the attention to step-0 keys on such a mesh: XLA cannot split a kernel over heads by itself."""
+    return drafts.BY_PLATFORM[platform(mesh)] if mesh is None or mesh.size == row_parts(mesh) else "chunked"
+
+
+def trusted_attention(mesh: Mesh, spec: DraftSpec, dtype: Any) -> drafts.Backend:
+    """As `attention_of`; the chunked code, and a note, where the kernel does not give here what that gives."""
+    backend = attention_of(mesh)
+    if backend == "chunked":
+        return backend
+    heads = {"heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
+    wrong = drafts.disproof(backend, dtype, **heads)
+    distributed.same_everywhere(wrong, f"whether the {backend} kernel of the TTT attention can be trusted")
+    if wrong and distributed.is_leader():
+        print(
+            f"note: the {backend} kernel of the TTT attention is not used, for {wrong}: slower, not wrong", flush=True
+        )
+    return "chunked" if wrong else backend
 
 
 def live_positions(program: Program, batch: Batch, width: int) -> Live:
@@ -135,8 +158,7 @@ def _loss_of_rows(
         cross_documents=spec.cross_documents,
         fixed_window=spec.fixed_window,
         remat=program.remat,
-        # XLA cannot split a kernel over heads by itself.
-        backend=drafts.BY_PLATFORM[kind] if mesh is None or mesh.size == row_parts(mesh) else "chunked",
+        backend=program.attention or attention_of(mesh),
     )
     return objective.objective(
         spec,

@@ -20,7 +20,7 @@ from jeagle import assemble, data, features, offline
 from jeagle import config as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.forward import Frozen, Program
+from jeagle.forward import Frozen, Program, trusted_attention
 from jeagle.held_out import HeldOut
 from jeagle.joints import DraftSpec, Tables
 from jeagle.log import Log
@@ -138,6 +138,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
         mesh,
         remat=config.train.remat,
         trained=assemble.trained(config.draft),
+        attention=trusted_attention(mesh, spec, jnp.dtype(config.train.dtype)),
     )
     return Run(program, optimiser, Frozen(teacher.state, tables), stream, steps, mesh, stores), state
 

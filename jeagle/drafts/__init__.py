@@ -4,14 +4,16 @@ from jeagle.drafts.decode import advance, choose, empty_cache
 from jeagle.drafts.eagle3 import Eagle3
 from jeagle.drafts.lora import add_adapters, merge_adapters, with_adapters
 from jeagle.drafts.ttt import unroll
-from jeagle.drafts.ttt_attention import BY_PLATFORM
+from jeagle.drafts.ttt_attention import BY_PLATFORM, Backend, disproof
 
 __all__ = [
     "BY_PLATFORM",
+    "Backend",
     "Eagle3",
     "add_adapters",
     "advance",
     "choose",
+    "disproof",
     "empty_cache",
     "merge_adapters",
     "unroll",
