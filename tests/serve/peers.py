@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from jeagle import assemble
+from jeagle import assemble, targets
 from jeagle.errors import UserError
 from jeagle.joints import DraftSpec
 from jeagle.layers.rope import attention_factor, inverse_frequencies
@@ -41,11 +42,19 @@ def speculators(python: Path, site: Path, served: Served, work: Path) -> dict[st
 
 
 def with_verifier(export: Path, target: Path, out: Path) -> Path:
-    """A copy of an export that names the target's float32 folder, wherever the run had its target from."""
+    """A copy of an export that names the target's float32 folder, wherever the run had its target from.
+
+    It also holds the target's embedding, as the library's own files do: what a file lacks, version 0.9.0 leaves
+    uninitialised when it means to take the target's.
+    """
     shutil.copytree(export, out)
     config = json.loads((out / "config.json").read_text())
     config["speculators_config"]["verifier"]["name_or_path"] = str(target)
     (out / "config.json").write_text(json.dumps(config))
+    tensors = load_file(out / "model.safetensors")
+    source = targets.open_weights(targets.resolve(str(target)))
+    tensors.setdefault("embed_tokens.weight", source.read("model.embed_tokens.weight"))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
 
