@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Self
 
 import jax
@@ -36,7 +37,9 @@ class HeldOut:
     def __init__(
         self, config: RunConfig, program: Program, frozen: Frozen, stores: features.Mixture | None, start: int
     ):
-        self._program, self._frozen, self._stores = program, frozen, stores
+        # Divided by the slots that count, whose number adds up over batches, whatever the dialect divides by.
+        measured = dataclasses.replace(program.objective, normaliser="counting")
+        self._program, self._frozen, self._stores = program._replace(objective=measured), frozen, stores
         self._size = config.train.batch_rows // config.train.accumulate
         self._numbers, self._trackers = np.arange(0), Trackers([])
         if not config.train.held_out_rows:

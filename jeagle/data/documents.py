@@ -66,19 +66,20 @@ class Planner:
             for i, prompt in zip(cuts, prompts, strict=True)
         ]
         thinks = self._rules.thinks([messages[i] for i in cuts])
-        return [Document(whole, spans, _lead(whole, messages), (messages, conversation.tools, thinks))]
+        lead = _lead(prompts[0] if prompts else whole, messages)
+        return [Document(whole, spans, lead, (messages, conversation.tools, thinks))]
 
     def apart(self, conversation: Any) -> list[Document]:
         """One document for each answer, after the history as a server shows it. ConversationError where it cannot."""
         messages = self.messages(conversation)
         cuts = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        documents = []
+        documents, lead = [], 0
         for i in cuts:
             thinks = self._rules.thinks([messages[i]])
             asked = [Request(messages[: i + 1 - prompt], conversation.tools, thinks, bool(prompt)) for prompt in (0, 1)]
             whole, prompt = (_good(text) for text in self.maker.texts(asked))
             span = Span(len(prompt), messages[i], not (conversation.truncated and i == cuts[-1]))
-            lead = _lead(prompt, messages)
+            lead = lead or _lead(prompt, messages)
             if whole.startswith(prompt):
                 documents.append(Document(whole, [span], lead, (messages[: i + 1], conversation.tools, thinks)))
             else:
@@ -86,9 +87,15 @@ class Planner:
         return documents
 
 
-def _lead(text: str, messages: Messages) -> int:
+def _lead(prompt: str, messages: Messages) -> int:
+    """Where the first turn but the system's begins, in the prompt of the first answer.
+
+    The last place, since a short turn may stand in the system's too; the prompt's end where a template writes the turn
+    in other words.
+    """
     first = next((m["content"] for m in messages if m["role"] != "system"), "")
-    return max(text.find(first.strip()), 0)
+    place = prompt.rfind(first.strip())
+    return place if place >= 0 else len(prompt)
 
 
 def _good(text: str | ConversationError) -> str:

@@ -82,6 +82,13 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
+def anywhere(value: bool) -> bool:
+    """Whether it is true on any process; every one of them must call it."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.asarray(multihost_utils.process_allgather(np.asarray(value))).any())
+
+
 def same_everywhere(value: str | int, what: str) -> None:
     """Checks that all processes hold the same value; every one of them must call it.
 

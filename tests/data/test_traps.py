@@ -159,6 +159,16 @@ def test_near_copies_are_left_out_and_a_system_prompt_that_all_share_makes_none(
     assert all(not m[1]["content"].endswith((" now", " then")) for m in prompts)
 
 
+def test_a_first_turn_that_stands_in_the_system_prompt_too_makes_no_copies(tmp_path, tokenizer):
+    random, system = np.random.default_rng(0), {"role": "system", "content": "this is the old stone house " * 40}
+    rows = []
+    for _ in range(30):
+        answer = " ".join(random.choice(["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], 40))
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": [system, *turns]})
+    assert make(tmp_path, rows, tokenizer, row_length=1024)[0]["near_duplicates"] == 0
+
+
 # T6: history by another model.
 def test_the_share_of_the_targets_own_answers_is_counted(tmp_path, tokenizer):
     rows = [row | {"model": "Owner/Target-1B" if i < 5 else "other"} for i, row in enumerate(chats(20))]
