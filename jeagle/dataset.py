@@ -166,6 +166,13 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
     source = config.data.vocabulary or config.draft.start  # a draft to start from brings its head's rows' meaning
     if source and not (size <= 0 and config.draft.start):  # the whole vocabulary needs no map
         given = room.given_map(Path(source), size, made_from["target_vocab"], ends)
+    if given is not None and config.data.vocabulary and config.draft.start:
+        begun = room.given_map(Path(config.draft.start), size, made_from["target_vocab"], ends)
+        if not np.array_equal(given, begun):
+            raise UserError(
+                f"--data.vocabulary {source} is not the vocabulary of the draft to start from, {config.draft.start}: "
+                "its head's rows would mean other tokens. Leave --data.vocabulary out."
+            )
     wanted: dict[str, Any] = {"data": fingerprint(made_from), "draft_vocab": size, "end_token_ids": list(ends)}
     if given is not None:
         wanted["given"] = fingerprint(given.tolist())

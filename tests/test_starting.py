@@ -256,3 +256,10 @@ def test_the_vocabulary_of_a_draft_to_start_from_is_kept(exported, tmp_path, mon
     np.testing.assert_array_equal(
         dataset.room.load_tables(dataset._make_tables(config, made_from, tmp_path / "data")), ids
     )
+    another = np.arange(16) + (np.arange(16) > 8)  # end token 2 among them
+    (tmp_path / "own").mkdir()
+    np.save(tmp_path / "own" / "d2t.npy", another - np.arange(16))
+    np.save(tmp_path / "own" / "t2d.npy", np.isin(np.arange(40), another))
+    other = dataclasses.replace(config, data=DataConfig(vocabulary=str(tmp_path / "own")))
+    with pytest.raises(UserError, match="not the vocabulary of the draft to start from"):
+        dataset._make_tables(other, made_from, tmp_path / "data")
