@@ -163,6 +163,13 @@ def _rope(decoder: Mapping[str, Any]) -> Rope:
 
 
 def _one_rope(parameters: Mapping[str, Any], theta: float | None) -> Rope:
+    if nested := [name for name, value in parameters.items() if isinstance(value, Mapping)]:
+        raise UserError(
+            f"config.json has a RoPE for each kind of layer ({', '.join(nested)}); jeagle's draft has one: put that of "
+            "its own layers into rope_parameters."
+        )
+    if parameters.get("partial_rotary_factor") not in (None, 1):
+        raise UserError("config.json has a partial_rotary_factor; jeagle's draft rotates whole heads.")
     rest = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items() if k not in ("rope_theta", "type")}
     rest["rope_type"] = parameters.get("rope_type", parameters.get("type", "default"))
     if rest == {"rope_type": "default"}:
