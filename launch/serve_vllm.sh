@@ -23,16 +23,7 @@ Example:
 HELP
 }
 
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-show() { # the command, quoted so that a shell reads it back
-  local line
-  line="$(printf '%q ' "$@")"
-  echo "${line% }"
-}
+source "$(dirname "${BASH_SOURCE[0]}")/serving.sh"
 
 run="" export="" target="" draft_tokens=3 engine=vLLM print_only=0
 while (($#)); do
@@ -49,29 +40,9 @@ while (($#)); do
     *) die "there is no option $1; what the server is to get comes after --, and --help lists the options." ;;
   esac
 done
-[[ -n "$run$export" ]] || die "--run is missing: give the run's folder, runs/NAME."
-[[ "$draft_tokens" =~ ^[1-9][0-9]*$ ]] || die "--draft-tokens is '$draft_tokens': it must be a whole number from 1."
-[[ -n "$export" ]] || export="$run/exports/vllm"
-record="$export/jeagle_export.json"
-[[ -f "$record" ]] ||
-  die "$export holds no export of jeagle's: run python converters/to_vllm.py --checkpoint ${run:-RUN} first."
-
-# Why the engine would not serve the folder, and the target's reference, a line each.
-read_record='import json, sys; r = json.load(open(sys.argv[1])); print("; ".join(r["limits"][sys.argv[2]]));
-print(r["target"]["ref"] or "")'
-{ read -r limits && read -r ref; } < <("${PYTHON:-python3}" -c "$read_record" "$record" "$engine" 2>/dev/null) ||
-  die "$record cannot be read: export the run again."
-[[ -z "$limits" ]] || die "$engine does not serve $export as it was trained: $limits."
-[[ -n "$target" ]] || target="$ref"
-case "$target" in
-  "" | pypi:* | *.gguf) die "$engine cannot load the target '$target': give its safetensors folder or hub id as --target." ;;
-esac
+open_export vllm
 
 config='import json, sys; print(json.dumps({"method": "eagle3", "model": sys.argv[1],
 "num_speculative_tokens": int(sys.argv[2])}))'
 serve=(vllm serve "$target" --speculative-config "$("${PYTHON:-python3}" -c "$config" "$export" "$draft_tokens")" "$@")
-if ((print_only)); then
-  show "${serve[@]}"
-  exit 0
-fi
-exec "${serve[@]}"
+start "${serve[@]}"
