@@ -51,8 +51,9 @@ class Trained:
 
 def held(draft: Any, trained: Trained) -> Any:
     """The draft; no gradient reaches what is not trained, so that none is computed, nor counted in its norm."""
-    labels = _labels(draft, lambda path, _: "train" if trained(path) else "frozen")
-    return jax.tree.map(lambda x, label: x if label == "train" else jax.lax.stop_gradient(x), draft, labels)
+    return jax.tree.map(
+        lambda x, label: x if label == "train" else jax.lax.stop_gradient(x), draft, _trained_or_frozen(draft, trained)
+    )
 
 
 def make_optimiser(
@@ -67,7 +68,7 @@ def make_optimiser(
     both = optax.chain(*parts, OPTIMISERS[config.optimizer](config, rate))
     return optax.partition(
         {"train": both, "frozen": optax.set_to_zero()},
-        lambda state: _labels(state, lambda path, _: "train" if trained(path) else "frozen"),
+        lambda state: _trained_or_frozen(state, trained),
     )
 
 
@@ -109,6 +110,10 @@ OPTIMISERS: dict[str, Callable[[TrainConfig, optax.Schedule], optax.GradientTran
 }
 
 
+def _trained_or_frozen(state: Any, trained: Trained) -> Any:
+    return _labels(state, lambda path, _: "train" if trained(path) else "frozen")
+
+
 def _labels(state: Any, label: Callable[[tuple[str, ...], Any], str]) -> Any:
     def one(path: Any, leaf: Any) -> str:
         names = [str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path]
@@ -133,9 +138,14 @@ def served_draft(draft: Any, moments: Any, average: Any = None) -> Any:
         return draft if average is None else average
 
     def iterate(z: Any, y: Any) -> Any:
-        return y if isinstance(z, optax.MaskedNode) else (y - (1 - SCHEDULE_FREE_B1) * z) / SCHEDULE_FREE_B1
+        return y if isinstance(z, optax.MaskedNode) else _iterate(y, z)
 
     return jax.tree.map(iterate, free.z, draft, is_leaf=lambda z: isinstance(z, optax.MaskedNode))
+
+
+def _iterate(y: Any, z: Any) -> Any:
+    """The average of iterates that schedule_free serves, of the one that is trained and of its base."""
+    return (y - (1 - SCHEDULE_FREE_B1) * z) / SCHEDULE_FREE_B1
 
 
 _DRAFT, _ITERATE, _AVERAGE = r"\.draft", r"\.optimiser.*\.z", r"\.average"
@@ -150,8 +160,7 @@ def served_params(tree: dict[str, Any]) -> dict[str, np.ndarray]:
     average = _named(tree, _AVERAGE)
     trained = _named(tree, _DRAFT)
     base = _named(tree, _ITERATE)
-    b1 = SCHEDULE_FREE_B1
-    iterate = {name: ((trained[name] - (1 - b1) * z) / b1).astype(np.float32) for name, z in base.items()}
+    iterate = {name: _iterate(trained[name], z).astype(np.float32) for name, z in base.items()}
     return trained | iterate | average
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,17 @@ def load_named(folder: Path, step: int | str) -> tuple[int, dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: the run has saved no checkpoint yet.")
     with ocp.CheckpointManager(folder.absolute()) as manager:
-        steps = sorted(manager.all_steps())
-        if not steps:
-            raise UserError(f"{folder} holds no finished checkpoint: let the run save one first.")
-        if step != "last" and not (str(step).isdigit() and int(step) in steps):
-            raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
-        chosen = steps[-1] if step == "last" else int(step)
+        chosen = chosen_step(manager.all_steps(), step, where=str(folder))
         return chosen, manager.restore(chosen, args=ocp.args.StandardRestore())
+
+
+def chosen_step(steps: Iterable[int], step: int | str, *, where: str) -> int:
+    """The step asked for, of those whose checkpoints are finished; "last" is the newest. UserError without it."""
+    there = sorted(steps)
+    if not there:
+        raise UserError(f"{where} holds no finished checkpoint: let the run save one first.")
+    if str(step) == "last":
+        return there[-1]
+    if not str(step).isdigit() or int(step) not in there:
+        raise UserError(f"{where} has no checkpoint of step {step}; it has {', '.join(map(str, there))}.")
+    return int(step)

@@ -14,6 +14,7 @@ import numpy as np
 import tensorstore as ts
 
 from jeagle.errors import UserError
+from jeagle.runtime.checkpoints import chosen_step
 
 Spec = dict[str, Any]
 """A tensorstore key-value store; its path ends in a slash."""
@@ -97,14 +98,8 @@ def _choose(keys: set[str], step: int | str, where: str) -> int:
     if not keys:
         raise UserError(f"{where} does not exist: the run has saved no checkpoint yet.")
     named = {key.split("/")[0] for key in keys}
-    steps = sorted(int(n) for n in named if n.isdigit() and f"{n}/default/_METADATA" in keys)
-    if not steps:
-        raise UserError(f"{where} holds no finished checkpoint: let the run save one first.")
-    if str(step) == "last":
-        return steps[-1]
-    if not str(step).isdigit() or int(step) not in steps:
-        raise UserError(f"{where} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
-    return int(step)
+    steps = (int(n) for n in named if n.isdigit() and f"{n}/default/_METADATA" in keys)
+    return chosen_step(steps, step, where=where)
 
 
 def _below(folder: Spec, name: str, *, ocdbt: bool) -> Spec:
