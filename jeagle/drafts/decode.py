@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jeagle.drafts.eagle3 import Eagle3
+from jeagle.drafts.eagle3 import Eagle3, Stream
 from jeagle.joints import Tables
 from jeagle.layers import Sight, attend
 
@@ -48,14 +48,14 @@ def advance(
     embedded = tables.embed_VW[tokens_BT].astype(jnp.float32)
     hidden, kept = hidden_BTW, []
     for layer, past in zip(draft.layers, cache, strict=True):
-        read, residual = layer.inputs(embedded, hidden)
+        read, residual = layer.inputs(embedded, Stream.of(hidden, draft.dtype))
         fresh = layer.self_attn.keys_values(read, positions_BT)
         past = Cache(*(room.at[rows, positions_BT].set(new) for room, new in zip(past, fresh, strict=True)))
         queries = layer.self_attn.queries(read, positions_BT)
         mixed = attend(queries, *past, sight, draft.dtype, window=draft.spec.sliding_window)
         hidden = layer.finish(residual, mixed)
         kept.append(past)
-    for_head, state = draft.finish(hidden)
+    for_head, state = draft.finish(Stream.of(hidden, draft.dtype))
     return for_head, state, tuple(kept)
 
 

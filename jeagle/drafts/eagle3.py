@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jeagle.drafts.dense import dense, scaled_dense
-from jeagle.drafts.kept import kept
+from jeagle.drafts.kept import STATE, kept
 from jeagle.joints import DraftSpec
 from jeagle.layers import GatedMLP, rms_norm, rotate_by
 from jeagle.runtime.numerics import rows_product
@@ -27,6 +27,20 @@ class Read(NamedTuple):
     hidden: jax.Array
     embedded: jax.Array | None = None
     scale: jax.Array | None = None
+
+
+class Stream(NamedTuple):
+    """The residual stream between layers, [..., W]: as it is summed, and in the type of the products for norms to read.
+
+    A step keeps the second for its backward pass, once for all who read it.
+    """
+
+    whole: jax.Array
+    read: jax.Array
+
+    @classmethod
+    def of(cls, hidden: jax.Array, dtype: Any) -> Stream:
+        return cls(hidden, kept(hidden, dtype, STATE))
 
 
 class Attention(nnx.Module):
@@ -90,27 +104,29 @@ class Layer(nnx.Module):
         self.mlp = GatedMLP(spec.width, spec.mlp_width, dtype, rngs)
         self.spec, self.first, self.dtype = spec, first, dtype
 
-    def inputs(self, embedded: jax.Array, hidden: jax.Array) -> tuple[Read, jax.Array]:
+    def inputs(self, embedded: jax.Array, stream: Stream) -> tuple[Read, jax.Array]:
         """-> (what attention reads, the residual)."""
-        eps, stream = self.spec.norm_eps, kept(hidden, self.dtype)
+        eps = self.spec.norm_eps
         if not self.first:
-            return Read(rms_norm(stream, self.input_layernorm[...], eps).astype(self.dtype)), hidden
-        normed = rms_norm(stream, self.hidden_norm[...], eps)
+            return Read(rms_norm(stream.read, self.input_layernorm[...], eps).astype(self.dtype)), stream.whole
+        normed = rms_norm(stream.read, self.hidden_norm[...], eps)
         plain = jax.lax.stop_gradient(rms_norm(embedded, jnp.ones(()), eps)).astype(self.dtype)
         read = Read(normed.astype(self.dtype), plain, self.input_layernorm[...])
-        return read, normed if self.spec.norm_before_residual else hidden
+        return read, normed if self.spec.norm_before_residual else stream.whole
 
     def finish(self, residual: jax.Array, mixed: jax.Array) -> jax.Array:
         """Output projection, residual, MLP: the layer's output."""
-        x = residual + self.self_attn.out(mixed)
-        normed = rms_norm(kept(x, self.dtype), self.post_attention_layernorm[...], self.spec.norm_eps)
-        gate, up = (
-            kept(dense(normed.astype(self.dtype), kernel[...]), self.dtype)
-            for kernel in (self.mlp.gate_proj, self.mlp.up_proj)
-        )
+        x, normed = self.attended(residual, mixed)
+        gate, up = (kept(dense(normed, kernel[...]), self.dtype) for kernel in (self.mlp.gate_proj, self.mlp.up_proj))
         total = jnp.promote_types(self.dtype, jnp.float32)
         inner = jax.nn.silu(gate.astype(total)) * up.astype(total)
         return x + dense(inner.astype(self.dtype), self.mlp.down_proj[...])
+
+    def attended(self, residual: jax.Array, mixed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Output projection and residual: (the stream, what the MLP reads of it)."""
+        x = residual + self.self_attn.out(mixed)
+        normed = rms_norm(kept(x, self.dtype, STATE), self.post_attention_layernorm[...], self.spec.norm_eps)
+        return x, normed.astype(self.dtype)
 
 
 class Eagle3(nnx.Module):
@@ -142,10 +158,10 @@ class Eagle3(nnx.Module):
             fused = rms_norm(fused, self.input_norm[...], self.spec.norm_eps)
         return dense(fused.astype(self.dtype), self.fc[...])
 
-    def finish(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def finish(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
         """The last layer's output -> (what lm_head reads, the state that the next step starts from)."""
-        normed = rms_norm(kept(hidden, self.dtype), self.norm[...], self.spec.norm_eps)
-        return normed if self.spec.head_norm else hidden, normed if self.spec.carry_normed else hidden
+        normed = rms_norm(stream.read, self.norm[...], self.spec.norm_eps)
+        return normed if self.spec.head_norm else stream.whole, normed if self.spec.carry_normed else stream.whole
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """What lm_head reads [..., W] -> float32 logits [..., D] over the draft vocabulary."""

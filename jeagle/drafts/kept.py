@@ -6,27 +6,22 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT, ATTENTION = "product", "attention"  # what is kept, by how dear it is to make anew; attention the dearest
+from jeagle.runtime.numerics import as_bits, from_bits
+
+# What is kept, by how dear it is to make anew: a product, the residual stream (all of a layer's), attention.
+PRODUCT, STATE, ATTENTION = "product", "state", "attention"
 
 
-def kept(x: jax.Array, dtype: Any) -> jax.Array:
-    """x in the type of the products, marked to be kept: it took a product to make."""
-    return _kept(x.astype(dtype), PRODUCT)
+def kept(x: jax.Array, dtype: Any, name: str = PRODUCT) -> jax.Array:
+    """x in the type of the products, marked to be kept."""
+    return _kept(x.astype(dtype), name)
 
 
 def marked(x: jax.Array, name: str) -> jax.Array:
-    """x, marked to be kept, where no gradient is taken through it.
-
-    16-bit numbers are kept as integers: XLA's CPU backend slices no bfloat16, and would first convert what all steps
-    kept to float32.
-    """
-    if jnp.finfo(x.dtype).bits != 16:
-        return checkpoint_name(x, name)
-    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    """x, marked to be kept, where no gradient is taken through it; as bits, since steps are stacked and sliced."""
+    return from_bits(checkpoint_name(as_bits(x), name), x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

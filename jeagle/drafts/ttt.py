@@ -12,9 +12,11 @@ from flax import nnx
 from jeagle import align
 from jeagle.align import Selected, take_rows
 from jeagle.drafts import ttt_attention
-from jeagle.drafts.eagle3 import Eagle3, Read
-from jeagle.drafts.kept import ATTENTION, PRODUCT
+from jeagle.drafts.eagle3 import Eagle3, Layer, Read, Stream
+from jeagle.drafts.kept import ATTENTION, PRODUCT, STATE
+from jeagle.drafts.lean_mlp import Kernels, lean_mlp
 from jeagle.joints import Batch, Predictions
+from jeagle.layers import GatedMLP
 
 
 class Past(NamedTuple):
@@ -25,11 +27,18 @@ class Past(NamedTuple):
 
 
 class Own(NamedTuple):
-    """The slots' own keys and values of steps 1..K-1, of one layer; and what brings them along on the way back."""
+    """What a layer hands from step to step.
+
+    Attributes:
+      keys_JBGNC, values_JBGNC: the slots' own keys and values of steps 1..K-1.
+      mirror: what brings them along on the way back.
+      kernels: of a lean MLP, on the way back their gradient; None for another.
+    """
 
     keys_JBGNC: jax.Array
     values_JBGNC: jax.Array
     mirror: ttt_attention.Mirror
+    kernels: Kernels | None = None
 
 
 class Context(NamedTuple):
@@ -94,18 +103,31 @@ def unroll(
         context = context._replace(window=draft.spec.sliding_window)
     positions_BN = take_rows(batch.positions_BT, slots.positions_BN)
 
-    policy = jax.checkpoint_policies.save_only_these_names(ATTENTION, *(() if remat else (PRODUCT,)))
+    policy = jax.checkpoint_policies.save_only_these_names(ATTENTION, STATE, *(() if remat else (PRODUCT,)))
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
     def step(carry, parts):
         k, reads_BN = parts
         return _step(
-            nnx.merge(graphdef, state), carry, k, _embedded(embedded_BTW, reads_BN), positions_BN, context, backend
+            nnx.merge(graphdef, state),
+            carry,
+            k,
+            _embedded(embedded_BTW, reads_BN),
+            positions_BN,
+            context,
+            kernels,
+            backend,
         )
 
     own = _empty_own(draft, steps, slots.positions_BN.shape)
+    if remat:
+        own = tuple(o._replace(kernels=_lean(layer)) for o, layer in zip(own, draft.layers, strict=True))
+    kernels = jax.lax.stop_gradient([o.kernels for o in own])
     carry = (take_rows(fused_BTW, slots.positions_BN), own)
-    (_, own), hidden_KBNW = jax.lax.scan(step, carry, (jnp.arange(steps), reads_KBN))
+    (hidden, own), before_KBNW = jax.lax.scan(step, carry, (jnp.arange(steps), reads_KBN))
+    # Each step told what lm_head reads of the state that it was given: the one before's.
+    last_BNW = draft.finish(Stream.of(hidden, draft.dtype))[0].astype(draft.dtype)
+    hidden_KBNW = jnp.concatenate([before_KBNW[1:], last_BNW[None]])
     for mine in own:
         found = ttt_attention.Mirror(mine.keys_JBGNC, mine.values_JBGNC)
         hidden_KBNW = ttt_attention.reflect(hidden_KBNW, found, mine.mirror)
@@ -132,7 +154,7 @@ def _context(draft: Eagle3, batch: Batch, fused_BTW, embedded_BTW, slots: Select
     last_BT = jnp.broadcast_to(jnp.arange(first_BT.shape[1]), first_BT.shape)
     hidden, past = fused_BTW, []
     for layer in draft.layers:
-        read, residual = layer.inputs(embedded_BTW, hidden)
+        read, residual = layer.inputs(embedded_BTW, Stream.of(hidden, draft.dtype))
         past.append(Past(*(_heads_first(x) for x in layer.self_attn.keys_values(read, batch.positions_BT))))
         if layer is draft.layers[-1]:
             break
@@ -166,12 +188,20 @@ def _empty_own(draft: Eagle3, steps: int, slots: tuple[int, int]) -> tuple[Own, 
     return tuple(Own(empty, empty, ttt_attention.Mirror(empty, empty)) for _ in draft.layers)
 
 
-def _step(draft: Eagle3, carry, k: jax.Array, embedded, positions_BN, context: Context, backend: Any):
+def _step(draft: Eagle3, carry, k: jax.Array, embedded, positions_BN, context: Context, kernels, backend: Any):
+    """-> (the last layer's output and what layers pass on, what lm_head reads of the step before's output).
+
+    The final norm stands at the head of the next step, so that what it reads is kept once, with what the layer reads.
+    """
     hidden, own = carry
+    stream = Stream.of(hidden, draft.dtype)
+    for_head, state = draft.finish(stream)
+    if state is not hidden:
+        stream = Stream.of(jnp.where(k == 0, hidden, state), draft.dtype)
     seen, own_J = context.seen(k), context.own(k, own[0].keys_JBGNC.shape[0])
     new_own = []
-    for layer, past, mine in zip(draft.layers, context.past, own, strict=True):
-        read, residual = layer.inputs(embedded, hidden)
+    for layer, past, mine, frozen in zip(draft.layers, context.past, own, kernels, strict=True):
+        read, residual = layer.inputs(embedded, stream)
         mine = _with_own(layer, mine, read, positions_BN + k, k)
         queries = _heads_first(layer.self_attn.queries(read, positions_BN + k))
         mixed, mirror = ttt_attention.attend(
@@ -186,10 +216,25 @@ def _step(draft: Eagle3, carry, k: jax.Array, embedded, positions_BN, context: C
             mirror=mine.mirror,
         )
         assert mirror is not None  # as it was given
-        hidden = layer.finish(residual, _heads_first(mixed))
-        new_own.append(Own(mine.keys_JBGNC, mine.values_JBGNC, mirror))
-    for_head, state = draft.finish(hidden)
-    return (state, tuple(new_own)), for_head.astype(draft.dtype)
+        hidden, passed = _finished(layer, residual, _heads_first(mixed), frozen, mine.kernels)
+        stream = Stream.of(hidden, draft.dtype)
+        new_own.append(Own(mine.keys_JBGNC, mine.values_JBGNC, mirror, passed))
+    return (hidden, tuple(new_own)), for_head.astype(draft.dtype)
+
+
+def _lean(layer: Any) -> Kernels | None:
+    """The kernels of a layer's MLP; None where it is of a user's own making."""
+    own = type(layer).finish is not Layer.finish or type(layer.mlp) is not GatedMLP
+    return None if own else Kernels.of(layer.mlp)
+
+
+def _finished(layer, residual, mixed, kernels: Kernels | None, passed: Kernels | None):
+    """The layer's output; and what it passes on to the next step where its MLP is a lean one."""
+    if kernels is None:
+        return layer.finish(residual, mixed), None
+    x, normed = layer.attended(residual, mixed)
+    y, passed = lean_mlp(layer.dtype, normed, kernels, passed)
+    return x + y, passed
 
 
 def _with_own(layer, mine: Own, read: Read, positions: jax.Array, k: jax.Array) -> Own:

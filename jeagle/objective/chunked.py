@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from jeagle.joints import PLAIN_LOGITS, LogitShape
 from jeagle.objective.losses import Mixture, Teacher, Terms, overlap, weighted
-from jeagle.runtime.numerics import first_largest, rows_product, summed_product
+from jeagle.runtime.numerics import as_bits, first_largest, from_bits, rows_product, summed_product
+
+_LARGEST_PRODUCT = 2**25  # numbers
 
 
 class Taught(NamedTuple):
@@ -27,6 +29,7 @@ class Taught(NamedTuple):
       lse_BM: logsumexp of the target's logits over its whole vocabulary.
       label_BM: the target's argmax as a draft vocabulary entry, -1 where the draft cannot say it.
       weight_BMK: what a slot's loss is multiplied with; 0 where there is none.
+      slot_BMK: the slot (index in N) that each position teaches at each step; N where there is none.
       factors: of each of the recipe's terms, what it is multiplied with at each slot [B, M, K]; None is 1.
     """
 
@@ -35,6 +38,7 @@ class Taught(NamedTuple):
     lse_BM: jax.Array
     label_BM: jax.Array
     weight_BMK: jax.Array
+    slot_BMK: jax.Array
     factors: tuple[jax.Array | None, ...] = ()
 
 
@@ -71,24 +75,23 @@ class Recipe(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked_loss(
-    recipe: Recipe, hidden_BMKW: jax.Array, lm_head_DW: jax.Array, taught: Taught
+    recipe: Recipe, hidden_KBNW: jax.Array, lm_head_DW: jax.Array, taught: Taught
 ) -> tuple[jax.Array, Slotwise]:
     """sum of weight * loss over all slots, and the slots' figures.
 
     Args:
-      hidden_BMKW: what the draft's lm_head reads at the slots, by teacher position.
+      hidden_KBNW: what the draft's lm_head reads at the slots.
       lm_head_DW: the draft's lm_head.
 
     Source: EAGLE-3 (arXiv 2503.01840) for the loss; gradients in the forward pass as in Liger (arXiv 2410.10989).
     """
-    (total, _), (slotwise, _) = _scan(recipe, hidden_BMKW, lm_head_DW, taught, with_gradient=False)
+    total, slotwise, _ = _scan(recipe, hidden_KBNW, lm_head_DW, taught, with_gradient=False)
     return total, slotwise
 
 
-def _forward(recipe, hidden_BMKW, lm_head_DW, taught):
-    (total, dhead_WD), (slotwise, dhidden) = _scan(recipe, hidden_BMKW, lm_head_DW, taught, with_gradient=True)
-    residuals = dhidden.astype(hidden_BMKW.dtype), dhead_WD.T.astype(lm_head_DW.dtype), taught
-    return (total, slotwise), residuals
+def _forward(recipe, hidden_KBNW, lm_head_DW, taught):
+    total, slotwise, (dhidden, dhead_WD) = _scan(recipe, hidden_KBNW, lm_head_DW, taught, with_gradient=True)
+    return (total, slotwise), (dhidden, dhead_WD.T.astype(lm_head_DW.dtype), taught)
 
 
 def _backward(recipe, residuals, cotangents):
@@ -114,32 +117,56 @@ def _join(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
-def _scan(recipe, hidden_BMKW, lm_head_DW, taught, *, with_gradient):
+def _scan(recipe, hidden_KBNW, lm_head_DW, taught, *, with_gradient):
+    """-> (the sum, the slots' figures by teacher position, the gradients of hidden and, transposed, of the head)."""
     dtype, chunk = recipe.dtype, recipe.chunk
     kind = jnp.promote_types(dtype, jnp.float32)
     lm_head, teacher_head = lm_head_DW.astype(dtype), taught.head_DH.astype(dtype)
+    hidden_bits = as_bits(hidden_KBNW)
 
     def body(carry, parts):
-        total, dhead_WD = carry
-        hidden, last, lse, label, weight, factors = parts
-        hidden = hidden.astype(dtype)
+        total, gradients = carry
+        last, lse, label, weight, slot, factors = parts
+        places = _places(slot)
+        hidden = from_bits(hidden_bits.at[places].get(mode="clip"), hidden_KBNW.dtype).astype(dtype)
         teacher = _teacher(recipe, recipe.logits(rows_product(last.astype(dtype), teacher_head, rows=True)), lse)
         logits = rows_product(hidden, lm_head, rows=True)
         losses, chunk_total, dlogits = _loss(recipe, logits, teacher, weight, factors, with_gradient)
         correct = first_largest(logits) == label[..., None]
         slotwise = Slotwise(losses, overlap(logits, teacher.full_probs), correct)
-        if not with_gradient:
-            return (total + chunk_total, dhead_WD), (slotwise, ())
-        dlogits = dlogits.astype(dtype)
-        # The narrow operand first: the CPU backend copies the first one into place.
-        dhead_WD = dhead_WD + summed_product(hidden, dlogits)
-        return (total + chunk_total, dhead_WD), (slotwise, rows_product(dlogits, lm_head))
+        if with_gradient:
+            dhidden_bits, dhead_WD = gradients
+            dlogits = dlogits.astype(dtype)
+            found = as_bits(rows_product(dlogits, lm_head).astype(hidden_KBNW.dtype))
+            dhidden_bits = dhidden_bits.at[places].set(found, mode="drop")
+            gradients = dhidden_bits, _with_product(dhead_WD, hidden, dlogits)
+        return (total + chunk_total, gradients), slotwise
 
-    dhead_WD = jnp.zeros(lm_head_DW.shape[::-1], kind) if with_gradient else ()
-    parts = hidden_BMKW, taught.last_BMH, taught.lse_BM, taught.label_BM, taught.weight_BMK, taught.factors
+    nothing = (jnp.zeros_like(hidden_bits), jnp.zeros(lm_head_DW.shape[::-1], kind)) if with_gradient else ()
+    parts = taught.last_BMH, taught.lse_BM, taught.label_BM, taught.weight_BMK, taught.slot_BMK, taught.factors
     chunks = jax.tree.map(lambda x: _split(x, chunk), parts)
-    carry, out = jax.lax.scan(body, (jnp.zeros((), kind), dhead_WD), chunks)
-    return carry, jax.tree.map(_join, out)
+    (total, gradients), slotwise = jax.lax.scan(body, (jnp.zeros((), kind), nothing), chunks)
+    if with_gradient:
+        gradients = from_bits(gradients[0], hidden_KBNW.dtype), gradients[1]
+    return total, jax.tree.map(_join, slotwise), gradients
+
+
+def _places(slot_BmK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Indices into an array [K, B, N, ...]."""
+    batch, _, steps = slot_BmK.shape
+    return jnp.arange(steps), jnp.arange(batch)[:, None, None], slot_BmK
+
+
+def _with_product(sums_WD: jax.Array, hidden: jax.Array, dlogits: jax.Array) -> jax.Array:
+    """The sums and hidden^T dlogits, in place: the product is made in pieces, or a second gradient would exist."""
+    entries = dlogits.shape[-1]
+    pieces = -(-sums_WD.size // _LARGEST_PRODUCT)
+    width = -(-entries // (pieces * 128)) * 128
+    for start in range(0, entries, width):
+        piece = slice(start, min(start + width, entries))
+        # The narrow operand first: the CPU backend copies the first one into place.
+        sums_WD = sums_WD.at[:, piece].add(summed_product(hidden, dlogits[..., piece]))
+    return sums_WD
 
 
 def _teacher(recipe: Recipe, logits_BmD: jax.Array, lse_Bm: jax.Array) -> Teacher:

@@ -94,19 +94,19 @@ def objective(
         lse_BM=take_rows(features.lse_BT, teachers.positions_BN),
         label_BM=take_rows(label_BT, teachers.positions_BN),
         weight_BMK=jnp.where(present_BMK, _take(weight_KBN, slot_BMK), 0.0),
+        slot_BMK=jnp.where(present_BMK, slot_BMK, weight_KBN.shape[2]),
     )
-    hidden_BMKW = _take(predictions.hidden_KBNW, slot_BMK)
     chunk = _chunk(slot_BMK.shape, chunk_rows)
     recipe = Recipe(spec.terms(), spec.renormalised, dtype, chunk, logits, spec.temperature, spec.mixture)
     rest_K = jnp.zeros_like(decay_K)
     if needs_first_pass(recipe.terms):
-        frozen = jax.lax.stop_gradient((hidden_BMKW, lm_head_DW, taught))
+        frozen = jax.lax.stop_gradient((predictions.hidden_KBNW, lm_head_DW, taught))
         _, first = chunked_loss(recipe._replace(terms=((1.0, "tv"),)), *frozen)
         accepted = _by_slot(first, slot_BMK, present_BMK, counts_KBN.shape[2]).accepted
         terms, factors, rest_K = split(recipe.terms, accepted, trained_KBN, scale_KBN, spec.decay, spec.mixture, over)
         recipe = recipe._replace(terms=terms)
         taught = taught._replace(factors=tuple(f if f is None else _take(f, slot_BMK) for f in factors))
-    loss, by_teacher = chunked_loss(recipe, hidden_BMKW, lm_head_DW, taught)
+    loss, by_teacher = chunked_loss(recipe, predictions.hidden_KBNW, lm_head_DW, taught)
     by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, counts_KBN.shape[2])
     figures = _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)
     figures = figures._replace(loss=figures.loss + rest_K)

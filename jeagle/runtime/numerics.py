@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +25,19 @@ def first_largest(logits: jax.Array, block: int = 64) -> jax.Array:
         return which * block + jnp.argmax(chosen, axis=-1)
 
     return jax.lax.platform_dependent(logits, cpu=by_blocks, default=lambda logits: jnp.argmax(logits, axis=-1))
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """16-bit floats as integers, for what is sliced, gathered or scattered; others as they are.
+
+    XLA's CPU backend has no such operations on 16-bit floats: it first converts the whole array to float32.
+    """
+    return x if jnp.finfo(x.dtype).bits != 16 else jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `as_bits`."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 def rows_product(x: jax.Array, matrix: jax.Array, *, rows: bool = False) -> jax.Array:

@@ -11,12 +11,12 @@ from jeagle.errors import UserError
 from jeagle.objective.chunked import Recipe, Taught, chunked_loss
 from jeagle.objective.losses import LOSSES, Teacher, overlap, parse_loss, weighted
 
-K, B, M, W, D, H, V = 3, 2, 8, 6, 20, 5, 40
+K, B, N, M, W, D, H, V = 3, 2, 9, 8, 6, 20, 5, 40
 
 
 def case():
     rng = np.random.default_rng(0)
-    hidden, head = rng.standard_normal((B, M, K, W)), rng.standard_normal((D, W))
+    hidden, head = rng.standard_normal((K, B, N, W)), rng.standard_normal((D, W))
     target_head = rng.standard_normal((V, H))
     last = rng.standard_normal((B, M, H))
     logits = last @ target_head.T
@@ -26,6 +26,7 @@ def case():
         lse_BM=jax.nn.logsumexp(jnp.asarray(logits), axis=-1),
         label_BM=jnp.asarray(np.where(logits.argmax(-1) < D, logits.argmax(-1), -1)),
         weight_BMK=jnp.asarray(rng.random((B, M, K)) * (rng.random((B, M, K)) < 0.7)),
+        slot_BMK=jnp.asarray(rng.permuted(np.tile(np.arange(N)[:, None], (B, 1, K)), axis=1)[:, :M]),
     )
     return jnp.asarray(hidden), jnp.asarray(head), taught
 
@@ -41,7 +42,8 @@ def test_values_and_gradients(loss, chunk):
             teacher_logits = (taught.last_BMH @ taught.head_DH.T)[:, :, None]
             full = jnp.exp(teacher_logits - taught.lse_BM[..., None, None])
             teacher = Teacher(jax.nn.softmax(teacher_logits, axis=-1), full)
-            logits = hidden @ head.T
+            by_teacher = hidden[jnp.arange(K), jnp.arange(B)[:, None, None], taught.slot_BMK]
+            logits = by_teacher @ head.T
             accepted = overlap(logits, full)
             return jnp.sum(weighted(terms)(logits, teacher) * taught.weight_BMK), accepted
 
