@@ -219,17 +219,25 @@ def runs_here(name: str) -> bool:
     return jax.default_backend() != "cpu" or (work.rows * work.length <= LONGEST_RUN and name != "W3")
 
 
+def spare_memory() -> None:
+    """Has XLA's CPU backend order operations for memory instead of for many threads; before JAX's first work."""
+    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", choices=["W4", *WORKS], default="W1", help="W4 is all of its lengths")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: the work's)")
-    parser.add_argument("--remat", action="store_true", help="keep only a TTT step's inputs for its backward pass")
+    parser.add_argument("--remat", action="store_true", help="keep little for the backward pass, in CPU's memory order")
     parser.add_argument("--shares", action="store_true", help="instead: FLOPs of W3 by supervised share")
     parser.add_argument("--compile-only", action="store_true", help="as for W3: no arrays, no times")
     parser.add_argument("--seconds", type=float, default=20.0, help="of steps to take the least of")
     parser.add_argument("--json", action="store_true", help="print nothing but JSON")
     args = parser.parse_args()
     prepare_host()
+    if args.remat:
+        spare_memory()
     if not args.json:
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)
     if args.shares:

@@ -155,6 +155,7 @@ def _loss_of_rows(
         cross_documents=spec.cross_documents,
         fixed_window=spec.fixed_window,
         remat=program.remat,
+        lean=mesh is None or mesh.shape["tensor"] == 1,
         backend=program.attention or attention_of(mesh),
     )
     return objective.objective(

@@ -73,6 +73,7 @@ def unroll(
     cross_documents: bool = False,
     fixed_window: bool = False,
     remat: bool = False,
+    lean: bool = True,
     backend: ttt_attention.Backend = "chunked",
 ) -> Predictions:
     """All K steps of TTT -> what the objective needs.
@@ -87,7 +88,8 @@ def unroll(
       counts_KBT: from `align.counting_slots`.
       cross_documents: as in `align.read_positions`.
       fixed_window: as in `objective.ObjectiveSpec`.
-      remat: keep a step's input and its attention alone for the backward pass, and make its products anew there.
+      remat: keep the residual stream and attention alone for the backward pass, and make other products anew there.
+      lean: of `remat`: MLPs are worked through in pieces of their inner width (see `lean_mlp`), which one device holds.
       backend: of the attention to step-0 keys.
 
     Source: EAGLE-3 (arXiv 2503.01840), section 3.2.
@@ -120,7 +122,7 @@ def unroll(
         )
 
     own = _empty_own(draft, steps, slots.positions_BN.shape)
-    if remat:
+    if remat and lean:
         own = tuple(o._replace(kernels=_lean(layer)) for o, layer in zip(own, draft.layers, strict=True))
     kernels = jax.lax.stop_gradient([o.kernels for o in own])
     carry = (take_rows(fused_BTW, slots.positions_BN), own)
