@@ -6,10 +6,14 @@ ids alone: each token stands for so many bytes of the text, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+KEEPERS = ("ByteLevel", "Split", "Punctuation", "Digits", "UnicodeScripts", "FixedLength")
+"""Pre-tokenizers that can leave every character of a text where it is."""
 
 
 class Encoding(Protocol):
@@ -70,14 +74,19 @@ class Encoder:
 
 
 def byte_lengths(backend: Any) -> np.ndarray | None:
-    """int64 [V]: bytes of text that each token stands for; None unless it is byte-level BPE without a normaliser."""
-    from tokenizers import decoders, models
+    """int64 [V]: bytes of text that each token stands for; None where a tokenizer can add or leave out any.
+
+    The sum of the lengths alone would not show it where one adds as many as it leaves out.
+    """
+    from tokenizers import models
 
     model = backend.model
     plain = isinstance(model, models.BPE) and not (model.continuing_subword_prefix or model.end_of_word_suffix)
-    if not plain or backend.normalizer is not None or not isinstance(backend.decoder, decoders.ByteLevel):
+    if not plain or backend.normalizer is not None or not _splits_bytes(backend.pre_tokenizer):
         return None
     vocabulary, added = backend.get_vocab(with_added_tokens=False), backend.get_added_tokens_decoder()
+    if (model.unk_token or model.byte_fallback) and not vocabulary.keys() >= set(_alphabet()):
+        return None  # a token may stand for a byte that the vocabulary lacks
     lengths = np.zeros(1 + max([*vocabulary.values(), *added], default=0), np.int64)
     for token, number in vocabulary.items():
         lengths[number] = len(token)  # its alphabet has a character for each byte
@@ -86,3 +95,26 @@ def byte_lengths(backend: Any) -> np.ndarray | None:
             return None
         lengths[number] = len(token.content.encode())
     return lengths
+
+
+def _splits_bytes(pre_tokenizer: Any) -> bool:
+    """Whether it spells a text as its bytes, once, and does no more than split it."""
+    parts = list(_parts(json.loads(pre_tokenizer.__getstate__()))) if pre_tokenizer is not None else []
+    keeps = (
+        part["type"] in KEEPERS and part.get("behavior") != "Removed" and not part.get("add_prefix_space")
+        for part in parts
+    )
+    return all(keeps) and [part["type"] for part in parts].count("ByteLevel") == 1
+
+
+def _parts(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if tree["type"] != "Sequence":
+        yield tree
+    for part in tree.get("pretokenizers", ()):
+        yield from _parts(part)
+
+
+def _alphabet() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel.alphabet()
