@@ -55,8 +55,9 @@ def build(
             statistics["conversations"] += 1
             on_done(statistics["conversations"])
             if isinstance(found, ConversationError):
-                reading.set_aside(str(found), conversation.where)
+                reading.refuse(str(found), conversation.where)
                 continue
+            reading.rendered += 1
             if near.add(signature, held_out) and near.drop:
                 continue
             if held_out:

@@ -16,7 +16,7 @@ from jeagle.errors import UserError
 
 BAD_SHARE = 0.01  # more than this share of unusable rows stops the reading
 _PLACES = 5  # places kept of each reason; all of them are in set_aside.jsonl
-_FIRST = 1000  # rows after which a source of which nothing can be used is given up
+FIRST = 1000  # rows after which a source of which nothing can be used is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Reading:
 
     Attributes:
       conversations: filled by `read_conversations` alone.
-      lines: rows read. duplicates: dropped.
+      lines: rows read. duplicates: dropped. rendered, refused: by the chat template, of conversations that were read.
       aside: {reason: the first places}; counts: {reason: how many}; log: where each is written to, if anywhere.
       notes: {what was mended: how often}.
       columns: {columns found: rows}.
@@ -55,6 +55,8 @@ class Reading:
     conversations: list[Conversation] = dataclasses.field(default_factory=list)
     lines: int = 0
     duplicates: int = 0
+    rendered: int = 0
+    refused: int = 0
     aside: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -69,19 +71,31 @@ class Reading:
             places.append(where)
         if self.log is not None:
             self.log.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
-        if self.lines == _FIRST and self.counts.total() == self.lines:
+        if self.lines == FIRST and self.counts.total() == self.lines:
             self.check()
+
+    def refuse(self, reason: str, where: str) -> None:
+        """Sets aside what was read and cannot be rendered. UserError once the first `FIRST` of them all cannot."""
+        self.refused += 1
+        self.set_aside(reason, where)
+        if self.refused == FIRST and not self.rendered and self.limit < 1:
+            raise UserError(
+                f"None of the first {FIRST} conversations can be rendered: {self._reasons()}. Mend them, or give "
+                "a chat template that suits them with --data.template."
+            )
 
     def check(self) -> None:
         """UserError if too much was set aside, with the reasons."""
         bad = self.counts.total()
         if bad > self.limit * max(self.lines, 1):
-            common = self.counts.most_common(8)
-            reasons = "; ".join(f"{reason} ({n} times, first {self.aside[reason][0]})" for reason, n in common)
             raise UserError(
-                f"{bad} of {self.lines} conversations cannot be used: {reasons}. Mend or remove them; "
+                f"{bad} of {self.lines} conversations cannot be used: {self._reasons()}. Mend or remove them; "
                 f"--data.bad-share {self.limit:g} is what may be set aside."
             )
+
+    def _reasons(self) -> str:
+        common = self.counts.most_common(8)
+        return "; ".join(f"{reason} ({n} times, first {self.aside[reason][0]})" for reason, n in common)
 
 
 def read_source(parts: Sequence[Part], reading: Reading, *, streaming: bool = False) -> Iterator[Conversation]:

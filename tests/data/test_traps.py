@@ -16,6 +16,7 @@ from jeagle.data import (
     Shape,
     build,
     choose,
+    conversations,
     given_map,
     load_rows,
     load_tables,
@@ -235,6 +236,22 @@ def test_a_row_that_the_template_refuses_is_set_aside_with_its_place(tmp_path):
             [*rows, *[{"messages": [USER | {"content": f"{i}"}] * 2 + [ANSWER]} for i in range(39)]],
             tokenizer,
         )
+
+
+def test_a_template_that_refuses_everything_is_told_after_the_first_conversations(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversations, "FIRST", 300)
+    tokenizer = make_tokenizer("byte_bpe", "<|im_end|>")
+    tokenizer.chat_template = "{{ raise_exception('no system role, please') }}"
+    with pytest.raises(
+        UserError,
+        match=r"None of the first 300 .* refuses it: no system role, please \(300 times, first .*rows.jsonl:1",
+    ):
+        make(tmp_path, chats(3000), tokenizer)
+    assert (tmp_path / "data" / "set_aside.jsonl").read_text().count("\n") == 300
+    tokenizer.chat_template = "{% if messages[0].content.endswith(' 9') %}" + tokenizer_for("chatml").chat_template
+    tokenizer.chat_template += "{% else %}{{ raise_exception('not this one') }}{% endif %}"
+    with pytest.raises(UserError, match="999 of 1000 conversations cannot be used"):  # one could: it reads to the end
+        make(tmp_path, chats(1000), tokenizer)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
