@@ -1,52 +1,86 @@
-"""A kernel against the chunked code, on the device that is to run it: before a run trusts it."""
+"""A kernel against the obvious form, on the device that is to run it: before a run trusts it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jeagle.drafts.ttt_attention.op import Backend, attend
+from jeagle.drafts.ttt_attention.reference import reference
 
-LENGTH, SLOTS, OWN = 256, 128, 1
-TOLERANCE = 5e-2  # relative to each array's largest value: the rounding of bfloat16 products, no wrong mask or scale
+LENGTH, SLOTS = 640, 384  # several blocks of each, as every backend divides them
+OWN = 3  # steps whose own keys exist; the last has not happened
+WINDOW = 100
+TOLERANCE = 2e-2  # relative to each array's largest value: the rounding of bfloat16 products, no wrong mask or scale
+PAST_NAMES, OWN_NAMES = ("queries", "keys", "values"), ("own keys", "own values")
+
+Arrays = dict[str, jax.Array]
 
 
 def disproof(backend: Backend, dtype: Any, *, heads: int, kv_heads: int, head_dim: int) -> str:
-    """Why a run must not trust `backend` with such heads here; empty where values and gradients are the chunked code's.
+    """Why a run must not trust `backend` with such heads here; empty where values and gradients are the reference's.
 
-    One row of two documents, every other position a slot. A second or two, compilation included.
+    Three rows, as packing, a sliding window, and a window that has moved on past a slot's own position leave them; with
+    own keys of later steps, and without as in all layers but the deepest. Two programs are compiled: seconds.
     """
-    keys = iter(jax.random.split(jax.random.key(0), 5))
-    shapes = {
-        "queries": (1, heads, SLOTS, head_dim),
-        "keys": (1, kv_heads, LENGTH, head_dim),
-        "values": (1, kv_heads, LENGTH, head_dim),
-        "own keys": (OWN, 1, kv_heads, SLOTS, head_dim),
-        "own values": (OWN, 1, kv_heads, SLOTS, head_dim),
-    }
-    arrays = {name: jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
-    last = jnp.arange(0, LENGTH, LENGTH // SLOTS)[None]
-    first = jnp.where(last < LENGTH // 3, 0, LENGTH // 3)
+    arrays = _arrays(heads, kv_heads, head_dim)
 
-    def given_by(chosen: Backend) -> dict[str, jax.Array]:
-        def loss(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            past = arrays["queries"], arrays["keys"], arrays["values"], first, last
-            own = arrays["own keys"], arrays["own values"], jnp.ones(OWN, bool)
-            out, _ = attend(*past, *own, dtype=dtype, mirror=None, backend=chosen)
-            return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+    def ours(*inputs: jax.Array) -> jax.Array:
+        return attend(*inputs, dtype=dtype, mirror=None, backend=backend)[0].astype(jnp.float32)
 
-        (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
-        return {"output": out, **{f"gradient of {name}": gradient for name, gradient in gradients.items()}}
-
-    wanted = given_by("chunked")
+    wanted = _by_reference(arrays)
     try:
-        found = jax.block_until_ready(given_by(backend))
+        found = jax.device_get(jax.jit(_values_and_gradients(ours))(arrays))
     except Exception as error:  # whatever a compiler or driver may say: the run goes on without the kernel
         return f"it does not run ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-    for name, array in wanted.items():
-        off = jnp.abs(found[name].astype(jnp.float32) - array).max() / jnp.abs(array).max()
+    for name, array in jax.device_get(wanted).items():
+        off = np.abs(found[name] - array).max() / np.abs(array).max()  # NumPy's, since XLA's CPU loses NaN in a max
         if not off <= TOLERANCE:  # NaN too
             return f"its {name} is off by {float(off):.2g} of the largest value"
     return ""
+
+
+def _arrays(heads: int, kv_heads: int, head_dim: int) -> Arrays:
+    past, own = (3, kv_heads, LENGTH, head_dim), (OWN, 3, kv_heads, SLOTS, head_dim)
+    shapes = (3, heads, SLOTS, head_dim), past, past, own, own
+    keys, names = jax.random.split(jax.random.key(0), len(shapes)), (*PAST_NAMES, *OWN_NAMES)
+    return {name: jax.random.normal(*of) for name, *of in zip(names, keys, shapes, strict=True)}
+
+
+def _seen() -> tuple[np.ndarray, np.ndarray]:
+    """First and last key of each slot, int32 [3, N] each. In the last row, a third see none of step 0: first > last."""
+    rng = np.random.default_rng(0)
+    last_BN = np.sort([rng.permutation(LENGTH)[:SLOTS] for _ in range(3)], axis=1)
+    first_BN = np.where(last_BN < LENGTH // 3, 0, LENGTH // 3)
+    first_BN[1] = np.maximum(first_BN[1], last_BN[1] - WINDOW + 1)
+    first_BN[2, SLOTS // 3 : 2 * (SLOTS // 3)] = last_BN[2, SLOTS // 3 : 2 * (SLOTS // 3)] + 1
+    return first_BN.astype(np.int32), last_BN.astype(np.int32)
+
+
+def _values_and_gradients(attention: Callable[..., jax.Array]) -> Callable[[Arrays], Arrays]:
+    """`attention`, as `reference` is called, with own keys and without -> what it gives and all gradients, by name."""
+    first_BN, last_BN = _seen()
+
+    def loss(arrays: Arrays) -> tuple[jax.Array, Arrays]:
+        past, own = ([arrays[name] for name in names] for names in (PAST_NAMES, OWN_NAMES))
+        with_own = attention(*past, first_BN, last_BN, *own, jnp.arange(OWN) < OWN - 1)
+        # Who sees nothing has no softmax: without own keys, none may.
+        none = [x[:0] for x in own]
+        alone = attention(*past, np.minimum(first_BN, last_BN), last_BN, *none, jnp.ones(0, bool))
+        return jnp.sum(jnp.sin(with_own) + jnp.cos(alone)), {"output": with_own, "output without own keys": alone}
+
+    def both(arrays: Arrays) -> Arrays:
+        (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
+        return outputs | {f"gradient of {name}": gradient for name, gradient in gradients.items()}
+
+    return both
+
+
+@jax.jit
+def _by_reference(arrays: Arrays) -> Arrays:
+    with jax.default_matmul_precision("highest"):
+        return _values_and_gradients(reference)(arrays)
