@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jeagle import assemble, objective
 from jeagle import config as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
+from jeagle.held_out import HeldOut
 from jeagle.log import summarise
 from jeagle.runtime.changes import checksums, unchanged
 from jeagle.runtime.flops import count_flops
@@ -30,6 +33,8 @@ SWITCHES = {
     "draft__carry_normed": True,
     "train__learning_rate": 0.01,
     "train__steps": 100,
+    "train__held_out_rows": 100,
+    "data__held_out": 0.3,
     "mesh__fsdp": 1,
     "mesh__data": 1,
 }
@@ -41,7 +46,7 @@ class World:
     def __init__(self, folder):
         flags = [*tiny.flags(folder, **SWITCHES), "--draft.engines"]
         config = configs.parse_overrides(RunConfig(name="x"), flags, program="x", description="x")
-        self.run, self.state = set_up(config)
+        self.config, (self.run, self.state) = config, set_up(config)
         (self.width,) = choose_buckets(self.run.stream, self.run.program, 4, 1, config.data.row_length)
         self.batch = put_rows(self.run.stream.batch(0), self.run.mesh)
 
@@ -124,6 +129,28 @@ def test_flops_of_a_step_are_counted_from_its_trace_and_double_with_its_rows(wor
     least = 2 * kernels * world.batch.tokens_BT.size
     assert least < flops(world.batch) < 20 * least
     assert flops(twice) == pytest.approx(2 * flops(world.batch), rel=0.01)  # chunks of positions are rounded up
+
+
+def held_out_figures(world, rows: int, **switches) -> dict[str, float]:
+    """What a run logs of its held-out rows, so many of which are evaluated at a time."""
+    train = dataclasses.replace(world.config.train, batch_rows=rows)
+    config = dataclasses.replace(world.config, train=train, name=f"{rows}_at_a_time")
+    config.folder.mkdir()
+    (config.folder / "data").symlink_to(world.config.folder / "data")
+    program = world.run.program._replace(objective=dataclasses.replace(world.run.program.objective, **switches))
+    with HeldOut(config, program, world.run.frozen, None, 0) as held_out:
+        held_out(1, world.state)
+    [line] = (config.folder / "held_out" / "metrics.jsonl").read_text().splitlines()
+    return json.loads(line)
+
+
+def test_held_out_figures_do_not_depend_on_how_many_rows_are_evaluated_at_a_time(world):
+    """Batches of unlike numbers of slots, the last one filled up; whatever the dialect divides its loss by."""
+    switches = {"normaliser": "document", "mask_out_of_vocab": True}
+    by_two, by_five = (held_out_figures(world, rows, **switches) for rows in (2, 5))
+    assert by_two["loss_0"] > 0 and len(by_two) > 8
+    for name, figure in by_two.items():
+        assert by_five[name] == pytest.approx(figure, rel=1e-5), name
 
 
 def test_one_changed_bit_is_seen():
