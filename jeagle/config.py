@@ -222,7 +222,7 @@ def from_command_line(arguments: Sequence[str], *, program: str, description: st
     if recipe is None:
         if "--help" in arguments or "-h" in arguments:
             recipe_free = RunConfig(name="NAME")
-            return parse_overrides(recipe_free, ["--help"], program=program, description=description)
+            return parse_overrides(recipe_free, ["--help"], program=f"{program} --config FILE", description=description)
         raise UserError(f"{program} needs --config FILE, such as --config configs/smollm2_135m.py.")
     return parse_overrides(load_recipe(recipe), rest, program=f"{program} --config {recipe}", description=description)
 

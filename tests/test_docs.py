@@ -1,0 +1,95 @@
+"""What README and docs/ tell a user to type exists, with these options; what they point to is there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from jeagle import config as configs
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "RESULTS.md"])
+PROGRAM = re.compile(
+    r"python -m (?P<module>(?:jeagle|benchmarks|tests)\.[\w.]+)"
+    r"|(?P<path>(?:converters|benchmarks|launch)/\w+\.(?:py|sh))"
+    r"|(?<!\S)make (?P<goal>[a-z-]+)"
+)
+FLAG = re.compile(r"(?<!\S)--[a-z][a-z0-9.-]*[a-z0-9]")
+
+
+def command_lines(page: Path) -> list[str]:
+    """Those of a page's indented blocks, and what stands between backticks; without comments."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("    ")] + re.findall(r"`([^`\n]+)`", text)
+    return [re.split(r"\s#\s", line.strip())[0] for line in lines if PROGRAM.search(line)]
+
+
+COMMANDS = sorted({line for page in PAGES for line in command_lines(page)})
+
+
+@functools.cache
+def said_of(program: str) -> str:
+    """Where a program names its options: its --help, or, of a benchmark, its source."""
+    path = ROOT / program if "/" in program else ROOT.joinpath(*program.split(".")).with_suffix(".py")
+    if path.suffix == ".sh" or program.startswith(("benchmarks", "tests")):
+        return path.read_text()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setenv("COLUMNS", "300")
+        if path.parent.name == "converters":
+            patch.setattr(sys, "argv", [program, "--help"])
+            runpy.run_path(str(path), run_name="__main__")
+        else:
+            importlib.import_module(program).main(["--help"])
+    return said.getvalue()
+
+
+def unknown(line: str) -> list[str]:
+    """The options of a command line that its program does not have; what follows -- is another command."""
+    own, _, rest = re.sub(r"[][|]", " ", line).partition(" -- ")
+    found = PROGRAM.search(own)
+    assert found, line
+    if found["goal"]:
+        goals = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        variables = re.findall(r"^([A-Z]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        wrong = [name for name in re.findall(r"\b([A-Z]+)=", own) if name not in variables]
+        return wrong + [found["goal"]] * (found["goal"] not in goals)
+    said = said_of(found["module"] or found["path"])
+    wrong = [flag for flag in FLAG.findall(own) if not re.search(rf"(?<![\w.-]){re.escape(flag)}(?![\w.-])", said)]
+    return wrong + (unknown(rest) if PROGRAM.search(rest) else [])
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_has_the_options_that_it_is_shown_with(line):
+    assert unknown(line) == []
+
+
+def test_what_does_not_exist_is_seen():
+    assert unknown("python -m jeagle.bench --draft runs/NAME --beam 3") == ["--beam"]
+    assert unknown("launch/gpu_node.sh --processes 8 -- python -m jeagle.store --shard 2 verify") == ["--shard"]
+    assert unknown("make lunch SEED=2 PLATES=3") == ["PLATES", "lunch"]
+    with pytest.raises((ImportError, FileNotFoundError)):
+        unknown("python -m jeagle.lunch --beam 3")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_setting_that_a_page_names_exists(page):
+    named = set(re.findall(r"--(?!settings)[a-z]+\.[a-z0-9-]+", page.read_text()))  # those are tests.serve's own
+    assert named <= {f"--{path}" for path in configs.field_paths()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_place_that_a_page_names_is_there(page):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    paths = re.findall(r"`((?:jeagle|configs|converters|docs|launch|tests)/[\w/.-]+)`", text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert missing + [path for path in paths if not (ROOT / path).exists()] == []
