@@ -33,7 +33,7 @@ class Log:
         self, config: RunConfig, start: int, steps: int, rows_of: Callable[[int], Iterable[int]] = lambda step: ()
     ):
         """`rows_of` tells the numbers of the rows of a step, for messages."""
-        self.rows_of = rows_of
+        self.rows_of, self.folder = rows_of, config.folder
         self.every, self.steps = config.train.log_every, steps
         leader = distributed.is_leader()
         self.trackers = open_trackers(config.trackers, config.folder, start) if leader else Trackers([])
@@ -102,7 +102,8 @@ class Log:
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(
                 f"{MOST_SKIPPED} updates in a row were skipped, the last at step {step + 1} ({why}): lower "
-                "--train.learning-rate or --train.clip, or look at the rows: python -m jeagle.preview --start ROW."
+                "--train.learning-rate or --train.clip, or look at the rows: python -m jeagle.preview "
+                f"{self.folder} --start ROW."
             )
 
     def _speed(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -18,7 +19,7 @@ from jeagle import config as configs
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "RESULTS.md"])
 PROGRAM = re.compile(
-    r"python -m (?P<module>(?:jeagle|benchmarks|tests)\.[\w.]+)"
+    r"python -m (?P<module>(?:jeagle|benchmarks|tests)[\w.]*\w)"
     r"|(?P<path>(?:converters|benchmarks|launch)/\w+\.(?:py|sh))"
     r"|(?<!\S)make (?P<goal>[a-z-]+)"
 )
@@ -78,6 +79,33 @@ def test_what_does_not_exist_is_seen():
     assert unknown("make lunch SEED=2 PLATES=3") == ["PLATES", "lunch"]
     with pytest.raises((ImportError, FileNotFoundError)):
         unknown("python -m jeagle.lunch --beam 3")
+
+
+@functools.cache
+def sentences() -> str:
+    """All texts that jeagle's code holds, what is filled in as "N"; in a text of several parts they are joined."""
+    texts = []
+    for path in sorted((ROOT / "jeagle").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "N" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_commands_in_messages_have_their_options_too():
+    named = re.findall(r"python (?:-m jeagle\.[a-z]|converters)[^\n;:,(]*", sentences())
+    assert len(named) > 20
+    assert {line: wrong for line in set(named) if PROGRAM.search(line) and (wrong := unknown(line))} == {}
+
+
+def test_what_troubleshooting_quotes_is_said():
+    quotes = re.findall(r'"([^"]+)"', (ROOT / "docs" / "troubleshooting.md").read_text())
+    assert len(quotes) > 20
+    for quote in quotes:
+        for part in re.split(r"\b[A-Z]\b(?: %)?|\b\d+\b|\.\.\.|[()]", quote):
+            assert part.strip(" ,") in sentences(), quote
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
