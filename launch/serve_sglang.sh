@@ -27,25 +27,14 @@ HELP
 
 source "$(dirname "${BASH_SOURCE[0]}")/serving.sh"
 
-run="" export="" target="" draft_tokens=3 engine=SGLang module=sglang print_only=0
-while (($#)); do
-  case "$1" in
-    --run | --export | --target | --draft-tokens)
-      [[ -n "${2-}" ]] || die "$1 needs a value."
-      name="${1#--}"
-      printf -v "${name//-/_}" '%s' "$2"
-      shift 2
-      ;;
-    --jax) engine=sglang-jax module=sgl_jax; shift ;;
-    --print-only) print_only=1; shift ;;
-    --help | -h) usage; exit 0 ;;
-    --) shift; break ;;
-    *) die "there is no option $1; what the server is to get comes after --, and --help lists the options." ;;
-  esac
-done
+engine=SGLang module=sglang
+own_option() {
+  [[ "$1" == --jax ]] && engine=sglang-jax module=sgl_jax
+}
+read_options "$@"
 open_export sglang
 
 serve=(python -m "$module.launch_server" --model-path "$target" --speculative-algorithm EAGLE3)
 serve+=(--speculative-draft-model-path "$export" --speculative-num-steps "$draft_tokens" --speculative-eagle-topk 1)
-serve+=(--speculative-num-draft-tokens "$((draft_tokens + 1))" "$@")
+serve+=(--speculative-num-draft-tokens "$((draft_tokens + 1))" ${more[@]+"${more[@]}"})
 start "${serve[@]}"

@@ -25,24 +25,15 @@ HELP
 
 source "$(dirname "${BASH_SOURCE[0]}")/serving.sh"
 
-run="" export="" target="" draft_tokens=3 engine=vLLM print_only=0
-while (($#)); do
-  case "$1" in
-    --run | --export | --target | --draft-tokens)
-      [[ -n "${2-}" ]] || die "$1 needs a value."
-      name="${1#--}"
-      printf -v "${name//-/_}" '%s' "$2"
-      shift 2
-      ;;
-    --print-only) print_only=1; shift ;;
-    --help | -h) usage; exit 0 ;;
-    --) shift; break ;;
-    *) die "there is no option $1; what the server is to get comes after --, and --help lists the options." ;;
-  esac
-done
+engine=vLLM
+own_option() {
+  false
+}
+read_options "$@"
 open_export vllm
 
 config='import json, sys; print(json.dumps({"method": "eagle3", "model": sys.argv[1],
 "num_speculative_tokens": int(sys.argv[2])}))'
-serve=(vllm serve "$target" --speculative-config "$("${PYTHON:-python3}" -c "$config" "$export" "$draft_tokens")" "$@")
+serve=(vllm serve "$target" --speculative-config "$("${PYTHON:-python3}" -c "$config" "$export" "$draft_tokens")")
+serve+=(${more[@]+"${more[@]}"})
 start "${serve[@]}"

@@ -11,6 +11,31 @@ show() { # the command, quoted so that a shell reads it back
   echo "${line% }"
 }
 
+# Reads the options of both scripts into `run`, `export`, `target`, `draft_tokens` and `print_only`, and what follows --
+# into `more`. What it does not know goes to the script's own_option.
+read_options() {
+  run="" export="" target="" draft_tokens=3 print_only=0
+  while (($#)); do
+    case "$1" in
+      --run | --export | --target | --draft-tokens)
+        [[ -n "${2-}" ]] || die "$1 needs a value."
+        local name="${1#--}"
+        printf -v "${name//-/_}" '%s' "$2"
+        shift 2
+        ;;
+      --print-only) print_only=1; shift ;;
+      --help | -h) usage; exit 0 ;;
+      --) shift; break ;;
+      *)
+        own_option "$1" ||
+          die "there is no option $1; what the server is to get comes after --, and --help lists the options."
+        shift
+        ;;
+    esac
+  done
+  more=("$@")
+}
+
 # An export, ready to serve: checks --run, --export and --draft-tokens, and sets `export` and `target`.
 # $1 is the folder that the engine's export has below exports/.
 open_export() {

@@ -9,6 +9,7 @@ import importlib
 import io
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,10 +39,14 @@ COMMANDS = sorted({line for page in PAGES for line in command_lines(page)})
 
 @functools.cache
 def said_of(program: str) -> str:
-    """Where a program names its options: its --help, or, of a benchmark, its source."""
+    """Where a program names its options: its --help, or, of a benchmark, its source and what it imports."""
     path = ROOT / program if "/" in program else ROOT.joinpath(*program.split(".")).with_suffix(".py")
-    if path.suffix == ".sh" or program.startswith(("benchmarks", "tests")):
-        return path.read_text()
+    if path.suffix == ".sh":
+        return subprocess.run([path, "--help"], capture_output=True, text=True, check=True).stdout
+    if program.startswith(("benchmarks", "tests")):
+        own = path.read_text()
+        beside = re.findall(r"from benchmarks\.(\w+)", own)
+        return own + "".join((path.parent / f"{name}.py").read_text() for name in beside)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
         patch.setenv("COLUMNS", "300")
