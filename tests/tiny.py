@@ -43,7 +43,14 @@ def write_target(folder: Path, **config: Any) -> Path:
     """A folder with config.json, model.safetensors and a byte-level BPE tokenizer."""
     folder.mkdir(parents=True)
     vocab = write_tokenizer(folder)
-    tree = {
+    (folder / "config.json").write_text(json.dumps(config_json(vocab, **config)))
+    save_file(weights(vocab), folder / "model.safetensors")
+    return folder
+
+
+def config_json(vocab: int, **fields: Any) -> dict[str, Any]:
+    """A target's config.json, with these fields added or in place of its own."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": WIDTH,
@@ -59,10 +66,7 @@ def write_target(folder: Path, **config: Any) -> Path:
         "max_position_embeddings": 512,
         "hidden_act": "silu",
         "eos_token_id": 1,
-    } | config
-    (folder / "config.json").write_text(json.dumps(tree))
-    save_file(weights(vocab), folder / "model.safetensors")
-    return folder
+    } | fields
 
 
 def weights(vocab: int) -> dict[str, np.ndarray]:

@@ -86,24 +86,19 @@ def write_target(folder: Path, case: Case) -> None:
 
 
 def config_json(family: str, vocab: int) -> dict[str, Any]:
-    return {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
-        "model_type": family,
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "vocab_size": vocab,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": MAX_POSITIONS,
-        "hidden_act": "silu",
-        "eos_token_id": 1,
-        "torch_dtype": "float32",
-    }
+    return tiny.config_json(
+        vocab,
+        architectures=[{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
+        model_type=family,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=MAX_POSITIONS,
+        torch_dtype="float32",
+    )
 
 
 def weights(family: str, vocab: int, spoken: list[int]) -> dict[str, np.ndarray]:
