@@ -1,6 +1,6 @@
 """Tokenising and masking: jeagle beside SpecForge's and speculators' functions, on the same conversations and cores.
 
-    python benchmarks/data.py --conversations 20000 --specforge CHECKOUT --speculators CHECKOUT
+    python -m benchmarks.data --conversations 20000 --specforge CHECKOUT --speculators CHECKOUT
 
 Prints JSON. Conversations are made up from a word list with a fixed seed, of one to four turns. The peers' functions
 are loaded from checkouts (SpecForge 0.2.0's specforge.data.preprocessing.preprocess_conversations; speculators 0.4's
@@ -8,7 +8,7 @@ _preprocess_batch) and need torch; modules of theirs that masking does not use a
 timed alone. They take turns, slice by slice, and processor time is measured beside the clock, so that a machine
 that does other work too favours none of them.
 
-    python benchmarks/data.py --whole 1000000 --short
+    python -m benchmarks.data --whole 1000000 --short
 
 times jeagle's whole way from a file to rows on disk instead, and its memory. `--short` makes conversations of one turn.
 """
@@ -16,7 +16,6 @@ times jeagle's whole way from a file to rows on disk instead, and its memory. `-
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import multiprocessing
@@ -26,14 +25,13 @@ import resource
 import sys
 import tempfile
 import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-QWEN_ASSISTANT = r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n?)"
+from benchmarks.maskers import Masks, jeagle_masks, specforge_masks, speculators_masks
 
 
 def main() -> None:
@@ -120,68 +118,6 @@ def load_tokenizer(folder: Path | None, count: int) -> Any:
     from jeagle.data import use_template
 
     return use_template(tokenizer, "chatml")
-
-
-Masks = Callable[[list], tuple[int, int]]  # conversations -> (tokens, supervised tokens)
-
-
-def jeagle_masks(tokenizer: Any) -> Masks:
-    from jeagle.data import Rules
-    from jeagle.data.build import RENDERING
-    from jeagle.data.conversations import Conversation
-    from jeagle.data.render import Renderer
-    from jeagle.runtime.ahead import read_ahead
-
-    renderer = Renderer(tokenizer, Rules((tokenizer.eos_token_id,)))
-
-    def masks(chats: list) -> tuple[int, int]:
-        tokens = learnt = 0
-        chunks = ([Conversation("", tuple(c)) for c in chats[i : i + 128]] for i in range(0, len(chats), 128))
-        for found in read_ahead(chunks, renderer, threads=RENDERING, depth=RENDERING + 1):
-            for documents in found:
-                tokens += sum(len(d.ids) for d in documents)
-                learnt += sum(int(d.supervised.sum()) for d in documents)
-        return tokens, learnt
-
-    return masks
-
-
-def specforge_masks(checkout: Path, tokenizer: Any) -> Masks:
-    stub("specforge", checkout / "specforge")
-    stub("specforge.data", checkout / "specforge" / "data")
-    stub("specforge.distributed", get_draft_sp_group=None, get_sp_ring_group=None)
-    module = importlib.import_module("specforge.data.preprocessing")
-    template = importlib.import_module("specforge.data.template").TEMPLATE_REGISTRY.get("qwen")
-
-    def masks(chats: list) -> tuple[int, int]:
-        found = module.preprocess_conversations(tokenizer, chats, template, max_length=1 << 20, tools=[[]] * len(chats))
-        return sum(x.numel() for x in found["input_ids"]), sum(int(x.sum()) for x in found["loss_mask"])
-
-    return masks
-
-
-def speculators_masks(checkout: Path, tokenizer: Any) -> Masks:
-    root = checkout / "src" / "speculators" if (checkout / "src").is_dir() else checkout / "speculators"
-    stub("speculators", root)
-    for name in ("data_generation", "train"):
-        stub(f"speculators.{name}", root / name)
-    stub("speculators.train.vocab_mapping", save_token_frequency_distribution=None)
-    module = importlib.import_module("speculators.data_generation.preprocessing")
-
-    def masks(chats: list) -> tuple[int, int]:
-        found = module._preprocess_batch({"conversations": chats}, tokenizer, 1 << 20, QWEN_ASSISTANT)
-        return sum(x.numel() for x in found["input_ids"]), sum(int(x.sum()) for x in found["loss_mask"])
-
-    return masks
-
-
-def stub(name: str, folder: Path | None = None, **members: Any) -> None:
-    """A module that stands for a package's own __init__, which would import much more than is timed."""
-    module = types.ModuleType(name)
-    if folder is not None:
-        module.__path__ = [str(folder)]
-    module.__dict__.update(members)
-    sys.modules[name] = module
 
 
 _MASKS: list[Masks] = []

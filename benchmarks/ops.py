@@ -12,16 +12,15 @@ jaxpr; of a kernel as if it skipped no key). On CPUs W3 is compiled and not run.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.command import begin, options
 from benchmarks.step import Bench, bench_of, runs_here
 from benchmarks.timing import compiled, least, peak_rss_bytes
 from benchmarks.works import WORKS, make_batch
@@ -30,7 +29,6 @@ from jeagle.drafts import ttt_attention
 from jeagle.forward import live_positions
 from jeagle.joints import Features, Predictions, Tables
 from jeagle.runtime.flops import flops_of
-from jeagle.runtime.host import prepare_host
 
 
 class Op(NamedTuple):
@@ -119,20 +117,12 @@ def ops(bench: Bench, backends: list[str]) -> Iterator[Op]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", choices=WORKS, default="W1")
+    parser = options(__doc__, WORKS, seconds=5.0, of="runs of each op")
     parser.add_argument("--length", type=int, help="T, in place of the work's")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: the work's)")
     parser.add_argument(
         "--backend", choices=["chunked", "tpu", "gpu"], help="of attention (default: all that run here)"
     )
-    parser.add_argument("--compile-only", action="store_true", help="as for W3 on CPUs: no arrays, no times")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of runs of each op, to take the least of")
-    parser.add_argument("--json", action="store_true", help="print nothing but JSON")
-    args = parser.parse_args()
-    prepare_host()
-    if not args.json:
-        print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)
+    args = begin(parser)
     work = dataclasses.replace(WORKS[args.work], length=args.length or WORKS[args.work].length)
     bench = bench_of(work, make_batch(work), args.dtype or work.dtype, remat=False)
     own = ttt_attention.BY_PLATFORM[jax.default_backend()]

@@ -7,16 +7,14 @@ W4 stands for all its lengths, and `--shares` for W3 with ever fewer supervised 
 The last line printed is a JSON object: wall_s_per_step and cpu_s_per_step (the least of the steps after the first),
 compile_s, temp_bytes (what XLA allots beside arguments and results), peak_rss_bytes, flops_needed (see
 `benchmarks.needed`), flops_counted (from the jaxpr), flops_share, needed by counted, and needed_flops_per_s, which is
-the MFU by a chip's peak. On CPUs W3, and W4 beyond 4096, are compiled and not run.
+the MFU by a chip's peak; of W3, all of it with remat beside it. On CPUs W3, and W4 beyond 4096, are compiled and not run.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from benchmarks.command import begin, options
 from benchmarks.needed import needed_flops
 from benchmarks.timing import compiled, least, peak_rss_bytes
 from benchmarks.works import W4_LENGTHS, WORKS, Arrays, Work, array_shapes, make, make_batch
@@ -36,7 +35,6 @@ from jeagle.forward import Program, draft_loss, live_positions
 from jeagle.joints import Batch, Features, Tables
 from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.flops import flops_of
-from jeagle.runtime.host import prepare_host
 from jeagle.runtime.numerics import rows_product
 from jeagle.step import Report, update
 from jeagle.targets.features import greedy_and_lse
@@ -226,27 +224,21 @@ def spare_memory() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", choices=["W4", *WORKS], default="W1", help="W4 is all of its lengths")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: the work's)")
+    parser = options(__doc__, ["W4", *WORKS], seconds=20.0, of="steps")
     parser.add_argument("--remat", action="store_true", help="keep little for the backward pass, in CPU's memory order")
     parser.add_argument("--shares", action="store_true", help="instead: FLOPs of W3 by supervised share")
-    parser.add_argument("--compile-only", action="store_true", help="as for W3: no arrays, no times")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of steps to take the least of")
-    parser.add_argument("--json", action="store_true", help="print nothing but JSON")
-    args = parser.parse_args()
-    prepare_host()
-    if args.remat:
+    args = begin(parser)
+    if args.remat or args.work == "W3":
         spare_memory()
-    if not args.json:
-        print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)
     if args.shares:
         return print(json.dumps({"work": "W3", "shares": list(shares(args.remat))}))
     found = []
     for name in [f"W4_{length}" for length in W4_LENGTHS] if args.work == "W4" else [args.work]:
+        each = functools.partial(measure, name, WORKS[name], args.dtype or WORKS[name].dtype, budget_s=args.seconds)
         run = not args.compile_only and runs_here(name)
-        dtype = args.dtype or WORKS[name].dtype
-        found.append(measure(name, WORKS[name], dtype, remat=args.remat, run=run, budget_s=args.seconds))
+        found.append(each(remat=args.remat, run=run))
+        if name == "W3" and not args.remat:
+            found[-1]["with_remat"] = each(remat=True, run=run)
         print(json.dumps(found[-1]), flush=True)
     if args.work == "W4":
         print(json.dumps({"work": "W4", "lengths": found}))
