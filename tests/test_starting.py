@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jeagle import assemble, dataset, drafts, exchange
+from jeagle import assemble, dataset, exchange
 from jeagle import config as configs
-from jeagle.config import DataConfig, DraftConfig, RunConfig, TargetConfig
+from jeagle.config import DataConfig, DraftConfig, ObjectiveConfig, RunConfig, TargetConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
-from jeagle.joints import Rope
-from jeagle.optimiser import Trained, held
-from jeagle.starting import Start, check_engines, draft_class, draft_spec, own_embedding, starting_head
+from jeagle.joints import DraftSpec, Rope
+from jeagle.objective import ObjectiveSpec
+from jeagle.starting import SHAPE, SWITCHES, Start, check_engines, draft_class, draft_spec, own_embedding, starting_head
 from tests.exchange.drafts import CARD, LAYERS, PLAIN, parameters
 
 TARGET = type("Target", (), {})()
@@ -46,6 +44,17 @@ SETTINGS = {
     "norm_before_fc": True, "fc_norm": True, "carry_normed": True, "head_norm": False, "qk_norm": True,
     "attention_bias": True, "sliding_window": 5,
 }  # fmt: skip
+
+
+def test_settings_and_spec_have_the_same_switches_with_the_same_defaults():
+    """They are written down twice, with another docstring each: a switch that one of them lacks would do nothing."""
+    settings, spec = (
+        {field.name: field.default for field in dataclasses.fields(kind)} for kind in (DraftConfig, DraftSpec)
+    )
+    assert settings.keys() & spec.keys() == {*SHAPE, *SWITCHES} == SETTINGS.keys()
+    assert {name: settings[name] for name in SWITCHES} == {name: spec[name] for name in SWITCHES}
+    learnt = {field.name for field in dataclasses.fields(ObjectiveConfig)} - {"dialect"}
+    assert learnt == {field.name for field in dataclasses.fields(ObjectiveSpec)}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -203,44 +212,6 @@ WRONG_CONFIGS = {
 def test_settings_that_contradict_are_refused(flags, said):
     with pytest.raises(UserError, match=said):
         configs.parse_overrides(RunConfig(name="x"), flags, program="x", description="x")
-
-
-def test_adapters_start_as_the_draft_train_alone_and_merge():
-    _, state = nnx.split(Eagle3(PLAIN, jnp.float32, nnx.Rngs(0)))
-    tree = drafts.add_adapters(state, 2, jax.random.key(1))
-    named = lambda s: assemble.flat_draft(s)  # noqa: E731
-    for name, array in named(drafts.with_adapters(tree)).items():
-        np.testing.assert_array_equal(array, named(state)[name])
-    assert drafts.with_adapters(state) is state
-
-    moved = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), tree["lora"])
-    weight = lambda t: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(drafts.with_adapters(t)))  # noqa: E731
-    gradient = jax.grad(weight)({"base": state, "lora": moved})
-    assert not any(np.any(x) for x in jax.tree.leaves(gradient["base"]))
-    assert all(np.any(x) for x in jax.tree.leaves(gradient["lora"]))
-
-    flat = {f"base.{name}": np.asarray(x) for name, x in named(state).items()}
-    paths, _ = jax.tree_util.tree_flatten_with_path(moved)
-    flat |= {"lora." + ".".join(assemble.path_names(jax.tree_util.keystr(p))): np.asarray(x) for p, x in paths}
-    merged, whole = drafts.merge_adapters(flat), named(drafts.with_adapters({"base": state, "lora": moved}))
-    assert sorted(merged) == sorted(whole)
-    for name, array in whole.items():
-        np.testing.assert_allclose(merged[name], array, atol=1e-6)
-    assert np.linalg.matrix_rank(merged["fc"] - np.asarray(named(state)["fc"]), tol=1e-4) == 2
-    np.testing.assert_array_equal(merged["lm_head"], named(state)["lm_head"])
-
-
-def test_which_parameters_are_trained():
-    everything, frozen, lora = (assemble.trained(DraftConfig(**d)) for d in ({}, {"train_head": False}, {"lora": 2}))
-    assert everything(("lm_head",)) and not frozen(("lm_head",)) and frozen(("layers", "0", "norm"))
-    assert lora(("lora", "fc", "down")) and not lora(("base", "fc"))
-
-
-def test_no_gradient_reaches_a_head_that_is_held():
-    draft = {"fc": jnp.ones(3), "lm_head": jnp.ones(3)}
-    squares = lambda draft: sum(jnp.sum(x**2) for x in draft.values())  # noqa: E731
-    gradient = jax.grad(lambda draft: squares(held(draft, Trained(head=False))))(draft)
-    assert not gradient["lm_head"].any() and (gradient["fc"] == 2).all()
 
 
 def test_the_vocabulary_of_a_draft_to_start_from_is_kept(exported, tmp_path, monkeypatch):
