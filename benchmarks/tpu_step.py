@@ -35,8 +35,8 @@ from benchmarks.tpu_needed import needed_flops as target_flops
 from benchmarks.tpu_shapes import CHIPS, MODELS, Case
 from benchmarks.works import WORKS
 from jeagle import objective
-from jeagle.assemble import TrainState, draft_sharding
-from jeagle.drafts import Eagle3
+from jeagle.assemble import TrainState
+from jeagle.drafts import Eagle3, draft_sharding
 from jeagle.forward import Frozen, Program, draft_loss, live_positions
 from jeagle.joints import Features, Tables
 from jeagle.runtime.clip import clip_by_global_norm

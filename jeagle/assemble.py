@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jeagle import data, dataset, drafts, exchange, objective, targets
 from jeagle.config import DraftConfig, ObjectiveConfig, RunConfig
-from jeagle.drafts import Eagle3
+from jeagle.drafts import Eagle3, by_path, draft_sharding
 from jeagle.errors import UserError
 from jeagle.joints import DraftSpec, Tables
 from jeagle.optimiser import Trained, served_params
@@ -27,19 +27,6 @@ from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
 from jeagle.runtime.progress import bytes_progress
 from jeagle.starting import EMBEDDING_FILE, Start, draft_class, own_embedding, starting_head
 from jeagle.targets import Target, TargetFiles, TargetSpec
-
-# Logical axes of the draft's parameters; the mesh axes behind them: runtime.mesh.RULES.
-DRAFT_AXES: dict[str, tuple[str | None, ...]] = {
-    "fc": (None, "width"),
-    "q_proj": ("width", "heads"),
-    "k_proj": ("width", "heads"),
-    "v_proj": ("width", "heads"),
-    "o_proj": ("heads", "width"),
-    "gate_proj": ("width", "mlp"),
-    "up_proj": ("width", "mlp"),
-    "down_proj": ("mlp", "width"),
-    "lm_head": ("vocab", "width"),
-}
 
 
 class LoadedTarget(NamedTuple):
@@ -120,7 +107,7 @@ def make_draft(
 ) -> tuple[Any, Any]:
     """A fresh draft of class `kind` as (graphdef, state), born sharded; its lm_head starts from `head` where given."""
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: kind(spec, jnp.dtype(dtype), nnx.Rngs(0))))
-    shardings = _by_path(abstract, lambda path, leaf: draft_sharding(path, leaf.shape, mesh))
+    shardings = by_path(abstract, lambda path, leaf: draft_sharding(path, leaf.shape, mesh))
 
     @functools.partial(jax.jit, out_shardings=shardings)
     def create(key: jax.Array, head: jax.Array | None) -> Any:
@@ -130,26 +117,6 @@ def make_draft(
         return nnx.split(draft)[1]
 
     return graphdef, create(jax.random.key(seed), head)
-
-
-def draft_sharding(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    axes = DRAFT_AXES.get(str(path[-1]), (None,) * len(shape))
-    return NamedSharding(mesh, logical_sharding(axes, shape, mesh))
-
-
-def constrain_draft(state: Any, mesh: Mesh | None) -> Any:
-    """Parameters, or their gradients, told to the compiler to lie as `make_draft` lays them."""
-    if mesh is None or mesh.size == 1:
-        return state
-    if isinstance(state, dict):  # with adapters, which are whole everywhere
-        return state | {"base": constrain_draft(state["base"], mesh)}
-    places = _by_path(state, lambda path, leaf: draft_sharding(path, leaf.shape, mesh))
-    return jax.lax.with_sharding_constraint(state, places)
-
-
-def _by_path(state: Any, function: Any) -> Any:
-    leaves = [(path, leaf.replace(function(path, leaf.get_value()))) for path, leaf in nnx.to_flat_state(state)]
-    return nnx.from_flat_state(leaves)
 
 
 def flat_draft(state: Any) -> dict[str, jax.Array]:
@@ -169,7 +136,7 @@ def draft_from_flat(
     put = lambda path, leaf: jax.device_put(  # noqa: E731
         jnp.asarray(params[draft_key(path)], jnp.float32), draft_sharding(path, leaf.shape, mesh)
     )
-    return graphdef, _by_path(abstract, put)
+    return graphdef, by_path(abstract, put)
 
 
 def train_state(draft: Any, optimiser: optax.GradientTransformation, mesh: Mesh, *, average: float = 0.0) -> TrainState:

@@ -6,13 +6,9 @@ Each stage leaves a note of what it was made from; a second call takes what is s
 from __future__ import annotations
 
 import dataclasses
-import gc
-import json
 import resource
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +26,8 @@ from jeagle.regenerate import regenerate
 from jeagle.report import summary_lines, write_report
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
-from jeagle.runtime.manifest import atomic_write, differences, fingerprint, finished_manifest
+from jeagle.runtime.manifest import finished_manifest
+from jeagle.runtime.stages import Stages
 from jeagle.starting import draft_spec
 from jeagle.train import train
 
@@ -46,7 +43,7 @@ def main(arguments: list[str]) -> None:
 
 def pipeline(config: RunConfig) -> list[str]:
     """All stages of a run; returns the lines that sum it up."""
-    stages = Stages(config.folder)
+    stages = Stages(config.folder / "stages", jeagle.__version__)
     answers = stages("answers", _answers_made_from(config), lambda: _answers(config))
     if answers.get("source"):
         config = _with_source(config, answers["source"])
@@ -67,37 +64,6 @@ def pipeline(config: RunConfig) -> list[str]:
     report = _report(config, prepared.statistics, answers, before, training, after, exports, stages.seconds)
     page = write_report(config.folder, report, after["sample"])
     return [*summary_lines(report), f"report: {page}"]
-
-
-class Stages:
-    """Runs a stage, or takes its result from the note that it left when it was last made from the same things."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.seconds = folder / "stages", {}
-
-    def __call__(self, name: str, made_from: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        note = self.folder / f"{name.replace(' ', '_')}.json"
-        made_from = {"version": jeagle.__version__, "from": fingerprint(made_from)}
-        old = _read(note)
-        if old and not differences(old["made_from"], made_from):
-            print(f"[{name}] as before", flush=True)
-            self.seconds[name] = old["seconds"]
-            return old["result"]
-        print(f"[{name}]", flush=True)
-        started = time.monotonic()
-        result = make()
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        tree = {"made_from": made_from, "seconds": self.seconds[name], "result": result}
-        atomic_write(note, json.dumps(tree, indent=1) + "\n")
-        gc.collect()  # a model that the stage held must not stay beside the next one's
-        return result
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
 
 
 def _answers_made_from(config: RunConfig) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from jeagle import align, features, objective
-from jeagle.assemble import TrainState, constrain_draft
+from jeagle.assemble import TrainState
+from jeagle.drafts import constrain_draft
 from jeagle.forward import Frozen, Program, draft_loss, live_positions, target_features
 from jeagle.joints import Batch
 from jeagle.optimiser import averaged, held

@@ -3,6 +3,7 @@
 from jeagle.drafts.decode import advance, choose, empty_cache
 from jeagle.drafts.eagle3 import Eagle3
 from jeagle.drafts.lora import add_adapters, merge_adapters, with_adapters
+from jeagle.drafts.sharding import by_path, constrain_draft, draft_sharding
 from jeagle.drafts.ttt import unroll
 from jeagle.drafts.ttt_attention import BY_PLATFORM, Backend, disproof
 
@@ -12,8 +13,11 @@ __all__ = [
     "Eagle3",
     "add_adapters",
     "advance",
+    "by_path",
     "choose",
+    "constrain_draft",
     "disproof",
+    "draft_sharding",
     "empty_cache",
     "merge_adapters",
     "unroll",

@@ -12,7 +12,8 @@ from jeagle.targets.generate import Answer, generate
 from jeagle.targets.load import Target, abstract_target, load_target, random_target
 from jeagle.targets.reference import TargetFiles, resolve
 from jeagle.targets.sampling import Sampling
-from jeagle.targets.spec import TargetSpec, check_taps
+from jeagle.targets.spec import TargetSpec
+from jeagle.targets.taps import check_taps
 from jeagle.targets.tokenizer import end_token_ids, load_tokenizer
 from jeagle.targets.weights import open_weights
 

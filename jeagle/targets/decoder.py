@@ -12,7 +12,8 @@ from jeagle.layers import Linear, Sight, depends_on_length, matmul, rms_norm
 from jeagle.runtime.mesh import by_rows
 from jeagle.targets.block import Block, Build
 from jeagle.targets.delta import Recurrent
-from jeagle.targets.spec import Group, TargetSpec, runs
+from jeagle.targets.spec import TargetSpec
+from jeagle.targets.stacks import Group, runs
 from jeagle.targets.view import Cache, View
 
 Caches = tuple[Any, ...]

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
 from jeagle.errors import UserError
-from jeagle.runtime.mesh import replicated, row_parts
+from jeagle.runtime.mesh import row_parts
+from jeagle.targets.generation_rows import Prompts, decode, empty_rows, prefill
 from jeagle.targets.load import Target
-from jeagle.targets.sampling import Sampling, choose
-from jeagle.targets.view import cache_shardings
+from jeagle.targets.sampling import Sampling
 
 STEPS_BETWEEN_ADMISSIONS = 8
 ADMITTED_AT_ONCE = 8
@@ -34,28 +30,6 @@ class Answer:
     index: int
     tokens: np.ndarray
     finish_reason: str  # "stop" or "length"
-
-
-class _Rows(NamedTuple):
-    """The state of B rows on the device: the cache split over the mesh, the rest whole on every device."""
-
-    cache: Any
-    last_B: jax.Array  # the token that each row has to read next
-    position_B: jax.Array  # where it stands
-    left_B: jax.Array  # tokens that the row may still write; 0 = idle
-    written_BS: jax.Array
-    count_B: jax.Array
-    number_B: jax.Array  # of the row's prompt: its chance follows from it
-
-
-class _Prompts(NamedTuple):
-    """R prompts to be read: those whose place is out of range are padding."""
-
-    tokens_RP: np.ndarray
-    lengths_R: np.ndarray
-    places_R: np.ndarray
-    limits_R: np.ndarray
-    numbers_R: np.ndarray
 
 
 def generate(
@@ -119,12 +93,12 @@ class _Generation:
         self.in_row: list[int | None] = [None] * self.batch
         bucket = -(-max(map(len, prompts), default=0) // PROMPT_BUCKET) * PROMPT_BUCKET
         room = max(limits, default=0) + 1
-        self.rows = _empty_rows(target.graphdef, target.state, self.mesh, self.batch, bucket + room, room)
+        self.rows = empty_rows(target.graphdef, target.state, self.mesh, self.batch, bucket + room, room)
 
     def run(self, stops: Stops | None) -> Iterator[Answer]:
         while self.waiting or any(i is not None for i in self.in_row):
             self._admit()
-            self.rows = _decode(
+            self.rows = decode(
                 self.target.graphdef,
                 self.target.state,
                 self.rows,
@@ -143,11 +117,11 @@ class _Generation:
             indices = [self.waiting.popleft() for _ in rows]
             for row, index in zip(rows, indices, strict=True):
                 self.in_row[row] = index
-            self.rows = _prefill(
+            self.rows = prefill(
                 self.target.graphdef, self.target.state, self.rows, self._padded(rows, indices), mesh=self.mesh
             )
 
-    def _padded(self, rows: list[int], indices: list[int]) -> _Prompts:
+    def _padded(self, rows: list[int], indices: list[int]) -> Prompts:
         longest = max(len(self.prompts[i]) for i in indices)
         tokens = np.zeros((self.admitted, -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET), np.int32)
         lengths, limits = np.ones(self.admitted, np.int32), np.zeros(self.admitted, np.int32)
@@ -156,7 +130,7 @@ class _Generation:
             prompt = self.prompts[index]
             tokens[slot, : len(prompt)], lengths[slot] = prompt, len(prompt)
             places[slot], limits[slot], numbers[slot] = row, self.limits[index], self.numbers[index]
-        return _Prompts(tokens, lengths, places, limits, numbers)
+        return Prompts(tokens, lengths, places, limits, numbers)
 
     def _finished(self, stops: Stops | None) -> Iterator[Answer]:
         left, count = np.asarray(self.rows.left_B), np.asarray(self.rows.count_B)
@@ -174,81 +148,3 @@ class _Generation:
             assert index is not None
             stopped = kept is not None or tokens[-1] in ends
             yield Answer(index, tokens[:kept], "stop" if stopped else "length")
-
-
-def _laid_out(rows: _Rows, mesh: Mesh | None) -> _Rows:
-    """`rows` where they belong on the mesh, inside jit."""
-    if mesh is None:
-        return rows
-    where = _Rows(cache_shardings(rows.cache, mesh), *[replicated(mesh)] * (len(rows) - 1))
-    return jax.lax.with_sharding_constraint(rows, where)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "batch", "length", "room"))
-def _empty_rows(graphdef: Any, state: Any, mesh: Mesh | None, batch: int, length: int, room: int) -> _Rows:
-    cache = nnx.merge(graphdef, state).empty_cache(batch, length, jnp.float32)
-    none = jnp.zeros(batch, jnp.int32)
-    rows = _Rows(cache, none, none, none, jnp.zeros((batch, room), jnp.int32), none, none.astype(jnp.uint32))
-    return _laid_out(rows, mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames=("rows",))
-def _prefill(graphdef: Any, state: Any, rows: _Rows, prompts: _Prompts, *, mesh: Mesh | None) -> _Rows:
-    """Reads prompts into their places; the last token of each is left to read."""
-    model = nnx.merge(graphdef, state)
-    tokens_RP, last_R = prompts.tokens_RP, prompts.lengths_R - 1
-    positions = jnp.broadcast_to(jnp.arange(tokens_RP.shape[1]), tokens_RP.shape)
-    empty = model.empty_cache(*tokens_RP.shape, jnp.float32)
-    _, _, fresh = model.extend(tokens_RP, positions, empty, (), last_R)
-
-    def put(array: jax.Array, values: Any) -> jax.Array:
-        return array.at[prompts.places_R].set(values, mode="drop")
-
-    filled = _Rows(
-        cache=model.admit(rows.cache, fresh, prompts.places_R),
-        last_B=put(rows.last_B, jnp.take_along_axis(tokens_RP, last_R[:, None], axis=1)[:, 0]),
-        position_B=put(rows.position_B, last_R),
-        left_B=put(rows.left_B, prompts.limits_R),
-        written_BS=put(rows.written_BS, 0),
-        count_B=put(rows.count_B, 0),
-        number_B=put(rows.number_B, prompts.numbers_R),
-    )
-    return _laid_out(filled, mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "sampling", "steps"), donate_argnames=("rows",))
-def _decode(
-    graphdef: Any,
-    state: Any,
-    rows: _Rows,
-    ends: jax.Array,
-    key: jax.Array,
-    *,
-    mesh: Mesh | None,
-    sampling: Sampling,
-    steps: int,
-) -> _Rows:
-    """Every busy row writes up to `steps` tokens."""
-    model = nnx.merge(graphdef, state)
-
-    def one(rows: _Rows, _: None) -> tuple[_Rows, None]:
-        _, last, cache = model.extend(rows.last_B[:, None], rows.position_B[:, None], rows.cache, ())
-        keys_B = jax.vmap(lambda number, place: jax.random.fold_in(jax.random.fold_in(key, number), place))(
-            rows.number_B, rows.count_B
-        )
-        token_B = choose(model.logits(last[:, 0]), keys_B, sampling)
-        busy_B = rows.left_B > 0
-        ended_B = (token_B[:, None] == ends).any(axis=1)
-        everyone = jnp.arange(token_B.shape[0])
-        place_B = jnp.where(busy_B, rows.count_B, rows.written_BS.shape[1] - 1)
-        return _Rows(
-            cache=cache,
-            last_B=jnp.where(busy_B, token_B, rows.last_B),
-            position_B=rows.position_B + busy_B,
-            left_B=jnp.where(ended_B, 0, jnp.maximum(rows.left_B - 1, 0)),
-            written_BS=rows.written_BS.at[everyone, place_B].set(token_B),
-            count_B=rows.count_B + busy_B,
-            number_B=rows.number_B,
-        ), None
-
-    return _laid_out(jax.lax.scan(one, rows, None, length=steps)[0], mesh)

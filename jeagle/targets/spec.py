@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from jeagle.errors import UserError
 from jeagle.joints import PLAIN_LOGITS, LogitShape, Rope
 
 
@@ -220,64 +218,3 @@ class TargetSpec:
     def layers(self) -> int:
         """L."""
         return len(self.blocks)
-
-
-class Group(NamedTuple):
-    """Layers of one shape whose weights lie stacked: `layers` are their numbers."""
-
-    block: BlockSpec
-    layers: tuple[int, ...]
-
-
-def runs(blocks: tuple[BlockSpec, ...], longest: int = 12) -> tuple[tuple[Group, ...], ...]:
-    """The layers as few runs, each a short pattern of layers that repeats: what is compiled once and scanned over.
-
-    Gemma 3's 26 layers, five with a window to one without, are one run of a pattern of 6, four times, and one of 2.
-    Found by dynamic programming: the fewest pattern layers in all, then the fewest runs.
-    """
-    total = len(blocks)
-    best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * (total + 1)  # cost, runs, period, repeats from here on
-    for start in reversed(range(total)):
-        options = []
-        for period in range(1, min(longest, total - start) + 1):
-            pattern, repeats = blocks[start : start + period], 1
-            while blocks[start + repeats * period : start + (repeats + 1) * period] == pattern:
-                repeats += 1
-            for times in {1, repeats}:
-                rest = best[start + period * times]
-                options.append((period + rest[0], 1 + rest[1], period, times))
-        best[start] = min(options)
-    found, start = [], 0
-    while start < total:
-        _, _, period, times = best[start]
-        found.append(
-            tuple(
-                Group(blocks[start + j], tuple(range(start + j, start + period * times, period))) for j in range(period)
-            )
-        )
-        start += period * times
-    return tuple(found)
-
-
-def default_taps(layers: int) -> tuple[int, ...]:
-    """(2, n//2, n-3), as EAGLE-3's engines choose them.
-
-    Raises:
-      UserError: for fewer than 7 layers, where these repeat or fall.
-    """
-    if layers < 7:
-        raise UserError(
-            f"The target has {layers} layers, too few for the default taps 2, n//2, n-3: name them with --target.taps."
-        )
-    return (2, layers // 2, layers - 3)
-
-
-def check_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """`taps`, or the default ones where empty. UserError unless they rise, once each, within 0..layers."""
-    taps = taps or default_taps(layers)
-    if any(a >= b for a, b in itertools.pairwise(taps)) or taps[0] < 0 or taps[-1] > layers:
-        raise UserError(
-            f"--target.taps {' '.join(map(str, taps))}: layer boundaries must rise, once each, from 0 (embeddings) "
-            f"to {layers} (after the last of the target's {layers} layers)."
-        )
-    return taps

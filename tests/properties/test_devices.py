@@ -11,8 +11,7 @@ import pytest
 from flax import nnx
 
 from jeagle import step
-from jeagle.assemble import constrain_draft
-from jeagle.drafts import Eagle3
+from jeagle.drafts import Eagle3, constrain_draft
 from jeagle.joints import Batch, DraftSpec, Features, Tables
 from jeagle.objective import resolve
 from jeagle.runtime.mesh import make_mesh, row_sharding

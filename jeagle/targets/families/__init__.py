@@ -9,12 +9,13 @@ import importlib
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.targets.families import deepseek, fused, gemma, llama, qwen
+from jeagle.targets.families import deepseek, fused, gemma, llama, qwen, qwen_hybrid
 from jeagle.targets.families.common import Family, Names, Piece
 from jeagle.targets.families.switches import Switches
 from jeagle.targets.spec import TargetSpec
 
-FAMILIES: dict[str, Family] = llama.FAMILIES | qwen.FAMILIES | gemma.FAMILIES | fused.FAMILIES | deepseek.FAMILIES
+_FILES = (llama, qwen, qwen_hybrid, gemma, fused, deepseek)
+FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 
 # Where the text part's weights lie in such models: what "model." and "lm_head." become.
 PREFIXES: tuple[tuple[str, str], ...] = (
