@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from jeagle.data import near
+from jeagle.data import describe, near
 from jeagle.data.near import (
     NEARLY,
     Distinct,
@@ -16,6 +18,8 @@ from jeagle.data.near import (
     text_signature,
     variety,
 )
+from tests.data.chats import tokenizer_for
+from tests.data.test_traps import make
 
 RNG = np.random.default_rng(0)
 
@@ -121,3 +125,46 @@ def test_documents_of_half_the_same_words_are_no_duplicates():
     for _ in range(200):  # a long question that all of them share
         add(found, np.concatenate([lead, RNG.integers(0, 9000, 200)]))
     assert NEARLY > 0.5 and found.count()["near_duplicates"] <= 4
+
+
+# T9 too: what is measured stands, a word changed, among what is learnt.
+def test_held_out_copies_of_training_prompts_are_told(tmp_path):
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(200):
+        words = random.choice(["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], 90).tolist()
+        rows += [{"prompt": " ".join(words[:40]) + mark, "response": " ".join(words[40:])} for mark in ("", f" {i}")]
+    statistics, _ = make(tmp_path, rows, tokenizer_for("chatml"), row_length=1024, held_out=0.2)
+    assert 190 <= statistics["near_duplicates"] <= 210 and 40 <= statistics["near_held_out"] <= 90
+    described = dict(statistics, coverage_train=1, coverage_held_out=1, draft_vocab=1, tokens_seen=1, ends_left_out=[])
+    described["template_reads_date"] = False
+    assert any("flatters the draft" in line for line in describe(described, tmp_path))
+
+
+def test_near_copies_are_left_out_and_a_system_prompt_that_all_share_makes_none(tmp_path):
+    """A conversation stays and its near copies go, whichever side of the split they are on; so that nothing leaks."""
+    random, system = np.random.default_rng(0), {"role": "system", "content": "the old stone house near a tree " * 40}
+    names, said = ["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], []
+    for i in range(60):
+        question, answer = (" ".join(random.choice(names, n)) for n in (40, 60))
+        for mark in ("", " now", " then")[: 1 + i % 3]:
+            turns = [{"role": "user", "content": question + mark}, {"role": "assistant", "content": answer}]
+            said.append({"messages": [system, *turns]})
+    settings = {"row_length": 1024, "held_out": 0.3}
+    kept, _ = make(tmp_path, said, tokenizer_for("chatml"), **settings)
+    assert kept["near_duplicates"] == 60 and kept["near_held_out"] > 10 and kept["conversations"] == 120
+    statistics, folder = make(tmp_path, said, tokenizer_for("chatml"), near_duplicates="drop", **settings)
+    assert statistics["near_dropped"] == 60 and statistics["near_held_out"] == 0 and statistics["conversations"] == 60
+    prompts = [json.loads(line)["messages"] for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    assert len(prompts) == statistics["held_out"]["documents"] == 60 - statistics["train"]["documents"]
+    assert all(not m[1]["content"].endswith((" now", " then")) for m in prompts)
+
+
+def test_a_first_turn_that_stands_in_the_system_prompt_too_makes_no_copies(tmp_path):
+    random, system = np.random.default_rng(0), {"role": "system", "content": "this is the old stone house " * 40}
+    rows = []
+    for _ in range(30):
+        answer = " ".join(random.choice(["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], 40))
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": [system, *turns]})
+    assert make(tmp_path, rows, tokenizer_for("chatml"), row_length=1024)[0]["near_duplicates"] == 0

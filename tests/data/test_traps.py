@@ -15,15 +15,11 @@ from jeagle.data import (
     Rules,
     Shape,
     build,
-    choose,
     conversations,
-    given_map,
     load_rows,
-    load_tables,
     parse_source,
     read_conversations,
     render,
-    save_tables,
     split_held_out,
     template_hash,
     use_template,
@@ -53,6 +49,10 @@ def make(tmp_path, rows, tokenizer, *, rules=(), **shape):
 
 def chats(count, words=4):
     return [{"prompt": f"the cat {i}", "response": " ".join(["mat"] * words)} for i in range(count)]
+
+
+def prepare(flags):
+    return dataset.prepare(configs.parse_overrides(configs.RunConfig(name="t"), flags, program="t", description=""))
 
 
 # T1: nothing is learnt, and the run ends well.
@@ -125,49 +125,6 @@ def test_an_empty_reasoning_block_is_never_trained():
         render(tokenizer, CHATS["single"], end_token_ids=ends, thinking="on")
     found = render(tokenizer, CHATS["single"], end_token_ids=ends)
     assert "think" in tokenizer.decode(found.ids) and "think" not in tokenizer.decode(found.ids[found.supervised])
-
-
-# T9 too: what is measured stands, a word changed, among what is learnt.
-def test_held_out_copies_of_training_prompts_are_told(tmp_path, tokenizer):
-    random = np.random.default_rng(0)
-    rows = []
-    for i in range(200):
-        words = random.choice(["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], 90).tolist()
-        rows += [{"prompt": " ".join(words[:40]) + mark, "response": " ".join(words[40:])} for mark in ("", f" {i}")]
-    statistics, _ = make(tmp_path, rows, tokenizer, row_length=1024, held_out=0.2)
-    assert 190 <= statistics["near_duplicates"] <= 210 and 40 <= statistics["near_held_out"] <= 90
-    described = dict(statistics, coverage_train=1, coverage_held_out=1, draft_vocab=1, tokens_seen=1, ends_left_out=[])
-    described["template_reads_date"] = False
-    assert any("flatters the draft" in line for line in dataset.room.describe(described, tmp_path))
-
-
-def test_near_copies_are_left_out_and_a_system_prompt_that_all_share_makes_none(tmp_path, tokenizer):
-    """A conversation stays and its near copies go, whichever side of the split they are on; so that nothing leaks."""
-    random, system = np.random.default_rng(0), {"role": "system", "content": "the old stone house near a tree " * 40}
-    names, said = ["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], []
-    for i in range(60):
-        question, answer = (" ".join(random.choice(names, n)) for n in (40, 60))
-        for mark in ("", " now", " then")[: 1 + i % 3]:
-            turns = [{"role": "user", "content": question + mark}, {"role": "assistant", "content": answer}]
-            said.append({"messages": [system, *turns]})
-    settings = {"row_length": 1024, "held_out": 0.3}
-    kept, _ = make(tmp_path, said, tokenizer, **settings)
-    assert kept["near_duplicates"] == 60 and kept["near_held_out"] > 10 and kept["conversations"] == 120
-    statistics, folder = make(tmp_path, said, tokenizer, near_duplicates="drop", **settings)
-    assert statistics["near_dropped"] == 60 and statistics["near_held_out"] == 0 and statistics["conversations"] == 60
-    prompts = [json.loads(line)["messages"] for line in (folder / "held_out.jsonl").read_text().splitlines()]
-    assert len(prompts) == statistics["held_out"]["documents"] == 60 - statistics["train"]["documents"]
-    assert all(not m[1]["content"].endswith((" now", " then")) for m in prompts)
-
-
-def test_a_first_turn_that_stands_in_the_system_prompt_too_makes_no_copies(tmp_path, tokenizer):
-    random, system = np.random.default_rng(0), {"role": "system", "content": "this is the old stone house " * 40}
-    rows = []
-    for _ in range(30):
-        answer = " ".join(random.choice(["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], 40))
-        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
-        rows.append({"messages": [system, *turns]})
-    assert make(tmp_path, rows, tokenizer, row_length=1024)[0]["near_duplicates"] == 0
 
 
 # T6: history by another model.
@@ -273,107 +230,3 @@ def test_training_and_held_out_prompts_are_apart_for_every_share(tmp_path, share
 def test_nothing_left_to_train_on_stops_the_work(tmp_path, tokenizer):
     with pytest.raises(UserError, match="All 3 conversations are held out.*lower --data.held-out from 0.999"):
         make(tmp_path, chats(3), tokenizer, held_out=0.999)
-
-
-# T14: a map is built anew under a trained head, or a stale one is found.
-def prepare(flags):
-    return dataset.prepare(configs.parse_overrides(configs.RunConfig(name="t"), flags, program="t", description=""))
-
-
-def test_a_trained_drafts_vocabulary_does_not_change_under_it(tmp_path):
-    flags = tiny.flags(tmp_path)
-    before = load_tables(prepare(flags).tables)
-    (tmp_path / "runs" / "tiny" / "checkpoints" / "10").mkdir(parents=True)
-    with pytest.raises(UserError, match="trained already.*draft_vocab differ"):
-        prepare([*flags, "--draft.vocab", "50"])
-    np.testing.assert_array_equal(load_tables(tmp_path / "runs" / "tiny" / "tables"), before)
-
-
-def test_a_map_of_other_data_in_a_cache_is_refused(tmp_path):
-    save_tables(tmp_path / "t", np.ones(8, np.int64), np.array([1, 2, 5]), {"data": "x", "draft_vocab": 3})
-    with pytest.raises(UserError, match="made from other data .data differ"):
-        load_tables(tmp_path / "t", {"data": "y", "draft_vocab": 3})
-
-
-def test_a_map_that_was_put_in_anothers_place_is_refused(tmp_path):
-    """By its path alone it would be taken: the manifest beside it is the old one."""
-    for name, ids in (("mine", [1, 2, 5]), ("other", [1, 3, 6])):
-        save_tables(tmp_path / name, np.ones(8, np.int64), np.array(ids), {"data": "x"})
-    stale = json.loads((tmp_path / "mine" / "manifest.json").read_text())
-    for name in ("d2t.npy", "t2d.npy"):
-        shutil.copy(tmp_path / "other" / name, tmp_path / "mine" / name)
-    with pytest.raises(UserError, match="not the one that its manifest names"):
-        load_tables(tmp_path / "mine")
-    with pytest.raises(UserError, match="made from other data .ids differ"):  # what a trained draft remembers
-        load_tables(tmp_path / "other", stale)
-
-
-def test_a_given_map_is_kept_whatever_the_data_say(tmp_path):
-    flags = tiny.flags(tmp_path)
-    ids = np.array([0, 1, *range(100, 198)])
-    save_tables(tmp_path / "given", np.ones(319, np.int64), ids, {})
-    vocab = json.loads((tmp_path / "target" / "config.json").read_text())["vocab_size"]
-    mask = np.zeros(vocab, bool)
-    mask[ids] = True
-    np.save(tmp_path / "given" / "t2d.npy", mask)
-    made = prepare([*flags, "--data.vocabulary", str(tmp_path / "given")])
-    np.testing.assert_array_equal(load_tables(made.tables), ids)
-    assert prepare([*flags, "--data.vocabulary", str(tmp_path / "given")]).reused
-    with pytest.raises(UserError, match="has 100 tokens, but --draft.vocab is 90: make it 100"):
-        prepare([*flags, "--draft.vocab", "90", "--data.vocabulary", str(tmp_path / "given")])
-
-
-# T15, T16: absolute ids, zeros, a missing map.
-@pytest.mark.parametrize(
-    ("offsets", "mask", "said"),
-    [
-        ([1, 2, 5], [1, 2, 5], "holds offsets"),  # absolute ids
-        ([1, 1, 3], [1, 2, 6], "contradict"),
-        ([0, 0, 0], None, "all zeros"),
-        ([3, 1, 0], None, "does not rise"),
-        ([-2, 0, 0], None, "does not rise"),
-        ([1.0, 1.0, 3.0], [1, 2, 5], "whole numbers"),
-        ([1, 1, 7], [1, 2, 9], "names token 9, but the target has 8"),
-    ],
-)
-def test_maps_that_name_other_tokens_are_refused(tmp_path, offsets, mask, said):
-    np.save(tmp_path / "d2t.npy", np.array(offsets))
-    if mask is not None:
-        marked = np.zeros(max(8, max(mask) + 1), bool)
-        marked[mask] = True
-        np.save(tmp_path / "t2d.npy", marked)
-    with pytest.raises(UserError, match=said):
-        given_map(tmp_path, 3, 8, [])
-
-
-def test_a_given_map_is_found_in_every_place_where_others_put_it(tmp_path):
-    from safetensors.numpy import save_file
-
-    ids, vocab = np.array([1, 2, 5]), 8
-    offsets, mask = ids - np.arange(3), np.isin(np.arange(vocab), ids)
-    (tmp_path / "own").mkdir()
-    np.save(tmp_path / "own" / "d2t-3.npy", offsets)
-    np.save(tmp_path / "own" / "t2d-3.npy", mask)
-    (tmp_path / "draft").mkdir()
-    save_file({"d2t": offsets, "t2d": mask}, tmp_path / "draft" / "model.safetensors")
-    save_tables(tmp_path / "run" / "tables", np.ones(vocab, np.int64), ids, {})
-    for place in ("own", "own/d2t-3.npy", "draft", "run"):
-        np.testing.assert_array_equal(given_map(tmp_path / place, 3, vocab, [2]), ids)
-    with pytest.raises(UserError, match="none of the end tokens 3"):
-        given_map(tmp_path / "own", 3, vocab, [3])
-    with pytest.raises(UserError, match="is nowhere"):
-        given_map(tmp_path / "none", 3, vocab, [])
-
-
-# T17: the draft cannot say the end, or has more slots than the data has tokens.
-def test_every_end_token_is_in_the_vocabulary_and_spare_slots_are_filled():
-    counts = np.zeros(50, np.int64)
-    counts[[7, 9]] = 5
-    ids = choose(counts, 10, [48, 49])
-    assert {7, 9, 48, 49} <= set(ids.tolist()) and len(ids) == 10 and (np.diff(ids) > 0).all()
-
-
-def test_low_coverage_is_told_with_its_numbers(tmp_path):
-    lines = dataset.describe(prepare([*tiny.flags(tmp_path), "--draft.vocab", "5"]))
-    [warning] = [line for line in lines if "cannot say" in line]
-    assert warning.startswith("warning: ") and "raise --draft.vocab from 5" in warning and " tokens): " in warning
