@@ -12,6 +12,7 @@ import numpy as np
 from jeagle.drafts.ttt_attention.op import Backend, attend
 from jeagle.drafts.ttt_attention.reference import reference
 
+GROUPS = 2  # of heads, at most: what more of them show is not worth their memory beside a loaded target
 LENGTH, SLOTS = 640, 384  # several blocks of each, as every backend divides them
 OWN = 3  # steps whose own keys exist; the last has not happened
 WINDOW = 100
@@ -27,7 +28,8 @@ def disproof(backend: Backend, dtype: Any, *, heads: int, kv_heads: int, head_di
     Three rows, as packing, a sliding window, and a window that has moved on past a slot's own position leave them; with
     own keys of later steps, and without as in all layers but the deepest. Two programs are compiled: seconds.
     """
-    arrays = _arrays(heads, kv_heads, head_dim)
+    groups = min(kv_heads, GROUPS)
+    arrays = _arrays(heads // kv_heads * groups, groups, head_dim)
 
     def ours(*inputs: jax.Array) -> jax.Array:
         return attend(*inputs, dtype=dtype, mirror=None, backend=backend)[0].astype(jnp.float32)
