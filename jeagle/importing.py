@@ -32,6 +32,7 @@ from jeagle.starting import EMBEDDING_FILE
 
 STEP = 0
 """The checkpoint's: nothing has been trained here."""
+_ROWS = 8192  # of an embedding at a time
 _PROMPTS = 256  # of those that come with jeagle, kept in the run to measure with
 
 
@@ -129,14 +130,22 @@ def _config(args: Arguments, spec: DraftSpec) -> RunConfig:
 
 def _write_tables(folder: Path, draft: OpenDraft, spec: DraftSpec) -> None:
     """The vocabulary's map, the embedding where the draft brings one, and prompts to measure it with."""
-    ids, embed_VW = draft.draft_to_target(spec), draft.embedding(spec)
+    ids, embedding = draft.draft_to_target(spec), draft.open_embedding(spec)
     made_from = {"given": fingerprint(ids.tolist())}
     data.save_tables(folder / "tables", np.zeros(spec.target_vocab, np.int64), ids, made_from)
-    if embed_VW is not None:
-        np.save(folder / EMBEDDING_FILE, embed_VW)
+    if embedding is not None:
+        _save_rows(folder / EMBEDDING_FILE, embedding)
     (folder / "data").mkdir()
     rows = [json.dumps({"turns": [p["messages"][0]["content"]]}) for p in data.read_prompts("starter")[:_PROMPTS]]
     (folder / "data" / "held_out.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
+
+
+def _save_rows(path: Path, rows: exchange.Lazy) -> None:
+    """An .npy file, float32, of rows that are read block by block."""
+    file = np.lib.format.open_memmap(path, "w+", np.float32, rows.shape)
+    for start in range(0, rows.shape[0], _ROWS):
+        file[start : start + _ROWS] = rows[start : start + _ROWS]
+    file.flush()
 
 
 def _describe(folder: Path, args: Arguments, spec: DraftSpec, files: targets.TargetFiles | None) -> None:

@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jeagle import exchange, export, features, importing
 from jeagle.errors import UserError
@@ -116,3 +118,31 @@ def test_an_export_that_does_not_read_back_is_not_left(imported, tmp_path, monke
     with pytest.raises(UserError, match="does not give the trained draft's logits"):
         convert(export.to_sglang, imported[0], tmp_path / "out", "--target", known)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_row_of_the_embedding_does_not_read_back(imported, tmp_path, monkeypatch):
+    known = blank_target(tmp_path / "target", PLAIN)
+    write = exchange.layouts.write_safetensors
+
+    def moved(path, tensors):
+        name = "embed_tokens.weight"
+        rows = np.zeros(tensors[name].shape, np.float32)
+        rows[-1, -1] = 1e-3
+        write(path, tensors | {name: exchange.stream.whole(rows)})
+
+    monkeypatch.setattr(exchange.layouts, "write_safetensors", moved)
+    more = ("--target", known, "--dtype", "float32")
+    with pytest.raises(UserError, match="embedding"):
+        convert(export.to_vllm, imported[0], tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+    convert(export.to_vllm, imported[0], tmp_path / "out", *more, "--no-check")
+
+
+def test_a_target_without_its_embedding_is_one_sentence_and_can_be_done_without(imported, tmp_path):
+    known = blank_target(tmp_path / "target", PLAIN)
+    save_file({"model.norm.weight": np.ones(24, np.float32)}, known / "model.safetensors")
+    more = ("--target", known, "--dtype", "float32")
+    with pytest.raises(UserError, match=r"lack the tensor .*embed_tokens.*--embedding none") as error:
+        convert(export.to_vllm, imported[0], tmp_path / "out", *more)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    convert(export.to_vllm, imported[0], tmp_path / "out", *more, "--embedding", "none")

@@ -58,8 +58,8 @@ def export_sglang(
       target_layers: n, decoder layers of the target, which the taps are checked against.
       dtype: of the stored parameters, rounded to nearest.
       card: what is known of the training, for the model card; see `ExportCard`.
-      embed_VW: the draft's own embedding, which a draft of another width than the target's needs. At equal width SGLang
-        puts the target's in its place.
+      embed_VW: the embedding that the draft reads: its own, which a draft of another width than the target's needs, or
+        the target's, which the speculators library needs. At equal width SGLang puts the target's in its place.
       target_embed_VW: the target's; where given, an `embed_VW` that SGLang would replace must equal it.
       tokenizer: a folder of tokenizer files, or an object with `save_pretrained`; its files are put beside the draft.
 
@@ -128,7 +128,7 @@ def _tensors(
     if dtype not in DTYPES:
         raise UserError(f"No export is stored as {dtype!r}: choose {', '.join(DTYPES)}.")
     check_params(spec, params)
-    check_embedding(spec, embed_VW, where="The draft's parameters")
+    check_embedding(spec, None if embed_VW is None else embed_VW.shape, where="The draft's parameters")
     named = {torch_name(name, first_layer): planned(name, array, dtype) for name, array in params.items()}
     if embed_VW is not None:
         named[EMBEDDING] = planned(EMBEDDING, embed_VW, dtype)

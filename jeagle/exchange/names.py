@@ -72,20 +72,23 @@ def check_params(spec: DraftSpec, params: Mapping[str, Readable], *, where: str 
             raise UserError(f"{where}: {name} is {text(params[name].shape)}; this draft needs {text(shape)}.")
 
 
-def check_embedding(spec: DraftSpec, embed_VW: Readable | None, *, where: str) -> None:
+def check_embedding(spec: DraftSpec, shape: Shape | None, *, where: str) -> None:
     """That a draft of another width than its target brings an embedding, and that one that is there fits.
+
+    Args:
+      shape: of the embedding; None where there is none.
 
     Raises:
       UserError: otherwise; `where` begins its sentence.
     """
-    shape = (spec.target_vocab, spec.width)
-    if embed_VW is None and spec.width != spec.target_width:
+    wanted = (spec.target_vocab, spec.width)
+    if shape is None and spec.width != spec.target_width:
         raise UserError(
             f"{where}: {EMBEDDING} is missing; a draft of width {spec.width} cannot read the embedding of a target of "
             f"width {spec.target_width}."
         )
-    if embed_VW is not None and embed_VW.shape != shape:
-        raise UserError(f"{where}: {EMBEDDING} is {text(embed_VW.shape)}; this draft needs {text(shape)}.")
+    if shape not in (None, wanted):
+        raise UserError(f"{where}: {EMBEDDING} is {text(shape)}; this draft needs {text(wanted)}.")
 
 
 def canonical(name: str) -> str:

@@ -29,6 +29,7 @@ from jeagle.exchange.names import (
 from jeagle.exchange.tensors import Tensor, open_tensors
 from jeagle.exchange.vocabulary import ids_of
 from jeagle.joints import DraftSpec
+from jeagle.runtime.host import aligned_empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +64,9 @@ class Lazy:
             array = self._tensor.read(index)
             check_finite(self._name, array, where=self._where)
             return array.astype(np.float32, copy=False)
-        stored, turned = self._tensor.read(...), np.empty(self.shape, np.float32)
-        for start in range(0, len(stored), _ROWS):  # a copy of all of it in between would be as large as the result
-            rows = stored[start : start + _ROWS]
+        turned = aligned_empty(self.shape, np.float32)
+        for start in range(0, self.shape[1], _ROWS):  # all of it at once would be as large as the result
+            rows = self._tensor.read(slice(start, start + _ROWS))
             check_finite(self._name, rows, where=self._where)
             turned[:, start : start + _ROWS] = rows.T
         return turned[index]
@@ -119,14 +120,14 @@ class OpenDraft:
         tables = {name: tensor.read(...) for name, tensor in self.tables.items() if name != EMBEDDING}
         return ids_of(spec, tables, where=self.where)
 
-    def embedding(self, spec: DraftSpec) -> np.ndarray | None:
-        """The embedding stored with the draft, float32 [V, W]. UserError where it is missing and needed, or is none."""
+    def open_embedding(self, spec: DraftSpec) -> Lazy | None:
+        """The embedding stored with the draft, [V, W], read as `params` are. UserError where it is missing and needed,
+        or of another shape."""
         stored = self.tables.get(EMBEDDING)
-        embed_VW = None if stored is None else stored.read(...).astype(np.float32)
-        check_embedding(spec, embed_VW, where=self.where)
-        if embed_VW is not None:
-            check_finite(EMBEDDING, embed_VW, where=self.where)
-        return embed_VW
+        check_embedding(spec, None if stored is None else stored.shape, where=self.where)
+        if stored is None:
+            return None
+        return Lazy(stored, stored.shape, turned=False, name=EMBEDDING, where=self.where)
 
 
 def open_draft(folder: str | Path) -> OpenDraft:
@@ -155,9 +156,9 @@ def read_export(folder: str | Path, hints: Hints | None = None) -> ImportedDraft
     """
     draft = open_draft(folder)
     spec = draft.spec(hints)
-    embed_VW = draft.embedding(spec)
+    embedding = draft.open_embedding(spec)
     params = loaded(draft.params(spec))
-    return ImportedDraft(spec, params, draft.draft_to_target(spec), embed_VW)
+    return ImportedDraft(spec, params, draft.draft_to_target(spec), None if embedding is None else embedding[...])
 
 
 def loaded(params: Mapping[str, Lazy]) -> Params:

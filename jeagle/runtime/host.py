@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_ALIGNMENT = 64
 
 
 def prepare_host() -> None:
@@ -37,3 +42,18 @@ def keep_freed_memory(*, largest: int, most: int) -> None:
             libc.mallopt(_ARENA_MAX, 1)
         except (AttributeError, OSError):
             pass  # another C library: slower, not wrong
+
+
+def release_freed_memory() -> None:
+    """Hands back to the system what `keep_freed_memory` has kept until now, wherever in the heap it lies."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array that JAX's CPU backend uses as it lies: it copies what is not aligned to 64 bytes."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)

@@ -6,6 +6,7 @@ opened with tensorstore itself, so that a draft larger than memory can pass thro
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ class SavedArray:
             return self._array[index].read().result()
         except (ValueError, RuntimeError, OSError) as error:
             raise _damaged(self._where, error) from error
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Fills `out` with the whole array, block by block as they are stored: one of them is in memory besides."""
+        blocks = self._array.chunk_layout.read_chunk.shape
+        starts = (range(0, size, block) for size, block in zip(self.shape, blocks, strict=True))
+        for corner in itertools.product(*starts):
+            ends = (min(c + b, n) for c, b, n in zip(corner, blocks, self.shape, strict=True))
+            piece = tuple(slice(*edges) for edges in zip(corner, ends, strict=True))
+            out[piece] = self[piece]
 
     @property
     def _array(self) -> Any:

@@ -13,6 +13,7 @@ from jeagle.targets.load import Target, abstract_target, load_target, random_tar
 from jeagle.targets.reference import TargetFiles, resolve
 from jeagle.targets.sampling import Sampling
 from jeagle.targets.spec import TargetSpec
+from jeagle.targets.tables import Table, embedding_table, head_table
 from jeagle.targets.taps import check_taps
 from jeagle.targets.tokenizer import end_token_ids, load_tokenizer
 from jeagle.targets.weights import open_weights
@@ -24,16 +25,19 @@ __all__ = [
     "Piece",
     "Sampling",
     "Switches",
+    "Table",
     "Target",
     "TargetFiles",
     "TargetSpec",
     "abstract_target",
     "check_taps",
+    "embedding_table",
     "end_token_ids",
     "features",
     "generate",
     "greedy_and_gap",
     "greedy_and_lse",
+    "head_table",
     "load_target",
     "load_tokenizer",
     "open_weights",

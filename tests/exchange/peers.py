@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tests.exchange.test_peer_features import torch_file
 
 Arrays = dict[str, np.ndarray]
-PEERS = ("eagle", "specforge", "sglang", "speculators", "model_optimizer", "automodel")
+PEERS = ("eagle", "specforge", "sglang", "vllm", "speculators", "model_optimizer", "automodel")
 
 
 def write_peer(peer: str, folder: Path, weights: Arrays, config: dict[str, Any], **more: Any) -> Path:
@@ -58,6 +58,12 @@ def _specforge(config: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any],
 def _sglang(config: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
     tree, named = _specforge(config, weights)
     return tree, {name if name in ("d2t", "t2d", "lm_head.weight") else f"model.{name}": a for name, a in named.items()}
+
+
+def _vllm(config: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Layer ids at the top count layers that have run."""
+    ids = {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}
+    return {"architectures": ["Eagle3LlamaForCausalLM"], "model_type": "llama", **config, **ids}, _midlayer(weights)
 
 
 def _speculators(config: dict[str, Any], weights: Arrays) -> tuple[dict[str, Any], Arrays]:
@@ -111,6 +117,7 @@ WRITERS = {
     "eagle": _eagle,
     "specforge": _specforge,
     "sglang": _sglang,
+    "vllm": _vllm,
     "speculators": _speculators,
     "model_optimizer": _model_optimizer,
     "automodel": _automodel,
