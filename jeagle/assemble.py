@@ -25,7 +25,7 @@ from jeagle.optimiser import Trained, served_params
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
 from jeagle.runtime.progress import bytes_progress
-from jeagle.starting import EMBEDDING_FILE, Start, draft_class, own_embedding, starting_head
+from jeagle.starting import EMBEDDING_FILE, Start, draft_class, held_out_scores, own_embedding, starting_head
 from jeagle.targets import Target, TargetFiles, TargetSpec
 
 
@@ -173,7 +173,7 @@ def run_folder(path: str | Path) -> Path:
 def load_draft(folder: Path, step: int | str) -> tuple[int, DraftSpec, dict[str, np.ndarray]]:
     """(step, spec, parameters by name) of a run's checkpoint: those that are measured and exported."""
     spec = described_draft(folder)
-    found, tree = load_named(folder / "checkpoints", step)
+    found, tree = load_named(folder / "checkpoints", step, held_out_scores(folder))
     return found, spec, drafts.merge_adapters(served_params(tree))
 
 

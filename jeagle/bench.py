@@ -44,7 +44,7 @@ class Arguments:
     batch: int = 16
     """Prompts decoded side by side."""
     step: str = "last"
-    """Checkpoint step, or last."""
+    """Checkpoint step, last, or best: the one with the best held-out figures of those that are kept."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of both models' matrix products."""
     weights: Literal["run", "dtype", "int8", "fp8"] = "run"

@@ -34,7 +34,7 @@ class Arguments:
     out: Path | None = None
     """Folder to write; default: exports/ENGINE in the run's folder."""
     step: str = "last"
-    """Checkpoint step, or last."""
+    """Checkpoint step, last, or best: the one with the best held-out figures of those that are kept."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored parameters."""
     check: bool = True

@@ -18,6 +18,7 @@ from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.mesh import row_sharding
 from jeagle.runtime.trackers import Trackers, open_trackers
+from jeagle.starting import BEST_BY, HELD_OUT
 from jeagle.step import held_out_step
 
 _BLOCK = 1024  # rows whose slots are counted at a time
@@ -32,23 +33,30 @@ class HeldOut:
     Args:
       stores: whose features are read; None lets the target compute them, as in training.
       start: the last step whose figures are kept.
+      scores: of the steps that have been evaluated, by step; those of later ones are added.
     """
 
     def __init__(
-        self, config: RunConfig, program: Program, frozen: Frozen, stores: features.Mixture | None, start: int
+        self,
+        config: RunConfig,
+        program: Program,
+        frozen: Frozen,
+        stores: features.Mixture | None,
+        start: int,
+        scores: dict[int, float],
     ):
         # Divided by the slots that count, whose number adds up over batches, whatever the dialect divides by.
         measured = dataclasses.replace(program.objective, normaliser="counting")
         self._program, self._frozen, self._stores = program._replace(objective=measured), frozen, stores
         self._size = config.train.batch_rows // config.train.accumulate
-        self._numbers, self._trackers = np.arange(0), Trackers([])
+        self._numbers, self._trackers, self._scores = np.arange(0), Trackers([]), scores
         if not config.train.held_out_rows:
             return
         self._rows = data.load_rows(config.folder / "data" / "held_out")
         self._numbers = spread(len(self._rows.tokens_BT), config.train.held_out_rows)
         self._width = _width(self._rows, self._numbers, program)
         if distributed.is_leader() and self._numbers.size:
-            self._trackers = open_trackers(config.trackers, config.folder / "held_out", start)
+            self._trackers = open_trackers(config.trackers, config.folder / HELD_OUT, start)
 
     def __enter__(self) -> Self:
         return self
@@ -65,12 +73,17 @@ class HeldOut:
         found = {f"accuracy_{k}": float(v) for k, v in enumerate(accuracy)}
         found |= {f"acceptance_{k}": float(v) for k, v in enumerate(figures["accepted"] / _some(figures["trained"]))}
         found |= {f"loss_{k}": float(v) for k, v in enumerate(figures["loss"])}
-        found["expected_acceptance_length"] = float(1 + np.cumprod(accuracy).sum())
+        found[BEST_BY] = float(1 + np.cumprod(accuracy).sum())
         self._trackers.log(step, found)
+        self._scores[step] = found[BEST_BY]
         return (
             f"held out, step {step}: accuracy {' '.join(f'{x:.3f}' for x in accuracy)}, expected acceptance length "
-            f"{found['expected_acceptance_length']:.3f} over {len(self._numbers)} rows"
+            f"{found[BEST_BY]:.3f} over {len(self._numbers)} rows"
         )
+
+    def again(self, step: int, state: TrainState) -> str:
+        """As a call, of a step that a run goes on from; empty where that was evaluated before the run was cut off."""
+        return "" if step in self._scores else self(step, state)
 
     def _summed(self, draft: Any) -> dict[str, np.ndarray]:
         """Sums of every figure over the rows; the loss is the mean over the slots that carry it."""

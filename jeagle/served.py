@@ -18,13 +18,14 @@ from jeagle.errors import UserError
 from jeagle.joints import DraftSpec
 from jeagle.optimiser import served_from, served_params
 from jeagle.runtime.saved import SavedArray, Spec, local, open_saved
-from jeagle.starting import EMBEDDING_FILE
+from jeagle.starting import EMBEDDING_FILE, HELD_OUT, held_out_scores
 
 MEASURED_FILE = "bench.json"
 """In a run's folder: what `jeagle.bench --out` measured, or from_eagle3.py."""
 _SMALL = (
     *("config.json", "draft.json", "report.json", MEASURED_FILE, EMBEDDING_FILE, "stages/measure_after.json"),
     *("data/manifest.json", "tables/manifest.json", "tables/d2t.npy", "tables/t2d.npy"),
+    f"{HELD_OUT}/metrics.jsonl",
 )
 """What is read of a run beside its checkpoints."""
 _TOLD = ("acceptance_length", "acceptance_by_position", "prompts_measured", "draft_tokens", "max_new_tokens")
@@ -84,7 +85,7 @@ def open_served(checkpoint: str | Path, step: int | str) -> Iterator[Served]:
             embed_VW = np.load(own, mmap_mode="r") if own.is_file() else None
         except (ValueError, KeyError, OSError, EOFError) as error:
             raise UserError(f"{where} is damaged ({str(error).splitlines()[0]}): copy the run again.") from error
-        found, arrays = open_saved(checkpoints, step, where=f"{where}/checkpoints")
+        found, arrays = open_saved(checkpoints, step, where=f"{where}/checkpoints", scores=held_out_scores(folder))
         yield Served(folder, config, found, spec, _params(arrays), assemble.trained_vocabulary(folder), embed_VW)
 
 

@@ -193,7 +193,7 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept: so many of the newest, and the one with the best held-out figures."""
     held_out_rows: int = 64
     """Held-out rows that the draft is evaluated on at each checkpoint, spread over all of them; 0: none."""
     log_every: int = 10

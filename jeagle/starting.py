@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from jeagle.config import DraftConfig, RunConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
 from jeagle.joints import DraftSpec, Rope, Tables
+from jeagle.runtime import distributed
+from jeagle.runtime.manifest import atomic_write
+from jeagle.runtime.trackers import scores
 from jeagle.targets import TargetSpec
 
 SHAPE = ("width", "heads", "kv_heads", "head_dim", "mlp_width")
@@ -34,6 +38,11 @@ SWITCHES = (
 EMBEDDING_FILE = "embedding.npy"
 """In a run's folder: a warm start's own embedding, which is carried on."""
 
+HELD_OUT = "held_out"
+"""In a run's folder: where the figures of held-out rows are."""
+BEST_BY = "expected_acceptance_length"
+"""Which of them says how good a checkpoint is."""
+
 
 class Start(NamedTuple):
     """An older draft to go on from: its spec, parameters by name, and embedding where it has one of its own."""
@@ -41,6 +50,11 @@ class Start(NamedTuple):
     spec: DraftSpec
     params: dict[str, np.ndarray]
     embed_VW: np.ndarray | None = None
+
+
+def held_out_scores(folder: Path) -> dict[int, float]:
+    """How good the checkpoints of a run are, by step: what --step best goes by. Higher is better."""
+    return scores(folder / HELD_OUT, BEST_BY)
 
 
 def draft_spec(
@@ -189,6 +203,15 @@ def own_embedding(folder: Path, spec: DraftSpec, embed_VH: jax.Array, start: Sta
     noise = np.random.Generator(np.random.PCG64(0)).standard_normal((spec.target_width, spec.width), np.float32)
     project = jnp.asarray(noise / np.sqrt(np.float32(spec.target_width)))
     return jnp.matmul(embed_VH.astype(jnp.float32), project, precision=jax.lax.Precision.HIGHEST)
+
+
+def keep_embedding(folder: Path, spec: DraftSpec, tables: Tables) -> None:
+    """Writes the embedding of a draft of another width than the target's beside it: exports carry it."""
+    path = folder / EMBEDDING_FILE
+    if spec.width != spec.target_width and not path.is_file() and distributed.is_leader():
+        whole = io.BytesIO()
+        np.save(whole, np.asarray(tables.embed_VW, np.float32))
+        atomic_write(path, whole.getvalue())
 
 
 def _check_shared(start: Start | None, embed_VH: jax.Array) -> None:

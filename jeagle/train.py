@@ -6,9 +6,7 @@ draft. The same command again goes on from the last checkpoint.
 
 from __future__ import annotations
 
-import io
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +20,7 @@ from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.forward import Frozen, Program, trusted_attention
 from jeagle.held_out import HeldOut
-from jeagle.joints import DraftSpec, Tables
+from jeagle.joints import DraftSpec
 from jeagle.log import Log
 from jeagle.objective import ObjectiveSpec
 from jeagle.optimiser import learning_rate, make_optimiser
@@ -36,7 +34,7 @@ from jeagle.runtime.manifest import atomic_write, differences, finished_manifest
 from jeagle.runtime.mesh import row_parts, row_sharding
 from jeagle.runtime.preemption import stop_requested
 from jeagle.runtime.trace import StepTrace
-from jeagle.starting import EMBEDDING_FILE, check_engines, draft_spec
+from jeagle.starting import check_engines, draft_spec, held_out_scores, keep_embedding
 from jeagle.step import train_step
 
 
@@ -53,14 +51,18 @@ def main(arguments: list[str]) -> None:
 def train(config: RunConfig) -> dict[str, Any]:
     """The whole run, from its folder's state on. Returns the last step's figures."""
     run, state = set_up(config)
-    checkpoints = Checkpoints(config.folder / "checkpoints", keep=config.train.keep)
+    scores = held_out_scores(config.folder)
+    checkpoints = Checkpoints(config.folder / "checkpoints", keep=config.train.keep, scores=scores)
     start = checkpoints.latest() or 0
     if start:
         state = checkpoints.restore(start, state)
     buckets = choose_buckets(run.stream, run.program, run.steps, config.train.slot_buckets, config.data.row_length)
     log, watch = Log(config, start, run.steps, run.stream.row_numbers), Watch(config, state.draft, start)
     trace, flops = StepTrace(config.folder / "profile", config.profile), {}
-    with log, HeldOut(config, run.program, run.frozen, run.stores, start) as held_out, stop_requested() as stopping:
+    held_out = HeldOut(config, run.program, run.frozen, run.stores, start, scores)
+    with log, held_out, stop_requested() as stopping:
+        if start and due(config, run, start):
+            log.say(held_out.again(start, state))
         for step, widest, rows, kept in offline.with_features(run.stream, start, run.steps, run.stores):
             batch, stored = put_rows(rows, run.mesh), put_rows(kept, run.mesh)
             width = next(b for b in buckets if b >= widest)
@@ -72,12 +74,11 @@ def train(config: RunConfig) -> dict[str, Any]:
                 trace.wait(report)
             log.step(step, report, rows, flops.get(width, 0.0))
             log.say(watch.after(step, state.draft))
-            due = (step + 1) % config.train.save_every == 0 or step + 1 == run.steps
             stop = stopping(step)
-            if due or stop:
+            if due(config, run, step + 1) or stop:
                 log.drain()
                 checkpoints.save(step + 1, state)
-            if due:
+            if due(config, run, step + 1):
                 log.say(held_out(step + 1, state))
             if stop:
                 break
@@ -98,6 +99,11 @@ class Run(NamedTuple):
     steps: int
     mesh: Any
     stores: features.Mixture | None
+
+
+def due(config: RunConfig, run: Run, step: int) -> bool:
+    """Whether the state after so many steps is saved and evaluated."""
+    return step % config.train.save_every == 0 or step == run.steps
 
 
 def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
@@ -189,15 +195,6 @@ class Watch:
             return ""
         still = [path for path in unchanged(self.before, checksums(draft)) if self.moved(assemble.path_names(path))]
         return f"warning: not changed in {self.STEPS} steps: {', '.join(still)}" if still else ""
-
-
-def keep_embedding(folder: Path, spec: DraftSpec, tables: Tables) -> None:
-    """Writes the embedding of a draft of another width than the target's beside it: exports carry it."""
-    path = folder / EMBEDDING_FILE
-    if spec.width != spec.target_width and not path.is_file() and distributed.is_leader():
-        whole = io.BytesIO()
-        np.save(whole, np.asarray(tables.embed_VW, np.float32))
-        atomic_write(path, whole.getvalue())
 
 
 def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) -> None:

@@ -45,6 +45,7 @@ RUNS = {
     "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), [], "no checkpoint"),
     "no such step": (lambda run: None, ["--step", "7"], "no checkpoint of step 7; it has 0"),
     "no step at all": (lambda run: None, ["--step", "newest"], "no checkpoint of step newest; it has 0"),
+    "no held-out figures": (lambda run: None, ["--step", "best"], "no checkpoint with held-out figures"),
     "no metadata": (lose("_METADATA"), [], "no finished checkpoint"),
     "no manifest": (lambda run: (run / "checkpoints/0/default/manifest.ocdbt").unlink(), [], "incomplete or damaged"),
     "no arrays": (

@@ -70,7 +70,8 @@ def test_another_step_is_another_draft(tmp_path):
     for step in (1, 2):
         checkpoints.save(step, TrainState(tree(step), None, jnp.int32(step), jnp.int32(0)))
     checkpoints.close()
-    for step in (1, 2, "1", "2"):
-        found, arrays = open_saved(local(tmp_path), step, where="here")
-        assert found == int(step)
-        np.testing.assert_array_equal(_params(arrays)["fc"][...], tree(int(step))["fc"])
+    for step in (1, 2, "1", "2", "best"):
+        found, arrays = open_saved(local(tmp_path), step, where="here", scores={1: 1.4, 2: 1.3, 3: 9.0})
+        assert found == (1 if step == "best" else int(step))
+        np.testing.assert_array_equal(_params(arrays)["fc"][...], tree(found)["fc"])
+        assert load_named(tmp_path, step, {1: 1.4, 2: 1.3})[0] == found

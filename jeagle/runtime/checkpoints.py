@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,17 @@ class Checkpoints:
     """The checkpoints of one run, a folder each, named by step.
 
     A tree of arrays is stored by dotted names, so that what is read back does not depend on the classes that held it.
+
+    Args:
+      keep: how many of the newest are kept.
+      scores: by step, higher is better; the best of those that are there is kept besides. It may grow while the run
+        goes on, and must do so alike in all processes.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
+    def __init__(self, folder: Path, *, keep: int, scores: Mapping[int, float] | None = None):
         logging.getLogger("absl").setLevel(logging.ERROR)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        policy = _Kept(keep, {} if scores is None else scores)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
 
@@ -71,13 +79,32 @@ class Checkpoints:
         self._manager.close()
 
 
+@dataclasses.dataclass
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """The newest checkpoints, and the one with the best score."""
+
+    newest: int
+    scores: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        kept = {*steps[-self.newest :], best_step(steps, self.scores)}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def best_step(steps: Iterable[int], scores: Mapping[int, float]) -> int | None:
+    """Of these steps the one with the highest score, the later one of two; None where none has one."""
+    scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
+    return max(scored, key=lambda step: (scores[step], step), default=None)
+
+
 def _named(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def load_named(folder: Path, step: int | str) -> tuple[int, dict[str, Any]]:
-    """(step, arrays by name) of a checkpoint on this process's host memory; "last" is the newest.
+def load_named(folder: Path, step: int | str, scores: Mapping[int, float] | None = None) -> tuple[int, dict[str, Any]]:
+    """(step, arrays by name) of a checkpoint on this process's host memory; `step` as of `chosen_step`.
 
     Raises:
       UserError: when there is none.
@@ -85,17 +112,32 @@ def load_named(folder: Path, step: int | str) -> tuple[int, dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: the run has saved no checkpoint yet.")
     with ocp.CheckpointManager(folder.absolute()) as manager:
-        chosen = chosen_step(manager.all_steps(), step, where=str(folder))
+        chosen = chosen_step(manager.all_steps(), step, where=str(folder), scores=scores)
         return chosen, manager.restore(chosen, args=ocp.args.StandardRestore())
 
 
-def chosen_step(steps: Iterable[int], step: int | str, *, where: str) -> int:
-    """The step asked for, of those whose checkpoints are finished; "last" is the newest. UserError without it."""
+def chosen_step(steps: Iterable[int], step: int | str, *, where: str, scores: Mapping[int, float] | None = None) -> int:
+    """The step asked for, of those whose checkpoints are finished: a number, "last" for the newest, or "best".
+
+    Args:
+      scores: what "best" goes by, by step; of other steps than those that are there, too.
+
+    Raises:
+      UserError: without such a checkpoint, or for "best" where none of them has a score.
+    """
     there = sorted(steps)
     if not there:
         raise UserError(f"{where} holds no finished checkpoint: let the run save one first.")
     if str(step) == "last":
         return there[-1]
+    if str(step) == "best":
+        best = best_step(there, scores or {})
+        if best is None:
+            raise UserError(
+                f"{where} has no checkpoint with held-out figures, which the best step is chosen by: give --step last, "
+                f"or one of {', '.join(map(str, there))}."
+            )
+        return best
     if not str(step).isdigit() or int(step) not in there:
         raise UserError(f"{where} has no checkpoint of step {step}; it has {', '.join(map(str, there))}.")
     return int(step)

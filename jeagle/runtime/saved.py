@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,14 @@ def local(folder: Path) -> Spec:
     return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
-def open_saved(folder: Spec, step: int | str, *, where: str) -> tuple[int, dict[str, SavedArray]]:
+def open_saved(
+    folder: Spec, step: int | str, *, where: str, scores: Mapping[int, float] | None = None
+) -> tuple[int, dict[str, SavedArray]]:
     """(step, arrays by their path in the saved tree); nothing but their names is read.
 
     Args:
       folder: of the checkpoints, a folder a step.
-      step: a number, or "last" for the newest.
+      step, scores: as of `chosen_step`.
       where: the folder as the user knows it, for errors.
 
     Raises:
@@ -91,7 +94,7 @@ def open_saved(folder: Spec, step: int | str, *, where: str) -> tuple[int, dict[
         keys = {key.decode() for key in ts.KvStore.open(folder).result().list().result()}
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{where} cannot be listed: {_first_line(error)}.") from error
-    chosen = _choose(keys, step, where)
+    chosen = chosen_step(_finished(keys, where), step, where=where, scores=scores)
     inside = folder | {"path": f"{folder['path']}{chosen}/default/"}
     described = ts.KvStore.open(inside).result().read("_METADATA").result()
     try:
@@ -104,12 +107,11 @@ def open_saved(folder: Spec, step: int | str, *, where: str) -> tuple[int, dict[
     return chosen, {n: SavedArray(store, zarr, f"{where}/{chosen}") for n, store in stores.items()}
 
 
-def _choose(keys: set[str], step: int | str, where: str) -> int:
+def _finished(keys: set[str], where: str) -> list[int]:
     if not keys:
         raise UserError(f"{where} does not exist: the run has saved no checkpoint yet.")
     named = {key.split("/")[0] for key in keys}
-    steps = (int(n) for n in named if n.isdigit() and f"{n}/default/_METADATA" in keys)
-    return chosen_step(steps, step, where=where)
+    return [int(n) for n in named if n.isdigit() and f"{n}/default/_METADATA" in keys]
 
 
 def _below(folder: Spec, name: str, *, ocdbt: bool) -> Spec:

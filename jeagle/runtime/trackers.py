@@ -110,6 +110,14 @@ def open_trackers(names: Iterable[str], folder: str | Path, resume_step: int = 0
     return Trackers(opened)
 
 
+def scores(folder: Path, measure: str) -> dict[int, float]:
+    """A measure of metrics.jsonl by step; minus infinity where it was no number, nothing where there is no file."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    whole = (json.loads(line) for line in lines if math.isfinite(_step_of(line)))
+    return {row["step"]: -math.inf if row.get(measure) is None else float(row[measure]) for row in whole}
+
+
 def _step_of(line: str) -> float:
     """The step of a line; infinity, so that it is dropped, for a line cut off."""
     try:
