@@ -92,6 +92,8 @@ def take_in(args: Arguments) -> list[str]:
         _check_target(args, spec, known)
     elif len(readings) > 1:
         raise UserError(_question(draft, readings))
+    if draft.lacks_head and files:
+        draft = draft.with_head(_targets_head(args, files, spec, draft.draft_to_target(spec)))
     params = {name: parameter[...] for name, parameter in draft.params(spec).items()}
     with atomic_folder(args.out) as folder:
         _write_tables(folder, draft, spec)
@@ -116,6 +118,22 @@ def _check_target(args: Arguments, spec: DraftSpec, target: targets.TargetSpec) 
             f"{args.source} is for a target of width {spec.target_width} and vocabulary {spec.target_vocab}; "
             f"{args.target} has {target.width} and {target.vocab}: give --target the model that it was made for."
         )
+
+
+def _targets_head(args: Arguments, files: targets.TargetFiles, spec: DraftSpec, ids_D: np.ndarray) -> np.ndarray:
+    """The rows of the target's lm_head for the draft's vocabulary, float32 [D, W]."""
+    if spec.width != spec.target_width:
+        raise UserError(
+            f"{args.source} lacks lm_head.weight, and a draft of width {spec.width} cannot share that of a target of "
+            f"width {spec.target_width}."
+        )
+    family = targets.own_family(args.family) if args.family else None
+    table = targets.head_table(targets.open_weights(files), family)
+    head_DW = np.empty((len(ids_D), spec.width), np.float32)
+    for start in range(0, spec.target_vocab, _ROWS):
+        first, last = np.searchsorted(ids_D, (start, start + _ROWS))
+        head_DW[first:last] = table[start : start + _ROWS][ids_D[first:last] - start]
+    return head_DW
 
 
 def _config(args: Arguments, spec: DraftSpec) -> RunConfig:

@@ -23,6 +23,7 @@ from tests.converting import blank_target, convert, take_in, target
 from tests.exchange.drafts import (
     BOTH_ENGINES,
     CARD,
+    LONG,
     PLAIN,
     SPECULATORS_ONLY,
     VLLM_ONLY,
@@ -220,7 +221,7 @@ def known(tmp_path_factory) -> Path:
 def fitting(known: Path, **changes):
     """A draft's spec that fits the tiny target."""
     vocab = json.loads((known / "config.json").read_text())["vocab_size"]
-    sizes = {"target_width": tiny.WIDTH, "width": tiny.WIDTH, "target_vocab": vocab, "max_positions": 512}
+    sizes = {"target_width": tiny.WIDTH, "width": tiny.WIDTH, "target_vocab": vocab, "max_positions": 512, "rope": LONG}
     return dataclasses.replace(PLAIN, **sizes, draft_vocab=40, **changes)
 
 
@@ -275,6 +276,23 @@ def test_a_draft_for_another_target_is_refused(known, tmp_path):
     with pytest.raises(UserError, match=r"width 24 and vocabulary 40.*--target"):
         take_in(to_sglang(PLAIN, tmp_path / "source"), tmp_path / "run", "--target", known)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("draft_vocab", [40, 0], ids=["reduced", "full"])
+def test_a_head_that_is_missing_is_the_targets(draft_vocab, known, tmp_path, monkeypatch):
+    monkeypatch.setattr(importing, "settle", lambda config, how, folder, readings, params, step: (readings[0].spec, []))
+    spec = fitting(known)
+    spec = dataclasses.replace(spec, draft_vocab=draft_vocab or spec.target_vocab)
+    source = to_sglang(spec, tmp_path / "source")
+    without("lm_head.weight")(source)
+    (source / "config.json").write_text(json.dumps(config_in(source) | {"draft_vocab_size": None}))
+    with pytest.raises(UserError, match=r"lm_head\.weight is missing.*--target"):
+        take_in(source, tmp_path / "runs" / "draft")
+    run = take_in(source, tmp_path / "runs" / "draft", "--target", known)
+    _, found, params = assemble.load_draft(run, "last")
+    assert found == spec
+    rows = tensors_in(known)["lm_head.weight"]
+    np.testing.assert_array_equal(params["lm_head"], rows[assemble.trained_vocabulary(run)])
 
 
 # What is wrong leaves nothing behind.

@@ -79,7 +79,8 @@ class Attention(nnx.Module):
         heads = self._project(read, which)
         if self.spec.qk_norm:
             heads = rms_norm(heads, getattr(self, f"{which}_norm")[...], self.spec.norm_eps)
-        return rotate_by(self.spec.rope, heads, positions)
+        # What turns with the length (LongRoPE, dynamic) turns by that of the text so far, as in decoding with a cache.
+        return rotate_by(self.spec.rope, heads, positions, positions + 1)
 
     def _project(self, read: Read, which: str) -> jax.Array:
         kernel, width = getattr(self, f"{which}_proj")[...], read.hidden.shape[-1]

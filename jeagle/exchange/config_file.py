@@ -9,6 +9,7 @@ from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.exchange.config_json import LAYER_IDS
+from jeagle.exchange.config_kinds import check_kinds
 from jeagle.exchange.config_read import Hints, NormOutput, layout_of, spec_from_config
 from jeagle.joints import DraftSpec
 
@@ -41,6 +42,7 @@ def read_draft_config(
         raise UserError(f"--draft.json {path} is not JSON: {error}.") from None
     if not isinstance(config, dict):
         raise UserError(f"--draft.json {path} holds no configuration, but a {type(config).__name__}.")
+    check_kinds(config)
     if layout_of(config) == "speculators":
         decoder = config["transformer_layer_config"] = dict(config.get("transformer_layer_config") or {})
     else:

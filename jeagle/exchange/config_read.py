@@ -10,7 +10,8 @@ from typing import Any, Literal
 from jeagle.errors import UserError
 from jeagle.exchange.config_json import LAYER_IDS, PLAIN_ARCHITECTURE, WRITTEN_BY
 from jeagle.exchange.limits import Layout
-from jeagle.joints import DraftSpec, Rope
+from jeagle.exchange.rope_read import rope_of
+from jeagle.joints import DraftSpec
 
 NormOutput = Literal["carry", "head"]
 _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -66,6 +67,7 @@ def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     decoder = config if layout == "plain" else _need(config, "transformer_layer_config")
     _refuse_foreign(config, decoder, ("llama",) if layout == "plain" else ("llama", "qwen3"))
     heads, width = _count(decoder, "num_attention_heads"), _count(decoder, "hidden_size")
+    head_dim = decoder.get("head_dim") or _rows(shapes, "layers.0.self_attn.q_proj.weight") // heads
     norms = _plain_norms(config, hints) if layout == "plain" else _speculators_norms(config, hints)
     return DraftSpec(
         target_width=config.get("target_hidden_size") or width,
@@ -75,11 +77,11 @@ def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         taps=_taps(config, decoder, layout, hints.taps),
         heads=heads,
         kv_heads=decoder.get("num_key_value_heads") or heads,
-        head_dim=decoder.get("head_dim") or _rows(shapes, "layers.0.self_attn.q_proj.weight") // heads,
+        head_dim=head_dim,
         mlp_width=_count(decoder, "intermediate_size"),
         layers=_count(decoder, "num_hidden_layers"),
         norm_eps=float(_need(decoder, "rms_norm_eps")),
-        rope=_rope(decoder),
+        rope=rope_of(decoder, head_dim),
         max_positions=_count(decoder, "max_position_embeddings"),
         **norms,
         qk_norm=decoder["model_type"] == "qwen3",
@@ -146,35 +148,6 @@ def _taps(
             f"config.json has num_aux_hidden_states {decoder['num_aux_hidden_states']} for {len(taps)} layers."
         )
     return taps
-
-
-def _rope(decoder: Mapping[str, Any]) -> Rope:
-    """From transformers 5's rope_parameters, or rope_theta and rope_scaling of 4; both must then say the same."""
-    new, old = decoder.get("rope_parameters"), decoder.get("rope_scaling")
-    from_old = _one_rope(old or {}, decoder.get("rope_theta"))
-    if not new:
-        return from_old
-    rope = _one_rope(new, decoder.get("rope_theta"))
-    if "rope_theta" in decoder and rope.theta != from_old.theta:
-        raise UserError(f"config.json has two RoPE bases: rope_theta {from_old.theta}, rope_parameters {rope.theta}.")
-    if old and rope.scaling != from_old.scaling:
-        raise UserError("config.json has two RoPE scalings: rope_scaling and rope_parameters differ; keep one.")
-    return rope
-
-
-def _one_rope(parameters: Mapping[str, Any], theta: float | None) -> Rope:
-    if nested := [name for name, value in parameters.items() if isinstance(value, Mapping)]:
-        raise UserError(
-            f"config.json has a RoPE for each kind of layer ({', '.join(nested)}); jeagle's draft has one: put that of "
-            "its own layers into rope_parameters."
-        )
-    if parameters.get("partial_rotary_factor") not in (None, 1):
-        raise UserError("config.json has a partial_rotary_factor; jeagle's draft rotates whole heads.")
-    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items() if k not in ("rope_theta", "type")}
-    rest["rope_type"] = parameters.get("rope_type", parameters.get("type", "default"))
-    if rest == {"rope_type": "default"}:
-        rest = {}
-    return Rope(float(parameters.get("rope_theta") or theta or Rope.theta), tuple(sorted(rest.items())))
 
 
 def _window(decoder: Mapping[str, Any]) -> int:

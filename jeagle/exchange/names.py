@@ -21,6 +21,7 @@ Params = dict[str, np.ndarray]
 Shape = tuple[int, ...]
 FirstLayer = Literal["midlayer", "layers.0"]
 
+HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
 OFFSETS = "d2t"
 MASK = "t2d"

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from jeagle.errors import UserError
+from jeagle.exchange.config_kinds import check_kinds
 from jeagle.exchange.config_read import Hints, spec_from_config
 from jeagle.exchange.dialects import as_common
 from jeagle.exchange.limits import check_spec
 from jeagle.exchange.names import (
     EMBEDDING,
+    HEAD,
+    OFFSETS,
     TABLES,
     Params,
     check_embedding,
@@ -89,6 +92,15 @@ class OpenDraft:
     where: str
 
     @property
+    def lacks_head(self) -> bool:
+        """Whether no lm_head is stored: such a draft shares its target's."""
+        return HEAD not in self.tensors
+
+    def with_head(self, head_DW: np.ndarray) -> OpenDraft:
+        """The same draft with this lm_head."""
+        return dataclasses.replace(self, tensors=self.tensors | {HEAD: Tensor(head_DW.shape, head_DW.__getitem__)})
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
@@ -104,6 +116,11 @@ class OpenDraft:
         Raises:
           UserError: for a missing, unknown or wrongly shaped tensor by its torch name; when it is read, for NaN.
         """
+        if self.lacks_head:
+            raise UserError(
+                f"{self.where}: {HEAD} is missing, so that an engine would take the target's: take the draft in with "
+                "converters/from_eagle3.py and --target, which puts those rows there."
+            )
         expected = {torch_name(name, "layers.0"): (name, shape) for name, shape in expected_shapes(spec).items()}
         check_names(expected, self.tensors, where=self.where)
         params = {}
@@ -140,7 +157,12 @@ def open_draft(folder: str | Path) -> OpenDraft:
     config = _read_config(folder)
     tensors = open_tensors(folder)
     tables = {name: tensors.pop(name) for name in TABLES if name in tensors}
-    return OpenDraft(as_common(config, {n: t.shape for n, t in tensors.items()}), tensors, tables, str(folder))
+    common = as_common(config, {n: t.shape for n, t in tensors.items()})
+    if HEAD not in tensors and not common.get("draft_vocab_size"):
+        decoder = common.get("transformer_layer_config") or common
+        counted = tables[OFFSETS].shape[0] if OFFSETS in tables else decoder.get("vocab_size")
+        common = common | {"draft_vocab_size": counted}
+    return OpenDraft(common, tensors, tables, str(folder))
 
 
 def read_export(folder: str | Path, hints: Hints | None = None) -> ImportedDraft:
@@ -176,4 +198,5 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: {error}.") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no configuration, but a {type(config).__name__}.")
+    check_kinds(config)
     return config

@@ -24,7 +24,16 @@ LLAMA3 = Rope(
         ("rope_type", "llama3"),
     ),
 )
-LONG = Rope(10000.0, (("long_factor", (1.0, 2.5)), ("rope_type", "longrope"), ("short_factor", (1.0, 1.5))))
+LONG = Rope(
+    10000.0,
+    (
+        ("factor", 4.0),
+        ("long_factor", (1.0, 2.5, 4.0)),
+        ("original_max_position_embeddings", 512),
+        ("rope_type", "longrope"),
+        ("short_factor", (1.0, 1.5, 2.0)),
+    ),
+)
 
 PLAIN = DraftSpec(
     target_width=24,

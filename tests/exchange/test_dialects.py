@@ -159,3 +159,37 @@ def test_two_lists_that_contradict_each_other_are_two_readings(tmp_path):
     folder = to_sglang(SPEC, tmp_path / "draft")
     edit_config(folder, lambda c: c["eagle_config"].update(eagle_aux_hidden_state_layer_ids=[2, 4, 5]))
     assert [a["taps"] for a, _ in answers(folder, None)] == [(2, 4, 5), (3, 5, 6)]
+
+
+SU = {"type": "su", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0]}
+
+
+def test_longrope_is_completed_as_transformers_does_it(tmp_path):
+    """By its first name, its lengths outside the scaling (as Phi-3 writes them), or none but the longest."""
+    found = weights(tmp_path)
+    told = write_peer(
+        "specforge", tmp_path / "a", found, CONFIG, rope_scaling=SU, original_max_position_embeddings=1024
+    )
+    rope = read_export(told).spec.rope.scaling_dict
+    assert (rope["rope_type"], rope["original_max_position_embeddings"], rope["factor"]) == ("longrope", 1024, 4.0)
+    silent = write_peer("specforge", tmp_path / "b", found, CONFIG, rope_scaling=SU)
+    rope = read_export(silent).spec.rope.scaling_dict
+    assert (rope["original_max_position_embeddings"], rope["factor"]) == (4096, 1.0)
+
+
+ROPES = {
+    "no long factors": ({"type": "longrope", "short_factor": [1, 1, 1]}, "longrope without long_factor"),
+    "one pair short": (SU | {"long_factor": [1, 2]}, r"long_factor \[1, 2\]; heads of 6 dimensions need 3"),
+    "one number": (SU | {"short_factor": 2.0}, "short_factor 2.0"),
+    "scales of its own": (SU | {"short_mscale": 1.2}, "short_mscale"),
+    "no factor": ({"rope_type": "linear"}, "linear without factor"),
+    "half of llama3": ({"rope_type": "llama3", "factor": 8.0}, "llama3 without low_freq_factor"),
+}
+
+
+@pytest.mark.parametrize("fault", ROPES)
+def test_a_scaling_that_lacks_a_number_is_refused_when_it_is_read(fault, tmp_path):
+    scaling, named = ROPES[fault]
+    folder = write_peer("specforge", tmp_path / "draft", weights(tmp_path), CONFIG, rope_scaling=scaling)
+    with pytest.raises(UserError, match=named):
+        read_export(folder)

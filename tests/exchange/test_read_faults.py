@@ -1,6 +1,8 @@
 """What another program, or a slip, may have left in a folder: refused by name, or settled by a hint."""
 
+import copy
 import dataclasses
+import json
 
 import ml_dtypes
 import numpy as np
@@ -163,6 +165,38 @@ def test_a_folder_without_a_draft_or_with_half_of_one_is_refused(tmp_path):
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"config\.json"):
             read_export(folder)
+
+
+def _fields(tree, at=()):
+    for name, value in tree.items():
+        yield (*at, name)
+        if isinstance(value, dict):
+            yield from _fields(value, (*at, name))
+
+
+@pytest.mark.parametrize("layout", ["plain", "speculators"])
+@pytest.mark.parametrize("value", [..., None, "text", [1], -3], ids=["missing", "null", "text", "list", "negative"])
+def test_no_field_however_wrong_is_more_than_one_sentence(layout, value, tmp_path):
+    """Either the draft is read without the field, or it is refused."""
+    folder = to_vllm(dataclasses.replace(PLAIN, rope=LLAMA3), tmp_path / "draft", layout=layout)
+    whole = config_in(folder)
+    for path in _fields(whole):
+        config = copy.deepcopy(whole)
+        tree = config
+        for name in path[:-1]:
+            tree = tree[name]
+        tree.pop(path[-1]) if value is ... else tree.update({path[-1]: value})
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "\n" not in refusal(folder), path
+
+
+def refusal(folder) -> str:
+    """Empty where the draft is read."""
+    try:
+        read_export(folder)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 # Where a foreign folder leaves a question open, the answer is asked for, and one that contradicts it is refused.

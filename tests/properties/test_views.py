@@ -25,6 +25,16 @@ LLAMA3 = Rope(
         ("rope_type", "llama3"),
     ),
 )
+LONG = Rope(
+    1e4,
+    (
+        ("factor", 4.0),
+        ("long_factor", (1.0, 2.0, 3.0, 4.0)),
+        ("original_max_position_embeddings", 8),  # both documents outgrow it
+        ("rope_type", "longrope"),
+        ("short_factor", (1.0, 1.0, 1.1, 1.2)),
+    ),
+)
 SPECS = {
     "plain": {},
     "norm_before_residual": {"norm_before_residual": True},
@@ -33,6 +43,7 @@ SPECS = {
     "two_layers": {"layers": 2},
     "qk_norm": {"qk_norm": True, "head_dim": 16},
     "llama3_rope": {"rope": LLAMA3},
+    "long_rope": {"rope": LONG},
     "bias": {"attention_bias": True},
     "window": {"sliding_window": 9},
     "window_within_the_steps": {"sliding_window": 3, "layers": 2},

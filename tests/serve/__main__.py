@@ -17,7 +17,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 
@@ -27,7 +27,7 @@ from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
 from tests.serve import drafts, peers, with_vllm
 from tests.serve.reference import Settings
-from tests.serve.served import Served, prepare
+from tests.serve.served import Layout, Served, prepare
 
 QUICKSTART = Path("runs/quickstart")
 
@@ -42,8 +42,9 @@ class Arguments:
     """Which drafts are made and served; `all` for every one, and runs/quickstart where it is."""
     engines: tuple[Literal["vllm", "speculators", "sglang"], ...] = ("vllm", "speculators", "sglang")
     """Who is asked."""
-    faults: bool = True
-    """Plant faults in the first draft's export: each must make vLLM's counters differ."""
+    faults: tuple[Layout, ...] = ("speculators",)
+    """Layouts in which faults are planted in the first draft's export: each must make vLLM's counters differ. With
+    --drafts all in every layout."""
     venv: Path = Path(".venv-serve")
     """The environment that has vLLM, with folders speculators and sglang of what those need besides."""
     out: Path | None = None
@@ -72,9 +73,13 @@ def findings(args: Arguments, work: Path) -> Iterator[dict[str, Any]]:
     python = args.venv / "bin" / "python"
     served = [prepare(name, run, work / name, args.settings) for name, run in runs(args, work)]
     if "vllm" in args.engines:
-        yield from with_vllm.check(python, served, work, with_faults=args.faults)
+        yield from with_vllm.check(python, served, work, faulty=faulty(args))
     for one in served:
         yield from peer_findings(args, python, one, work)
+
+
+def faulty(args: Arguments) -> tuple[Layout, ...]:
+    return get_args(Layout) if args.drafts == ("all",) and not args.run and args.faults else args.faults
 
 
 def peer_findings(args: Arguments, python: Path, served: Served, work: Path) -> Iterator[dict[str, Any]]:

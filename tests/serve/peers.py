@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
-from jeagle import assemble, targets
+from jeagle import assemble
 from jeagle.errors import UserError
 from jeagle.joints import DraftSpec
 from jeagle.layers.rope import attention_factor, inverse_frequencies
@@ -30,7 +29,7 @@ def speculators(python: Path, site: Path, served: Served, work: Path) -> dict[st
     ours = loss.on_first_row(served.run)
     arrays = work / f"{served.name}.npz"
     np.savez(arrays, **ours.arrays)
-    export = with_verifier(served.exports["speculators"], served.target, work / f"{served.name}-speculators")
+    export = loadable(served.exports["speculators"], served.target, work / f"{served.name}-speculators")
     found = call(python, site, "in_speculators.py", export, arrays)
     wrong = [f"{name} was not loaded as it is" for name in found["not_loaded"]]
     if found["counting"] != [round(c) for c in ours.counting]:
@@ -41,20 +40,16 @@ def speculators(python: Path, site: Path, served: Served, work: Path) -> dict[st
     return finding("speculators", served, "speculators", wrong, theirs, {"loss": ours.loss, "by_step": ours.by_step})
 
 
-def with_verifier(export: Path, target: Path, out: Path) -> Path:
-    """A copy of an export that names the target's float32 folder, wherever the run had its target from.
-
-    It also holds the target's embedding, as the library's own files do: what a file lacks, version 0.9.0 leaves
-    uninitialised when it means to take the target's.
-    """
+def loadable(export: Path, target: Path, out: Path) -> Path:
+    """The export itself where it names a folder that the library can read its target from. Where the run has its target
+    from elsewhere (a package, a GGUF file), a copy that names the target's float32 folder."""
+    config = json.loads((export / "config.json").read_text())
+    verifier = config["speculators_config"]["verifier"]
+    if (Path(verifier["name_or_path"]) / "config.json").is_file():
+        return export
+    verifier["name_or_path"] = str(target)
     shutil.copytree(export, out)
-    config = json.loads((out / "config.json").read_text())
-    config["speculators_config"]["verifier"]["name_or_path"] = str(target)
     (out / "config.json").write_text(json.dumps(config))
-    tensors = load_file(out / "model.safetensors")
-    source = targets.open_weights(targets.resolve(str(target)))
-    tensors.setdefault("embed_tokens.weight", source.read("model.embed_tokens.weight"))
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,21 +26,20 @@ class Trial(NamedTuple):
     folder: Path
 
 
-def check(python: Path, served: list[Served], work: Path, *, with_faults: bool) -> Iterator[dict[str, Any]]:
-    """A finding for each draft in each layout, and for each fault of the first draft."""
+def check(python: Path, served: list[Served], work: Path, *, faulty: Sequence[Layout]) -> Iterator[dict[str, Any]]:
+    """A finding for each draft in each layout, and for each fault of the first draft in the layouts `faulty`."""
     trials = [Trial(one, layout, "", folder) for one in served for layout, folder in one.exports.items()]
-    if with_faults:
-        trials += planted(served[0], work / "faults")
+    for layout in faulty:
+        trials += planted(served[0], layout, work / "faults" / layout)
     for trial, answer in zip(trials, answers(python, trials, work), strict=True):
         yield judged(trial, answer)
 
 
-def planted(served: Served, work: Path) -> Iterator[Trial]:
+def planted(served: Served, layout: Layout, work: Path) -> Iterator[Trial]:
     """An export once with each fault that this draft can have."""
-    layout, folder = next(iter(served.exports.items()))
     for fault in faults.FAULTS:
         out = work / fault.replace(" ", "_")
-        if faults.plant(fault, folder, out):
+        if faults.plant(fault, served.exports[layout], out):
             yield Trial(served, layout, fault, out)
         else:
             print(f"{served.name}: {fault} cannot be planted in this draft", flush=True)
