@@ -7,7 +7,7 @@
 # make serve-check: a tiny draft is trained, exported and served by vLLM on a CPU: texts and counters of accepted tokens are
 # those of jeagle's own decoding, and with a fault planted in the export they are not; the speculators library gives
 # its loss, SGLang's class loads it. Installs them. RUN=runs/NAME takes a run of yours, DRAFTS=all every kind of draft and
-# runs/quickstart where it is; ENGINES=vllm asks only that one.
+# runs/quickstart where it is, with the faults in both layouts; ENGINES=vllm asks only that one.
 # make kill-check: writers of a store killed at fifty random moments, two at a time; the tests do it at six.
 # PYTHON=... chooses the interpreter, ARGS="--train.steps 100" overrides fields of the quickstart's recipe.
 
