@@ -12,6 +12,10 @@ DRIVERS = {"gs://": "gcs", "s3://": "s3"}
 # Before the first answer a wrong address is likelier than a pause; afterwards a run outlives three minutes of silence.
 FIRST = {"max_retries": 3, "initial_delay": "500ms", "max_delay": "2s"}
 LATER = {"max_retries": 10, "initial_delay": "1s", "max_delay": "32s"}
+_CREDENTIALS = {
+    "gs://": "GOOGLE_APPLICATION_CREDENTIALS, or log in with gcloud",
+    "s3://": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+}
 _SIGNS = ("http_response_code", "retry attempts failed", "CURL error", "credentials", "Endpoint ", "bucket name")
 _REFUSED = ("'401'", "'403'", "PERMISSION_DENIED", "UNAUTHENTICATED")
 
@@ -60,14 +64,12 @@ def unreachable(url: str, error: Exception) -> Unreachable | None:
     if "bucket name" in text:
         return Unreachable(f"{url} cannot be used: {url.split('/')[2]} is no name of a bucket.")
     if "credentials" in text:
-        return Unreachable(
-            f"{url} cannot be used: no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "whatever else your storage takes."
-        )
+        return Unreachable(f"{url} cannot be used: no credentials were found. Set {_CREDENTIALS[url[:5]]}.")
     if any(sign in text for sign in _REFUSED):
         return Unreachable(
             f"{url} cannot be used: access is refused ({code or 'no reason given'}). Check the credentials, and what "
             "they may do in this bucket."
         )
     reason = re.sub(r" \[.*", "", text.split("failed: ")[-1]).splitlines()[0][:200]
-    return Unreachable(f"{url} cannot be reached ({reason}). Check the network, and AWS_ENDPOINT_URL where it is set.")
+    endpoint = ", and AWS_ENDPOINT_URL where it is set" if url.startswith("s3://") else ""
+    return Unreachable(f"{url} cannot be reached ({reason}). Check the network{endpoint}.")

@@ -48,6 +48,12 @@ def test_a_server_that_is_not_there(monkeypatch, bucket, endpoint):
         storing.main(["info", "s3://none/s"])
 
 
+def test_the_other_kind_of_storage_is_away_too(monkeypatch):
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"gs://none/s cannot be reached \(.*\). Check the network.$"):
+        storing.main(["info", "gs://none/s"])
+
+
 def test_a_server_that_goes_away_is_not_taken_for_damage():
     """`prune --damaged` would remove what cannot be read."""
     with object_storage() as (url, server):
