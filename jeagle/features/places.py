@@ -81,12 +81,15 @@ class Place:
                 os.replace(aside, self.path / key)
 
     def write_new(self, key: str, data: bytes) -> bool:
-        """Writes a key whole unless it is there already; of several writers one gets True."""
+        """Writes a key whole unless it is there already; of several writers, of unlike bytes, one gets True."""
         with faults_named(self):
             if self.path is None:
-                # Asked first: a server that ignores the condition still keeps what has long been there.
-                there = self._kv.read(key).result().state == "value"
-                return not there and bool(self._kv.write(key, data, if_equal=_ABSENT).result().generation)
+                # Asked first: a server that ignores the condition still keeps what has long been there. And asked last:
+                # where the answer to a first try was lost, the second one finds the first one's bytes in its way.
+                if self.read(key) is not None:
+                    return False
+                accepted = self._kv.write(key, data, if_equal=_ABSENT).result().generation
+                return bool(accepted) or self.read(key) == data
             if (self.path / key).exists():
                 return False
             try:

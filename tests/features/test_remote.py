@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from moto.core import set_initial_no_auth_action_count
 
@@ -52,6 +54,29 @@ def test_the_other_kind_of_storage_is_away_too(monkeypatch):
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"gs://none/s cannot be reached \(.*\). Check the network.$"):
         storing.main(["info", "gs://none/s"])
+
+
+class Forgetful:
+    """A key-value store whose answers to writes are lost, so that they are tried again."""
+
+    def __init__(self, true: Any):
+        self.true = true
+
+    def read(self, key: str) -> Any:
+        return self.true.read(key)
+
+    def write(self, key: str, data: bytes, **how: Any) -> Any:
+        self.true.write(key, data, **how).result()
+        return self.true.write(key, data, **how)
+
+
+def test_a_writer_whose_answer_was_lost_knows_that_it_was_the_first(bucket):
+    """It would remove the segment that its own manifest names."""
+    place = features.Place(f"{bucket}/lost")
+    assert place.read("a") is None
+    place._opened = Forgetful(place._opened)
+    assert place.write_new("a", b"mine")
+    assert not place.write_new("a", b"another's") and place.read("a") == b"mine"
 
 
 def test_a_server_that_goes_away_is_not_taken_for_damage():
