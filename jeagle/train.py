@@ -67,12 +67,13 @@ def train(config: RunConfig) -> dict[str, Any]:
             batch, stored = put_rows(rows, run.mesh), put_rows(kept, run.mesh)
             width = next(b for b in buckets if b >= widest)
             given = run.program, run.optimiser, state, run.frozen, batch, width, stored
-            if log.peak and width not in flops:
-                flops[width] = count_flops(train_step.trace(*given).jaxpr)
+            share = offline.share_read(run.stores, rows, kept)
+            if log.peak and (width, share) not in flops:
+                flops[width, share] = count_flops(train_step.trace(*given).jaxpr)
             with trace:
                 state, report = train_step(*given)
                 trace.wait(report)
-            log.step(step, report, rows, flops.get(width, 0.0))
+            log.step(step, report, rows, flops.get((width, share), 0.0), share)
             log.say(watch.after(step, state.draft))
             stop = stopping(step)
             if due(config, run, step + 1) or stop:
@@ -114,7 +115,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
     check_parts(config, learnt, mesh)
     claim_folder(config)
-    stores = offline.filled_stores(config)
+    stores = offline.filled_stores(config, mesh)
     prepared = offline.prepare(config, stores)  # found, or made on a host that does not share the leader's disk
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
     teacher = offline.teacher(config, stores, mesh)

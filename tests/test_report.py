@@ -11,7 +11,7 @@ from jeagle import report as command
 from jeagle.errors import UserError
 from jeagle.exchange.card import Export, ExportCard, readme
 from jeagle.joints import DraftSpec
-from jeagle.report import headline, read_metrics, shortfalls, summary_lines, write_report
+from jeagle.report import headline, mean_logged, read_metrics, shortfalls, summary_lines, write_report
 
 REPORT = {
     "target": "pypi:some-model==1.2",
@@ -213,6 +213,14 @@ def test_serve_commands_are_those_of_the_exports_readme(tmp_path):
             export = Export(engine, "plain", "bfloat16", folder, spec, 8, ExportCard(target_ref=target))
             told = re.findall(r"```bash\n(.*?)\n```", readme(export), re.S)[0]
             assert f"<pre>{told}</pre>" in page
+
+
+def test_the_share_of_rows_that_were_read_is_the_mean_over_the_run(tmp_path):
+    rows = [{"step": 1, "read_share": 0.25}, {"step": 2, "read_share": 0.75}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = REPORT | {"read_share": mean_logged(tmp_path, "read_share")}
+    assert "50% of rows read from a store" in "\n".join(summary_lines(report))
+    assert mean_logged(tmp_path, "loss") is None and "read from" not in "\n".join(summary_lines(REPORT))
 
 
 def test_the_summary_is_ten_lines_at_most_and_says_the_main_figures():

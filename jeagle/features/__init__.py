@@ -3,7 +3,8 @@
 from jeagle.features.claims import Claims
 from jeagle.features.formats import Kind, Scaled, Stored, bytes_per_token, channel_scales, decode, encode
 from jeagle.features.manifests import DATA, Segment, check_fit, finished, read_store
-from jeagle.features.mixture import Mixture, open_stores
+from jeagle.features.mixture import Dealt, Mixture, open_stores
+from jeagle.features.partial import Layout, Partial
 from jeagle.features.places import Full, Place
 from jeagle.features.reader import Store
 from jeagle.features.rows import Ragged, joined, ragged
@@ -14,9 +15,12 @@ __all__ = [
     "DATA",
     "Claims",
     "Damage",
+    "Dealt",
     "Full",
     "Kind",
+    "Layout",
     "Mixture",
+    "Partial",
     "Place",
     "Ragged",
     "Scaled",
