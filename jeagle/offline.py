@@ -20,7 +20,7 @@ from jeagle.joints import Batch, Tables
 from jeagle.recheck import at_hand, recheck, spec_of, stored_tables
 from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.manifest import atomic_folder, fingerprint, write_manifest
-from jeagle.storing import template_settings
+from jeagle.storing import check_serves, template_settings
 from jeagle.targets import TargetFiles, TargetSpec
 
 _ROWS = 256  # read and written at a time
@@ -55,6 +55,7 @@ def open_stores(config: RunConfig) -> features.Mixture | None:
     mixture = features.open_stores(config.features)
     first = mixture.stores[0]
     for store in mixture.stores:
+        check_serves(store.form, config, f"The store {store}")
         wanted = expected(config, store)
         features.check_fit(store.place, wanted, store.about["made_from"], _DOING)
         alike = {name: first.about["made_from"][name] for name in ("target", "taps", "arrays")}

@@ -1,23 +1,36 @@
 """Features of prepared data in tensorstore: writing, reading, checking."""
 
 from jeagle.features.claims import Claims
-from jeagle.features.formats import Kind, Scaled, Stored, bytes_per_token, channel_scales, decode, encode
+from jeagle.features.formats import (
+    LOG_PROBS,
+    Form,
+    Kind,
+    Scaled,
+    Stored,
+    bytes_per_token,
+    channel_scales,
+    decode,
+    encode,
+)
 from jeagle.features.manifests import DATA, Segment, check_fit, finished, read_store
 from jeagle.features.mixture import Mixture, open_stores
 from jeagle.features.places import Full, Place
 from jeagle.features.reader import Store
-from jeagle.features.rows import Ragged, joined, ragged
+from jeagle.features.rows import Places, Ragged, joined, places_of, ragged
 from jeagle.features.verify import Damage, prune, verify
 from jeagle.features.writer import Unit, Writer, units_of
 
 __all__ = [
     "DATA",
+    "LOG_PROBS",
     "Claims",
     "Damage",
+    "Form",
     "Full",
     "Kind",
     "Mixture",
     "Place",
+    "Places",
     "Ragged",
     "Scaled",
     "Segment",
@@ -33,6 +46,7 @@ __all__ = [
     "finished",
     "joined",
     "open_stores",
+    "places_of",
     "prune",
     "ragged",
     "read_store",

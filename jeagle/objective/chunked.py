@@ -17,12 +17,30 @@ from jeagle.joints import PLAIN_LOGITS, LogitShape
 from jeagle.objective.losses import Mixture, Teacher, Terms, overlap, weighted
 from jeagle.runtime.numerics import first_largest, rows_product, summed_product
 
+_UNKNOWN = -1e30  # of a token that is not among those known: no probability, yet no nan where none is known
+
+
+class Known(NamedTuple):
+    """A truncated teacher: P entries of the target's distribution over its whole vocabulary, at each position.
+
+    What is learnt from is renormalised over what is known of the draft vocabulary. What acceptance is taken against is
+    not: a token of which nothing is known counts as one that the target never says, so that acceptance is understated,
+    by the mass of the unknown at most. (Not so where a recipe is `renormalised`.)
+
+    Attributes:
+      entries_BMP: as draft vocabulary entries, D where the draft has none.
+      log_probs_BMP: logs of their probabilities over the whole vocabulary.
+    """
+
+    entries_BMP: jax.Array
+    log_probs_BMP: jax.Array
+
 
 class Taught(NamedTuple):
     """Teacher positions and what they teach, [B, M, ...].
 
     Attributes:
-      last_BMH: the target's final states; head_DH reads them.
+      source: the target's final states [B, M, H], which head_DH reads; or what is known of its distributions.
       head_DH: the target's lm_head rows of the draft vocabulary.
       lse_BM: logsumexp of the target's logits over its whole vocabulary.
       label_BM: the target's argmax as a draft vocabulary entry, -1 where the draft cannot say it.
@@ -30,7 +48,7 @@ class Taught(NamedTuple):
       factors: of each of the recipe's terms, what it is multiplied with at each slot [B, M, K]; None is 1.
     """
 
-    last_BMH: jax.Array
+    source: jax.Array | Known
     head_DH: jax.Array
     lse_BM: jax.Array
     label_BM: jax.Array
@@ -121,9 +139,12 @@ def _scan(recipe, hidden_BMKW, lm_head_DW, taught, *, with_gradient):
 
     def body(carry, parts):
         total, dhead_WD = carry
-        hidden, last, lse, label, weight, factors = parts
+        hidden, source, lse, label, weight, factors = parts
         hidden = hidden.astype(dtype)
-        teacher = _teacher(recipe, recipe.logits(rows_product(last.astype(dtype), teacher_head, rows=True)), lse)
+        if isinstance(source, Known):
+            teacher = _teacher(recipe, _known_logits(source, len(teacher_head)), jnp.zeros_like(lse))
+        else:
+            teacher = _teacher(recipe, recipe.logits(rows_product(source.astype(dtype), teacher_head, rows=True)), lse)
         logits = rows_product(hidden, lm_head, rows=True)
         losses, chunk_total, dlogits = _loss(recipe, logits, teacher, weight, factors, with_gradient)
         correct = first_largest(logits) == label[..., None]
@@ -136,7 +157,7 @@ def _scan(recipe, hidden_BMKW, lm_head_DW, taught, *, with_gradient):
         return (total + chunk_total, dhead_WD), (slotwise, rows_product(dlogits, lm_head))
 
     dhead_WD = jnp.zeros(lm_head_DW.shape[::-1], kind) if with_gradient else ()
-    parts = hidden_BMKW, taught.last_BMH, taught.lse_BM, taught.label_BM, taught.weight_BMK, taught.factors
+    parts = hidden_BMKW, taught.source, taught.lse_BM, taught.label_BM, taught.weight_BMK, taught.factors
     chunks = jax.tree.map(lambda x: _split(x, chunk), parts)
     carry, out = jax.lax.scan(body, (jnp.zeros((), kind), dhead_WD), chunks)
     return carry, jax.tree.map(_join, out)
@@ -153,6 +174,14 @@ def _teacher(recipe: Recipe, logits_BmD: jax.Array, lse_Bm: jax.Array) -> Teache
     if recipe.temperature == 1.0:
         return Teacher(probs, probs * jnp.exp(normaliser - lse_Bm[..., None, None]))
     return Teacher(probs, jnp.exp(logits - lse_Bm[..., None, None]))
+
+
+def _known_logits(known: Known, size: int) -> jax.Array:
+    """What is known as logits [B, m, D] whose logsumexp over the whole vocabulary is 0."""
+    log_probs = known.log_probs_BMP
+    rows, places = jnp.arange(len(log_probs))[:, None, None], jnp.arange(log_probs.shape[1])[None, :, None]
+    nothing = jnp.full((*log_probs.shape[:2], size), _UNKNOWN, log_probs.dtype)
+    return nothing.at[rows, places, known.entries_BMP].set(log_probs, mode="drop")
 
 
 def _loss(recipe: Recipe, logits, teacher: Teacher, weight, factors, with_gradient: bool):

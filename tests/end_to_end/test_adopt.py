@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
         save_file(
             {"hidden_states": kept, "token_ids": tokens[i].astype(np.int64)}, folder / "vllm" / f"hs_{i}.safetensors"
         )
-    np.savez(folder / "expected.npz", last=found.last.values, greedy=found.greedy_BT)
+    np.savez(folder / "expected.npz", last=found.teacher.values, greedy=found.greedy_BT)
     return folder
 
 
@@ -55,7 +55,7 @@ def test_states_of_vllm_become_a_store(folder):
     batch = store.batch("train", range(14))
     got = features.decode(store.stored("train", range(14), batch))
     expected = np.load(folder / "expected.npz")
-    np.testing.assert_allclose(np.asarray(got.last_BTH)[:, :40], expected["last"][:14], rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(np.asarray(got.teacher)[:, :40], expected["last"][:14], rtol=0.05, atol=0.05)
     assert (np.asarray(got.greedy_BT)[:, :40] == expected["greedy"][:14]).mean() > 0.97
     first = load_file(folder / "vllm" / "hs_0.safetensors")["hidden_states"][:, :-1]
     np.testing.assert_array_equal(np.asarray(got.taps_BTAH)[0, :40], first.astype(np.float32))
