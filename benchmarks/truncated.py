@@ -30,7 +30,7 @@ from jeagle.joints import Batch, Features
 from jeagle.runtime.host import prepare_host
 from jeagle.storing import measure
 
-KEPT = (16, 64, 256)
+KEPT = (16, 64, 128, 256)
 AT_ONCE = 4  # rows
 
 

@@ -266,7 +266,7 @@ class StoreConfig:
     """seen: tapped states only where some slot can see them, which spares what follows a document's last answer."""
     teacher: Literal["last", "top_k"] = "last"
     """What is learnt from: what the target's lm_head reads; or the likeliest tokens alone, for less room."""
-    top_k: int = 64
+    top_k: int = 256
     """How many of them, with --store.teacher top_k."""
     segment_mb: int = 256
     """Size of a segment: what a writer holds in memory, and makes again when it was killed."""

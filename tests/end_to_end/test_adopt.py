@@ -61,6 +61,23 @@ def test_states_of_vllm_become_a_store(folder):
     np.testing.assert_array_equal(np.asarray(got.taps_BTAH)[0, :40], first.astype(np.float32))
 
 
+def test_what_a_store_keeps_of_others_states_is_the_users_to_say(folder):
+    """The likeliest tokens are those of the states, by the target's own head."""
+    out = folder / "likeliest"
+    adopt.adopt(
+        config_of(folder, store__teacher="top_k", store__top_k=5, store__taps_at="seen"), folder / "vllm", str(out)
+    )
+    store = features.Store(str(out))
+    batch = store.batch("train", range(14))
+    got, expected = store.stored("train", range(14), batch), np.load(folder / "expected.npz")
+    assert store.form == features.Form("bfloat16", top_k=5, taps_at="seen")
+    np.testing.assert_array_equal(got.teacher.ids_BTP[..., 0], got.greedy_BT)
+    assert (got.greedy_BT[:, :40] == expected["greedy"][:14]).mean() > 0.97
+    assert (
+        not got.taps.values[:, 39].any() and got.taps.values[:, 38].any(axis=(1, 2)).all()
+    )  # nothing follows the last
+
+
 def test_states_of_other_layers_or_another_target_are_refused(folder, tmp_path):
     for i in range(2):
         tree = load_file(folder / "vllm" / f"hs_{i}.safetensors")

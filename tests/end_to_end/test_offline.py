@@ -149,7 +149,7 @@ def test_what_a_store_cannot_teach_is_refused(folder, stores, likeliest, monkeyp
     for reason, switches in cases.items():
         with pytest.raises(UserError, match=f"The store {likeliest} keeps .*{reason}"):
             train(config_of(folder, name="cannot", features=likeliest, **switches))
-    with pytest.raises(UserError, match="The store asked for keeps the 64 likeliest tokens"):
+    with pytest.raises(UserError, match="The store asked for keeps the 256 likeliest tokens"):
         filling.extract(
             config_of(folder, name="cannot", store__teacher="top_k", objective__loss="reverse_kl"), str(folder / "none")
         )
