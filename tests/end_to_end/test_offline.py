@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -161,13 +162,18 @@ def test_what_a_store_cannot_teach_is_refused(folder, stores, likeliest, monkeyp
         train(config_of(folder, name="mixed3", features=f"{stores['float32']},{likeliest}"))
     read = reader.Store.stored
 
-    def other(self, split, rows, batch):
+    def other(self, split, rows, batch, stays):
         found = read(self, split, rows, batch)
-        return found._replace(teacher=found.teacher._replace(ids_BTP=found.teacher.ids_BTP[..., ::-1]))
+        ids = found.teacher.ids_BTP
+        turned = np.concatenate([ids[..., :stays], ids[..., stays:][..., ::-1]], axis=-1)
+        return found._replace(teacher=found.teacher._replace(ids_BTP=turned))
 
-    monkeypatch.setattr(reader.Store, "stored", other)
+    monkeypatch.setattr(reader.Store, "stored", functools.partialmethod(other, stays=0))
     with pytest.raises(UserError, match="contradicts itself"):
         train(config_of(folder, name="contradicts", features=likeliest, store__check_rows=0))
+    monkeypatch.setattr(reader.Store, "stored", functools.partialmethod(other, stays=1))
+    with pytest.raises(UserError, match="of their mass lies elsewhere"):
+        train(config_of(folder, name="contradicts", features=likeliest))
 
 
 def test_auto_fills_a_store_of_its_own_and_goes_on_with_it(folder, stores):
