@@ -69,11 +69,11 @@ def stored(batch: Batch, form: features.Form, seed: int) -> features.Stored:
     return features.Stored(taps, TopK(ids, log_probs, (rng.random(near.shape) * near).astype(np.float32)), greedy, lse)
 
 
-def about(form: features.Form, **made_from: Any) -> dict[str, Any]:
+def about(form: str, **made_from: Any) -> dict[str, Any]:
     data = {"end_token_ids": [1], "target_vocab": VOCAB, "source": "s", "template": "t"}
     return {
         "format": 1,
-        "made_from": {"data": data, "taps": [1, 2, 3], "arrays": form.described()} | made_from,
+        "made_from": {"data": data, "taps": [1, 2, 3], "arrays": FORMS[form].described()} | made_from,
         "layout": {"rows_per_segment": 3, "row_length": LENGTH},
         "splits": {split: {"rows": count} for split, count in SPLITS.items()},
         "command": "extract",
@@ -85,7 +85,7 @@ def fill(url: str | Path, form: str = "int8", pause: float = 0.0, **made_from: A
     written."""
     if pause:
         random.seed(os.getpid())
-    writer = features.Writer(features.Place(str(url)), about(FORMS[form], **made_from))
+    writer = features.Writer(features.Place(str(url)), about(form, **made_from))
     tables = {"embed": np.ones((VOCAB, HIDDEN), np.float32)}
     for name, shape in (("taps_channel", (TAPS, HIDDEN)), ("last_channel", (HIDDEN,))):
         tables[name] = np.random.default_rng(3).random(shape).astype(np.float32)

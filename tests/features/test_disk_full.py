@@ -53,7 +53,7 @@ def test_a_full_disk_stops_cleanly_and_is_gone_on_from(tmp_path):
 
 
 def test_a_disk_that_fills_up_before_the_manifest(tmp_path, monkeypatch):
-    writer = features.Writer(features.Place(str(tmp_path / "s")), made.about(made.FORMS["int8"]))
+    writer = features.Writer(features.Place(str(tmp_path / "s")), made.about("int8"))
     unit = features.units_of(made.SPLITS, 3)[0]
     found = features.ragged(*made.content("train", "int8"), unit.rows)
 

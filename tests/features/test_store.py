@@ -74,7 +74,7 @@ def test_writers_at_once_share_the_work(tmp_path):
 
 def test_two_that_make_the_same_segment_leave_one(tmp_path):
     place = features.Place(str(tmp_path / "s"))
-    writers = [features.Writer(place, made.about(made.FORMS["int8"])) for _ in range(2)]
+    writers = [features.Writer(place, made.about("int8")) for _ in range(2)]
     unit = features.units_of(made.SPLITS, 3)[1]
     found = features.ragged(*made.content("train", "int8"), unit.rows)
     assert [w.commit(unit, found, 8) for w in writers] == [True, False]
@@ -83,7 +83,7 @@ def test_two_that_make_the_same_segment_leave_one(tmp_path):
 
 def test_what_a_dead_writer_left_is_made_again(tmp_path):
     place = features.Place(str(tmp_path / "s"))
-    dead = features.Writer(place, made.about(made.FORMS["int8"]))
+    dead = features.Writer(place, made.about("int8"))
     unit = features.units_of(made.SPLITS, 3)[0]
     assert dead.take_one(unit)
     path = tmp_path / "s" / "claims" / f"{unit.name}.json"
@@ -95,7 +95,7 @@ def test_what_a_dead_writer_left_is_made_again(tmp_path):
 
 def test_an_unfinished_store_is_not_trained_from(tmp_path):
     place = features.Place(str(tmp_path / "s"))
-    writer = features.Writer(place, made.about(made.FORMS["int8"]))
+    writer = features.Writer(place, made.about("int8"))
     unit = features.units_of(made.SPLITS, 3)[0]
     writer.commit(unit, features.ragged(*made.content("train", "int8"), unit.rows), 8)
     with pytest.raises(UserError, match="22 of 25 rows are missing, and its tables"):
