@@ -141,6 +141,11 @@ def validate(config: RunConfig) -> None:
     for flag, value in positive.items():
         if value <= 0:
             raise UserError(f"--{flag} is {value}; it must be above 0.")
+    if config.features_rest == "online" and config.features in ("online", "auto"):
+        raise UserError(
+            f"--features-rest online is about a store that lacks rows, and --features {config.features} names none: "
+            "give --features STORE, or leave it out."
+        )
     if config.data.max_conversations < 0:
         raise UserError(f"--data.max-conversations is {config.data.max_conversations}; 0 takes all, none is negative.")
     if not 0 <= config.data.held_out < 1:

@@ -89,11 +89,15 @@ class HeldOut:
     def _read(self, start: int) -> tuple[Batch, features.Stored | None]:
         """This process's share of the rows from `start` on; what fills the last batch up teaches nothing."""
         share = self._size // jax.process_count()
-        places = start + jax.process_index() * share + np.arange(share)
-        numbers = self._numbers[np.minimum(places, len(self._numbers) - 1)]
-        rows = Batch(*(np.ascontiguousarray(array[numbers]) for array in self._rows))
-        stored = self._stores.stored("held_out", numbers, rows) if self._stores else None
-        return rows._replace(supervised_BT=rows.supervised_BT & (places < len(self._numbers))[:, None]), stored
+        places = start + np.arange(self._size)
+        everyone = self._numbers[np.minimum(places, len(self._numbers) - 1)]
+        here = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        own, order, stored = everyone[here], np.arange(share), None
+        rows = Batch(*(np.ascontiguousarray(array[own]) for array in self._rows))
+        if self._stores:
+            order, stored = self._stores.dealt("held_out", own, rows, everyone)
+        rows = rows._replace(supervised_BT=rows.supervised_BT & (places[here] < len(self._numbers))[:, None])
+        return Batch(*(array[order] for array in rows)), stored
 
 
 def spread(total: int, most: int) -> np.ndarray:

@@ -40,7 +40,7 @@ class Log:
         self.progress = Progress(steps, "steps", "train")
         self.progress.update(start)
         self.rate = learning_rate(config.train, steps)
-        self.pending: list[tuple[int, Report, int, float]] = []
+        self.pending: list[tuple[int, Report, int, float, float | None]] = []
         self.last = last_logged(config.folder)  # what a run that was finished before has to tell
         self.tokens, self.started = 0, time.monotonic()
         self.peak, self.speed = all_devices_flops(), Speed()
@@ -54,9 +54,10 @@ class Log:
         self.progress.__exit__(*error)
         self.trackers.close()
 
-    def step(self, step: int, report: Report, rows: Batch, flops: float = 0.0) -> None:
-        """Takes a step's report; `flops` of the step, where they have been counted."""
-        self.pending.append((step, report, int((rows.segments_BT > 0).sum()) * jax.process_count(), flops))
+    def step(self, step: int, report: Report, rows: Batch, flops: float = 0.0, read: float | None = None) -> None:
+        """Takes a step's report; `flops` of the step, where they have been counted, and the share of its rows whose
+        features were read, where some are read and others computed."""
+        self.pending.append((step, report, int((rows.segments_BT > 0).sum()) * jax.process_count(), flops, read))
         if len(self.pending) > 1:
             self._take(*self.pending.pop(0))
 
@@ -69,11 +70,13 @@ class Log:
         while self.pending:
             self._take(*self.pending.pop(0))
 
-    def _take(self, step: int, report: Report, tokens: int, flops: float) -> None:
+    def _take(self, step: int, report: Report, tokens: int, flops: float, read: float | None) -> None:
         self.tokens += tokens
         figures = dict(summarise(report), learning_rate=float(self.rate(step)), tokens_per_s=self._speed())
         if self.peak and flops:
             figures["flops_share"] = self.speed.of(flops, time.monotonic()) / self.peak
+        if read is not None:
+            figures["read_share"] = read
         self._watch(step, figures)
         self.last = {"step": step + 1, **figures}
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
@@ -86,6 +89,7 @@ class Log:
             E=figures["expected_acceptance_length"],
             **{"tokens/s": figures["tokens_per_s"]},
             **({"MFU": figures["flops_share"]} if "flops_share" in figures else {}),
+            **({"read": f"{read:.0%}"} if read is not None else {}),
         )
 
     def _watch(self, step: int, figures: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,8 +19,10 @@ from jeagle.errors import UserError
 from jeagle.filling import extract
 from jeagle.joints import Batch, Tables
 from jeagle.recheck import at_hand, recheck, spec_of, stored_tables
+from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
-from jeagle.runtime.manifest import atomic_folder, fingerprint, write_manifest
+from jeagle.runtime.manifest import atomic_folder, fingerprint, finished_manifest, write_manifest
+from jeagle.runtime.mesh import row_parts
 from jeagle.storing import check_serves, template_settings
 from jeagle.targets import TargetFiles, TargetSpec
 
@@ -44,15 +47,25 @@ class Teacher(NamedTuple):
     state: Any = None
 
 
-def open_stores(config: RunConfig) -> features.Mixture | None:
+def open_stores(config: RunConfig, mesh: Mesh | None = None) -> features.Mixture | None:
     """The run's stores, which fit its settings; None for a run that computes features.
 
+    Args:
+      mesh: over which batches will be split; None where only rows are asked for.
+
     Raises:
-      UserError: for a store that is missing, unfinished, or was made from something else.
+      UserError: for a store that is missing, was made from something else, or is unfinished; with --features-rest
+        online a store may lack rows.
     """
     if config.features in ("online", "auto"):
         return None
-    mixture = features.open_stores(config.features)
+    mixture = features.open_stores(config.features, complete=config.features_rest == "refuse")
+    if config.features_rest == "online":
+        if len(mixture.stores) > 1:
+            raise UserError(
+                f"--features-rest online takes the rows of one store: --features {config.features} has more."
+            )
+        mixture = features.Partial(mixture.stores[0], *(_layout(config, mesh) if mesh else ()))
     first = mixture.stores[0]
     for store in mixture.stores:
         check_serves(store.form, config, f"The store {store}")
@@ -65,10 +78,16 @@ def open_stores(config: RunConfig) -> features.Mixture | None:
     return mixture
 
 
-def filled_stores(config: RunConfig) -> features.Mixture | None:
+def _layout(config: RunConfig, mesh: Mesh) -> tuple[features.Layout, Callable[[np.ndarray], np.ndarray]]:
+    processes = jax.process_count()
+    shards = max(row_parts(mesh) // processes, 1)
+    return features.Layout(processes, shards, {"train": config.train.accumulate}), distributed.everywhere
+
+
+def filled_stores(config: RunConfig, mesh: Mesh) -> features.Mixture | None:
     """As `open_stores`; with --features auto the run's own store, which is filled first as far as it is not yet."""
     if config.features != "auto":
-        return open_stores(config)
+        return open_stores(config, mesh)
     store = extract(config, str(config.folder / "features"))
     gc.collect()  # the target must not stay beside the draft's training
     return open_stores(dataclasses.replace(config, features=store))
@@ -109,8 +128,9 @@ def _expected_data(config: RunConfig, files: TargetFiles | None) -> dict[str, An
 
 
 def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prepared:
-    """The run's rows and vocabulary tables: out of the stores, or without any from conversations."""
-    if mixture is None:
+    """The run's rows and vocabulary tables: out of the stores, or without any, or with one that may lack some, from
+    conversations."""
+    if mixture is None or isinstance(mixture, features.Partial):
         return dataset.prepare(config)
     abouts = [store.about for store in mixture.stores]
     made = dict(abouts[0]["made_from"]["data"])
@@ -151,10 +171,13 @@ def _copy(mixture: features.Mixture, name: str, folder: Path) -> None:
 
 def teacher(config: RunConfig, mixture: features.Mixture | None, mesh: Mesh) -> Teacher:
     """The target itself, or what the stores keep of it. UserError for a store that contradicts itself or its target."""
-    if mixture is not None:
+    if mixture is not None and not isinstance(mixture, features.Partial):
         recheck(config, mixture, mesh)
         return _of_stores(mixture.stores[0], mesh)
     loaded = assemble.load_target(config, mesh)
+    if isinstance(mixture, features.Partial):
+        _check_same_rows(config, mixture, loaded)
+        recheck(config, mixture, mesh, loaded)
     return Teacher(
         loaded.target.spec,
         loaded.end_token_ids,
@@ -163,6 +186,20 @@ def teacher(config: RunConfig, mixture: features.Mixture | None, mesh: Mesh) -> 
         loaded.target.graphdef,
         loaded.target.state,
     )
+
+
+def _check_same_rows(config: RunConfig, partial: features.Partial, loaded: assemble.LoadedTarget) -> None:
+    """UserError unless the store's rows are, number by number, the run's; says how many of them it has."""
+    store, prepared = partial.stores[0], finished_manifest(config.folder / "data")
+    wanted = {"target": {"fingerprint": loaded.files.fingerprint}, "data": prepared["made_from"]}
+    features.check_fit(store.place, wanted, store.about["made_from"], _DOING)
+    counts = {split: f"{partial.count_present(split)} of {partial.rows(split)}" for split in ("train", "held_out")}
+    if distributed.is_leader():
+        print(
+            f"features: {store} has {counts['train']} rows and {counts['held_out']} held-out rows; the target computes "
+            "the others",
+            flush=True,
+        )
 
 
 def _of_stores(store: features.Store, mesh: Mesh) -> Teacher:
@@ -185,11 +222,19 @@ def with_features(
             yield step, widest, rows, None
         return
 
-    def read(step: int) -> tuple[int, int, Batch, features.Stored]:
+    def read(step: int) -> tuple[int, int, Batch, features.Stored | None]:
         rows = stream.batch(step)
-        return step, stream.widest(step), rows, mixture.stored("train", stream.own_row_numbers(step), rows)
+        order, stored = mixture.dealt("train", stream.own_row_numbers(step), rows, stream.row_numbers(step))
+        return step, stream.widest(step), Batch(*(array[order] for array in rows)), stored
 
     yield from read_ahead(range(start, stop), read, threads=2, depth=_AHEAD)
+
+
+def share_read(mixture: features.Mixture | None, rows: Batch, stored: features.Stored | None) -> float | None:
+    """The share of a batch's rows that came from a store; None for a run that does not mix."""
+    if not isinstance(mixture, features.Partial):
+        return None
+    return 0.0 if stored is None else len(stored.greedy_BT) / len(rows.tokens_BT)
 
 
 def shares(mixture: features.Mixture | None) -> list[tuple[int, float]] | None:

@@ -27,7 +27,7 @@ from jeagle.errors import UserError
 from jeagle.export import export
 from jeagle.regenerate import Arguments as RegenerateArguments
 from jeagle.regenerate import regenerate
-from jeagle.report import summary_lines, write_report
+from jeagle.report import mean_logged, summary_lines, write_report
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write, differences, fingerprint, finished_manifest
@@ -232,6 +232,7 @@ def _report(config, statistics, answers, before, training, after, exports, secon
         "train_tokens": statistics["train"]["tokens"],
         "supervised_tokens": statistics["train"]["supervised_tokens"],
         "steps": training["step"],
+        "read_share": mean_logged(config.folder, "read_share"),
         "acceptance_length_before": before["acceptance_length"],
         "acceptance_length_after": after["acceptance_length"],
         "acceptance_length_ngram": after["ngram"]["acceptance_length"],

@@ -24,35 +24,46 @@ _MOST_MOVED = 0.05  # mass that may lie elsewhere in what is kept of a distribut
 _MOST_OFF = {"bfloat16": 0.02, "float32": 0.02, "fp8": 0.1, "int8": 0.1}  # relative error of taps, by how they are kept
 
 
-def recheck(config: RunConfig, mixture: features.Mixture, mesh: Mesh) -> None:
+def recheck(
+    config: RunConfig, mixture: features.Mixture, mesh: Mesh, loaded: assemble.LoadedTarget | None = None
+) -> None:
     """Whether each store agrees with itself, and, where the target's weights are at hand, with the target.
+
+    Args:
+      loaded: the target, where it is in memory already.
 
     Raises:
       UserError: for a store that does not.
     """
     for store in mixture.stores:
         made = store.about["made_from"]
+        if not any(store.present(split) for split in ("train", "held_out")):
+            continue  # nothing of it will be read
         spec = spec_of(store.about, made["target"]["family"])
         tables = stored_tables(store, np.arange(spec.vocab), mesh)
         agree = check_teacher(store, tables, spec.logits)
         given = "the likeliest stored tokens are" if store.form.top_k else "stored states give"
         said = f"features: {store}: {given} the stored argmax at {agree:.1%} of sampled positions"
-        if config.store.check_rows and at_hand(config.target.ref) and store.rows("train"):
-            said += f"; {_recomputed(config, store, mesh)}"
+        if config.store.check_rows and (loaded or at_hand(config.target.ref)) and store.present("train"):
+            said += f"; {_recomputed(config, store, mesh, loaded)}"
         if distributed.is_leader():
             print(said, flush=True)
 
 
-def _recomputed(config: RunConfig, store: features.Store, mesh: Mesh) -> str:
+def _recomputed(config: RunConfig, store: features.Store, mesh: Mesh, loaded: assemble.LoadedTarget | None) -> str:
     try:
-        loaded = assemble.load_target(config, mesh)
+        loaded = loaded or assemble.load_target(config, mesh)
     except UserError as error:
         return f"not compared with the target ({error})"
     count = -(-config.store.check_rows // jax.local_device_count()) * jax.local_device_count()
-    rows = [int(x) for x in np.linspace(0, store.rows("train") - 1, count)]
+    rows = _spread(store.present("train"), count)
     found = compare(store, "train", rows, fresh_capture(store, loaded.target, mesh))
     check_agreement(store, found)
     return f"the target's argmax is the stored one at {found.argmax:.1%} of {found.positions}"
+
+
+def _spread(rows: list[int], count: int) -> list[int]:
+    return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, count)]
 
 
 def at_hand(reference: str) -> TargetFiles | None:
@@ -177,8 +188,8 @@ def check_teacher(store: features.Store, tables: Tables, logits: LogitShape, pos
     Raises:
       UserError: for a share that is too low for how the teacher is kept.
     """
-    split = next(s for s in ("train", "held_out") if store.rows(s))
-    numbers = sorted({int(x) for x in np.linspace(0, store.rows(split) - 1, 4)})
+    split = next(s for s in ("train", "held_out") if store.present(s))
+    numbers = sorted({*_spread(store.present(split), 4)})
     batch = store.batch(split, numbers)
     kept = jax.jit(features.decode)(store.stored(split, numbers, batch))
     near = np.argwhere(align.near_supervised(batch, xp=np))

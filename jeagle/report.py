@@ -70,6 +70,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
+def mean_logged(run: Path, name: str) -> float | None:
+    """The mean of a figure over a run's logged steps; None where it was not logged."""
+    values = [row[name] for row in read_metrics(run / "metrics.jsonl") if is_number(row.get(name))]
+    return sum(values) / len(values) if values else None
+
+
 def render(report: Report, metrics: list[dict[str, Any]], sample: dict[str, Any] | None) -> str:
     """The page, which asks for nothing from outside it."""
     loader, undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.ChainableUndefined
@@ -134,7 +140,8 @@ def _summary(report: Report) -> dict[str, str]:
     lines = {
         "target": _named(report, target="{}"),
         "draft": _named(report, draft_parameters="{} parameters", draft_vocab="vocabulary of {}"),
-        "trained on": _named(report, train_tokens="{} tokens", supervised_tokens="{} in answers", steps="{} steps"),
+        "trained on": _named(report, train_tokens="{} tokens", supervised_tokens="{} in answers", steps="{} steps")
+        + _named(report, read_share="{} of rows read from a store, the others computed"),
         "acceptance length": _named(report, acceptance_length_before="{} before", acceptance_length_after="{} after")
         + ([] if after is None or ngram is None else [f"{_gap(after, ngram)} than a 3-gram table's {ngram:.3f}"]),
         "by position": _named(report, acceptance_by_position="{}"),
@@ -183,6 +190,8 @@ def shown(value: Any, name: str = "") -> str:
         return value if isinstance(value, str) else ""
     if name.endswith("_bytes"):
         return f"{value / 2**30:.2f} GiB"
+    if name == "read_share":
+        return f"{value:.0%}"
     if name.startswith("vocab_coverage"):
         return f"{value:.2%}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"

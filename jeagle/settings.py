@@ -284,6 +284,8 @@ class RunConfig:
     """Folder that holds the runs."""
     features: str = "online"
     """online: at each step; auto: once, into the run's own store; else a store, or several: A,B or 0.7*A,0.3*B."""
+    features_rest: Literal["refuse", "online"] = "refuse"
+    """Rows that the store lacks: refuse it; or online: the target computes those at each step, beside the ones read."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl and the screen."""
     profile: int = 0

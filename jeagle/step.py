@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from jeagle import align, features, objective
 from jeagle.assemble import TrainState, constrain_draft
-from jeagle.forward import Frozen, Program, draft_loss, live_positions, target_features
-from jeagle.joints import Batch
+from jeagle.forward import Frozen, Live, Program, draft_loss, live_positions, target_features
+from jeagle.joints import Batch, Features
 from jeagle.optimiser import averaged, held
+from jeagle.runtime.mesh import row_parts
 
 
 class Report(NamedTuple):
@@ -42,7 +43,7 @@ def train_step(
     """One optimiser step; `state` is donated. An update that is not finite is not taken, and counted as skipped.
 
     Args:
-      stored: the batch's features out of a store; None computes them.
+      stored: the batch's features out of a store, or those of the last rows of each device; the others are computed.
     """
     if program.parts == 1:
         found = part_gradient(program, state.draft, frozen, batch, width, None, stored)
@@ -62,12 +63,37 @@ def part_gradient(
 ) -> tuple[tuple[jax.Array, objective.Figures], Any]:
     """((loss, figures), gradient) of a batch, or of a part of one whose `objective.divisors` are given."""
     live = live_positions(program, batch, width)
-    found = target_features(program, frozen, batch, live) if stored is None else features.decode(stored)
+    found = found_features(program, frozen, batch, live, stored)
 
     def loss_of(draft: Any) -> tuple[jax.Array, objective.Figures]:
         return draft_loss(program, held(draft, program.trained), batch, found, frozen.tables, live, divisor_K)
 
     return jax.value_and_grad(loss_of, has_aux=True)(draft)
+
+
+def found_features(
+    program: Program, frozen: Frozen, batch: Batch, live: Live, stored: features.Stored | None
+) -> Features:
+    """The features of a batch: computed, read, or both; then each device computes its first rows and reads the others.
+
+    No row leaves its device for that, and the target runs on no more rows than it must.
+    """
+    if stored is None:
+        return target_features(program, frozen, batch, live)
+    read, rows, shards = features.decode(stored), len(batch.tokens_BT), row_parts(program.mesh) if program.mesh else 1
+    if len(stored.greedy_BT) == rows:
+        return read
+    first = (rows - len(stored.greedy_BT)) // shards
+
+    def begin(x: jax.Array) -> jax.Array:
+        return x.reshape(shards, -1, *x.shape[1:])[:, :first].reshape(-1, *x.shape[1:])
+
+    def join(computed: jax.Array, read: jax.Array) -> jax.Array:
+        both = [x.reshape(shards, -1, *x.shape[1:]) for x in (computed.astype(read.dtype), read)]
+        return jnp.concatenate(both, axis=1).reshape(rows, *read.shape[1:])
+
+    some = live._replace(teachers=jax.tree.map(begin, live.teachers))
+    return jax.tree.map(join, target_features(program, frozen, jax.tree.map(begin, batch), some), read)
 
 
 def summed_gradient(
@@ -148,5 +174,5 @@ def held_out_step(
 ) -> objective.Figures:
     """What a draft does on rows that it is not trained on; `stored` and `width` as `train_step` has them."""
     live = live_positions(program, batch, width)
-    found = target_features(program, frozen, batch, live) if stored is None else features.decode(stored)
+    found = found_features(program, frozen, batch, live, stored)
     return draft_loss(program, draft, batch, found, frozen.tables, live)[1]

@@ -65,12 +65,13 @@ def train(config: RunConfig) -> dict[str, Any]:
             batch, stored = put_rows(rows, run.mesh), put_rows(kept, run.mesh)
             width = next(b for b in buckets if b >= widest)
             given = run.program, run.optimiser, state, run.frozen, batch, width, stored
-            if log.peak and width not in flops:
-                flops[width] = count_flops(train_step.trace(*given).jaxpr)
+            share = offline.share_read(run.stores, rows, kept)
+            if log.peak and (width, share) not in flops:
+                flops[width, share] = count_flops(train_step.trace(*given).jaxpr)
             with trace:
                 state, report = train_step(*given)
                 trace.wait(report)
-            log.step(step, report, rows, flops.get(width, 0.0))
+            log.step(step, report, rows, flops.get((width, share), 0.0), share)
             log.say(watch.after(step, state.draft))
             due = (step + 1) % config.train.save_every == 0 or step + 1 == run.steps
             stop = stopping(step)
@@ -108,7 +109,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
     check_parts(config, learnt, mesh)
     claim_folder(config)
-    stores = offline.filled_stores(config)
+    stores = offline.filled_stores(config, mesh)
     prepared = offline.prepare(config, stores)  # found, or made on a host that does not share the leader's disk
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
     teacher = offline.teacher(config, stores, mesh)
@@ -138,6 +139,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
         mesh,
         remat=config.train.remat,
         trained=assemble.trained(config.draft),
+        top_k=stores.stores[0].form.top_k if stores else 0,
         attention=trusted_attention(mesh, spec, jnp.dtype(config.train.dtype)),
     )
     return Run(program, optimiser, Frozen(teacher.state, tables), stream, steps, mesh, stores), state

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import urllib.request
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 # Before jax starts: tests of meshes need several devices, and programs that run for a millisecond no LLVM passes, which
 # take a quarter of all tests' time. Commands that tests start inherit both.
@@ -40,3 +45,43 @@ def programs_of_one_file() -> Iterator[None]:
     """What a file's tests compiled is dropped after them: over all tests it adds up to gigabytes."""
     yield
     jax.clear_caches()
+
+
+@contextlib.contextmanager
+def object_storage() -> Iterator[tuple[str, Any]]:
+    """(s3://BUCKET, the server that has it): one on this machine, which the environment names meanwhile."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint, name = "http://{}:{}".format(*server.get_host_and_port()), f"bucket-{uuid.uuid4().hex[:8]}"
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT")).close()
+    settings = {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1"}
+    settings |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "any")
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in settings.items():
+            patch.setenv(variable, value)
+        yield f"s3://{name}", server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """s3://BUCKET, empty."""
+    with object_storage() as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module", params=["a folder", "a bucket"])
+def root(request, tmp_path_factory) -> str:
+    """Where stores may lie: a folder on disk, and one in object storage, its name no plain one."""
+    if request.param == "a folder":
+        return str(tmp_path_factory.mktemp("stores"))
+    return f"{request.getfixturevalue('bucket')}/some stores +100 % ü"
+
+
+@pytest.fixture
+def place(root) -> str:
+    """A place for one store."""
+    return f"{root}/{uuid.uuid4().hex}"

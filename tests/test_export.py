@@ -83,25 +83,22 @@ def test_an_export_that_would_replace_something_else_is_refused(imported, tmp_pa
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-def test_a_copy_in_object_storage_is_exported_as_the_run_is(imported, tmp_path, monkeypatch):
-    """The path handling alone: the bucket is a folder."""
-    bucket = tmp_path / "bucket"
-    shutil.copytree(imported[0], bucket / "runs" / "draft")
-
-    def remote(url, scheme):
-        return {"driver": "file", "path": f"{bucket}/{url.removeprefix('gs://bucket/')}/"}
-
-    monkeypatch.setattr(features.places, "_remote", remote)
+def test_a_copy_in_object_storage_is_exported_as_the_run_is(imported, tmp_path, bucket):
+    url = f"{bucket}/runs/draft"
+    copy = features.Place(url)
+    for path in imported[0].rglob("*"):
+        if path.is_file():
+            copy.write(str(path.relative_to(imported[0])), path.read_bytes())
     known = blank_target(tmp_path / "target", PLAIN)
     more = ("--target", known, "--dtype", "float32")
-    out = convert(export.to_sglang, "gs://bucket/runs/draft", tmp_path / "out", *more)
+    out = convert(export.to_sglang, url, tmp_path / "out", *more)
     assert (out / "model.safetensors").read_bytes() == (imported[1] / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="--out"):
-        export.to_sglang(["--checkpoint", "gs://bucket/runs/draft"])
+        export.to_sglang(["--checkpoint", url])
     with pytest.raises(UserError, match="no folder of this machine"):
-        convert(export.to_sglang, imported[0], "gs://bucket/out", *more)
-    with pytest.raises(UserError, match="gs://bucket/runs/none is no run"):
-        convert(export.to_sglang, "gs://bucket/runs/none", tmp_path / "other", *more)
+        convert(export.to_sglang, imported[0], "s3://bucket/out", *more)
+    with pytest.raises(UserError, match="s3://.*/runs/none is no run"):
+        convert(export.to_sglang, f"{bucket}/runs/none", tmp_path / "other", *more)
 
 
 def test_an_export_that_does_not_read_back_is_not_left(imported, tmp_path, monkeypatch):

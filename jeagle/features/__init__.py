@@ -13,7 +13,8 @@ from jeagle.features.formats import (
     encode,
 )
 from jeagle.features.manifests import DATA, Segment, check_fit, finished, read_store
-from jeagle.features.mixture import Mixture, open_stores
+from jeagle.features.mixture import Dealt, Mixture, open_stores
+from jeagle.features.partial import Layout, Partial
 from jeagle.features.places import Full, Place
 from jeagle.features.reader import Store
 from jeagle.features.rows import Places, Ragged, joined, places_of, ragged
@@ -25,10 +26,13 @@ __all__ = [
     "LOG_PROBS",
     "Claims",
     "Damage",
+    "Dealt",
     "Form",
     "Full",
     "Kind",
+    "Layout",
     "Mixture",
+    "Partial",
     "Place",
     "Places",
     "Ragged",

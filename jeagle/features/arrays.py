@@ -14,7 +14,8 @@ import numpy as np
 import tensorstore as ts
 
 from jeagle.errors import UserError
-from jeagle.features.places import Place, full_disk_named
+from jeagle.features.places import Place, faults_named
+from jeagle.features.remote import unreachable
 
 _CHUNK_BYTES = 2**19  # of an inner chunk at most: what is read at a time
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -33,7 +34,7 @@ def write_array(place: Place, key: str, array: np.ndarray, chunk: int) -> dict[s
     array = np.ascontiguousarray(array)
     metadata = _metadata(array, chunk)
     spec = _spec(place, key, metadata) | {"store_data_equal_to_fill_value": True}
-    with full_disk_named(place):
+    with faults_named(place):
         ts.open(spec, create=True, open=False).result().write(array).result()
     return {
         "shape": list(array.shape),
@@ -64,7 +65,10 @@ def read_into(out: np.ndarray, array: Any, start: int, stop: int) -> Any:
 
 
 def damage(store: object, segment: str, array: str, error: Exception) -> UserError:
-    """What a user is told of bytes that are not those that were written."""
+    """What a user is told of bytes that are not those that were written, or of storage that does not give them."""
+    told = unreachable(str(store), error)
+    if told:
+        return told
     reason = str(error).split(" [source")[0].split(" [tensorstore_spec")[0]
     return UserError(
         f"The store {store} is damaged: {array} of segment {segment} cannot be read ({reason[:300]}). Run python -m "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,18 @@ from jeagle.features.reader import Store
 from jeagle.joints import Batch
 
 _T = TypeVar("_T")
+
+
+class Dealt(NamedTuple):
+    """What is read for a batch.
+
+    Attributes:
+      order: int [B], which row of the batch takes each place. stored: of its rows in that order; of the last ones of
+        each shard, where fewer are stored; None where none is read.
+    """
+
+    order: np.ndarray
+    stored: Stored | None
 
 
 class Mixture:
@@ -44,6 +56,14 @@ class Mixture:
 
         return self._gather(split, rows, read)
 
+    def dealt(self, split: str, own: np.ndarray, rows: Batch, everyone: np.ndarray) -> Dealt:
+        """What is read for a batch.
+
+        Args:
+          own, rows: this process's row numbers, and rows. everyone: the row numbers of the global batch.
+        """
+        return Dealt(np.arange(len(own)), self.stored(split, own, rows))
+
     def _gather(self, split: str, rows: Iterable[int], read: Callable[[Store, list[int], np.ndarray], Any]) -> Any:
         numbers, ends = np.asarray(list(rows)), np.cumsum(self.counts(split))
         which = np.searchsorted(ends, numbers, side="right")
@@ -70,8 +90,8 @@ def _joined(parts: list[Any], order: np.ndarray) -> Any:
 _WEIGHED = re.compile(r"(?:(?P<weight>[0-9.]+)\*)?(?P<url>.+)")
 
 
-def open_stores(source: str) -> Mixture:
-    """The stores of `A`, `A,B` or `0.7*A,0.3*B`, all finished.
+def open_stores(source: str, *, complete: bool = True) -> Mixture:
+    """The stores of `A`, `A,B` or `0.7*A,0.3*B`, all finished where `complete`.
 
     Raises:
       UserError: for weights that are given for some stores only, or stores that do not go together.
@@ -87,6 +107,6 @@ def open_stores(source: str) -> Mixture:
     if any(number <= 0 for number in numbers):
         raise UserError(f"--features {source}: weights must be above 0.")
     stores = [Store(m["url"]) for m in found if m]
-    for store in stores:
+    for store in stores if complete else ():
         store.check_complete()
     return Mixture(stores, numbers or None)

@@ -17,9 +17,9 @@ from typing import Any
 import tensorstore as ts
 
 from jeagle.errors import UserError
+from jeagle.features.remote import DRIVERS, FIRST, retrying, spec_of, unreachable
 
 ASIDE = "aside"  # what is written before it gets its name
-_SCHEMES = {"gs://": "gcs", "s3://": "s3"}
 _ABSENT = b"\x02"  # the generation of a key that is not there, in tensorstore's encoding
 _FULL = ("No space left", "os_error_code='28'", "Disk quota", "RESOURCE_EXHAUSTED")
 
@@ -29,19 +29,21 @@ class Full(UserError):
 
 
 class Place:
-    """A folder of keys. AWS_ENDPOINT_URL and AWS_REGION are read for s3://, as other clients do.
+    """A folder of keys.
 
     Attributes:
       url: as the user wrote it. path: the local folder, None for object storage.
+
+    Every method raises UserError where object storage refuses, or gives no answer.
     """
 
     def __init__(self, url: str | Path):
         self.url = str(url).rstrip("/") or "/"
-        scheme = next((s for s in _SCHEMES if self.url.startswith(s)), None)
+        scheme = next((s for s in DRIVERS if self.url.startswith(s)), None)
         if scheme is None and "://" in self.url:
             raise UserError(f"The store {self.url} is neither a local path nor gs://BUCKET/PATH nor s3://BUCKET/PATH.")
         self.path = None if scheme else Path(self.url).expanduser().absolute()
-        self._spec = {"driver": "file", "path": f"{self.path}/"} if scheme is None else _remote(self.url, scheme)
+        self._spec = {"driver": "file", "path": f"{self.path}/"} if scheme is None else spec_of(self.url)
         self._opened: Any = None
 
     def __str__(self) -> str:
@@ -54,6 +56,7 @@ class Place:
     @property
     def _kv(self) -> Any:
         if self._opened is None:
+            ts.KvStore.open(retrying(self._spec, FIRST)).result().read("store.json").result()
             self._opened = ts.KvStore.open(self._spec).result()
         return self._opened
 
@@ -64,12 +67,13 @@ class Place:
                 return (self.path / key).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        found = self._kv.read(key).result()
+        with faults_named(self):
+            found = self._kv.read(key).result()
         return bytes(found.value) if found.state == "value" else None
 
     def write(self, key: str, data: bytes) -> None:
         """Writes a key whole, over an older one."""
-        with full_disk_named(self):
+        with faults_named(self):
             if self.path is None:
                 self._kv.write(key, data).result()
                 return
@@ -78,9 +82,11 @@ class Place:
 
     def write_new(self, key: str, data: bytes) -> bool:
         """Writes a key whole unless it is there already; of several writers one gets True."""
-        with full_disk_named(self):
+        with faults_named(self):
             if self.path is None:
-                return bool(self._kv.write(key, data, if_equal=_ABSENT).result().generation)
+                # Asked first: a server that ignores the condition still keeps what has long been there.
+                there = self._kv.read(key).result().state == "value"
+                return not there and bool(self._kv.write(key, data, if_equal=_ABSENT).result().generation)
             if (self.path / key).exists():
                 return False
             try:
@@ -114,17 +120,21 @@ class Place:
             if host == socket.gethostname() and started(int(process)) is None:
                 path.unlink(missing_ok=True)
 
-    def names(self, folder: str) -> list[str]:
-        """What lies in a folder, sorted: keys by their last part, and folders."""
+    def names(self, folder: str, start: str = "") -> list[str]:
+        """What lies in a folder, sorted: keys by their last part, and folders; only names that begin with `start`."""
         if self.path is not None:
             try:
-                found = {name for name in os.listdir(self.path / folder) if not name.startswith(".")}
+                found = {
+                    name
+                    for name in os.listdir(self.path / folder)
+                    if not name.startswith(".") and name.startswith(start)
+                }
             except (FileNotFoundError, NotADirectoryError):
                 found = set()
             return sorted(found)
-        prefix = f"{folder}/".encode()
-        keys = self._kv.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + b"0")).result()
-        return sorted({key[len(prefix) :].split(b"/")[0].decode() for key in keys})
+        with faults_named(self):
+            keys = self._kv.list(_below(f"{folder}/{start}")).result()
+        return sorted({key[len(f"{folder}/".encode()) :].split(b"/")[0].decode() for key in keys})
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every file below a local folder, by its name there; empty for object storage."""
@@ -142,9 +152,9 @@ class Place:
             else:
                 path.unlink(missing_ok=True)
             return
-        self._kv.write(key, None).result()
-        prefix = f"{key}/".encode()
-        self._kv.delete_range(ts.KvStore.KeyRange(prefix, prefix[:-1] + b"0")).result()
+        with faults_named(self):
+            self._kv.write(key, None).result()
+            self._kv.delete_range(_below(f"{key}/")).result()
 
     def free_bytes(self) -> int | None:
         """Room left on the disk that holds the folder, made or not; None for object storage."""
@@ -172,8 +182,8 @@ def started(process: int) -> str | None:
 
 
 @contextlib.contextmanager
-def full_disk_named(place: Place) -> Iterator[None]:
-    """Turns every way in which a full disk shows itself into `Full`."""
+def faults_named(place: Place) -> Iterator[None]:
+    """Turns every way in which a full disk shows itself into `Full`, and what object storage refuses into UserError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -182,17 +192,13 @@ def full_disk_named(place: Place) -> Iterator[None]:
             raise Full(
                 f"The disk of {place} is full, {free:,.3f} MB are free: make room, and the same command goes on."
             ) from error
+        told = unreachable(str(place), error) if place.path is None else None
+        if told:
+            raise told from error
         raise
 
 
-def _remote(url: str, scheme: str) -> dict[str, Any]:
-    bucket, _, path = url[len(scheme) :].partition("/")
-    if not bucket or not path:
-        raise UserError(f"The store {url} needs a bucket and a path: {scheme}BUCKET/PATH.")
-    spec: dict[str, Any] = {"driver": _SCHEMES[scheme], "bucket": bucket, "path": f"{path}/"}
-    if scheme == "s3://":
-        if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
-            spec["endpoint"] = endpoint
-        if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
-            spec["aws_region"] = region
-    return spec
+def _below(prefix: str) -> Any:
+    """The keys that begin with a prefix."""
+    start = prefix.encode()
+    return ts.KvStore.KeyRange(start, start[:-1] + bytes([start[-1] + 1]))

@@ -70,6 +70,10 @@ class Store:
     def has(self, split: str, row: int) -> bool:
         return row in self._spots[split]
 
+    def present(self, split: str) -> list[int]:
+        """Numbers of the rows that are there, rising."""
+        return sorted(self._spots[split])
+
     def missing(self) -> int:
         """Rows that are not there yet."""
         return sum(self.rows(split) - len(self._spots[split]) for split in SPLITS)

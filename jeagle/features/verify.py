@@ -11,6 +11,7 @@ from jeagle.features.claims import Claims
 from jeagle.features.manifests import CLAIMS, INDEX, MANIFESTS, SEGMENTS, Segment, finished, read_segment, write_index
 from jeagle.features.places import Place
 from jeagle.features.reader import Store
+from jeagle.features.remote import Unreachable
 
 
 class Damage(NamedTuple):
@@ -46,6 +47,8 @@ def _wrong(store: Store, segment: Segment) -> str | None:
             return f"{name}/zarr.json is not what was written"
         try:
             array = store.whole(segment, name)
+        except Unreachable:  # which says nothing of the bytes
+            raise
         except UserError as error:
             return str(error)
         if checksum(array) != described["crc32"]:
@@ -67,6 +70,8 @@ def prune(place: Place, damaged: list[str], *, only_damaged: bool = False) -> li
     for name in finished(place):
         try:
             segment = read_segment(place, name)
+        except Unreachable:
+            raise
         except UserError:
             place.delete(f"{MANIFESTS}/{name}.json")
             gone.append(f"{MANIFESTS}/{name}.json")

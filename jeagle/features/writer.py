@@ -167,6 +167,6 @@ class Writer:
 
     def _sweep(self, segment: Segment) -> None:
         """Removes other writers' beginnings of a segment that is finished: they cannot come to count any more."""
-        for other in self.place.names(SEGMENTS):
-            if other.startswith(f"{segment.name}.") and other != segment.data:
+        for other in self.place.names(SEGMENTS, f"{segment.name}."):
+            if other != segment.data:
                 self.place.delete(f"{SEGMENTS}/{other}")

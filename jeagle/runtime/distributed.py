@@ -89,6 +89,13 @@ def anywhere(value: bool) -> bool:
     return bool(np.asarray(multihost_utils.process_allgather(np.asarray(value))).any())
 
 
+def everywhere(values: np.ndarray) -> np.ndarray:
+    """Which of these bools are true on all processes; every one of them must call it, with as many."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(np.asarray(multihost_utils.process_allgather(values)).all(axis=0))
+
+
 def same_everywhere(value: str | int, what: str) -> None:
     """Checks that all processes hold the same value; every one of them must call it.
 

@@ -21,6 +21,7 @@ from jeagle.features import reader
 from jeagle.held_out import spread
 from jeagle.train import train
 from tests import tiny
+from tests.features import made
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs" / "llama3_8b.py")
@@ -47,12 +48,11 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def stores(folder) -> dict[str, Path]:
     """One store exact, one in bytes."""
-    made = {}
-    for kind in ("float32", "int8"):
-        made[kind] = folder / kind
+    paths = {kind: folder / kind for kind in ("float32", "int8")}
+    for kind, path in paths.items():
         config = config_of(folder, name="extract", store__taps=kind, store__last=kind, store__segment_mb=1)
-        filling.extract(config, str(made[kind]))
-    return made
+        filling.extract(config, str(path))
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -250,24 +250,36 @@ def test_states_from_before_the_norm_are_noticed(folder, stores, tmp_path):
         reader.Store.stored = read
 
 
-def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, capsys):
-    damaged = shutil.copytree(stores["int8"], folder / "damaged")
-    assert storing.main(["verify", str(damaged)]) == 0
-    path = next(damaged.glob("segments/train-*/taps/c/0/0/0"))
-    data = bytearray(path.read_bytes())
+def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, place, capsys):
+    """On disk and in object storage alike; what is made again is trained from."""
+    there = features.Place(place)
+    kind = "on disk" if there.path else "in a bucket"
+    for path in stores["int8"].rglob("*"):
+        if path.is_file():
+            there.write(str(path.relative_to(stores["int8"])), path.read_bytes())
+    assert storing.main(["verify", place]) == 0
+    with pytest.raises(UserError, match=r"does not fit this run: data.template differs"):
+        train(config_of(folder, name="refused", features=place, data__template="llama3"))
+    key = made.find(place, "segments/train-*/taps/c/0/0/0")
+    data = bytearray(there.read(key))
     data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    there.write(key, bytes(data))
     with pytest.raises(UserError, match="1 of .* segments .* are damaged"):
-        storing.main(["verify", str(damaged)])
+        storing.main(["verify", place])
     with pytest.raises(UserError, match=r"damaged: taps of segment train-00000"):
-        train(config_of(folder, name="damaged", features=damaged, store__check_rows=0))
-    assert storing.main(["prune", str(damaged), "--damaged"]) == 0
+        train(config_of(folder, name=f"damaged {kind}", features=place, store__check_rows=0))
+    assert storing.main(["prune", place, "--damaged"]) == 0
     with pytest.raises(UserError, match="rows are missing"):
-        train(config_of(folder, name="damaged", features=damaged))
+        train(config_of(folder, name=f"damaged {kind}", features=place))
     config = config_of(folder, name="extract", store__segment_mb=1)
-    filling.extract(config, str(damaged))
-    assert storing.main(["verify", str(damaged), "--target", str(folder / "target")]) == 0
+    filling.extract(config, place)
+    assert storing.main(["verify", place, "--target", str(folder / "target")]) == 0
     assert "argmax alike at 100.00%" in capsys.readouterr().out
+    again, same = (
+        run(folder, name=f"{kind} {source is place}", features=source, store__check_rows=0)
+        for source in (place, stores["int8"])
+    )
+    assert [r["loss"] for r in again] == [r["loss"] for r in same]
 
 
 def test_two_processes_fill_one_store(folder, stores):

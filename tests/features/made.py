@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import random
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
 from jeagle import align, features
 from jeagle.features.formats import DTYPES, LARGEST, by_name
@@ -104,6 +106,13 @@ def content(split: str, form: str) -> tuple[Batch, features.Stored]:
     seed = list(SPLITS).index(split)
     batch = rows(SPLITS[split], seed)
     return batch, stored(batch, FORMS[form], seed)
+
+
+def find(url: str, pattern: str) -> str:
+    """The first key of a store that fits a pattern."""
+    place = features.Place(url)
+    keys = sorted(key.decode() for key in ts.KvStore.open(place.kvstore()).result().list().result())
+    return next(key for key in keys if fnmatch.fnmatchcase(key, pattern))
 
 
 def check_whole(url: str | Path, form: str = "int8") -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,13 +19,28 @@ from jeagle.features.manifests import sealed
 from jeagle.runtime.ahead import read_ahead
 from tests.features import made
 
+FOLDER = pytest.mark.parametrize("root", ["a folder"], indirect=True)  # the kind of place makes no difference
+
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A finished int8 store. Tests that change it take a copy."""
-    path = tmp_path_factory.mktemp("stores") / "whole"
-    assert made.fill(path) == 9
-    return path
+def whole(root) -> str:
+    """A finished int8 store. Tests leave it whole."""
+    url = f"{root}/whole"
+    assert made.fill(url) == 9
+    return url
+
+
+@contextlib.contextmanager
+def harmed(url: str, pattern: str, harm: Callable[[bytes], bytes | None]) -> Iterator[None]:
+    """A store of which one file is meanwhile another, or gone."""
+    place, key = features.Place(url), made.find(url, pattern)
+    before = place.read(key)
+    after = harm(before)
+    place.delete(key) if after is None else place.write(key, after)
+    try:
+        yield
+    finally:
+        place.write(key, before)
 
 
 @pytest.mark.parametrize("form", made.FORMS)
@@ -33,8 +50,9 @@ def test_rows_come_back_as_they_were(tmp_path, form):
     assert features.Store(str(tmp_path / "s")).form == made.FORMS[form]
 
 
+@FOLDER
 def test_padding_and_unneeded_states_cost_nothing(whole):
-    store = features.Store(str(whole))
+    store = features.Store(whole)
     batch, _ = made.content("train", "int8")
     segments = [s for s in store.segments if s.split == "train"]
     assert sum(s.arrays["taps"]["shape"][0] for s in segments) == (batch.segments_BT > 0).sum()
@@ -65,15 +83,26 @@ def test_a_store_from_before_there_was_a_choice_is_read(tmp_path):
     assert made.fill(tmp_path / "s") == 0  # it is the same store
 
 
-def test_writers_at_once_share_the_work(tmp_path):
+def test_writers_at_once_share_the_work(place):
     with ThreadPoolExecutor(4) as pool:
-        counts = list(pool.map(lambda _: made.fill(tmp_path / "s", pause=0.01), range(4)))
+        counts = list(pool.map(lambda _: made.fill(place, pause=0.01), range(4)))
     assert sum(counts) == 9
-    made.check_whole(tmp_path / "s")
+    made.check_whole(place)
 
 
-def test_two_that_make_the_same_segment_leave_one(tmp_path):
-    place = features.Place(str(tmp_path / "s"))
+def test_of_many_that_write_a_key_one_is_the_first(place):
+    one = features.Place(place)
+    with ThreadPoolExecutor(8) as pool:
+        for key in ("claims/a", "an odd name: ü ~+&=%25?#.json"):
+            first = list(pool.map(lambda i, key=key: one.write_new(key, bytes([i])), range(8)))
+            assert sum(first) == 1 and one.read(key) == bytes([first.index(True)])
+    assert one.names("claims") == ["a"] == one.names("claims", "a") and one.names("claims", "b") == []
+    one.delete("claims")
+    assert one.read("claims/a") is None and one.names("claims") == []
+
+
+def test_two_that_make_the_same_segment_leave_one(place):
+    place = features.Place(place)
     writers = [features.Writer(place, made.about("int8")) for _ in range(2)]
     unit = features.units_of(made.SPLITS, 3)[1]
     found = features.ragged(*made.content("train", "int8"), unit.rows)
@@ -81,38 +110,36 @@ def test_two_that_make_the_same_segment_leave_one(tmp_path):
     assert len(place.names("segments")) == 1
 
 
-def test_what_a_dead_writer_left_is_made_again(tmp_path):
-    place = features.Place(str(tmp_path / "s"))
-    dead = features.Writer(place, made.about("int8"))
+def test_what_a_dead_writer_left_is_made_again(place):
+    one = features.Place(place)
+    dead = features.Writer(one, made.about("int8"))
     unit = features.units_of(made.SPLITS, 3)[0]
     assert dead.take_one(unit)
-    path = tmp_path / "s" / "claims" / f"{unit.name}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"writer": "another", "started": "before"}))
-    (tmp_path / "s" / "segments" / f"{unit.name}.gone" / "taps").mkdir(parents=True)
-    assert made.fill(tmp_path / "s") == 9
-    made.check_whole(tmp_path / "s")
+    key = f"claims/{unit.name}.json"
+    one.write(key, json.dumps(json.loads(one.read(key)) | {"writer": "another", "started": "before"}).encode())
+    one.write(f"segments/{unit.name}.gone/taps/zarr.json", b"{")
+    assert made.fill(place) == 9
+    made.check_whole(place)
 
 
-def test_an_unfinished_store_is_not_trained_from(tmp_path):
-    place = features.Place(str(tmp_path / "s"))
-    writer = features.Writer(place, made.about("int8"))
+def test_an_unfinished_store_is_not_trained_from(place):
+    writer = features.Writer(features.Place(place), made.about("int8"))
     unit = features.units_of(made.SPLITS, 3)[0]
     writer.commit(unit, features.ragged(*made.content("train", "int8"), unit.rows), 8)
     with pytest.raises(UserError, match="22 of 25 rows are missing, and its tables"):
-        features.open_stores(str(tmp_path / "s"))
-    made.fill(tmp_path / "s")
-    made.check_whole(tmp_path / "s")
+        features.open_stores(place)
+    made.fill(place)
+    features.open_stores(place)
 
 
-def test_another_store_is_not_written_over(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "s")
+def test_another_store_is_not_written_over(whole):
     with pytest.raises(UserError, match=r"arrays.last, arrays.taps, taps differ .*int8.*fp8"):
-        made.fill(tmp_path / "s", "fp8", taps=[1, 2, 4])
+        made.fill(whole, "fp8", taps=[1, 2, 4])
     with pytest.raises(UserError, match=r"arrays.taps_at differs"):
-        made.fill(tmp_path / "s", "seen")
+        made.fill(whole, "seen")
     with pytest.raises(UserError, match=r"arrays.taps, arrays.teacher, arrays.top_k differ"):
-        made.fill(tmp_path / "s", "top_k")
-    made.check_whole(tmp_path / "s")
+        made.fill(whole, "top_k")
+    made.check_whole(whole)
 
 
 def faults(folder: Path) -> list:
@@ -123,6 +150,7 @@ def faults(folder: Path) -> list:
         return [error]
 
 
+@FOLDER
 def test_any_flipped_byte_is_found(whole, tmp_path):
     """One random bit in every file of a segment, of the tables, and of what is said of them."""
     copy, rng = tmp_path / "s", random.Random(1)
@@ -139,44 +167,40 @@ def test_any_flipped_byte_is_found(whole, tmp_path):
     assert list(features.verify(features.Store(str(copy)))) == []
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_damage_stops_a_reader(whole, tmp_path, harm):
-    shutil.copytree(whole, tmp_path / "s")
-    path = next((tmp_path / "s" / "segments").glob("train-000002.*")) / "taps" / "c" / "0" / "0" / "0"
-    data = bytearray(path.read_bytes())
-    data[10] ^= 4
-    path.write_bytes({"flip": data, "cut": data[:-7], "remove": b""}[harm])
-    if harm == "remove":
-        path.unlink()
-    store = features.Store(str(tmp_path / "s"))
-    with pytest.raises(UserError, match="damaged: taps of segment train-000002"):
-        store.stored("train", range(20), store.batch("train", range(20)))
+HARMS = {"flip": lambda data: data[:10] + bytes([data[10] ^ 4]) + data[11:], "cut": lambda data: data[:-7]}
 
 
-def test_damaged_segments_are_pruned_and_made_again(whole, tmp_path):
-    copy = tmp_path / "s"
-    shutil.copytree(whole, copy)
+@pytest.mark.parametrize("harm", [*HARMS, "remove"])
+def test_damage_stops_a_reader(whole, harm):
+    with harmed(whole, "segments/train-000002.*/taps/c/0/0/0", HARMS.get(harm, lambda data: None)):
+        store = features.Store(whole)
+        with pytest.raises(UserError, match="damaged: taps of segment train-000002"):
+            store.stored("train", range(20), store.batch("train", range(20)))
+
+
+def test_damaged_segments_are_pruned_and_made_again(whole):
+    place = features.Place(whole)
     for pattern in ("train-000002.*/last/c/0/0", "held_out-000001.*/tokens/c/0", "tables.*/embed/zarr.json"):
-        path = next((copy / "segments").glob(pattern))
-        path.write_bytes(path.read_bytes()[:-1] + b"x")
-    (copy / "segments" / "train-000003.leftover").mkdir()
-    damaged = [d.segment for d in features.verify(features.Store(str(copy)))]
+        key = made.find(whole, f"segments/{pattern}")
+        place.write(key, place.read(key)[:-1] + b"x")
+    place.write("segments/train-000003.leftover/taps/zarr.json", b"{")
+    damaged = [d.segment for d in features.verify(features.Store(whole))]
     assert damaged == ["held_out-000001", "tables", "train-000002"]
-    gone = features.prune(features.Place(str(copy)), damaged)
+    gone = features.prune(place, damaged)
     assert "segments/train-000003.leftover" in gone
-    assert features.Store(str(copy)).missing() == 2 + 3
-    assert made.fill(copy) == 2
-    made.check_whole(copy)
+    assert features.Store(whole).missing() == 2 + 3
+    assert made.fill(whole) == 2
+    made.check_whole(whole)
 
 
-def test_a_lost_or_stale_index_is_made_anew(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "s")
-    (tmp_path / "s" / "index.json").unlink()
-    made.check_whole(tmp_path / "s")
-    (tmp_path / "s" / "index.json").write_text("{")
-    made.check_whole(tmp_path / "s")
+@FOLDER
+def test_a_lost_or_stale_index_is_made_anew(whole):
+    for harm in (None, b"{"):
+        with harmed(whole, "index.json", lambda data, harm=harm: harm):
+            made.check_whole(whole)
 
 
+@FOLDER
 def test_stores_are_mixed_row_by_row(whole, tmp_path):
     made.fill(tmp_path / "b", "int8")
     both = features.open_stores(f"0.7*{whole},0.3*{tmp_path / 'b'}")
@@ -190,6 +214,7 @@ def test_stores_are_mixed_row_by_row(whole, tmp_path):
     np.testing.assert_array_equal(back.lse_BT, found.lse_BT[order % 20])
 
 
+@FOLDER
 @pytest.mark.parametrize("source", ["0.7*{a},{a}", ",", "0*{a}", "x*{a}", "{a}/none"])
 def test_sources_that_make_no_sense(whole, source):
     with pytest.raises(UserError):
