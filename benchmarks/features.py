@@ -24,7 +24,8 @@ from safetensors.numpy import load_file, save_file
 
 from jeagle import align, features
 from jeagle.features.formats import DTYPES, LARGEST
-from jeagle.joints import Batch
+from jeagle.joints import Batch, TopK
+from jeagle.runtime.ahead import read_ahead
 
 SHAPES = {"SmolLM2-135M": 576, "8B": 4096, "70B": 8192}
 TAPS, LENGTH = 3, 2048
@@ -40,25 +41,35 @@ def rows(count: int, share: float) -> Batch:
     return Batch(tokens, np.ones_like(tokens), positions, supervised)
 
 
-def stored(batch: Batch, kind: str, hidden: int) -> features.Stored:
+FORMS = {
+    "bfloat16": features.Form("bfloat16", "bfloat16"),
+    "int8": features.Form("int8", "int8"),  # fp8 takes the same bytes
+    "int8, top 16": features.Form("int8", top_k=16),
+    "int8, top 64": features.Form("int8", top_k=64),
+    "int8, top 256": features.Form("int8", top_k=256),
+}
+
+
+def stored(batch: Batch, form: features.Form, hidden: int) -> features.Stored:
     """Random bytes of the right types."""
     near = align.near_supervised(batch, xp=np)
 
-    def one(*shape: int) -> features.Scaled:
+    def one(kind: str, *shape: int) -> features.Scaled:
         raw = RNG.integers(0, 200, (*near.shape, *shape, DTYPES[kind].itemsize), dtype=np.uint8)
         values = raw.view(DTYPES[kind])[..., 0]
         if kind not in LARGEST:
             return features.Scaled(values)
         return features.Scaled(values, np.ones(values.shape[:-1], np.float32), np.ones((len(near), *shape), np.float32))
 
-    return features.Stored(
-        one(TAPS, hidden), one(hidden), np.ones(near.shape, np.int32), np.ones(near.shape, np.float32)
-    )
+    full, ones = (*near.shape, form.top_k), np.ones(near.shape, np.float32)
+    top = TopK(RNG.integers(0, 50_000, full, dtype=np.int32), np.ones(full, features.LOG_PROBS), ones)
+    teacher = top if form.top_k else one(form.last, hidden)
+    return features.Stored(one(form.taps, TAPS, hidden), teacher, np.ones(near.shape, np.int32), ones)
 
 
-def write(folder: Path, kind: str, hidden: int, count: int, share: float, each: int) -> features.Store:
+def write(folder: Path, form: features.Form, hidden: int, count: int, share: float, each: int) -> features.Store:
     """A store of `count` rows, `each` of them a segment."""
-    about = {"format": 1, "made_from": {"arrays": {"taps": kind, "last": kind}}, "splits": {"train": {"rows": count}}}
+    about = {"format": 1, "made_from": {"arrays": form.described()}, "splits": {"train": {"rows": count}}}
     writer = features.Writer(
         features.Place(folder), about | {"layout": {"rows_per_segment": each, "row_length": LENGTH}, "command": ""}
     )
@@ -67,7 +78,7 @@ def write(folder: Path, kind: str, hidden: int, count: int, share: float, each: 
     units = features.units_of({"train": count}, each)
     while taken := writer.take(units):
         batch = rows(len(taken[0].rows), share)
-        writer.commit(taken[0], features.ragged(batch, stored(batch, kind, hidden)), LENGTH // 8)
+        writer.commit(taken[0], features.ragged(batch, stored(batch, form, hidden)), LENGTH // 8)
     writer.finish()
     return features.Store(str(folder))
 
@@ -77,13 +88,13 @@ def bytes_per_token(folder: Path) -> list[dict[str, Any]]:
     found = []
     for name, hidden in SHAPES.items():
         theirs = (TAPS + 1) * hidden * 2 + 16  # bfloat16 states and two int64 a token, without their files' overhead
-        for kind in ("bfloat16", "int8"):  # fp8 takes the bytes of int8
-            count = max(SEGMENT // (LENGTH * (TAPS + 1) * hidden * DTYPES[kind].itemsize), 1)
+        for mode, form in FORMS.items():
+            count = max(SEGMENT // (LENGTH * (TAPS + 1) * hidden * DTYPES[form.taps].itemsize), 1)
             for share in (1.0, 0.35):
-                store = write(folder / "one", kind, hidden, count, share, count)
+                store = write(folder / "one", form, hidden, count, share, count)
                 segment = next(s for s in store.segments if s.split)
                 size = sum(store.place.sizes(segment.folder).values()) / (LENGTH * count)
-                row = {"shape": name, "mode": kind, "supervised": share, "bytes": round(size, 1), "peers": theirs}
+                row = {"shape": name, "mode": mode, "supervised": share, "bytes": round(size, 1), "peers": theirs}
                 found.append(row | {"of_peers": round(size / theirs, 4)})
                 shutil.rmtree(folder / "one")
     return found
@@ -118,7 +129,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
 def reading(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     """Reads an 8B-shaped int8 store, all supervised, row by row in random order, and its likes."""
     hidden = SHAPES["8B"]
-    store = write(folder / "store", "int8", hidden, count, 1.0, 4)
+    store = write(folder / "store", FORMS["int8"], hidden, count, 1.0, 4)
     (folder / "peer").mkdir()
     states = np.zeros((LENGTH, TAPS + 1, hidden), ml_dtypes.bfloat16)
     for i in range(count):
@@ -130,7 +141,7 @@ def reading(folder: Path, count: int, rounds: int) -> dict[str, Any]:
 
     def ours() -> None:
         order = RNG.permutation(count).tolist()
-        for _ in features.read_ahead(order, lambda r: store.stored("train", [r], one), threads=2, depth=4):
+        for _ in read_ahead(order, lambda r: store.stored("train", [r], one), threads=2, depth=4):
             pass
 
     def theirs() -> None:
@@ -138,7 +149,7 @@ def reading(folder: Path, count: int, rounds: int) -> dict[str, Any]:
             found = load_file(folder / "peer" / f"hs_{i}.safetensors")
             return found["hidden_states"][:, :-1].reshape(LENGTH, -1), found["hidden_states"][:, -1].copy()
 
-        for _ in features.read_ahead(RNG.permutation(count).tolist(), load, threads=2, depth=4):
+        for _ in read_ahead(RNG.permutation(count).tolist(), load, threads=2, depth=4):
             pass
 
     taken: dict[str, list[tuple[float, float]]] = {"store": [], "plain": [], "peer": []}

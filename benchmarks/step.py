@@ -7,7 +7,8 @@ W4 stands for all its lengths, and `--shares` for W3 with ever fewer supervised 
 The last line printed is a JSON object: wall_s_per_step and cpu_s_per_step (the least of the steps after the first),
 compile_s, temp_bytes (what XLA allots beside arguments and results), peak_rss_bytes, flops_needed (see
 `benchmarks.needed`), flops_counted (from the jaxpr), flops_share, needed by counted, and needed_flops_per_s, which is
-the MFU by a chip's peak; of W3, all of it with remat beside it. On CPUs W3, and W4 beyond 4096, are compiled and not run.
+the MFU by a chip's peak; of W3, all of it with remat beside it. On CPUs W3, and W4 beyond 4096, are compiled and not
+run.
 """
 
 from __future__ import annotations

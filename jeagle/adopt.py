@@ -26,7 +26,7 @@ from jeagle.joints import Batch, Features
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_folder, fingerprint, write_manifest
 from jeagle.runtime.progress import Progress
-from jeagle.storing import about, block, check_space, commit_tables, copy_data, measure
+from jeagle.storing import about, block, check_space, commit_tables, copy_data, form_of, measure
 
 _CHECKED = 2  # samples that are compared with the target
 _FAR = 0.1  # relative distance of states that are not the same layer's
@@ -58,6 +58,7 @@ def adopt(config: RunConfig, source: Path, out: str) -> None:
     Raises:
       UserError: for files of no known form, states that are not this target's or not of these layers, or no room.
     """
+    form = form_of(config)
     peers, mesh = exchange.open_peer_features(source), assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh)
     spec = loaded.target.spec
@@ -65,11 +66,11 @@ def adopt(config: RunConfig, source: Path, out: str) -> None:
     check_layers(peers, taps, Capture(loaded.target, tuple(range(spec.layers + 1)), mesh, width=config.data.row_length))
     prepared, plan = _prepare(config, peers, source, loaded)
     rows = {split: data.load_rows(prepared.data / split) for split in plan}
-    sizes = {split: measure(batch) for split, batch in rows.items()}
+    sizes = {split: measure(batch, form) for split, batch in rows.items()}
     place = features.Place(out)
-    writer = features.Writer(place, about(config, loaded, prepared, sizes, taps))
+    writer = features.Writer(place, about(config, loaded, prepared, sizes, taps, form))
     units = features.units_of({s: len(x.tokens) for s, x in sizes.items()}, writer.about["layout"]["rows_per_segment"])
-    check_space(config, place, writer.pending(units), sizes, spec.width, len(taps))
+    check_space(place, writer.pending(units), sizes, spec.width, len(taps), form)
     copy_data(prepared, place)
     whole = Capture(loaded.target, taps, mesh, width=max(kept_width(batch) for batch in rows.values()))
     channels = commit_tables(config, writer, loaded, whole, rows["train"])
@@ -79,10 +80,10 @@ def adopt(config: RunConfig, source: Path, out: str) -> None:
         loaded.target.graphdef,
         loaded.target.state,
         normed=peers.normed,
-        kinds=(config.store.taps, config.store.last),
+        form=form,
         channels=ones | channels,
     )
-    _fill(config, writer, units, peers, plan, rows, encode)
+    _fill(config, writer, units, peers, plan, rows, encode, form)
 
 
 def _fill(
@@ -93,6 +94,7 @@ def _fill(
     plan: dict[str, Rows],
     rows: dict[str, Batch],
     encode: Any,
+    form: features.Form,
 ) -> None:
     """Reads and writes units until none is left."""
     size, length, done = config.train.batch_rows, config.data.row_length, 0
@@ -103,7 +105,8 @@ def _fill(
                 numbers = range(start, min(start + size, unit.rows.stop))
                 batch = block(rows[unit.split], numbers, size)
                 states = _states(peers, [plan[unit.split][n] for n in numbers], batch)
-                parts.append(features.ragged(batch, jax.tree.map(np.asarray, encode(*states)), range(len(numbers))))
+                found = jax.tree.map(np.asarray, encode(*states))
+                parts.append(features.ragged(batch, found, range(len(numbers)), taps_at=form.taps_at))
                 done += len(numbers)
                 progress.update(done)
             writer.commit(unit, features.joined(parts), min(max(length // 8, 16), 1024))
@@ -209,11 +212,12 @@ def _states(peers: PeerFeatures, rows: Rows, batch: Batch) -> tuple[np.ndarray, 
     return taps_BTAH, last_BTH
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "normed", "kinds"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "normed", "form"))
 def _encoded(
-    graphdef: Any, state: Any, taps: jax.Array, last: jax.Array, *, normed: bool, kinds: tuple[str, str], channels: Any
+    graphdef: Any, state: Any, taps: jax.Array, last: jax.Array, *, normed: bool, form: features.Form, channels: Any
 ) -> features.Stored:
     model = nnx.merge(graphdef, state)
     last = last if normed else model.final_norm(last)
-    greedy, lse = targets.greedy_and_lse(model, last)
-    return features.encode(Features(taps, last, greedy, lse.astype(jnp.float32)), *kinds, channels)
+    said = targets.distributions(model, last, form.top_k)
+    found = Features(taps, last if said.top is None else said.top, said.greedy, said.lse.astype(jnp.float32))
+    return features.encode(found, form, channels)

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from jeagle import align, features, targets
 from jeagle.errors import UserError
-from jeagle.joints import Batch
+from jeagle.joints import Batch, TopK
 from jeagle.runtime.mesh import row_sharding
 from jeagle.targets import Target
 
-_WHOLE = ("float32", "float32")
+_WHOLE = features.Form()
 
 
 class Captured(NamedTuple):
@@ -27,7 +27,7 @@ class Captured(NamedTuple):
     finite_B: Any
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "taps", "width", "kinds", "mesh"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "taps", "width", "form", "mesh"))
 def _captured(
     graphdef: Any,
     state: Any,
@@ -35,14 +35,15 @@ def _captured(
     channels: dict[str, jax.Array],
     taps: tuple[int, ...],
     width: int,
-    kinds: tuple[str, str],
+    form: features.Form,
     mesh: Mesh,
 ) -> Captured:
     model = nnx.merge(graphdef, state)
-    found = targets.features(model, batch, taps, align.near_supervised(batch), width)
+    found = targets.features(model, batch, taps, align.near_supervised(batch), width, form.top_k)
     real_BT = batch.segments_BT > 0
-    finite = jnp.isfinite(found.taps_BTAH).all(axis=(2, 3)) & jnp.isfinite(found.last_BTH).all(axis=2)
-    captured = Captured(features.encode(found, *kinds, channels), (finite | ~real_BT).all(axis=1))
+    taught = found.teacher.log_probs_BTP if isinstance(found.teacher, TopK) else found.teacher
+    finite = jnp.isfinite(found.taps_BTAH).all(axis=(2, 3)) & jnp.isfinite(taught).all(axis=2)
+    captured = Captured(features.encode(found, form, channels), (finite | ~real_BT).all(axis=1))
     # Each process finds its own rows, and only those, on its own devices.
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_sharding(mesh)), captured)
 
@@ -51,8 +52,8 @@ class Capture:
     """The frozen target as a function from rows to what is stored of them.
 
     Args:
-      width: the most positions of a row whose `last` is kept.
-      kinds: types of taps and last on disk.
+      width: the most positions of a row whose teacher is kept.
+      form: of what is stored.
       channels: scales of narrow kinds; None for those of no scale at all.
     """
 
@@ -63,10 +64,10 @@ class Capture:
         mesh: Mesh,
         *,
         width: int,
-        kinds: tuple[str, str] = _WHOLE,
+        form: features.Form = _WHOLE,
         channels: dict[str, np.ndarray] | None = None,
     ):
-        self._target, self._taps, self._mesh, self._width, self._kinds = target, taps, mesh, width, kinds
+        self._target, self._taps, self._mesh, self._width, self._form = target, taps, mesh, width, form
         shapes = {"taps": (len(taps), target.spec.width), "last": (target.spec.width,)}
         one: dict[str, Any] = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
         self._channels = one | (channels or {})
@@ -77,7 +78,7 @@ class Capture:
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
         target, channels = self._target, self._channels
         return _captured(
-            target.graphdef, target.state, batch, channels, self._taps, self._width, self._kinds, self._mesh
+            target.graphdef, target.state, batch, channels, self._taps, self._width, self._form, self._mesh
         )
 
     def end(self, captured: Captured) -> features.Stored:
@@ -103,7 +104,7 @@ def _own_rows(array: jax.Array) -> np.ndarray:
 
 
 def kept_width(rows: Batch, block: int = 1024) -> int:
-    """The most positions of any row whose `last` is kept, a multiple of 16."""
+    """The most positions of any row whose teacher is kept, a multiple of 16."""
     most = 0
     for start in range(0, len(rows.tokens_BT), block):
         part = Batch(*(np.asarray(array[start : start + block]) for array in rows))

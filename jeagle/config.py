@@ -136,6 +136,7 @@ def validate(config: RunConfig) -> None:
         "bench.max-new-tokens": config.bench.max_new_tokens,
         "bench.batch": config.bench.batch,
         "store.segment-mb": config.store.segment_mb,
+        "store.top-k": config.store.top_k,
     }
     for flag, value in positive.items():
         if value <= 0:

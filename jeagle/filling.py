@@ -17,7 +17,7 @@ from jeagle.errors import UserError
 from jeagle.joints import Batch
 from jeagle.runtime import distributed
 from jeagle.runtime.progress import Progress
-from jeagle.storing import Sizes, about, block, check_space, commit_tables, copy_data, measure
+from jeagle.storing import Sizes, about, block, check_space, commit_tables, copy_data, form_of, measure
 
 
 def extract(config: RunConfig, out: str) -> str:
@@ -26,20 +26,20 @@ def extract(config: RunConfig, out: str) -> str:
     Raises:
       UserError: for a store made from something else, or a disk that is full or too small.
     """
+    form = form_of(config)
     prepared, mesh = dataset.prepare(config), assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh)
     rows = {split: data.load_rows(prepared.data / split) for split in ("train", "held_out")}
-    sizes = {split: measure(batch) for split, batch in rows.items()}
+    sizes = {split: measure(batch, form) for split, batch in rows.items()}
     taps = targets.check_taps(config.target.taps, loaded.target.spec.layers)
     place = features.Place(out)
-    writer = features.Writer(place, about(config, loaded, prepared, sizes, taps))
+    writer = features.Writer(place, about(config, loaded, prepared, sizes, taps, form))
     units = features.units_of({s: len(x.tokens) for s, x in sizes.items()}, writer.about["layout"]["rows_per_segment"])
-    check_space(config, place, writer.pending(units), sizes, loaded.target.spec.width, len(taps))
+    check_space(place, writer.pending(units), sizes, loaded.target.spec.width, len(taps), form)
     copy_data(prepared, place)
     width = max(kept_width(batch) for batch in rows.values())
-    kinds = (config.store.taps, config.store.last)
     channels = commit_tables(config, writer, loaded, Capture(loaded.target, taps, mesh, width=width), rows["train"])
-    capture = Capture(loaded.target, taps, mesh, width=width, kinds=kinds, channels=channels)
+    capture = Capture(loaded.target, taps, mesh, width=width, form=form, channels=channels)
     _fill(config, writer, units, rows, sizes, capture)
     if distributed.is_leader():
         writer.finish()
@@ -73,7 +73,7 @@ def _fill(
                 unit, rows, share, capture, writer.about["layout"]["rows_per_segment"]
             ):
                 if len(place):  # else this process only keeps the others company
-                    parts.append(features.ragged(batch, found, range(len(place))))
+                    parts.append(features.ragged(batch, found, range(len(place)), taps_at=config.store.taps_at))
                     done += sum(parts[-1].lengths)
                 writer.claims.renew()
                 progress.update(done, written=f"{writer.bytes / 1e9:.2f} GB")

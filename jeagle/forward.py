@@ -32,6 +32,8 @@ class Program(NamedTuple):
       mesh: over which rows, parameters and gradients are split; None for one device.
       remat: a TTT step is run again in the backward pass, from its inputs: less memory for more FLOPs.
       trained: which of the draft's parameters are.
+      top_k: of the target's distributions that it computes, so many of the likeliest tokens teach, as in the store that
+        the other rows are read from; 0: all.
       attention: backend of the attention to step-0 keys; None takes the platform's.
     """
 
@@ -47,6 +49,7 @@ class Program(NamedTuple):
     mesh: Mesh | None = None
     remat: bool = False
     trained: Trained = Trained()
+    top_k: int = 0
     attention: drafts.Backend | None = None
 
 
@@ -97,7 +100,7 @@ def target_features(program: Program, frozen: Frozen, batch: Batch, live: Live) 
     wanted = jnp.zeros(batch.tokens_BT.shape, bool)
     rows = jnp.arange(wanted.shape[0])[:, None]
     wanted = wanted.at[rows, live.teachers.positions_BN].set(live.teachers.live_BN)
-    found = targets.features(model, batch, program.taps, wanted, live.teachers.positions_BN.shape[1])
+    found = targets.features(model, batch, program.taps, wanted, live.teachers.positions_BN.shape[1], program.top_k)
     return jax.lax.stop_gradient(found)
 
 

@@ -1,7 +1,8 @@
 """What passes between the rooms of jeagle, and nothing else.
 
 Axis letters are part of names: B rows, T positions, N live slots, K TTT steps, M teacher positions, H target hidden
-width, W draft hidden width, V target vocabulary, D draft vocabulary, A tapped layers.
+width, W draft hidden width, V target vocabulary, D draft vocabulary, A tapped layers, P entries of a truncated
+teacher.
 """
 
 from __future__ import annotations
@@ -29,18 +30,33 @@ class Batch(NamedTuple):
     supervised_BT: Bool[Array, "B T"]
 
 
+class TopK(NamedTuple):
+    """The P most likely tokens after each position, of the target's whole vocabulary: a truncated teacher.
+
+    Attributes:
+      ids_BTP: token ids, likeliest first.
+      log_probs_BTP: log of their probabilities over the whole vocabulary, float32 (float16 in a store).
+      rest_BT: what all other tokens have together, float32, 0 to 1.
+    """
+
+    ids_BTP: Int[Array, "B T P"]
+    log_probs_BTP: Float[Array, "B T P"]
+    rest_BT: Float[Array, "B T"]
+
+
 class Features(NamedTuple):
     """What the frozen target says about a batch, computed just now or read from a cache.
 
     Attributes:
       taps_BTAH: the residual stream after each tapped number of layers, shallow to deep, un-normed.
-      last_BTH: what the target's lm_head reads: the stream after the last layer, after the final norm.
+      teacher: what the target's lm_head reads, [B, T, H]: the stream after the last layer, after the final norm. Or
+        what is left of its distributions, only where asked for.
       greedy_BT: argmax of the target's logits over its whole vocabulary; only where asked for, 0 elsewhere.
       lse_BT: logsumexp of the same logits, float32; only where asked for, 0 elsewhere.
     """
 
     taps_BTAH: Float[Array, "B T A H"]
-    last_BTH: Float[Array, "B T H"]
+    teacher: Float[Array, "B T H"] | TopK
     greedy_BT: Int[Array, "B T"]
     lse_BT: Float[Array, "B T"]
 

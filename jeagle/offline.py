@@ -23,7 +23,7 @@ from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.manifest import atomic_folder, fingerprint, finished_manifest, write_manifest
 from jeagle.runtime.mesh import row_parts
-from jeagle.storing import template_settings
+from jeagle.storing import check_serves, template_settings
 from jeagle.targets import TargetFiles, TargetSpec
 
 _ROWS = 256  # read and written at a time
@@ -68,6 +68,7 @@ def open_stores(config: RunConfig, mesh: Mesh | None = None) -> features.Mixture
         mixture = features.Partial(mixture.stores[0], *(_layout(config, mesh) if mesh else ()))
     first = mixture.stores[0]
     for store in mixture.stores:
+        check_serves(store.form, config, f"The store {store}")
         wanted = expected(config, store)
         features.check_fit(store.place, wanted, store.about["made_from"], _DOING)
         alike = {name: first.about["made_from"][name] for name in ("target", "taps", "arrays")}

@@ -262,6 +262,12 @@ class StoreConfig:
     """Type of the tapped states on disk. With --target.dtype bfloat16, bfloat16 is exact."""
     last: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
     """Type of what the target's lm_head reads, kept where something is learnt."""
+    taps_at: Literal["all", "seen"] = "all"
+    """seen: tapped states only where some slot can see them, which spares what follows a document's last answer."""
+    teacher: Literal["last", "top_k"] = "last"
+    """What is learnt from: what the target's lm_head reads; or the likeliest tokens alone, for less room."""
+    top_k: int = 256
+    """How many of them, with --store.teacher top_k."""
     segment_mb: int = 256
     """Size of a segment: what a writer holds in memory, and makes again when it was killed."""
     check_rows: int = 2

@@ -12,10 +12,9 @@ import numpy as np
 import tyro
 
 from jeagle import align, assemble, data, features
-from jeagle.capture import Capture
 from jeagle.config import RunConfig, TargetConfig
 from jeagle.errors import UserError
-from jeagle.recheck import check_agreement, compare
+from jeagle.recheck import check_agreement, compare, fresh_capture
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import fingerprint
@@ -64,12 +63,17 @@ def facts(store: features.Store) -> list[tuple[str, str]]:
     tables = sum(segment.bytes for segment in store.segments if not segment.split)
     there = sum(sum(segment.lengths) for segment in store.segments)
     kept = sum(sum(segment.kept) for segment in store.segments)
+    seen = sum(sum(segment.taps) for segment in store.segments)
     missing = store.missing()
+
+    def share(count: int) -> str:
+        return f"{count / max(there, 1):.1%} of positions"
+
     rows = ", ".join(f"{split} {counts['rows']:,}" for split, counts in about["splits"].items())
     return [
         ("target", f"{made['target']['reference']} ({made['target']['fingerprint']}), {made['target']['dtype']}"),
-        ("taps", f"after {', '.join(map(str, made['taps']))} layers, kept as {made['arrays']['taps']}"),
-        ("last", f"kept as {made['arrays']['last']} at {kept / max(there, 1):.1%} of positions"),
+        ("taps", f"after {', '.join(map(str, made['taps']))} layers, kept as {store.form.taps} at {share(seen)}"),
+        ("teacher", f"{_teacher(store.form)} at {share(kept)}"),
         ("rows", f"{rows}; {missing:,} missing" if missing else f"{rows}; all there"),
         ("tokens", f"{there:,} of {about['tokens']:,}"),
         (
@@ -81,6 +85,10 @@ def facts(store: features.Store) -> list[tuple[str, str]]:
         ("made", f"{about['created']} by {about['command']}"),
         ("fingerprint", fingerprint(made)),
     ]
+
+
+def _teacher(form: features.Form) -> str:
+    return f"the {form.top_k} likeliest tokens" if form.top_k else f"last, kept as {form.last}"
 
 
 def _verify(args: Arguments, store: features.Store) -> int:
@@ -110,8 +118,8 @@ def _against_target(args: Arguments, store: features.Store) -> None:
     loaded = assemble.load_target(config, mesh)
     wanted = {"target": {"fingerprint": loaded.files.fingerprint}}
     features.check_fit(store.place, wanted, made, "Give the target that the store was made with.")
-    capture = Capture(loaded.target, tuple(made["taps"]), mesh, width=store.row_length)
-    found = compare(store, args.split, _spread(store, args.split, args.rows), capture)
+    rows = _spread(store, args.split, args.rows)
+    found = compare(store, args.split, rows, fresh_capture(store, loaded.target, mesh))
     check_agreement(store, found)
     print(
         f"against {args.target}: argmax alike at {found.argmax:.2%} of {found.positions} positions, taps {_off(found)}"
@@ -119,7 +127,8 @@ def _against_target(args: Arguments, store: features.Store) -> None:
 
 
 def _off(found: Any) -> str:
-    return f"off by {found.taps_off:.2%} in the median"
+    moved = f", {found.moved:.2%} of the likeliest tokens' mass elsewhere" if found.moved else ""
+    return f"off by {found.taps_off:.2%} in the median{moved}"
 
 
 def _spread(store: features.Store, split: str, count: int) -> list[int]:
@@ -142,14 +151,14 @@ def _sample(args: Arguments, store: features.Store) -> int:
             continue
         batch = store.batch(args.split, [row])
         kept = jax.jit(features.decode)(store.stored(args.split, [row], batch))
-        near_BT, real = align.near_supervised(batch, xp=np), batch.segments_BT[0] > 0
+        near_BT, real, seen = align.near_supervised(batch, xp=np), batch.segments_BT[0] > 0, store.places(batch).seen_BT
         follows_BT = near_BT & align.same_document(batch.segments_BT, 1, xp=np)
         says_next = np.asarray(kept.greedy_BT) == align.shift_left(batch.tokens_BT, 1, xp=np)
-        taps = np.linalg.norm(np.asarray(kept.taps_BTAH)[0][real], axis=-1)
+        taps = np.linalg.norm(np.asarray(kept.taps_BTAH)[seen], axis=-1)
         head = f"{args.split} row {row}: {int(real.sum())} tokens in {batch.segments_BT.max()} documents"
         says = f"the target's greedy choice is the next token at {says_next[follows_BT].mean():.1%} of these"
         norms = " ".join(f"{x:.3g}" for x in np.median(taps, axis=0))
-        print(f"{head}, {int(near_BT.sum())} with last; {says}; |taps| {norms}")
+        print(f"{head}, {int(near_BT.sum())} with a teacher; {says}; |taps| {norms}")
         print("   ", decode(batch.tokens_BT[0][real])[:_SHOWN].replace("\n", "\\n"))
     return 0
 

@@ -145,6 +145,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
         mesh,
         remat=config.train.remat,
         trained=assemble.trained(config.draft),
+        top_k=stores.stores[0].form.top_k if stores else 0,
         attention=trusted_attention(mesh, spec, jnp.dtype(config.train.dtype)),
     )
     return Run(program, optimiser, Frozen(teacher.state, tables), stream, steps, mesh, stores), state

@@ -1,27 +1,40 @@
 """Features of prepared data in tensorstore: writing, reading, checking."""
 
 from jeagle.features.claims import Claims
-from jeagle.features.formats import Kind, Scaled, Stored, bytes_per_token, channel_scales, decode, encode
+from jeagle.features.formats import (
+    LOG_PROBS,
+    Form,
+    Kind,
+    Scaled,
+    Stored,
+    bytes_per_token,
+    channel_scales,
+    decode,
+    encode,
+)
 from jeagle.features.manifests import DATA, Segment, check_fit, finished, read_store
 from jeagle.features.mixture import Dealt, Mixture, open_stores
 from jeagle.features.partial import Layout, Partial
 from jeagle.features.places import Full, Place
 from jeagle.features.reader import Store
-from jeagle.features.rows import Ragged, joined, ragged
+from jeagle.features.rows import Places, Ragged, joined, places_of, ragged
 from jeagle.features.verify import Damage, prune, verify
 from jeagle.features.writer import Unit, Writer, units_of
 
 __all__ = [
     "DATA",
+    "LOG_PROBS",
     "Claims",
     "Damage",
     "Dealt",
+    "Form",
     "Full",
     "Kind",
     "Layout",
     "Mixture",
     "Partial",
     "Place",
+    "Places",
     "Ragged",
     "Scaled",
     "Segment",
@@ -37,6 +50,7 @@ __all__ = [
     "finished",
     "joined",
     "open_stores",
+    "places_of",
     "prune",
     "ragged",
     "read_store",

@@ -1,5 +1,7 @@
 """How hidden states are kept: as they are, or in a byte each with scales; and back into Features on the device.
 
+What teaches is `last`, or the likeliest tokens of each of the target's distributions, which are smaller still.
+
 A narrow array is kept as  round(x / (row * channel)):  one float32 `channel` for each of the H places of a vector,
 the median of |x| over a first batch, once for the whole store; one float32 `row` for each vector, which fits what is
 left to the type's range. The channel's scale is what makes int8 enough: a few places of a residual stream are
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jeagle.joints import Features
+from jeagle.joints import Features, TopK
 
 Kind = Literal["float32", "bfloat16", "int8", "fp8"]
 DTYPES: dict[str, Any] = {
@@ -25,6 +27,8 @@ DTYPES: dict[str, Any] = {
     "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # of the narrow kinds
+LOG_PROBS = np.dtype(np.float16)  # of a truncated teacher: half a thousandth of a probability, less than int8 costs
+TOP = ("top_ids", "top_log_probs", "top_rest")  # what a TopK's arrays are called on disk
 _LEAST = 1e-12
 
 
@@ -44,19 +48,50 @@ class Stored(NamedTuple):
     """Features as a store keeps them: what its readers hand to the training step, which decodes them on the device.
 
     Attributes:
-      taps: Scaled [B, T, A, H]. last: Scaled [B, T, H].
-      greedy_BT, lse_BT: int32 and float32; like `last`, 0 where nothing is kept.
+      taps: Scaled [B, T, A, H].
+      teacher: `last` as Scaled [B, T, H]; or the likeliest tokens, their log-probabilities in float16.
+      greedy_BT, lse_BT: int32 and float32; like the teacher, 0 where nothing is kept.
     """
 
     taps: Scaled
-    last: Scaled
+    teacher: Scaled | TopK
     greedy_BT: Any
     lse_BT: Any
 
 
+class Form(NamedTuple):
+    """What a store keeps of features, and as what.
+
+    Attributes:
+      taps, last: a Kind each; that of `last` counts only where top_k is 0.
+      top_k: so many of the likeliest tokens of each distribution are kept instead of `last`.
+      taps_at: all positions, or those that some slot can see (`align.seen_positions`).
+    """
+
+    taps: str = "float32"
+    last: str = "float32"
+    top_k: int = 0
+    taps_at: str = "all"
+
+    def described(self) -> dict[str, Any]:
+        """What store.json says of it."""
+        teacher = {"teacher": "top_k", "top_k": self.top_k} if self.top_k else {"teacher": "last", "last": self.last}
+        return {"taps": self.taps, "taps_at": self.taps_at} | teacher
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> Form:
+        """From what store.json says; stores from before there was a choice say less."""
+        return cls(**{name: described[name] for name in cls._fields if name in described})
+
+
 def decode(stored: Stored) -> Features:
     """The Features of a batch, in float32. Runs inside jit."""
-    return Features(_decoded(stored.taps), _decoded(stored.last), stored.greedy_BT, stored.lse_BT)
+    teacher = stored.teacher
+    if isinstance(teacher, TopK):
+        whole: Any = teacher._replace(log_probs_BTP=teacher.log_probs_BTP.astype(jnp.float32))
+    else:
+        whole = _decoded(teacher)
+    return Features(_decoded(stored.taps), whole, stored.greedy_BT, stored.lse_BT)
 
 
 def _decoded(scaled: Scaled) -> jax.Array:
@@ -66,18 +101,18 @@ def _decoded(scaled: Scaled) -> jax.Array:
     return values * scaled.row[..., None] * scaled.channel[:, None]
 
 
-def encode(features: Features, taps_kind: str, last_kind: str, channels: dict[str, jax.Array]) -> Stored:
-    """What a store keeps of a batch's features. Runs inside jit.
+def encode(features: Features, form: Form, channels: dict[str, jax.Array]) -> Stored:
+    """What a store keeps of a batch's features, whose teacher is the form's. Runs inside jit.
 
     Args:
       channels: float32 scales, "taps" [A, H] and "last" [H], read for narrow kinds only.
     """
-    return Stored(
-        _encoded(features.taps_BTAH, taps_kind, channels["taps"]),
-        _encoded(features.last_BTH, last_kind, channels["last"]),
-        features.greedy_BT,
-        features.lse_BT,
-    )
+    taps, teacher = _encoded(features.taps_BTAH, form.taps, channels["taps"]), features.teacher
+    if isinstance(teacher, TopK):
+        kept: Any = teacher._replace(log_probs_BTP=teacher.log_probs_BTP.astype(LOG_PROBS))
+    else:
+        kept = _encoded(teacher, form.last, channels["last"])
+    return Stored(taps, kept, features.greedy_BT, features.lse_BT)
 
 
 def _encoded(x: jax.Array, kind: str, channel: jax.Array) -> Scaled:
@@ -103,15 +138,27 @@ def channel_scales(vectors: np.ndarray, kind: str) -> np.ndarray:
     return np.maximum(sizes, floor).astype(np.float32)
 
 
-def bytes_per_token(hidden: int, taps: int, taps_kind: str, last_kind: str, kept: float = 1.0) -> float:
+def bytes_per_token(hidden: int, taps: int, form: Form, kept: float = 1.0, seen: float = 1.0) -> float:
     """Bytes that a token costs in a store, its tokens and masks included.
 
     Args:
-      kept: share of tokens whose `last` is kept.
+      kept: share of tokens whose teacher is kept. seen: share of tokens whose taps are.
     """
-    each = {name: DTYPES[kind].itemsize * hidden + 4 * (kind in LARGEST) for name, kind in _kinds(taps_kind, last_kind)}
-    return taps * each["taps"] + kept * (each["last"] + 8) + 13
+    teacher = form.top_k * (4 + LOG_PROBS.itemsize) + 4 if form.top_k else _bytes(hidden, form.last)
+    return seen * taps * _bytes(hidden, form.taps) + kept * (teacher + 8) + 13
 
 
-def _kinds(taps_kind: str, last_kind: str) -> tuple[tuple[str, str], ...]:
-    return (("taps", taps_kind), ("last", last_kind))
+def _bytes(hidden: int, kind: str) -> int:
+    """Of a vector and its scale."""
+    return DTYPES[kind].itemsize * hidden + 4 * (kind in LARGEST)
+
+
+def by_name(stored: Stored) -> dict[str, Any]:
+    """The arrays [B, T, ...] of a store's rows, by the names that they have on disk."""
+    found = {"taps": stored.taps.values, "taps_row": stored.taps.row}
+    if isinstance(stored.teacher, TopK):
+        found |= dict(zip(TOP, stored.teacher, strict=True))
+    else:
+        found |= {"last": stored.teacher.values, "last_row": stored.teacher.row}
+    found |= {"greedy": stored.greedy_BT, "lse": stored.lse_BT}
+    return {name: array for name, array in found.items() if array is not None}

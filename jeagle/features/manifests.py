@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jeagle.errors import UserError
+from jeagle.features.formats import Form
 from jeagle.features.places import Place
 from jeagle.runtime.manifest import canonical, differences, fingerprint
 
@@ -32,7 +33,8 @@ class Segment:
     Attributes:
       name: such as train-000012. data: the folder under segments/ that holds its arrays.
       split: train or held_out; empty for the tables. rows: their numbers in the split.
-      lengths: tokens of each row. kept: positions of each row whose `last` is there.
+      lengths: tokens of each row. kept: positions of each row whose teacher is there. seen: those whose taps are;
+        empty where all are.
       arrays: by name, as `arrays.write_array` describes them. bytes: on disk.
     """
 
@@ -42,12 +44,18 @@ class Segment:
     rows: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
+    seen: tuple[int, ...] = ()
     arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
     bytes: int = 0
 
     @property
     def folder(self) -> str:
         return f"{SEGMENTS}/{self.data}"
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Positions of each row whose taps are there."""
+        return self.seen or self.lengths
 
 
 def sealed(tree: dict[str, Any]) -> bytes:
@@ -79,7 +87,8 @@ def read_store(place: Place) -> dict[str, Any] | None:
     tree = unsealed(place, STORE, data)
     if tree.get("format") != FORMAT:
         raise UserError(f"The store {place} has format {tree.get('format')}, and this jeagle reads format {FORMAT}.")
-    return tree
+    made = tree["made_from"]  # which says too little of arrays if it is from before there was a choice
+    return tree | {"made_from": made | {"arrays": Form.of(made["arrays"]).described()}}
 
 
 def read_segment(place: Place, name: str) -> Segment | None:

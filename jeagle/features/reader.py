@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jeagle import align
 from jeagle.errors import UserError
 from jeagle.features.arrays import damage, open_array, read_into
-from jeagle.features.formats import Scaled, Stored
+from jeagle.features.formats import Form, Scaled, Stored, by_name
 from jeagle.features.manifests import DATA, TABLES, Segment, read_segments, read_store
 from jeagle.features.places import Place
-from jeagle.features.rows import PER_KEPT, PER_TOKEN, TOKENS, empty_batch, empty_stored
+from jeagle.features.rows import PER_SEEN, TOKENS, Places, empty_batch, empty_stored, places_of
 from jeagle.joints import Batch
 
 SPLITS = ("train", "held_out")
@@ -23,20 +22,23 @@ _OPEN_ARRAYS = 4096  # handles kept; each is small
 
 
 class Spot(NamedTuple):
-    """Where a row lies: its segment, and the first and the number of its tokens and of its kept positions there."""
+    """Where a row lies: its segment, and the first and the number of its tokens, of its positions whose teacher is
+    kept, and of those whose taps are, there."""
 
     segment: Segment
     start: int
     length: int
     kept_start: int
     kept: int
+    seen_start: int
+    seen: int
 
 
 class Store:
     """A store that is read.
 
     Attributes:
-      place, about: where it lies, and its store.json. row_length: T.
+      place, about: where it lies, and its store.json. row_length: T. form: what it keeps.
 
     Raises:
       UserError: where there is no store, or a damaged one.
@@ -49,6 +51,7 @@ class Store:
             raise UserError(f"There is no store at {url}: python -m jeagle.extract --config C --out {url} makes one.")
         self.about: dict[str, Any] = about
         self.row_length: int = about["layout"]["row_length"]
+        self.form = Form.of(about["made_from"]["arrays"])
         self.segments = read_segments(self.place)
         self._by_name = {segment.name: segment for segment in self.segments}
         self._spots: dict[str, dict[int, Spot]] = {split: {} for split in SPLITS}
@@ -105,7 +108,7 @@ class Store:
         return out
 
     def stored(self, split: str, rows: Iterable[int], batch: Batch) -> Stored:
-        """The features of rows, as they are kept.
+        """The features of rows, as they are kept; zeros where they are not.
 
         Args:
           batch: of the same rows, as `batch` gives it.
@@ -115,23 +118,28 @@ class Store:
         """
         spots = [self.spot(split, row) for row in rows]
         out = empty_stored(len(spots), self.row_length, spots[0].segment.arrays)
-        wanted_BT = align.near_supervised(batch, xp=np)
+        held = self.places(batch)
         reads, scatters = _Reads(self), []
         for b, spot in enumerate(spots):
-            kept = np.flatnonzero(wanted_BT[b])
-            if len(kept) != spot.kept or int((batch.segments_BT[b] > 0).sum()) != spot.length:
+            if tuple(int(where[b].sum()) for where in held) != (spot.length, spot.seen, spot.kept):
                 raise UserError(f"The store {self} was made for other rows than these: prepare the data from it anew.")
-            for name, array in _named(out).items():
-                if name in PER_TOKEN:
-                    reads.add(spot.segment, name, array[b, : spot.length], spot.start)
-                elif spot.kept:
-                    piece = np.empty((spot.kept, *array.shape[2:]), array.dtype)
-                    reads.add(spot.segment, name, piece, spot.kept_start)
-                    scatters.append((array[b], kept, piece))
+            for name, array in by_name(out).items():
+                where = np.flatnonzero(held.of(name)[b])
+                start = spot.seen_start if name in PER_SEEN else spot.kept_start
+                if len(where) and where[-1] == len(where) - 1:  # the row's first ones: no copy in between
+                    reads.add(spot.segment, name, array[b, : len(where)], start)
+                elif len(where):
+                    piece = np.empty((len(where), *array.shape[2:]), array.dtype)
+                    reads.add(spot.segment, name, piece, start)
+                    scatters.append((array[b], where, piece))
         reads.wait()
         for array, places, piece in scatters:
             array[places] = piece
         return self._with_channels(out)
+
+    def places(self, batch: Batch) -> Places:
+        """Which positions of rows the store keeps something of."""
+        return places_of(batch, self.form.taps_at)
 
     def table(self, name: str) -> np.ndarray | None:
         """An array of the tables, such as embed [V, W]; None where the store has none of that name."""
@@ -173,13 +181,15 @@ class Store:
             channel = np.broadcast_to(self.channels[name], scaled.channel.shape)
             return scaled._replace(channel=np.ascontiguousarray(channel))
 
-        return out._replace(taps=one("taps", out.taps), last=one("last", out.last))
+        teacher = one("last", out.teacher) if isinstance(out.teacher, Scaled) else out.teacher
+        return out._replace(taps=one("taps", out.taps), teacher=teacher)
 
     def _note(self, segment: Segment) -> None:
-        start = kept_start = 0
-        for row, length, kept in zip(segment.rows, segment.lengths, segment.kept, strict=True):
-            self._spots[segment.split].setdefault(row, Spot(segment, start, length, kept_start, kept))
-            start, kept_start = start + length, kept_start + kept
+        start = kept_start = seen_start = 0
+        for row, length, kept, seen in zip(segment.rows, segment.lengths, segment.kept, segment.taps, strict=True):
+            spot = Spot(segment, start, length, kept_start, kept, seen_start, seen)
+            self._spots[segment.split].setdefault(row, spot)
+            start, kept_start, seen_start = start + length, kept_start + kept, seen_start + seen
 
     def _open(self, segment: str, name: str) -> Any:
         found = self._by_name[segment]
@@ -207,10 +217,3 @@ class _Reads:
                 future.result()
             except (ValueError, OSError) as error:
                 raise damage(self._store, segment, name, error) from error
-
-
-def _named(stored: Stored) -> dict[str, np.ndarray]:
-    found = {"taps": stored.taps.values, "taps_row": stored.taps.row, "last": stored.last.values}
-    found |= {"last_row": stored.last.row, "greedy": stored.greedy_BT, "lse": stored.lse_BT}
-    assert set(found) <= {*PER_TOKEN, *PER_KEPT}
-    return {name: array for name, array in found.items() if array is not None}

@@ -1,65 +1,89 @@
-"""Rows of a batch with their features <-> the ragged arrays of a segment: padding, and `last` where nothing needs it,
+"""Rows of a batch with their features <-> the ragged arrays of a segment: padding, and states where nothing needs them,
 cost nothing."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jeagle import align
-from jeagle.features.formats import DTYPES, Scaled, Stored
-from jeagle.joints import Batch
+from jeagle.features.formats import DTYPES, TOP, Scaled, Stored, by_name
+from jeagle.joints import Batch, TopK
 
 TOKENS = ("tokens", "segments", "positions", "supervised")  # arrays of a Batch, one entry a token
-PER_TOKEN = (*TOKENS, "taps", "taps_row")
-PER_KEPT = ("last", "last_row", "greedy", "lse")  # one entry for each position whose `last` is kept
+PER_SEEN = ("taps", "taps_row")  # one entry for each position whose taps are kept
+PER_KEPT = ("last", "last_row", *TOP, "greedy", "lse")  # one entry for each position whose teacher is kept
 
 
 class Ragged(NamedTuple):
     """Rows one after the other.
 
     Attributes:
-      lengths: tokens of each row. kept: positions of each row whose `last` is there.
-      arrays: by the names of PER_TOKEN and PER_KEPT; no scales for what is kept as it is.
+      lengths: tokens of each row. kept, seen: positions of each row whose teacher, and whose taps, are there.
+      arrays: by the names of TOKENS, PER_SEEN and PER_KEPT; no scales for what is kept as it is.
     """
 
     lengths: list[int]
     kept: list[int]
+    seen: list[int]
     arrays: dict[str, np.ndarray]
 
 
-def ragged(batch: Batch, stored: Stored, rows: Iterable[int] | None = None) -> Ragged:
-    """Cuts the padding off.
+class Places(NamedTuple):
+    """Which positions of rows a store keeps something of, [B, T] each: their tokens, taps and teachers."""
+
+    real_BT: np.ndarray
+    seen_BT: np.ndarray
+    kept_BT: np.ndarray
+
+    def of(self, name: str) -> np.ndarray:
+        """Where an array of that name has an entry."""
+        return self.seen_BT if name in PER_SEEN else self.kept_BT if name in PER_KEPT else self.real_BT
+
+
+def places_of(batch: Batch, taps_at: str) -> Places:
+    """What is kept of rows; `taps_at` as in `formats.Form`."""
+    real_BT = batch.segments_BT > 0
+    seen_BT = align.seen_positions(batch, xp=np) if taps_at == "seen" else real_BT
+    return Places(real_BT, seen_BT, align.near_supervised(batch, xp=np))
+
+
+def ragged(batch: Batch, stored: Stored, rows: Iterable[int] | None = None, *, taps_at: str = "all") -> Ragged:
+    """Cuts off what is not kept.
 
     Args:
-      batch, stored: host arrays of some rows. rows: which of them; all by default.
+      batch, stored: host arrays of some rows. rows: which of them; all by default. taps_at: as in `formats.Form`.
     """
-    wanted_BT = align.near_supervised(batch, xp=np)
+    places = places_of(batch, taps_at)
     chosen = range(len(batch.tokens_BT)) if rows is None else list(rows)
-    pieces: list[dict[str, np.ndarray]] = []
-    for b in chosen:
-        length = int((batch.segments_BT[b] > 0).sum())
-        if not (batch.segments_BT[b][:length] > 0).all():
-            raise ValueError("padding stands before a token")
-        kept = np.flatnonzero(wanted_BT[b])
-        piece = {name: np.asarray(array[b][:length]) for name, array in zip(TOKENS, batch, strict=True)}
-        for name, scaled, places in (("taps", stored.taps, slice(length)), ("last", stored.last, kept)):
-            piece[name] = np.asarray(scaled.values[b])[places]
-            if scaled.row is not None:
-                piece[f"{name}_row"] = np.asarray(scaled.row[b])[places]
-        piece["greedy"], piece["lse"] = stored.greedy_BT[b][kept], stored.lse_BT[b][kept]
-        pieces.append(piece)
-    arrays = {name: np.concatenate([p[name] for p in pieces]) for name in (pieces[0] if pieces else ())}
-    lengths, kept_counts = [len(p["tokens"]) for p in pieces], [len(p["greedy"]) for p in pieces]
-    return Ragged(lengths, kept_counts, arrays)
+    whole = dict(zip(TOKENS, batch, strict=True)) | by_name(stored)
+    if not all(_first(places.real_BT[b]) for b in chosen):
+        raise ValueError("padding stands before a token")
+    arrays = {
+        name: np.concatenate([_cut(np.asarray(array[b]), places.of(name)[b]) for b in chosen])
+        for name, array in (whole.items() if len(chosen) else ())
+    }
+    lengths, seen, kept = ([int(where[b].sum()) for b in chosen] for where in places)
+    return Ragged(lengths, kept, seen, arrays)
+
+
+def _first(where_T: np.ndarray) -> bool:
+    """Whether these are the first positions of a row, and no others."""
+    return bool(where_T[: int(where_T.sum())].all())
+
+
+def _cut(array_TX: np.ndarray, where_T: np.ndarray) -> np.ndarray:
+    return array_TX[: int(where_T.sum())] if _first(where_T) else array_TX[where_T]
 
 
 def joined(parts: list[Ragged]) -> Ragged:
     """Several Ragged one after the other."""
     arrays = {name: np.concatenate([p.arrays[name] for p in parts]) for name in parts[0].arrays}
-    return Ragged([n for p in parts for n in p.lengths], [n for p in parts for n in p.kept], arrays)
+    lengths, kept, seen = (list(itertools.chain(*counts)) for counts in zip(*(p[:3] for p in parts), strict=True))
+    return Ragged(lengths, kept, seen, arrays)
 
 
 def empty_batch(rows: int, length: int) -> Batch:
@@ -72,19 +96,21 @@ def empty_stored(rows: int, length: int, like: dict[str, Any]) -> Stored:
     """Zeros for `rows` rows of `length` positions.
 
     Args:
-      like: a segment's description of its arrays, "taps" and "last" among them.
+      like: a segment's description of its arrays, "taps" and "last" or those of TOP among them.
     """
     shape = (rows, length)
 
-    def one(name: str) -> Scaled:
-        rest, dtype = like[name]["shape"][1:], like[name]["dtype"]
-        values = np.zeros((*shape, *rest), np.dtype(DTYPES.get(_kind(dtype), dtype)))
-        if f"{name}_row" not in like:
-            return Scaled(values)
-        row = np.zeros((*shape, *rest[:-1]), np.float32)
-        return Scaled(values, row, np.ones((rows, *rest), np.float32))
+    def empty(name: str) -> np.ndarray:
+        dtype = like[name]["dtype"]
+        return np.zeros((*shape, *like[name]["shape"][1:]), np.dtype(DTYPES.get(_kind(dtype), dtype)))
 
-    return Stored(one("taps"), one("last"), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+    def scaled(name: str) -> Scaled:
+        if f"{name}_row" not in like:
+            return Scaled(empty(name))
+        return Scaled(empty(name), empty(f"{name}_row"), np.ones((rows, *like[name]["shape"][1:]), np.float32))
+
+    teacher = scaled("last") if "last" in like else TopK(*map(empty, TOP))
+    return Stored(scaled("taps"), teacher, np.zeros(shape, np.int32), np.zeros(shape, np.float32))
 
 
 def _kind(dtype: str) -> str:

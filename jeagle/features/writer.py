@@ -107,10 +107,8 @@ class Writer:
         Raises:
           UserError: the disk is full; what was written of the unit is removed.
         """
-        segment = Segment(
-            unit.name, f"{unit.name}.{self.claims.writer}", unit.split, tuple(unit.rows), tuple(found.lengths),
-            tuple(found.kept),
-        )  # fmt: skip
+        counts = tuple(found.lengths), tuple(found.kept), () if found.seen == found.lengths else tuple(found.seen)
+        segment = Segment(unit.name, f"{unit.name}.{self.claims.writer}", unit.split, tuple(unit.rows), *counts)
         return self._commit(segment, found.arrays, chunk)
 
     def commit_tables(self, make: Callable[[], dict[str, np.ndarray]]) -> None:

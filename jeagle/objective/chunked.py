@@ -19,12 +19,30 @@ from jeagle.runtime.numerics import as_bits, first_largest, from_bits, rows_prod
 
 _LARGEST_PRODUCT = 2**25  # numbers
 
+_UNKNOWN = -1e30  # of a token that is not among those known: no probability, yet no nan where none is known
+
+
+class Known(NamedTuple):
+    """A truncated teacher: P entries of the target's distribution over its whole vocabulary, at each position.
+
+    What is learnt from is renormalised over what is known of the draft vocabulary. What acceptance is taken against is
+    not: a token of which nothing is known counts as one that the target never says, so that acceptance is understated,
+    by the mass of the unknown at most. (Not so where a recipe is `renormalised`.)
+
+    Attributes:
+      entries_BMP: as draft vocabulary entries, D where the draft has none.
+      log_probs_BMP: logs of their probabilities over the whole vocabulary.
+    """
+
+    entries_BMP: jax.Array
+    log_probs_BMP: jax.Array
+
 
 class Taught(NamedTuple):
     """Teacher positions and what they teach, [B, M, ...].
 
     Attributes:
-      last_BMH: the target's final states; head_DH reads them.
+      source: the target's final states [B, M, H], which head_DH reads; or what is known of its distributions.
       head_DH: the target's lm_head rows of the draft vocabulary.
       lse_BM: logsumexp of the target's logits over its whole vocabulary.
       label_BM: the target's argmax as a draft vocabulary entry, -1 where the draft cannot say it.
@@ -33,7 +51,7 @@ class Taught(NamedTuple):
       factors: of each of the recipe's terms, what it is multiplied with at each slot [B, M, K]; None is 1.
     """
 
-    last_BMH: jax.Array
+    source: jax.Array | Known
     head_DH: jax.Array
     lse_BM: jax.Array
     label_BM: jax.Array
@@ -126,10 +144,13 @@ def _scan(recipe, hidden_KBNW, lm_head_DW, taught, *, with_gradient):
 
     def body(carry, parts):
         total, gradients = carry
-        last, lse, label, weight, slot, factors = parts
-        places = _places(slot)
-        hidden = from_bits(hidden_bits.at[places].get(mode="clip"), hidden_KBNW.dtype).astype(dtype)
-        teacher = _teacher(recipe, recipe.logits(rows_product(last.astype(dtype), teacher_head, rows=True)), lse)
+        source, lse, label, weight, slot, factors = parts
+        at = places(slot)
+        hidden = from_bits(hidden_bits.at[at].get(mode="clip"), hidden_KBNW.dtype).astype(dtype)
+        if isinstance(source, Known):
+            teacher = _teacher(recipe, _known_logits(source, len(teacher_head)), jnp.zeros_like(lse))
+        else:
+            teacher = _teacher(recipe, recipe.logits(rows_product(source.astype(dtype), teacher_head, rows=True)), lse)
         logits = rows_product(hidden, lm_head, rows=True)
         losses, chunk_total, dlogits = _loss(recipe, logits, teacher, weight, factors, with_gradient)
         correct = first_largest(logits) == label[..., None]
@@ -138,12 +159,12 @@ def _scan(recipe, hidden_KBNW, lm_head_DW, taught, *, with_gradient):
             dhidden_bits, dhead_WD = gradients
             dlogits = dlogits.astype(dtype)
             found = as_bits(rows_product(dlogits, lm_head).astype(hidden_KBNW.dtype))
-            dhidden_bits = dhidden_bits.at[places].set(found, mode="drop")
+            dhidden_bits = dhidden_bits.at[at].set(found, mode="drop")
             gradients = dhidden_bits, _with_product(dhead_WD, hidden, dlogits)
         return (total + chunk_total, gradients), slotwise
 
     nothing = (jnp.zeros_like(hidden_bits), jnp.zeros(lm_head_DW.shape[::-1], kind)) if with_gradient else ()
-    parts = taught.last_BMH, taught.lse_BM, taught.label_BM, taught.weight_BMK, taught.slot_BMK, taught.factors
+    parts = taught.source, taught.lse_BM, taught.label_BM, taught.weight_BMK, taught.slot_BMK, taught.factors
     chunks = jax.tree.map(lambda x: _split(x, chunk), parts)
     (total, gradients), slotwise = jax.lax.scan(body, (jnp.zeros((), kind), nothing), chunks)
     if with_gradient:
@@ -151,7 +172,7 @@ def _scan(recipe, hidden_KBNW, lm_head_DW, taught, *, with_gradient):
     return total, jax.tree.map(_join, slotwise), gradients
 
 
-def _places(slot_BmK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def places(slot_BmK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Indices into an array [K, B, N, ...]."""
     batch, _, steps = slot_BmK.shape
     return jnp.arange(steps), jnp.arange(batch)[:, None, None], slot_BmK
@@ -180,6 +201,14 @@ def _teacher(recipe: Recipe, logits_BmD: jax.Array, lse_Bm: jax.Array) -> Teache
     if recipe.temperature == 1.0:
         return Teacher(probs, probs * jnp.exp(normaliser - lse_Bm[..., None, None]))
     return Teacher(probs, jnp.exp(logits - lse_Bm[..., None, None]))
+
+
+def _known_logits(known: Known, size: int) -> jax.Array:
+    """What is known as logits [B, m, D] whose logsumexp over the whole vocabulary is 0."""
+    log_probs = known.log_probs_BMP
+    rows, places = jnp.arange(len(log_probs))[:, None, None], jnp.arange(log_probs.shape[1])[None, :, None]
+    nothing = jnp.full((*log_probs.shape[:2], size), _UNKNOWN, log_probs.dtype)
+    return nothing.at[rows, places, known.entries_BMP].set(log_probs, mode="drop")
 
 
 def _loss(recipe: Recipe, logits, teacher: Teacher, weight, factors, with_gradient: bool):

@@ -60,6 +60,13 @@ class ObjectiveSpec:
             return f"mask_out_of_vocab with the normaliser {self.normaliser} depends on every teacher of the step"
         return ""
 
+    @property
+    def whole_teacher(self) -> str:
+        """Why the likeliest tokens of each distribution are not enough of a teacher; empty where they are."""
+        if any(name == "reverse_kl" for _, name in self.terms()):
+            return "the loss reverse_kl is infinite wherever a token's probability is not known"
+        return ""
+
 
 # Sources: SpecForge 0.2.0 and speculators 0.9.0, as their own classes compute (tests/goldens).
 DIALECTS: dict[str, ObjectiveSpec] = {

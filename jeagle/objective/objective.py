@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.align import Selected, take_rows
-from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Predictions, Tables
-from jeagle.objective.chunked import Recipe, Slotwise, Taught, chunked_loss
+from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Predictions, Tables, TopK
+from jeagle.objective.chunked import Known, Recipe, Slotwise, Taught, chunked_loss, places
 from jeagle.objective.dialects import ObjectiveSpec
 from jeagle.objective.whole import needs_first_pass, split
 from jeagle.runtime.mesh import summed_over
@@ -74,7 +74,8 @@ def objective(
 
     Source: EAGLE-3 (arXiv 2503.01840); the switches of `spec` name the differences between its trainers.
     """
-    label_BT = _draft_labels(features.greedy_BT, tables)
+    index_V = _draft_entries(tables)
+    label_BT = index_V[features.greedy_BT]
     label_KBN = jax.vmap(lambda read: take_rows(label_BT, jnp.minimum(read, label_BT.shape[1] - 1)))(
         predictions.taught_by_KBN
     )
@@ -88,8 +89,10 @@ def objective(
     weight_KBN = jnp.where(trained_KBN, scale_KBN * decay_K[:, None, None], 0.0)
 
     slot_BMK, present_BMK = _slot_of_teacher(predictions, teachers, label_BT.shape[1])
+    source, teaches_BM = _source(features.teacher, teachers.positions_BN, index_V, len(tables.head_DH))
+    present_BMK = present_BMK & teaches_BM[..., None]
     taught = Taught(
-        last_BMH=take_rows(features.last_BTH, teachers.positions_BN),
+        source=source,
         head_DH=tables.head_DH,
         lse_BM=take_rows(features.lse_BT, teachers.positions_BN),
         label_BM=take_rows(label_BT, teachers.positions_BN),
@@ -102,8 +105,10 @@ def objective(
     if needs_first_pass(recipe.terms):
         frozen = jax.lax.stop_gradient((predictions.hidden_KBNW, lm_head_DW, taught))
         _, first = chunked_loss(recipe._replace(terms=((1.0, "tv"),)), *frozen)
-        accepted = _by_slot(first, slot_BMK, present_BMK, counts_KBN.shape[2]).accepted
-        terms, factors, rest_K = split(recipe.terms, accepted, trained_KBN, scale_KBN, spec.decay, spec.mixture, over)
+        found = first.accepted, present_BMK
+        accepted, present = _by_slot(found, slot_BMK, present_BMK, counts_KBN.shape[2])
+        carries = trained_KBN & (present > 0)
+        terms, factors, rest_K = split(recipe.terms, accepted, carries, scale_KBN, spec.decay, spec.mixture, over)
         recipe = recipe._replace(terms=terms)
         taught = taught._replace(factors=tuple(f if f is None else _take(f, slot_BMK) for f in factors))
     loss, by_teacher = chunked_loss(recipe, predictions.hidden_KBNW, lm_head_DW, taught)
@@ -113,11 +118,25 @@ def objective(
     return summed_over((loss + jnp.sum(decay_K * rest_K), figures), over)
 
 
-def _draft_labels(greedy_BT: jax.Array, tables: Tables) -> jax.Array:
-    """The target's argmax as a draft vocabulary entry; -1 where the draft cannot say it."""
+def _draft_entries(tables: Tables) -> jax.Array:
+    """Each token as a draft vocabulary entry [V]; -1 where the draft cannot say it."""
     entries = tables.draft_to_target_D.shape[0]
-    index_V = jnp.full(tables.embed_VW.shape[0], -1, jnp.int32).at[tables.draft_to_target_D].set(jnp.arange(entries))
-    return index_V[greedy_BT]
+    return jnp.full(tables.embed_VW.shape[0], -1, jnp.int32).at[tables.draft_to_target_D].set(jnp.arange(entries))
+
+
+def _source(
+    teacher: jax.Array | TopK, positions_BM: jax.Array, index_V: jax.Array, size: int
+) -> tuple[jax.Array | Known, jax.Array]:
+    """What teaches at M positions of each row, and whether it says anything of the draft's `size` tokens [B, M].
+
+    A slot that is told nothing costs nothing and is never accepted; means count it all the same.
+    """
+    found = jax.tree.map(lambda x: take_rows(x, positions_BM), teacher)
+    if not isinstance(found, TopK):
+        return found, jnp.ones(positions_BM.shape, bool)
+    entries_BMP = index_V[found.ids_BTP]
+    known_BMP = entries_BMP >= 0
+    return Known(jnp.where(known_BMP, entries_BMP, size), found.log_probs_BTP), known_BMP.any(axis=-1)
 
 
 def divisors(
@@ -174,14 +193,8 @@ def _slot_of_teacher(predictions: Predictions, teachers: Selected, length: int) 
     return jnp.where(present, slot_BMK, 0), present
 
 
-def _places(slot_BMK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Indices into an array [K, B, N, ...]."""
-    batch, _, steps = slot_BMK.shape
-    return jnp.arange(steps), jnp.arange(batch)[:, None, None], slot_BMK
-
-
 def _take(array_KBNX: jax.Array, slot_BMK: jax.Array) -> jax.Array:
-    return array_KBNX[_places(slot_BMK)]
+    return array_KBNX[places(slot_BMK)]
 
 
 def _chunk(shape: tuple[int, ...], rows: int) -> int:
@@ -191,12 +204,13 @@ def _chunk(shape: tuple[int, ...], rows: int) -> int:
     return max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
 
 
-def _by_slot(by_teacher: Slotwise, slot_BMK: jax.Array, present_BMK: jax.Array, width: int) -> Slotwise:
+def _by_slot(by_teacher: Any, slot_BMK: jax.Array, present_BMK: jax.Array, width: int) -> Any:
+    """Arrays [B, M, K] by teacher -> float32 [K, B, N] by slot, 0 where nothing is present."""
     batch, _, steps = slot_BMK.shape
-    places = _places(jnp.where(present_BMK, slot_BMK, width))
+    at = places(jnp.where(present_BMK, slot_BMK, width))
 
     def scatter(values: jax.Array) -> jax.Array:
-        return jnp.zeros((steps, batch, width), jnp.float32).at[places].set(values, mode="drop")
+        return jnp.zeros((steps, batch, width), jnp.float32).at[at].set(values, mode="drop")
 
     return jax.tree.map(scatter, by_teacher)
 

@@ -7,7 +7,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from jeagle.targets.decoder import Decoder
 from jeagle.targets.families import Family, Piece, Switches, own_family, read_spec
-from jeagle.targets.features import features, greedy_and_gap, greedy_and_lse
+from jeagle.targets.features import distributions, features, greedy_and_gap
 from jeagle.targets.generate import Answer, generate
 from jeagle.targets.load import Target, abstract_target, load_target, random_target
 from jeagle.targets.reference import TargetFiles, resolve
@@ -31,12 +31,12 @@ __all__ = [
     "TargetSpec",
     "abstract_target",
     "check_taps",
+    "distributions",
     "embedding_table",
     "end_token_ids",
     "features",
     "generate",
     "greedy_and_gap",
-    "greedy_and_lse",
     "head_table",
     "load_target",
     "load_tokenizer",

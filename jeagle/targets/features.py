@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jeagle.align import select, take_rows
-from jeagle.joints import Batch, Features
+from jeagle.joints import Batch, Features, TopK
 from jeagle.runtime.mesh import by_rows, logical_sharding, platform, row_axes
-from jeagle.runtime.numerics import first_largest
+from jeagle.runtime.numerics import first_largest, largest
 from jeagle.targets.decoder import Decoder
 
 # Positions whose logits over the whole vocabulary exist at a time on a device. Accelerators read the whole lm_head for
@@ -21,16 +22,49 @@ from jeagle.targets.decoder import Decoder
 CPU_CHUNK, ACCELERATOR_CHUNK = 256, 1024
 
 
-def features(model: Decoder, batch: Batch, taps: tuple[int, ...], wanted_BT: jax.Array, width: int) -> Features:
-    """The features of packed rows; greedy and lse only where `wanted_BT` holds, at most `width` positions a row."""
+def features(
+    model: Decoder, batch: Batch, taps: tuple[int, ...], wanted_BT: jax.Array, width: int, top_k: int = 0
+) -> Features:
+    """The features of packed rows; what needs logits only where `wanted_BT` holds, at most `width` positions a row.
+
+    Args:
+      top_k: entries of each distribution that teach; 0 leaves the final states to it.
+    """
     taps_BTAH, last_BTH = model.forward(batch.tokens_BT, batch.positions_BT, batch.segments_BT, taps)
     chosen = select(wanted_BT, width)
-    greedy_BN, lse_BN = greedy_and_lse(model, take_rows(last_BTH, chosen.positions_BN))
     rows = jnp.arange(wanted_BT.shape[0])[:, None]
-    empty = jnp.zeros(wanted_BT.shape, jnp.float32)
-    lse_BT = empty.at[rows, chosen.positions_BN].set(jnp.where(chosen.live_BN, lse_BN, 0.0))
-    greedy_BT = empty.astype(jnp.int32).at[rows, chosen.positions_BN].set(jnp.where(chosen.live_BN, greedy_BN, 0))
-    return Features(taps_BTAH, last_BTH, greedy_BT, lse_BT)
+
+    def spread(found_BN: jax.Array) -> jax.Array:
+        live_BN = chosen.live_BN.reshape(*chosen.live_BN.shape, *(1,) * (found_BN.ndim - 2))
+        empty_BT = jnp.zeros((*wanted_BT.shape, *found_BN.shape[2:]), found_BN.dtype)
+        return empty_BT.at[rows, chosen.positions_BN].set(jnp.where(live_BN, found_BN, 0))
+
+    said = jax.tree.map(spread, distributions(model, take_rows(last_BTH, chosen.positions_BN), top_k))
+    return Features(taps_BTAH, last_BTH if said.top is None else said.top, said.greedy, said.lse)
+
+
+class Said(NamedTuple):
+    """What is kept of distributions at N positions of each row: argmax, logsumexp, and the top entries if asked for."""
+
+    greedy: jax.Array
+    lse: jax.Array
+    top: TopK | None
+
+
+def distributions(model: Decoder, last_BNH: jax.Array, top_k: int = 0) -> Said:
+    """The target's distributions over its whole vocabulary after the final states given; `top_k` as in `features`."""
+    if not top_k:
+        return Said(*greedy_and_lse(model, last_BNH), None)
+
+    def top(logits: jax.Array) -> tuple[jax.Array, TopK]:
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        values, ids = largest(logits, top_k)
+        log_probs = values - lse[..., None]
+        rest = jnp.maximum(1.0 - jnp.exp(log_probs).sum(axis=-1), 0.0)
+        return lse, TopK(ids.astype(jnp.int32), log_probs, rest)
+
+    greedy_BN, (lse_BN, kept) = over_vocabulary(model, last_BNH, top)
+    return Said(greedy_BN, lse_BN, kept)
 
 
 def greedy_and_lse(model: Decoder, last_BNH: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -49,10 +83,8 @@ def greedy_and_gap(model: Decoder, last_BNH: jax.Array) -> tuple[jax.Array, jax.
     return over_vocabulary(model, last_BNH, gap)
 
 
-def over_vocabulary(
-    model: Decoder, last_BNH: jax.Array, figure: Callable[[jax.Array], jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """argmax and a figure of each position's logits, a chunk of positions at a time.
+def over_vocabulary(model: Decoder, last_BNH: jax.Array, figure: Callable[[jax.Array], Any]) -> tuple[jax.Array, Any]:
+    """argmax and a figure (or a tree of some) of each position's logits, a chunk of positions at a time.
 
     Without a mesh anything with a method `logits` will do for a model.
     """
@@ -65,15 +97,14 @@ def over_vocabulary(
     padded = jnp.pad(last_BNH, ((0, 0), (0, chunks * chunk - width), (0, 0)))
     to_logits = model.logits if mesh is None else functools.partial(model.logits, head=_gathered(model, mesh))
 
-    def one(last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(last: jax.Array) -> tuple[jax.Array, Any]:
         logits = to_logits(by_rows(last, mesh))
         return first_largest(logits).astype(jnp.int32), figure(logits)
 
     def joined(figures: jax.Array) -> jax.Array:
-        return jnp.moveaxis(figures, 0, 1).reshape(batch, chunks * chunk)[:, :width]
+        return jnp.moveaxis(figures, 0, 1).reshape(batch, chunks * chunk, *figures.shape[3:])[:, :width]
 
-    found = jax.lax.map(one, jnp.moveaxis(padded.reshape(batch, chunks, chunk, hidden), 1, 0))
-    return joined(found[0]), joined(found[1])
+    return jax.tree.map(joined, jax.lax.map(one, jnp.moveaxis(padded.reshape(batch, chunks, chunk, hidden), 1, 0)))
 
 
 def _gathered(model: Decoder, mesh: Mesh) -> jax.Array:

@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
         save_file(
             {"hidden_states": kept, "token_ids": tokens[i].astype(np.int64)}, folder / "vllm" / f"hs_{i}.safetensors"
         )
-    np.savez(folder / "expected.npz", last=found.last.values, greedy=found.greedy_BT)
+    np.savez(folder / "expected.npz", last=found.teacher.values, greedy=found.greedy_BT)
     return folder
 
 
@@ -55,10 +55,27 @@ def test_states_of_vllm_become_a_store(folder):
     batch = store.batch("train", range(14))
     got = features.decode(store.stored("train", range(14), batch))
     expected = np.load(folder / "expected.npz")
-    np.testing.assert_allclose(np.asarray(got.last_BTH)[:, :40], expected["last"][:14], rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(np.asarray(got.teacher)[:, :40], expected["last"][:14], rtol=0.05, atol=0.05)
     assert (np.asarray(got.greedy_BT)[:, :40] == expected["greedy"][:14]).mean() > 0.97
     first = load_file(folder / "vllm" / "hs_0.safetensors")["hidden_states"][:, :-1]
     np.testing.assert_array_equal(np.asarray(got.taps_BTAH)[0, :40], first.astype(np.float32))
+
+
+def test_what_a_store_keeps_of_others_states_is_the_users_to_say(folder):
+    """The likeliest tokens are those of the states, by the target's own head."""
+    out = folder / "likeliest"
+    adopt.adopt(
+        config_of(folder, store__teacher="top_k", store__top_k=5, store__taps_at="seen"), folder / "vllm", str(out)
+    )
+    store = features.Store(str(out))
+    batch = store.batch("train", range(14))
+    got, expected = store.stored("train", range(14), batch), np.load(folder / "expected.npz")
+    assert store.form == features.Form("bfloat16", top_k=5, taps_at="seen")
+    np.testing.assert_array_equal(got.teacher.ids_BTP[..., 0], got.greedy_BT)
+    assert (got.greedy_BT[:, :40] == expected["greedy"][:14]).mean() > 0.97
+    assert (
+        not got.taps.values[:, 39].any() and got.taps.values[:, 38].any(axis=(1, 2)).all()
+    )  # nothing follows the last
 
 
 def test_states_of_other_layers_or_another_target_are_refused(folder, tmp_path):

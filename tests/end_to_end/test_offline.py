@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from tests.features import made
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs" / "llama3_8b.py")
-STEPS = 4
+STEPS, VOCAB = 4, 315
 
 
 def config_of(folder: Path, **more):
@@ -119,6 +120,63 @@ def test_a_store_in_bytes_comes_close(folder, online, stores, capsys):
     assert "the target's argmax is the stored one at 100.0%" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def likeliest(folder) -> Path:
+    """A store of as many likeliest tokens as there are, and of taps where a slot sees them."""
+    flags = {"store__taps": "float32", "store__taps_at": "seen", "store__teacher": "top_k", "store__top_k": VOCAB}
+    filling.extract(config_of(folder, name="extract", **flags), str(folder / "likeliest"))
+    return folder / "likeliest"
+
+
+def test_a_store_of_every_likely_token_gives_the_online_losses(folder, online, likeliest, capsys):
+    """Within the rounding of its log-probabilities, on another mesh and in parts; and says what it holds."""
+    split = {"mesh__tensor": 2, "train__accumulate": 2}
+    rows = run(folder, name="likeliest", features=likeliest, train__held_out_rows=100, **split)
+    assert "the likeliest stored tokens are the stored argmax at 100.0%" in capsys.readouterr().out
+    for name in ("loss", "gradient_norm", "acceptance_1"):
+        np.testing.assert_allclose([r[name] for r in rows], [r[name] for r in online], rtol=1e-3, err_msg=name)
+    np.testing.assert_allclose([r["accuracy_0"] for r in rows], [r["accuracy_0"] for r in online], atol=0.01)
+    assert storing.main(["verify", str(likeliest), "--target", str(folder / "target")]) == 0
+    storing.main(["info", str(likeliest)])
+    said = capsys.readouterr().out
+    assert f"the {VOCAB} likeliest tokens at" in said and "kept as float32 at" in said
+    assert storing.main(["sample", str(likeliest), "--rows", "1"]) == 0
+
+
+def test_what_a_store_cannot_teach_is_refused(folder, stores, likeliest, monkeypatch):
+    cases = {
+        "the loss reverse_kl is infinite": {"objective__loss": "reverse_kl"},
+        "slots run on into the next one": {"objective__cross_documents": True, "objective__slots": "speculators"},
+    }
+    for reason, switches in cases.items():
+        with pytest.raises(UserError, match=f"The store {likeliest} keeps .*{reason}"):
+            train(config_of(folder, name="cannot", features=likeliest, **switches))
+    with pytest.raises(UserError, match="The store asked for keeps the 256 likeliest tokens"):
+        filling.extract(
+            config_of(folder, name="cannot", store__teacher="top_k", objective__loss="reverse_kl"), str(folder / "none")
+        )
+    with pytest.raises(UserError, match=rf"--store.top-k 1000 is more than the target's {VOCAB} tokens"):
+        filling.extract(
+            config_of(folder, name="extract", store__teacher="top_k", store__top_k=1000), str(folder / "none")
+        )
+    with pytest.raises(UserError, match=r"arrays.taps_at, arrays.teacher"):
+        train(config_of(folder, name="mixed3", features=f"{stores['float32']},{likeliest}"))
+    read = reader.Store.stored
+
+    def other(self, split, rows, batch, stays):
+        found = read(self, split, rows, batch)
+        ids = found.teacher.ids_BTP
+        turned = np.concatenate([ids[..., :stays], ids[..., stays:][..., ::-1]], axis=-1)
+        return found._replace(teacher=found.teacher._replace(ids_BTP=turned))
+
+    monkeypatch.setattr(reader.Store, "stored", functools.partialmethod(other, stays=0))
+    with pytest.raises(UserError, match="contradicts itself"):
+        train(config_of(folder, name="contradicts", features=likeliest, store__check_rows=0))
+    monkeypatch.setattr(reader.Store, "stored", functools.partialmethod(other, stays=1))
+    with pytest.raises(UserError, match="of their mass lies elsewhere"):
+        train(config_of(folder, name="contradicts", features=likeliest))
+
+
 def test_auto_fills_a_store_of_its_own_and_goes_on_with_it(folder, stores):
     rows = run(folder, name="auto", features="auto", store__check_rows=0)
     same = run(folder, name="named", features=stores["int8"], store__check_rows=0)
@@ -183,7 +241,7 @@ def test_states_from_before_the_norm_are_noticed(folder, stores, tmp_path):
 
     def shuffled(self, split, rows, batch):
         found = read(self, split, rows, batch)
-        return found._replace(last=found.last._replace(values=found.last.values[..., ::-1].copy()))
+        return found._replace(teacher=found.teacher._replace(values=found.teacher.values[..., ::-1].copy()))
 
     reader.Store.stored = shuffled
     try:
@@ -241,7 +299,7 @@ def test_two_processes_fill_one_store(folder, stores):
         batch = one.batch(split, range(one.rows(split)))
         a, b = (store.stored(split, range(one.rows(split)), batch) for store in (one, two))
         np.testing.assert_allclose(a.taps.values, b.taps.values, atol=1e-4)
-        np.testing.assert_allclose(a.last.values, b.last.values, atol=1e-4)
+        np.testing.assert_allclose(a.teacher.values, b.teacher.values, atol=1e-4)
         np.testing.assert_array_equal(a.greedy_BT, b.greedy_BT)
 
 

@@ -13,15 +13,22 @@ import numpy as np
 import tensorstore as ts
 
 from jeagle import align, features
-from jeagle.features.formats import DTYPES, LARGEST
-from jeagle.joints import Batch
+from jeagle.features.formats import DTYPES, LARGEST, by_name
+from jeagle.joints import Batch, TopK
 
 LENGTH, HIDDEN, TAPS, VOCAB = 24, 16, 3, 50
 SPLITS = {"train": 20, "held_out": 5}
+FORMS = {kind: features.Form(kind, kind) for kind in DTYPES} | {
+    "top_k": features.Form("bfloat16", top_k=5),
+    "seen": features.Form("int8", "int8", taps_at="seen"),
+    "exact, seen": features.Form(taps_at="seen"),
+    "top_k, seen": features.Form("int8", top_k=1, taps_at="seen"),
+}
 
 
 def rows(count: int, seed: int) -> Batch:
-    """Packed rows of one to three documents, with padding; some rows are full, some answers end a row."""
+    """Packed rows of one to three documents, with padding; some rows are full, some answers end a row, some are
+    followed by a turn that is not one, and some documents have none."""
     rng = np.random.default_rng(seed)
     tokens, segments, positions = (np.zeros((count, LENGTH), np.int32) for _ in range(3))
     supervised = np.zeros((count, LENGTH), bool)
@@ -32,18 +39,19 @@ def rows(count: int, seed: int) -> Batch:
             here = slice(start, start + length)
             tokens[row, here] = rng.integers(1, VOCAB, length)
             segments[row, here], positions[row, here] = number, np.arange(length)
-            supervised[row, start + length // 2 : start + length] = True
+            trailing = (row + number) % 3 * length // 3
+            supervised[row, start + length // 2 : start + length - trailing] = True
             start += length
     return Batch(tokens, segments, positions, supervised)
 
 
-def stored(batch: Batch, kind: str, seed: int) -> features.Stored:
-    """Random features of rows, of one type on disk; zero where nothing is kept."""
+def stored(batch: Batch, form: features.Form, seed: int) -> features.Stored:
+    """Random features of rows; zero where nothing is kept."""
     rng = np.random.default_rng(seed)
     near = align.near_supervised(batch, xp=np)
-    real = batch.segments_BT > 0
+    seen = align.seen_positions(batch, xp=np) if form.taps_at == "seen" else batch.segments_BT > 0
 
-    def one(mask: np.ndarray, *shape: int) -> features.Scaled:
+    def one(kind: str, mask: np.ndarray, *shape: int) -> features.Scaled:
         full = (*mask.shape, *shape)
         wide = mask.reshape(*mask.shape, *(1,) * len(shape))
         values = (rng.standard_normal(full) * 20 * wide).astype(DTYPES[kind])
@@ -54,43 +62,50 @@ def stored(batch: Batch, kind: str, seed: int) -> features.Stored:
 
     greedy = (rng.integers(0, VOCAB, near.shape) * near).astype(np.int32)
     lse = (rng.standard_normal(near.shape) * near).astype(np.float32)
-    return features.Stored(one(real, TAPS, HIDDEN), one(near, HIDDEN), greedy, lse)
+    taps = one(form.taps, seen, TAPS, HIDDEN)
+    if not form.top_k:
+        return features.Stored(taps, one(form.last, near, HIDDEN), greedy, lse)
+    full = (*near.shape, form.top_k)
+    ids = (rng.integers(0, VOCAB, full) * near[..., None]).astype(np.int32)
+    log_probs = (-10 * rng.random(full) * near[..., None]).astype(np.float16)
+    return features.Stored(taps, TopK(ids, log_probs, (rng.random(near.shape) * near).astype(np.float32)), greedy, lse)
 
 
-def about(kind: str, **made_from: Any) -> dict[str, Any]:
+def about(form: str, **made_from: Any) -> dict[str, Any]:
     data = {"end_token_ids": [1], "target_vocab": VOCAB, "source": "s", "template": "t"}
     return {
         "format": 1,
-        "made_from": {"data": data, "taps": [1, 2, 3], "arrays": {"taps": kind, "last": kind}} | made_from,
+        "made_from": {"data": data, "taps": [1, 2, 3], "arrays": FORMS[form].described()} | made_from,
         "layout": {"rows_per_segment": 3, "row_length": LENGTH},
         "splits": {split: {"rows": count} for split, count in SPLITS.items()},
         "command": "extract",
     }
 
 
-def fill(url: str | Path, kind: str = "int8", pause: float = 0.0, **made_from: Any) -> int:
-    """Writes what is missing of the store that the seeds describe; returns the number of segments written."""
+def fill(url: str | Path, form: str = "int8", pause: float = 0.0, **made_from: Any) -> int:
+    """Writes what is missing of the store that the seeds describe, in one of FORMS; returns the number of segments
+    written."""
     if pause:
         random.seed(os.getpid())
-    writer = features.Writer(features.Place(str(url)), about(kind, **made_from))
+    writer = features.Writer(features.Place(str(url)), about(form, **made_from))
     tables = {"embed": np.ones((VOCAB, HIDDEN), np.float32)}
     for name, shape in (("taps_channel", (TAPS, HIDDEN)), ("last_channel", (HIDDEN,))):
         tables[name] = np.random.default_rng(3).random(shape).astype(np.float32)
     writer.commit_tables(lambda: tables)
     units, written = features.units_of(SPLITS, 3), 0
     while taken := writer.take(units):
-        batch, found = content(taken[0].split, kind)
+        batch, found = content(taken[0].split, form)
         time.sleep(random.random() * pause)
-        written += writer.commit(taken[0], features.ragged(batch, found, taken[0].rows), 8)
+        written += writer.commit(taken[0], features.ragged(batch, found, taken[0].rows, taps_at=FORMS[form].taps_at), 8)
     writer.finish()
     return written
 
 
-def content(split: str, kind: str) -> tuple[Batch, features.Stored]:
+def content(split: str, form: str) -> tuple[Batch, features.Stored]:
     """All rows of a side, and what a store must give back for them."""
     seed = list(SPLITS).index(split)
     batch = rows(SPLITS[split], seed)
-    return batch, stored(batch, kind, seed)
+    return batch, stored(batch, FORMS[form], seed)
 
 
 def find(url: str, pattern: str) -> str:
@@ -100,7 +115,7 @@ def find(url: str, pattern: str) -> str:
     return next(key for key in keys if fnmatch.fnmatchcase(key, pattern))
 
 
-def check_whole(url: str | Path, kind: str = "int8") -> None:
+def check_whole(url: str | Path, form: str = "int8") -> None:
     """Every row is there once, with its bytes, every checksum is right, and nothing else lies about."""
     store = features.Store(str(url))
     store.check_complete()
@@ -109,18 +124,15 @@ def check_whole(url: str | Path, kind: str = "int8") -> None:
     assert numbers == sorted((split, row) for split, count in SPLITS.items() for row in range(count))
     for split, count in SPLITS.items():
         order = np.random.default_rng(7).permutation(count)
-        batch, found = content(split, kind)
+        batch, found = content(split, form)
         got = store.batch(split, order)
         for array, wanted in zip(got, batch, strict=True):
             np.testing.assert_array_equal(array, wanted[order])
         back = store.stored(split, order, got)
-        for array, wanted in ((back.taps.values, found.taps.values), (back.last.values, found.last.values)):
-            np.testing.assert_array_equal(array.astype(np.float32), wanted[order].astype(np.float32))
-        np.testing.assert_array_equal(back.greedy_BT, found.greedy_BT[order])
-        np.testing.assert_array_equal(back.lse_BT, found.lse_BT[order])
-        if found.taps.row is not None:
-            np.testing.assert_array_equal(back.taps.row, found.taps.row[order])
-            np.testing.assert_array_equal(back.last.row, found.last.row[order])
+        ours, theirs = by_name(back), by_name(found)
+        assert list(ours) == list(theirs)
+        for name, wanted in theirs.items():
+            np.testing.assert_array_equal(ours[name].astype(np.float32), wanted[order].astype(np.float32), err_msg=name)
     place = store.place
     assert set(place.names("segments")) == {s.data for s in store.segments}
     assert place.names("claims") == place.names("aside") == []

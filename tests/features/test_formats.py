@@ -8,7 +8,9 @@ import pytest
 
 from jeagle import align, features
 from jeagle.features.formats import DTYPES
-from jeagle.joints import Batch, Features
+from jeagle.joints import Batch, Features, TopK
+
+BYTES = features.Form("int8", "int8")
 
 
 def stream(seed: int) -> np.ndarray:
@@ -26,7 +28,7 @@ def error_in_spreads(kind: str, channel: np.ndarray) -> float:
     x = stream(0)
     plain = Features(x, x[:, :, 0], np.zeros((2, 64), np.int32), np.zeros((2, 64), np.float32))
     scales = {"taps": channel, "last": channel[0]}
-    back = jax.jit(lambda f: features.decode(features.encode(f, kind, kind, scales)))(plain)
+    back = jax.jit(lambda f: features.decode(features.encode(f, features.Form(kind, kind), scales)))(plain)
     off = (np.asarray(back.taps_BTAH) - x)[:, 1:] / x[:, 1:].std(axis=(0, 1))
     return float(np.sqrt((off**2).mean()))
 
@@ -45,24 +47,30 @@ def test_a_byte_needs_the_scales_of_channels():
 def test_what_is_zero_stays_zero():
     channel = features.channel_scales(np.zeros((5, 3, 128), np.float32), "int8")
     zero = Features(*(np.zeros(s, np.float32) for s in ((1, 4, 3, 128), (1, 4, 128), (1, 4), (1, 4))))
-    back = features.decode(features.encode(zero, "int8", "int8", {"taps": channel, "last": channel[0]}))
-    assert not np.asarray(back.taps_BTAH).any() and not np.asarray(back.last_BTH).any()
+    back = features.decode(features.encode(zero, BYTES, {"taps": channel, "last": channel[0]}))
+    assert not np.asarray(back.taps_BTAH).any() and not np.asarray(back.teacher).any()
 
 
 def test_bytes_of_an_8b_target():
-    assert features.bytes_per_token(4096, 3, "int8", "int8") <= 16.25 * 1024
-    assert features.bytes_per_token(4096, 3, "int8", "int8", kept=0.35) <= 13.5 * 1024
-    assert features.bytes_per_token(576, 3, "int8", "int8") <= 0.51 * (4 * 576 * 2 + 16)
+    assert features.bytes_per_token(4096, 3, BYTES) <= 16.25 * 1024
+    assert features.bytes_per_token(4096, 3, BYTES, kept=0.35) <= 13.5 * 1024
+    assert features.bytes_per_token(576, 3, BYTES) <= 0.51 * (4 * 576 * 2 + 16)
     assert DTYPES["int8"].itemsize == DTYPES["fp8"].itemsize == 1
 
 
-def test_every_position_that_teaches_is_kept():
-    """By every rule for which slots count, across documents too where that is asked for."""
+def packed() -> Batch:
+    """Rows of several documents, some without any answer, and padding."""
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(1, 5, (20, 30)), axis=1).astype(np.int32)
     segments[:, 26:] = 0
     supervised = (rng.random((20, 30)) < 0.4) & (segments > 0)
-    batch = Batch(np.ones_like(segments), segments, segments, supervised)
+    return Batch(np.ones_like(segments), segments, segments, supervised)
+
+
+def test_every_position_that_teaches_is_kept():
+    """By every rule for which slots count, across documents too where that is asked for."""
+    batch = packed()
+    segments = batch.segments_BT
     near = align.near_supervised(batch, xp=np)
     assert not near[segments == 0].any() and not near.all()
     for rule in align.SLOT_RULES:
@@ -70,3 +78,25 @@ def test_every_position_that_teaches_is_kept():
             counts = align.counting_slots(batch, 4, rule, cross_documents=cross, xp=np)
             reads = align.read_positions(segments, 4, cross_documents=cross, xp=np)
             assert not (align.teacher_positions(counts, reads, xp=np) & ~near).any(), rule
+
+
+def test_likeliest_tokens_are_smaller_than_states():
+    for hidden, kept in ((576, 64), (4096, 256), (8192, 256)):
+        ours = features.bytes_per_token(hidden, 3, features.Form("int8", top_k=kept))
+        assert ours < features.bytes_per_token(hidden, 3, BYTES)
+    half = features.bytes_per_token(4096, 3, BYTES, seen=0.5)
+    assert half == features.bytes_per_token(4096, 3, BYTES) - 0.5 * 3 * 4100
+
+
+def test_log_probabilities_in_float16_move_little_mass():
+    """At most 2**-11 of each token's log-probability: of all tokens together, of the distribution's entropy."""
+    rng = np.random.default_rng(0)
+    log_probs = np.sort(np.log(rng.dirichlet(np.full(5000, 0.05), (1, 6))), axis=-1)[..., ::-1][..., :64].astype(
+        np.float32
+    )
+    kept, zeros = TopK(np.zeros(log_probs.shape, np.int32), log_probs, np.zeros((1, 6), np.float32)), np.zeros((1, 6))
+    plain = Features(np.zeros((1, 6, 3, 8), np.float32), kept, zeros, zeros)
+    back = features.decode(features.encode(plain, features.Form(top_k=64), {"taps": np.ones((3, 8))}))
+    moved = np.abs(np.exp(np.asarray(back.teacher.log_probs_BTP)) - np.exp(log_probs)).sum(-1)
+    entropy = -(np.exp(log_probs) * log_probs).sum(-1)
+    assert (moved <= 2.0**-11 * entropy * 1.01).all() and moved.max() > 2.0**-14

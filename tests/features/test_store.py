@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jeagle import features
+from jeagle import align, features
 from jeagle.errors import UserError
+from jeagle.features.manifests import sealed
 from jeagle.runtime.ahead import read_ahead
 from tests.features import made
 
@@ -42,10 +43,11 @@ def harmed(url: str, pattern: str, harm: Callable[[bytes], bytes | None]) -> Ite
         place.write(key, before)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "fp8"])
-def test_rows_come_back_as_they_were(tmp_path, kind):
-    made.fill(tmp_path / "s", kind)
-    made.check_whole(tmp_path / "s", kind)
+@pytest.mark.parametrize("form", made.FORMS)
+def test_rows_come_back_as_they_were(tmp_path, form):
+    made.fill(tmp_path / "s", form)
+    made.check_whole(tmp_path / "s", form)
+    assert features.Store(str(tmp_path / "s")).form == made.FORMS[form]
 
 
 @FOLDER
@@ -55,6 +57,30 @@ def test_padding_and_unneeded_states_cost_nothing(whole):
     segments = [s for s in store.segments if s.split == "train"]
     assert sum(s.arrays["taps"]["shape"][0] for s in segments) == (batch.segments_BT > 0).sum()
     assert 0 < sum(s.arrays["last"]["shape"][0] for s in segments) < (batch.segments_BT > 0).sum()
+
+
+def test_taps_that_nothing_sees_cost_nothing(tmp_path):
+    made.fill(tmp_path / "s", "seen")
+    store, (batch, _) = features.Store(str(tmp_path / "s")), made.content("train", "seen")
+    segments = [s for s in store.segments if s.split == "train"]
+    kept = sum(s.arrays["taps"]["shape"][0] for s in segments)
+    assert kept == align.seen_positions(batch, xp=np).sum() == sum(sum(s.taps) for s in segments)
+    assert 0 < kept < 0.8 * (batch.segments_BT > 0).sum()
+
+
+def test_a_store_from_before_there_was_a_choice_is_read(tmp_path):
+    """Its store.json names two types, and its segments count no taps."""
+    made.fill(tmp_path / "s")
+    path = tmp_path / "s" / "store.json"
+    tree = json.loads(path.read_text())
+    tree["made_from"]["arrays"] = {"taps": "int8", "last": "int8"}
+    path.write_bytes(sealed({k: v for k, v in tree.items() if k != "checksum"}))
+    for path in (tmp_path / "s" / "manifests").iterdir():
+        tree = json.loads(path.read_text())
+        path.write_bytes(sealed({k: v for k, v in tree.items() if k not in ("checksum", "seen")}))
+    (tmp_path / "s" / "index.json").unlink()
+    made.check_whole(tmp_path / "s")
+    assert made.fill(tmp_path / "s") == 0  # it is the same store
 
 
 def test_writers_at_once_share_the_work(place):
@@ -111,6 +137,10 @@ def test_an_unfinished_store_is_not_trained_from(place):
 def test_another_store_is_not_written_over(whole):
     with pytest.raises(UserError, match=r"arrays.last, arrays.taps, taps differ .*int8.*fp8"):
         made.fill(whole, "fp8", taps=[1, 2, 4])
+    with pytest.raises(UserError, match=r"arrays.taps_at differs"):
+        made.fill(whole, "seen")
+    with pytest.raises(UserError, match=r"arrays.taps, arrays.teacher, arrays.top_k differ"):
+        made.fill(whole, "top_k")
     made.check_whole(whole)
 
 

@@ -21,7 +21,7 @@ def case():
     last = rng.standard_normal((B, M, H))
     logits = last @ target_head.T
     taught = Taught(
-        last_BMH=jnp.asarray(last),
+        source=jnp.asarray(last),
         head_DH=jnp.asarray(target_head[:D]),
         lse_BM=jax.nn.logsumexp(jnp.asarray(logits), axis=-1),
         label_BM=jnp.asarray(np.where(logits.argmax(-1) < D, logits.argmax(-1), -1)),
@@ -39,7 +39,7 @@ def test_values_and_gradients(loss, chunk):
         terms = parse_loss(loss)
 
         def dense(hidden, head):
-            teacher_logits = (taught.last_BMH @ taught.head_DH.T)[:, :, None]
+            teacher_logits = (taught.source @ taught.head_DH.T)[:, :, None]
             full = jnp.exp(teacher_logits - taught.lse_BM[..., None, None])
             teacher = Teacher(jax.nn.softmax(teacher_logits, axis=-1), full)
             by_teacher = hidden[jnp.arange(K), jnp.arange(B)[:, None, None], taught.slot_BMK]

@@ -28,6 +28,7 @@ class World:
         self.batch = Batch(zeros, jnp.asarray(segments), zeros, jnp.asarray(supervised))
         self.hidden, self.head = jnp.asarray(rng.normal(size=(K, B, T, W))), jnp.asarray(rng.normal(size=(D, W)))
         self.last, target_head = jnp.asarray(rng.normal(size=(B, T, H))), rng.normal(size=(V, H))
+        self.target_head = jnp.asarray(target_head)
         logits = self.last @ target_head.T
         self.features = Features(
             jnp.zeros((B, T, 1, H)), self.last, jnp.argmax(logits, -1), jax.nn.logsumexp(logits, axis=-1)

@@ -1,4 +1,4 @@
-"""first_largest is jnp.argmax, ties included; products in bfloat16 hold whatever their callers do with them."""
+"""first_largest is argmax and largest top_k, ties included; products in bfloat16 hold whatever their callers do."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jeagle.runtime.numerics import first_largest, rows_product, summed_product
+from jeagle.runtime.numerics import first_largest, largest, rows_product, summed_product
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 128, 640])
 def test_first_largest_is_argmax(size):
     values = np.random.default_rng(size).integers(0, 9, (5, 7, size)).astype(np.float32)  # full of ties
     np.testing.assert_array_equal(first_largest(jnp.asarray(values)), values.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "values"), [(640, 4, 3), (640, 9, 9), (6400, 20, 10**6), (640, 640, 9), (63, 5, 3)]
+)
+def test_largest_is_top_k(size, count, values):
+    """Whether the largest stand in few blocks or in many, and where more are as large than are wanted."""
+    drawn = np.random.default_rng(size + count).integers(0, values, (5, 7, size)).astype(np.float32)
+    drawn[0, 0, : min(size, 70)] = values  # a block of them, and a part of the next
+    ours, places = largest(jnp.asarray(drawn), count)
+    wanted, indices = jax.lax.top_k(jnp.asarray(drawn), count)
+    np.testing.assert_array_equal(ours, wanted)
+    np.testing.assert_array_equal(places, indices)
 
 
 def test_infinities():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import jax
@@ -122,3 +123,19 @@ def test_generation_is_greedy_whatever_the_batch(source):
             ended = found[index].tokens[-1] == 1
             assert found[index].finish_reason == ("stop" if ended else "length")
             assert ended or len(found[index].tokens) == 12
+
+
+def test_likeliest_tokens_of_every_position_asked_for():
+    """Of more positions than a chunk has: ids, log-probabilities over the whole vocabulary, what all others have."""
+    rng = np.random.default_rng(0)
+    last, head = rng.standard_normal((2, 301, 8), np.float32), rng.standard_normal((640, 8), np.float32)
+    model = types.SimpleNamespace(logits=lambda states: states @ head.T)
+    greedy, lse, top = jax.jit(lambda last: targets.distributions(model, last, 5))(last)
+    exact = jax.nn.log_softmax(last @ head.T)
+    order = np.argsort(-exact, axis=-1)[..., :5]
+    np.testing.assert_array_equal(top.ids_BTP, order)
+    np.testing.assert_array_equal(top.ids_BTP[..., 0], greedy)
+    kept = np.take_along_axis(np.asarray(exact), order, axis=-1)
+    np.testing.assert_allclose(top.log_probs_BTP, kept, atol=1e-5)
+    np.testing.assert_allclose(top.rest_BT, 1 - np.exp(kept).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(lse, jax.nn.logsumexp(last @ head.T, axis=-1), rtol=1e-5)
