@@ -72,7 +72,7 @@ class Tables(NamedTuple):
 
     embed_VW: Float[Array, "V W"]
     head_DH: Float[Array, "D H"]
-    draft_to_target_D: Int[Array, "D"]
+    draft_to_target_D: Int[Array, " D"]
 
 
 class LogitShape(NamedTuple):
