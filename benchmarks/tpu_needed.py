@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.tpu_shapes import Case, Chip
+from jeagle.layers.splash import BLOCK
+
+KERNEL_SHARE = 0.5  # of peak: what attention kernels of this kind are said to reach; none was run
 
 
 def needed_flops(config: dict[str, Any], rows: int, length: int) -> float:
@@ -37,6 +40,18 @@ def expert_seconds(config: dict[str, Any], case: Case, chips: int, expert_parts:
     flops = tokens * 6 * width * inner
     weights, states = 2 * 3 * width * inner * count / expert_parts, tokens * (3 * 2 * width + 4 * (2 * inner + width))
     return config["num_hidden_layers"] * max(flops / chip.flops, (weights + states) / chip.bandwidth)
+
+
+def attention_seconds(config: dict[str, Any], case: Case, chips: int, chip: Chip) -> float:
+    """Attention's kernel, of which the compiler knows no cycles either: two products with every block of keys that a
+    block of queries sees some of, at `KERNEL_SHARE` of the chip's peak."""
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    ends = range(BLOCK, case.length + 1, BLOCK)
+    seen = 0
+    for kind in config.get("layer_types", ["full_attention"] * config["num_hidden_layers"]):
+        window = config["sliding_window"] if kind == "sliding_attention" else case.length
+        seen += sum(end - max(end - BLOCK - window + 1, 0) // BLOCK * BLOCK for end in ends) * BLOCK
+    return 4 * config["num_attention_heads"] * head * seen * case.rows / chips / (KERNEL_SHARE * chip.flops)
 
 
 def _experts(config: dict[str, Any]) -> int:

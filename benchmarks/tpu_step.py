@@ -5,7 +5,8 @@ draft: target, TTT steps, loss, gradients, AdamW. Everything is supervised, the 
 
 - memory of each chip, exact: what the compiler allots for arguments, results and temporary values;
 - with --time seconds, an estimate: the target's as in `benchmarks.tpu_targets`; the draft's from one and two TTT steps
-  without loops, by the compiler's own cycles for each instruction; the attention kernels by their FLOPs.
+  without loops, by the compiler's own cycles for each instruction; the attention kernels by their FLOPs, at half of the
+  peak.
 
 Exit status 1 if it does not fit.
 """
@@ -31,6 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.needed import needed_flops
 from benchmarks.tpu_compiled import Parts, parts_of
+from benchmarks.tpu_needed import KERNEL_SHARE, attention_seconds
 from benchmarks.tpu_needed import needed_flops as target_flops
 from benchmarks.tpu_shapes import CHIPS, MODELS, Case
 from benchmarks.works import WORKS
@@ -131,7 +133,8 @@ def seconds(case: Case, mesh: Any, *, remat: bool) -> dict[str, Any]:
     # The kernels of attention to step-0 keys, for which the compiler has no cycles: two products forward, three and
     # four backward, over half of the keys.
     products = 9 * TTT_STEPS * case.rows * case.length**2 * 4096
-    kernels = products / mesh.size / chip.flops
+    kernels = products / mesh.size / (KERNEL_SHARE * chip.flops)
+    kernels += attention_seconds(MODELS[case.target], case, mesh.size, chip)
     target = estimate(read_spec(MODELS[case.target]), case, mesh)
     work = dataclasses.replace(WORKS["W3"], rows=case.rows, length=case.length, steps=TTT_STEPS)
     whole = np.ones((case.rows, case.length), bool)

@@ -6,8 +6,8 @@ states, greedy tokens and logsumexps of a batch of packed rows, the weights shar
 - memory of each chip, exact: what the compiler allots for arguments, results and temporary values;
 - FLOPs, counted from the program's jaxpr, beside a count by hand of what is needed;
 - seconds, an estimate: the compiler's cycles for each instruction of pieces without loops (one and two layers of each
-  kind, one and two chunks of the vocabulary pass), extrapolated to all of them. Kernels, for which it has none, count
-  by the roofline; bytes between chips by the published rate of their links, at best all hidden behind the work.
+  kind, one and two chunks of the vocabulary pass), extrapolated to all of them. Kernels, for which it has none: the
+  experts' products by the roofline, attention at half of the peak; bytes between chips by the published rate of their links, at best all hidden behind the work.
 
 Without --target all of `benchmarks.tpu_shapes.CASES` in turn. Exit status 1 if any does not fit.
 """
@@ -34,7 +34,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.tpu_compiled import Parts, compiled, parts_of
-from benchmarks.tpu_needed import expert_seconds, needed_flops
+from benchmarks.tpu_needed import attention_seconds, expert_seconds, needed_flops
 from benchmarks.tpu_shapes import CASES, CHIPS, MODELS, Case, Chip
 from jeagle.errors import UserError
 from jeagle.joints import Batch
@@ -100,6 +100,7 @@ def measured(case: Case) -> dict[str, Any]:
     counted, needed = counted_flops(spec, case), needed_flops(config, case.rows, case.length)
     parts = estimate(spec, case, mesh)
     kernels = expert_seconds(config, case, mesh.size, mesh.shape["expert"], chip)
+    kernels += attention_seconds(config, case, mesh.size, chip)
     on_chip, links = parts.cycles / chip.clock + kernels, parts.link_bytes / chip.links
     seconds = max(on_chip, links)
     return found | {

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jeagle.layers import Linear, attend, rms_norm, rotate_by
+from jeagle.layers import Linear, rms_norm, rotate_by
+from jeagle.targets.build import Build
+from jeagle.targets.mixing import mix
 from jeagle.targets.spec import AttentionSpec
 from jeagle.targets.view import Cache, View, stored
 
@@ -16,11 +18,11 @@ from jeagle.targets.view import Cache, View, stored
 class Attention(nnx.Module):
     """Grouped-query attention with every switch of `AttentionSpec`."""
 
-    def __init__(self, spec: AttentionSpec, width: int, eps: float, dtype: Any, rngs: nnx.Rngs, stored: Any):
+    def __init__(self, spec: AttentionSpec, width: int, eps: float, build: Build):
         queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
 
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
-            return Linear(inputs, outputs, dtype, rngs, bias=bias, stored=stored)
+            return Linear(inputs, outputs, build.dtype, build.rngs, bias=bias, stored=build.stored)
 
         self.q_proj = linear(width, queries, spec.qkv_bias)
         self.o_proj = linear(queries, width, spec.out_bias)
@@ -37,7 +39,7 @@ class Attention(nnx.Module):
                 self.k_norm = nnx.Param(jnp.ones(keys if whole else spec.head_dim))
         if spec.sinks:
             self.sinks = nnx.Param(jnp.zeros(spec.heads))
-        self.spec, self.eps, self.dtype = spec, eps, dtype
+        self.spec, self.eps, self.dtype, self.mesh = spec, eps, build.dtype, build.mesh
 
     def __call__(self, x: jax.Array, view: View, kept: Cache | None, shared: dict[str, Cache]):
         spec = self.spec
@@ -52,12 +54,13 @@ class Attention(nnx.Module):
             pair = self._keys_values(x, view)
             if kept is not None:
                 pair = kept = stored(kept, pair, view.positions_BT)
-        mixed = attend(
+        mixed = mix(
             queries,
             pair.keys,
             pair.values,
             view.sight,
             self.dtype,
+            self.mesh,
             window=spec.window,
             chunk=spec.chunk,
             scale=spec.scale,

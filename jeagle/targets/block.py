@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from jeagle.layers import GATES, Dense, Experts, Linear, rms_norm
 from jeagle.runtime.mesh import row_axes
 from jeagle.targets.attention import Attention
+from jeagle.targets.build import Build
 from jeagle.targets.delta import GatedDelta
 from jeagle.targets.latent import LatentAttention
 from jeagle.targets.spec import (
@@ -27,17 +27,6 @@ from jeagle.targets.spec import (
 from jeagle.targets.view import Cache, View
 
 MIXERS: dict[type, Any] = {AttentionSpec: Attention, LatentSpec: LatentAttention, DeltaSpec: GatedDelta}
-
-
-class Build:
-    """What every part of a decoder is built with.
-
-    Attributes:
-      dtype: of matrix products. stored: None, or the narrow type that kernels are kept in. mesh: for experts.
-    """
-
-    def __init__(self, dtype: Any, rngs: nnx.Rngs, stored: Any = None, mesh: Mesh | None = None):
-        self.dtype, self.rngs, self.stored, self.mesh = dtype, rngs, stored, mesh
 
 
 class Router(nnx.Module):
@@ -141,7 +130,7 @@ class Block(nnx.Module):
             self.before_mixer, self.before_mlp = norm(), norm()
         if spec.norms in ("post", "both"):
             self.after_mixer, self.after_mlp = norm(), norm()
-        self.mixer = MIXERS[type(spec.mixer)](spec.mixer, width, eps, build.dtype, build.rngs, build.stored)
+        self.mixer = MIXERS[type(spec.mixer)](spec.mixer, width, eps, build)
         if spec.mlp is not None:
             self.mlp = _dense(spec.mlp, width, build)
         if spec.experts is not None:

@@ -10,7 +10,8 @@ from flax import nnx
 
 from jeagle.layers import Linear, Sight, depends_on_length, matmul, rms_norm
 from jeagle.runtime.mesh import by_rows
-from jeagle.targets.block import Block, Build
+from jeagle.targets.block import Block
+from jeagle.targets.build import Build
 from jeagle.targets.delta import Recurrent
 from jeagle.targets.spec import TargetSpec
 from jeagle.targets.stacks import Group, runs

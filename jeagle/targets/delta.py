@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jeagle.layers import DeltaInputs, Linear, delta_chunks, delta_steps, rms_norm, unit_norm
+from jeagle.targets.build import Build
 from jeagle.targets.spec import DeltaSpec
 from jeagle.targets.view import Axes, Cache, View
 
@@ -35,22 +36,22 @@ class Recurrent(NamedTuple):
 class GatedDelta(nnx.Module):
     """A short causal convolution, then the gated delta rule, then a gated norm."""
 
-    def __init__(self, spec: DeltaSpec, width: int, eps: float, dtype: Any, rngs: nnx.Rngs, stored: Any):
+    def __init__(self, spec: DeltaSpec, width: int, eps: float, build: Build):
         keys, values = spec.key_heads * spec.key_dim, spec.value_heads * spec.value_dim
 
         def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, dtype, rngs, stored=stored)
+            return Linear(inputs, outputs, build.dtype, build.rngs, stored=build.stored)
 
         self.q_proj, self.k_proj = linear(width, keys), linear(width, keys)
         self.v_proj, self.z_proj = linear(width, values), linear(width, values)
         # Two numbers a head: too few to be worth narrowing.
-        self.a_proj = Linear(width, spec.value_heads, dtype, rngs)
-        self.b_proj = Linear(width, spec.value_heads, dtype, rngs)
+        self.a_proj = Linear(width, spec.value_heads, build.dtype, build.rngs)
+        self.b_proj = Linear(width, spec.value_heads, build.dtype, build.rngs)
         self.conv = nnx.Param(jnp.zeros((2 * keys + values, spec.kernel)))
         self.a_log, self.dt_bias = nnx.Param(jnp.zeros(spec.value_heads)), nnx.Param(jnp.ones(spec.value_heads))
         self.norm = nnx.Param(jnp.ones(spec.value_dim))
         self.o_proj = linear(values, width)
-        self.spec, self.eps, self.dtype = spec, eps, dtype
+        self.spec, self.eps, self.dtype = spec, eps, build.dtype
 
     def __call__(self, x: jax.Array, view: View, kept: Recurrent | None, shared: dict[str, Cache]):
         fresh = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jeagle.layers import Linear, attend, rms_norm, rotate_by, yarn_mscale
+from jeagle.targets.build import Build
+from jeagle.targets.mixing import mix
 from jeagle.targets.spec import LatentSpec
 from jeagle.targets.view import Cache, View, stored
 
@@ -16,9 +18,9 @@ from jeagle.targets.view import Cache, View, stored
 class LatentAttention(nnx.Module):
     """Multi-head latent attention; without a cache keys and values are made, with one queries go into the latent."""
 
-    def __init__(self, spec: LatentSpec, width: int, eps: float, dtype: Any, rngs: nnx.Rngs, stored: Any):
+    def __init__(self, spec: LatentSpec, width: int, eps: float, build: Build):
         def linear(inputs: int, outputs: int, bias: bool = False) -> Linear:
-            return Linear(inputs, outputs, dtype, rngs, bias=bias, stored=stored)
+            return Linear(inputs, outputs, build.dtype, build.rngs, bias=bias, stored=build.stored)
 
         queries = spec.heads * (spec.nope_dim + spec.rope_dim)
         if spec.q_rank:
@@ -29,10 +31,10 @@ class LatentAttention(nnx.Module):
             self.q_proj = linear(width, queries)
         self.kv_a_proj = linear(width, spec.kv_rank + spec.rope_dim, spec.bias)
         self.kv_a_norm = nnx.Param(jnp.ones(spec.kv_rank))
-        self.k_b_proj = Linear(spec.kv_rank, spec.heads * spec.nope_dim, dtype, rngs)
-        self.v_b_proj = Linear(spec.kv_rank, spec.heads * spec.value_dim, dtype, rngs)
+        self.k_b_proj = Linear(spec.kv_rank, spec.heads * spec.nope_dim, build.dtype, build.rngs)
+        self.v_b_proj = Linear(spec.kv_rank, spec.heads * spec.value_dim, build.dtype, build.rngs)
         self.o_proj = linear(spec.heads * spec.value_dim, width, spec.bias)
-        self.spec, self.dtype = spec, dtype
+        self.spec, self.dtype, self.mesh = spec, build.dtype, build.mesh
         self.eps = 1e-6  # of the two inner norms, whatever the model's own is
 
     def __call__(self, x: jax.Array, view: View, kept: Cache | None, shared: dict[str, Cache]):
@@ -59,7 +61,7 @@ class LatentAttention(nnx.Module):
         values = self.v_b_proj(pair.keys[:, :, 0]).reshape(heads)
         keys = jnp.concatenate([keys, jnp.broadcast_to(pair.values, (*keys.shape[:3], self.spec.rope_dim))], axis=-1)
         queries = jnp.concatenate([nope, turned], axis=-1)
-        return attend(queries, keys, values, view.sight, self.dtype, scale=self._scale())
+        return mix(queries, keys, values, view.sight, self.dtype, self.mesh, scale=self._scale())
 
     def _absorbed(self, nope: jax.Array, turned: jax.Array, pair: Cache, view: View) -> jax.Array:
         """One key head, the latent itself: q (W c) = (q W) c, and the values' product comes after the sum."""
