@@ -7,7 +7,8 @@ states, greedy tokens and logsumexps of a batch of packed rows, the weights shar
 - FLOPs, counted from the program's jaxpr, beside a count by hand of what is needed;
 - seconds, an estimate: the compiler's cycles for each instruction of pieces without loops (one and two layers of each
   kind, one and two chunks of the vocabulary pass), extrapolated to all of them. Kernels, for which it has none: the
-  experts' products by the roofline, attention at half of the peak; bytes between chips by the published rate of their links, at best all hidden behind the work.
+  experts' products by the roofline, attention at half of the peak; bytes between chips by the published rate of their
+  links, at best all hidden behind the work.
 
 Without --target all of `benchmarks.tpu_shapes.CASES` in turn. Exit status 1 if any does not fit.
 """
