@@ -167,7 +167,7 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that a step's rows are worked through in, one after the other: less memory, the same step."""
     remat: bool = False
-    """Compute TTT steps again in the backward pass instead of keeping products: less memory, a fifth more work."""
+    """Compute TTT steps again in the backward pass instead of keeping products: less memory, an eighth more work."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     warmup: float = 0.015
