@@ -138,7 +138,7 @@ def held_out_figures(world, rows: int, **switches) -> dict[str, float]:
     config.folder.mkdir()
     (config.folder / "data").symlink_to(world.config.folder / "data")
     program = world.run.program._replace(objective=dataclasses.replace(world.run.program.objective, **switches))
-    with HeldOut(config, program, world.run.frozen, None, 0) as held_out:
+    with HeldOut(config, program, world.run.frozen, None, 0, {}) as held_out:
         held_out(1, world.state)
     [line] = (config.folder / "held_out" / "metrics.jsonl").read_text().splitlines()
     return json.loads(line)
