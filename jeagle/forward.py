@@ -30,7 +30,7 @@ class Program(NamedTuple):
       parts: that a batch's rows are worked through in, one after the other.
       average: decay of the moving average of parameters; 0 keeps none.
       mesh: over which rows, parameters and gradients are split; None for one device.
-      remat: a TTT step is run again in the backward pass, from its inputs: less memory for more FLOPs.
+      remat: products of the TTT steps are made again in the backward pass: less memory for more FLOPs.
       trained: which of the draft's parameters are.
       top_k: of the target's distributions that it computes, so many of the likeliest tokens teach, as in the store that
         the other rows are read from; 0: all.

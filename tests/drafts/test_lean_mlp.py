@@ -1,4 +1,4 @@
-"""The lean MLP against plain autodiff over several steps, and who does without it."""
+"""The lean MLP against plain autodiff over several steps."""
 
 from __future__ import annotations
 
