@@ -179,14 +179,17 @@ def places(slot_BmK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _with_product(sums_WD: jax.Array, hidden: jax.Array, dlogits: jax.Array) -> jax.Array:
-    """The sums and hidden^T dlogits, in place: the product is made in pieces, or a second gradient would exist."""
-    entries = dlogits.shape[-1]
+    """The sums and hidden^T dlogits, in place: the product is made in pieces, or a second gradient would exist.
+
+    Pieces of W, not of D: a mesh may split the vocabulary, and cutting along it would gather all sums at each chunk.
+    """
+    width = sums_WD.shape[0]
     pieces = -(-sums_WD.size // _LARGEST_PRODUCT)
-    width = -(-entries // (pieces * 128)) * 128
-    for start in range(0, entries, width):
-        piece = slice(start, min(start + width, entries))
+    each = -(-width // (pieces * 128)) * 128
+    for start in range(0, width, each):
+        piece = slice(start, min(start + each, width))
         # The narrow operand first: the CPU backend copies the first one into place.
-        sums_WD = sums_WD.at[:, piece].add(summed_product(hidden, dlogits[..., piece]))
+        sums_WD = sums_WD.at[piece].add(summed_product(hidden[..., piece], dlogits))
     return sums_WD
 
 

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jeagle.errors import UserError
+from jeagle.objective import chunked
 from jeagle.objective.chunked import Recipe, Taught, chunked_loss
 from jeagle.objective.losses import LOSSES, Teacher, overlap, parse_loss, weighted
 
@@ -73,3 +75,21 @@ def test_unknown_loss_is_named():
         parse_loss("soft_cee")
     with pytest.raises(UserError, match="not a number"):
         parse_loss("x*kl")
+
+
+def test_the_heads_gradient_is_made_in_pieces_that_no_mesh_splits(monkeypatch):
+    """The last piece is a narrow one; where the vocabulary is split, no device gathers what the others summed."""
+    width, entries = 130, 64
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, width))
+    dlogits = jax.random.normal(jax.random.key(1), (2, 3, entries))
+    sums = jnp.ones((width, entries))
+    wanted = chunked._with_product(sums, hidden, dlogits)
+    monkeypatch.setattr(chunked, "_LARGEST_PRODUCT", sums.size // 2)
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    split, split_logits = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "tensor"), (None, None, "tensor"))
+    )
+    given = jax.device_put(sums, split), hidden, jax.device_put(dlogits, split_logits)
+    run = jax.jit(chunked._with_product, out_shardings=split).lower(*given).compile()
+    assert "all-gather" not in run.as_text()
+    np.testing.assert_allclose(run(*given), wanted, rtol=1e-5)
