@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,14 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
         ),
         ((int, float), "a number"),
     ),
+    **dict.fromkeys(
+        (
+            *("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "use_last_layernorm"),
+            *("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "use_sliding_window", "truncate"),
+            "use_aux_hidden_state",
+        ),
+        ((bool,), "true or false"),  # "false" in quotes is true
+    ),
     **dict.fromkeys(("rope_type", "type", "model_type", "hidden_act", "speculators_model_type"), ((str,), "a text")),
 }
 _LISTS: dict[str, tuple[type, ...]] = {
@@ -35,6 +44,13 @@ _LISTS: dict[str, tuple[type, ...]] = {
     "short_factor": (int, float),
     "long_factor": (int, float),
 }
+
+
+_ABOVE_0 = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+    *("original_max_position_embeddings", "short_factor", "long_factor"),
+)
+_NOT_BELOW_0 = ("rms_norm_eps", "sliding_window", "attention_factor", "attn_factor", "mscale", "mscale_all_dim")
 
 
 def check_kinds(config: Mapping[str, Any]) -> None:
@@ -47,9 +63,19 @@ def check_kinds(config: Mapping[str, Any]) -> None:
         if name in _LISTS and not (isinstance(value, list) and all(_is(entry, _LISTS[name]) for entry in value)):
             what = "texts" if str in _LISTS[name] else "numbers"
             raise UserError(f"config.json has {name} {value!r}; it is a list of {what}.")
+        if name == "eos_token_id" and not all(_is(entry, (int,)) for entry in _entries(value)):
+            raise UserError(f"config.json has {name} {value!r}; it is a whole number, or a list of them.")
+        if name in _ABOVE_0 and not all(0 < entry < math.inf for entry in _entries(value)):
+            raise UserError(f"config.json has {name} {value!r}; it must be above 0, and finite.")
+        if name in _NOT_BELOW_0 and not all(0 <= entry < math.inf for entry in _entries(value)):
+            raise UserError(f"config.json has {name} {value!r}; it must be 0 or above, and finite.")
         if name in _SECTIONS:
             check_kinds(value)
 
 
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)  # which Python takes for a number
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))  # a number to Python
+
+
+def _entries(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

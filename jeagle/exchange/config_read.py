@@ -210,6 +210,6 @@ def _count(config: Mapping[str, Any], name: str) -> int:
 
 
 def _rows(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
-    if name not in shapes:
+    if not shapes.get(name):  # nor has a single number rows
         raise UserError(f"The checkpoint lacks {name}.")
     return shapes[name][0]

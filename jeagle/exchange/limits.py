@@ -40,8 +40,11 @@ def check_spec(spec: DraftSpec, target_layers: int) -> None:
         raise UserError(
             f"The draft's taps {taps} must be layer boundaries from 0 to {target_layers}, rising, each once."
         )
-    if spec.draft_vocab > spec.target_vocab:
-        raise UserError(f"The draft's vocabulary of {spec.draft_vocab} is above the target's of {spec.target_vocab}.")
+    if not 0 < spec.draft_vocab <= spec.target_vocab:
+        raise UserError(
+            f"The draft's vocabulary of {spec.draft_vocab} must have an entry, and no more than the target's of "
+            f"{spec.target_vocab}."
+        )
     if spec.norm_before_fc and spec.fc_norm:
         raise UserError("The draft has both norm_before_fc and fc_norm, which exclude each other: switch one off.")
 

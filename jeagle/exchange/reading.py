@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def open_draft(folder: str | Path) -> OpenDraft:
     common = as_common(config, {n: t.shape for n, t in tensors.items()})
     if HEAD not in tensors and not common.get("draft_vocab_size"):
         decoder = common.get("transformer_layer_config") or common
-        counted = tables[OFFSETS].shape[0] if OFFSETS in tables else decoder.get("vocab_size")
+        counted = math.prod(tables[OFFSETS].shape) if OFFSETS in tables else decoder.get("vocab_size")
         common = common | {"draft_vocab_size": counted}
     return OpenDraft(common, tensors, tables, str(folder))
 

@@ -16,6 +16,7 @@ _NEEDS = {
     "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings"),
 }
 """What each kind of scaling computes its angles from."""
+_KINDS = ("default", *_NEEDS)
 _FACTORS = ("short_factor", "long_factor")
 
 
@@ -54,6 +55,8 @@ def _one_rope(parameters: Mapping[str, Any], theta: float | None) -> Rope:
     rest = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items() if k not in ("rope_theta", "type")}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     rest["rope_type"] = "longrope" if kind == "su" else kind  # what it was called at first
+    if rest["rope_type"] not in _KINDS:
+        raise UserError(f"config.json has the RoPE scaling {kind!r}; jeagle's draft has {', '.join(_KINDS)}.")
     if rest == {"rope_type": "default"}:
         rest = {}
     return Rope(float(parameters.get("rope_theta") or theta or Rope.theta), tuple(sorted(rest.items())))

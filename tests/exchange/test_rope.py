@@ -15,6 +15,17 @@ ROPES = {
         {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         "partial_rotary_factor",
     ),
+    "of a kind that nothing has": ({"rope_type": "spiral", "rope_theta": 1e4}, "RoPE scaling 'spiral'"),
+    "that stands still": ({"rope_type": "linear", "factor": 0, "rope_theta": 1e4}, "factor 0; it must be above 0"),
+    "of no length": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0, "rope_theta": 1e4},
+        "original_max_position_embeddings 0; it must be above 0",
+    ),
+    "of base 0": ({"rope_type": "default", "rope_theta": 0}, "rope_theta 0; it must be above 0"),
+    "divided by 0": (
+        {"rope_type": "longrope", "short_factor": [1, 1, 1], "long_factor": [1, 0, 2], "rope_theta": 1e4},
+        "long_factor .* must be above 0",
+    ),
 }
 
 
