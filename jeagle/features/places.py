@@ -20,7 +20,6 @@ from jeagle.errors import UserError
 from jeagle.features.remote import DRIVERS, FIRST, retrying, spec_of, unreachable
 
 ASIDE = "aside"  # what is written before it gets its name
-_ABSENT = b"\x02"  # the generation of a key that is not there, in tensorstore's encoding
 _FULL = ("No space left", "os_error_code='28'", "Disk quota", "RESOURCE_EXHAUSTED")
 
 
@@ -86,9 +85,10 @@ class Place:
             if self.path is None:
                 # Asked first: a server that ignores the condition still keeps what has long been there. And asked last:
                 # where the answer to a first try was lost, the second one finds the first one's bytes in its way.
-                if self.read(key) is not None:
+                found = self._kv.read(key).result()
+                if found.state == "value":
                     return False
-                accepted = self._kv.write(key, data, if_equal=_ABSENT).result().generation
+                accepted = self._kv.write(key, data, if_equal=found.stamp.generation).result().generation
                 return bool(accepted) or self.read(key) == data
             if (self.path / key).exists():
                 return False

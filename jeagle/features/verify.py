@@ -62,11 +62,17 @@ def prune(place: Place, damaged: list[str], *, only_damaged: bool = False) -> li
     Args:
       damaged: names of segments, whose rows are then missing. only_damaged: leave the rest alone.
     """
-    gone = []
+    gone, claims, named = [], Claims(place), set[str]()
+    # Looked at before the manifests: a writer drops its claim once its manifest is there, so that what has neither now
+    # will not come to count.
+    left = [
+        data
+        for data, unit in ((data, data.rpartition(".")[0]) for data in place.names(SEGMENTS))
+        if unit in damaged or not (only_damaged or claims.alive(unit))
+    ]
     for name in damaged:
         place.delete(f"{MANIFESTS}/{name}.json")
         gone.append(f"{MANIFESTS}/{name}.json")
-    claims, named = Claims(place), set[str]()
     for name in finished(place):
         try:
             segment = read_segment(place, name)
@@ -78,9 +84,8 @@ def prune(place: Place, damaged: list[str], *, only_damaged: bool = False) -> li
             continue
         if segment is not None:
             named.add(segment.data)
-    for data in place.names(SEGMENTS):
-        unit = data.rpartition(".")[0]
-        if data not in named and (unit in damaged or not (only_damaged or claims.alive(unit))):
+    for data in left:
+        if data not in named:
             place.delete(f"{SEGMENTS}/{data}")
             gone.append(f"{SEGMENTS}/{data}")
     for key in place.names(CLAIMS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import random
 import shutil
@@ -18,6 +19,8 @@ from jeagle.errors import UserError
 from jeagle.features.manifests import sealed
 from jeagle.runtime.ahead import read_ahead
 from tests.features import made
+
+verify = importlib.import_module("jeagle.features.verify")  # the module, whose name a function has too
 
 FOLDER = pytest.mark.parametrize("root", ["a folder"], indirect=True)  # the kind of place makes no difference
 
@@ -193,6 +196,28 @@ def test_damaged_segments_are_pruned_and_made_again(whole):
     assert features.Store(whole).missing() == 2 + 3
     assert made.fill(whole) == 2
     made.check_whole(whole)
+
+
+def test_what_is_finished_while_prune_looks_stays(tmp_path, monkeypatch):
+    """A writer drops its claim once its manifest is there, which prune may have looked for a moment before."""
+    place = features.Place(tmp_path)
+    writer = features.Writer(place, made.about("int8"))
+    first, second = features.units_of(made.SPLITS, 3)[:2]
+    batch, found = made.content("train", "int8")
+    writer.commit(first, features.ragged(batch, found, first.rows), 8)
+    assert writer.take_one(second)
+    place.write(f"segments/{second.name}.{writer.claims.writer}/begun", b"")
+    read_segment, left = verify.read_segment, [second]
+
+    def meanwhile(place: features.Place, name: str) -> features.Segment | None:
+        if left:
+            writer.commit(unit := left.pop(), features.ragged(batch, found, unit.rows), 8)
+        return read_segment(place, name)
+
+    monkeypatch.setattr(verify, "read_segment", meanwhile)
+    assert features.prune(place, []) == []
+    store = features.Store(str(tmp_path))
+    assert store.present("train") == [*range(6)] and list(features.verify(store)) == []
 
 
 @FOLDER
