@@ -143,7 +143,7 @@ def _nearest(own_TLH: np.ndarray, states_TH: np.ndarray, path: Path) -> int:
     size = np.linalg.norm(states_TH, axis=-1)[:, None] + 1e-9
     off_L = np.median(np.linalg.norm(own_TLH - states_TH[:, None], axis=-1) / size, axis=0)
     best = int(off_L.argmin())
-    if off_L[best] > _FAR:
+    if not off_L[best] <= _FAR:
         raise UserError(
             f"{path} holds states that are no layer's of this target (the nearest, after {best} layers, is off by "
             f"{off_L[best]:.0%}): give the target that they were made with, in the same weights."

@@ -82,8 +82,11 @@ class HeldOut:
         )
 
     def again(self, step: int, state: TrainState) -> str:
-        """As a call, of a step that a run goes on from; empty where that was evaluated before the run was cut off."""
-        return "" if step in self._scores else self(step, state)
+        """As a call, of a step that a run goes on from; empty where that was evaluated before the run was cut off.
+
+        All processes evaluate or none does, also where one does not see yet what the leader had written.
+        """
+        return self(step, state) if distributed.anywhere(step not in self._scores) else ""
 
     def _summed(self, draft: Any) -> dict[str, np.ndarray]:
         """Sums of every figure over the rows; the loss is the mean over the slots that carry it."""

@@ -163,7 +163,7 @@ def _mean(values: np.ndarray, without: float) -> float:
 def check_agreement(store: features.Store, found: Agreement) -> None:
     """UserError unless the store says what the target says, as closely as its types let it."""
     kinds = store.about["made_from"]["arrays"]
-    if found.argmax < 0.99 or found.taps_off > _MOST_OFF[kinds["taps"]]:
+    if not (found.argmax >= 0.99 and found.taps_off <= _MOST_OFF[kinds["taps"]]):  # NaN is neither
         raise UserError(
             f"The store {store} does not hold this target's features: of {found.positions} positions the target's "
             f"argmax is the stored one at {found.argmax:.1%}, and taps are off by {found.taps_off:.1%} "

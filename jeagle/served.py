@@ -55,7 +55,7 @@ class Served(NamedTuple):
         told = _json(self.folder / MEASURED_FILE)
         if told is None or told.get("step") != self.step:
             report, stage = _json(self.folder / "report.json"), _json(self.folder / "stages" / "measure_after.json")
-            told = stage["result"] if stage and report and report.get("steps") == self.step else {}
+            told = (stage or {}).get("result") or {} if report and report.get("steps") == self.step else {}
         return {name: told[name] for name in _TOLD if name in told} or None
 
     @property
@@ -144,6 +144,7 @@ def _one(name: str, paths: Sequence[str], arrays: Mapping[str, SavedArray], shap
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        tree = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
+    return tree if isinstance(tree, dict) else None

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import atomic_write
@@ -115,12 +115,16 @@ def scores(folder: Path, measure: str) -> dict[int, float]:
     path = folder / "metrics.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     whole = (json.loads(line) for line in lines if math.isfinite(_step_of(line)))
-    return {row["step"]: -math.inf if row.get(measure) is None else float(row[measure]) for row in whole}
+    return {row["step"]: _number(row.get(measure), -math.inf) for row in whole}
 
 
 def _step_of(line: str) -> float:
     """The step of a line; infinity, so that it is dropped, for a line cut off."""
     try:
-        return json.loads(line)["step"]
+        return _number(json.loads(line)["step"], math.inf)
     except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf
+
+
+def _number(value: Any, otherwise: float) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else otherwise

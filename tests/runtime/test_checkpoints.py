@@ -57,3 +57,9 @@ def test_scores_are_read_from_what_was_logged(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 6, "len']))
     assert scores(tmp_path, "length") == {2: 1.5, 4: -math.inf}
     assert scores(tmp_path / "none", "length") == {}
+
+
+def test_lines_that_a_run_never_wrote_are_no_scores(tmp_path):
+    rows = [{"step": "2", "length": 1.0}, {"step": None}, {"step": 4, "length": "1.5"}, {"step": 6, "length": [1]}, [8]]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert best_step([2, 4, 6, 8], scores(tmp_path, "length")) is None
