@@ -22,9 +22,9 @@ def options(description: str | None, works: Iterable[str], *, seconds: float, of
     return parser
 
 
-def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments; the host is made ready, and named."""
-    args = parser.parse_args()
+def begin(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, by default the process's; the host is made ready, and named."""
+    args = parser.parse_args(arguments)
     prepare_host()
     if not args.json:
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, jax {jax.__version__}", flush=True)

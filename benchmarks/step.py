@@ -120,7 +120,7 @@ def draft_state(abstract: Any, arrays: Arrays) -> Any:
     return nnx.from_flat_state([(path, v.replace(leaf(path))) for path, v in nnx.to_flat_state(abstract)])
 
 
-def _live(work: Work, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def live_of(work: Work, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """(slots that count at each step [K, B, T], positions that teach some of them [B, T])."""
     counts = align.counting_slots(batch, work.steps, OBJECTIVES[work.objective].slots, xp=np)
     return counts, align.teacher_positions(counts, align.read_positions(batch.segments_BT, work.steps, xp=np), xp=np)
@@ -128,7 +128,7 @@ def _live(work: Work, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 def slot_width(work: Work, batch: Batch) -> int:
     """Live slots of the fullest row, rounded up as training does."""
-    counts, taught = _live(work, batch)
+    counts, taught = live_of(work, batch)
     most = int(max(counts.any(axis=0).sum(axis=1).max(), taught.sum(axis=1).max()))
     return min(-(-most // 16) * 16, work.length)
 
@@ -167,7 +167,7 @@ class Bench(NamedTuple):
         return jax.eval_shape(started, array_shapes(self.work))
 
     def flops(self) -> dict[str, float]:
-        counts, taught = _live(self.work, self.batch)
+        counts, taught = live_of(self.work, self.batch)
         run = functools.partial(step.__wrapped__, self.program, self.optimiser, width=self.width)
         counted = flops_of(lambda state, given: run(state, given), *self.shapes())
         needed = needed_flops(self.work, counts, taught)

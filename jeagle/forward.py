@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jeagle import align, drafts, objective, targets
+from jeagle import align, assemble, drafts, objective, targets
+from jeagle.config import RunConfig
 from jeagle.joints import PLAIN_LOGITS, Batch, DraftSpec, Features, LogitShape, Tables
 from jeagle.optimiser import Trained
 from jeagle.runtime import distributed
@@ -83,6 +84,34 @@ def trusted_attention(mesh: Mesh, spec: DraftSpec, dtype: Any) -> drafts.Backend
     if wrong:
         print(f"note: the {backend} kernel of the TTT attention is not used: {wrong}; slower, not wrong", flush=True)
     return "chunked" if distributed.anywhere(bool(wrong)) else backend
+
+
+def program_of(
+    config: RunConfig, spec: DraftSpec, draft: Any, mesh: Mesh, target: Any, logits: LogitShape, *, top_k: int = 0
+) -> Program:
+    """What is static about a run's step, which asks its device whether its attention kernel can be trusted.
+
+    Args:
+      spec, draft: of the draft, and its graphdef. target: graphdef; None where all features are read from a store.
+      logits, top_k: as in `Program`.
+    """
+    dtype, trained = jnp.dtype(config.train.dtype), assemble.trained(config.draft)
+    return Program(
+        target,
+        draft,
+        spec.taps,
+        assemble.objective_spec(config.objective),
+        config.draft.ttt_steps,
+        dtype,
+        logits,
+        config.train.accumulate,
+        config.train.ema,
+        mesh,
+        remat=config.train.remat,
+        trained=trained,
+        top_k=top_k,
+        attention=trusted_attention(mesh, spec, dtype),
+    )
 
 
 def live_positions(program: Program, batch: Batch, width: int) -> Live:

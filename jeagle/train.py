@@ -10,7 +10,6 @@ import json
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,7 +17,7 @@ from jeagle import assemble, data, features, offline
 from jeagle import config as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.forward import Frozen, Program, trusted_attention
+from jeagle.forward import Frozen, Program, program_of
 from jeagle.held_out import HeldOut
 from jeagle.joints import DraftSpec
 from jeagle.log import Log
@@ -132,22 +131,8 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     rate = learning_rate(config.train, steps)
     optimiser = make_optimiser(config.train, rate, trained=assemble.trained(config.draft))
     state = assemble.train_state(draft, optimiser, mesh, average=config.train.ema)
-    program = Program(
-        teacher.graphdef,
-        graphdef,
-        spec.taps,
-        learnt,
-        config.draft.ttt_steps,
-        jnp.dtype(config.train.dtype),
-        teacher.spec.logits,
-        config.train.accumulate,
-        config.train.ema,
-        mesh,
-        remat=config.train.remat,
-        trained=assemble.trained(config.draft),
-        top_k=stores.stores[0].form.top_k if stores else 0,
-        attention=trusted_attention(mesh, spec, jnp.dtype(config.train.dtype)),
-    )
+    top_k = stores.stores[0].form.top_k if stores else 0
+    program = program_of(config, spec, graphdef, mesh, teacher.graphdef, teacher.spec.logits, top_k=top_k)
     return Run(program, optimiser, Frozen(teacher.state, tables), stream, steps, mesh, stores), state
 
 

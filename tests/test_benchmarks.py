@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import ops
+from benchmarks import online, ops, trace
+from benchmarks.random_target import random_target
 from benchmarks.step import bench_of
+from benchmarks.whole_step import MODELS, build
 from benchmarks.works import Work, make_batch
+from jeagle import assemble
+from jeagle.config import DraftConfig, RunConfig, TargetConfig, TrainConfig
+from jeagle.errors import UserError
+from jeagle.targets import abstract_target
+from jeagle.targets.families import read_spec
 
 TINY = Work(
     rows=2,
@@ -48,3 +58,99 @@ def test_an_op_is_measured_forward_and_backward(bench):
     products = 2 * TINY.width * TINY.draft_vocab * TINY.rows * bench.width * (3 * TINY.steps + 1)
     inner = 2 * TINY.draft_vocab * TINY.rows * bench.width * TINY.steps
     assert found["flops_counted"] in (products + inner, products + 2 * inner)
+
+
+@pytest.fixture(scope="module")
+def whole(one_device):
+    numbers = {"target": TargetConfig(dtype="float32"), "train": TrainConfig(dtype="float32")}
+    return build(RunConfig("online", draft=DraftConfig(ttt_steps=2), **numbers), MODELS["tiny"])
+
+
+def test_a_draft_learns_the_same_from_features_that_are_read(whole, tmp_path, capsys):
+    work = whole.work(2, 32, 0.5)
+    computed = online.measure(whole, work, None, 0.0, tmp_path)
+    read = online.measure(whole.without_target(), work, whole.read(work), 0.0, None)
+    assert read["first_loss"] == pytest.approx(computed["first_loss"], rel=1e-6)
+    for found in (computed, read):
+        assert 0 < found["flops_needed"] <= found["flops_counted"]
+        assert found["mfu_needed"] is None  # nobody knows a CPU's peak
+    assert read["flops_needed"] < computed["flops_needed"]
+    assert read["step_bytes"] < computed["step_bytes"]  # the target is not there
+
+    top = computed["profile"]["top"]
+    assert len(top) == trace.TOP
+    assert 0 < sum(op["share"] for op in top) <= 1.001
+    assert 0 < computed["profile"]["busy_share"] <= 1
+    assert any("train_step" in op["made_from"] for op in top)
+    online.main(["--read", str(tmp_path), "--json"])
+    again = json.loads(capsys.readouterr().out)["top"]
+    assert [op["op"] for op in again] == [op["op"] for op in top]
+
+
+def test_a_random_target_lies_as_a_loaded_one_does(one_device):
+    spec, settings = read_spec(MODELS["tiny"]), TargetConfig(weights="fp8")
+    mesh = assemble.mesh_of(RunConfig("online"))
+    made, wanted = random_target(spec, mesh, settings), abstract_target(spec, jnp.bfloat16, stored="fp8", mesh=mesh)
+    assert made.graphdef == wanted.graphdef
+    assert jax.tree.map(jnp.shape, made.state) == jax.tree.map(jnp.shape, wanted.state)
+    assert made.model().blocks[0].mlp.up_proj.kernel[...].dtype == jnp.float8_e4m3fn
+    assert made.model().embed_tokens[...].dtype == jnp.bfloat16
+
+
+def test_a_length_without_room_says_so_and_the_others_run(whole, monkeypatch, capsys):
+    def measure(step, work, *_):
+        if work.length == 64:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+        if work.length == 16:
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+        return {"first_loss": 1.0}
+
+    monkeypatch.setattr(online, "build", lambda *_: whole)
+    monkeypatch.setattr(online, "measure", measure)
+    command = ["--model", "tiny", "--rows", "2", "--json", "--lengths"]
+    online.main([*command, "64", "32"])
+    first, second = json.loads(capsys.readouterr().out.splitlines()[-1])["lengths"]
+    assert first["out_of_memory"].startswith("RESOURCE_EXHAUSTED")
+    assert second == {"length": 32, "rows": 2, "first_loss": 1.0}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        online.main([*command, "16"])
+
+
+def track(pid, process, tid, thread, *runs):
+    """Of a trace: a track's names, and what ran on it, (name, begin, duration, further arguments)."""
+    yield {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": process}}
+    yield {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": thread}}
+    for name, begun, duration, args in runs:
+        yield {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": begun, "dur": duration, "args": args}
+
+
+def test_a_gpus_time_is_its_streams():
+    product = {"hlo_op": "dot.3", "name": "jit(f)/dot_general"}
+    streams = [("nvjet", 0, 10, product), ("loop_fusion", 10, 30, {}), ("nvjet", 60, 40, product)]
+    raw = [
+        *track(1, "/device:GPU:0", 13, "Stream #13(Compute)", *streams),
+        *track(1, "/device:GPU:0", 2, "XLA Ops", ("dot.3", 0, 100, {})),  # says it again
+        *track(2, "/host:CPU", 9, "python", ("call", 0, 500, {}), ("copy.1", 0, 500, {"hlo_op": "copy.1"})),
+    ]
+    found = trace.summary([raw])
+    assert (found["devices"], found["busy_share"], found["truncated"]) == (1, 0.8, False)
+    assert found["seconds_a_device"] == pytest.approx(100e-6)
+    assert [(op["op"], op["share"], op["calls"], op["made_from"]) for op in found["top"]] == [
+        ("dot.3", 0.625, 2, "jit(f)/dot_general"),
+        ("loop_fusion", 0.375, 1, ""),
+    ]
+    assert "62.5%" in trace.table(found)
+
+
+def test_a_loop_counts_what_its_body_leaves():
+    ops = [("while", 0, 100, {}), ("fusion.1", 10, 30, {}), ("fusion.1", 50, 40, {"tf_op": "jit(f)/mul"})]
+    raw = [event for pid in (1, 2) for event in track(pid, f"/device:TPU:{pid}", 1, "XLA Ops", *ops)]
+    found = trace.summary([raw])
+    seconds = {op["op"]: op["seconds"] for op in found["top"]}
+    assert seconds == pytest.approx({"fusion.1": 70e-6, "while": 30e-6})  # of each of the two devices
+    assert sum(seconds.values()) == pytest.approx(found["seconds_a_device"])
+
+
+def test_a_folder_without_a_trace_is_said(tmp_path):
+    with pytest.raises(UserError, match="trace.json.gz"):
+        trace.folders(tmp_path)
