@@ -193,6 +193,8 @@ def check_teacher(store: features.Store, tables: Tables, logits: LogitShape, pos
     batch = store.batch(split, numbers)
     kept = jax.jit(features.decode)(store.stored(split, numbers, batch))
     near = np.argwhere(align.near_supervised(batch, xp=np))
+    if not len(near):
+        return 1.0  # rows in which nothing is learnt
     near = near[np.unique(np.linspace(0, len(near) - 1, positions).astype(int))]
     teacher, greedy = jax.tree.map(lambda x: np.asarray(x)[near[:, 0], near[:, 1]], (kept.teacher, kept.greedy_BT))
     if isinstance(teacher, TopK):

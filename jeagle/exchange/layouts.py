@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from jeagle.exchange.stream import Planned, Readable, whole, write_safetensors
 from jeagle.exchange.vocabulary import tables_of
 from jeagle.joints import DraftSpec
 from jeagle.runtime.manifest import atomic_folder
+
+Check = Callable[[Path], None]
 
 _ROWS = 8192  # of an embedding at a time
 _BFLOAT16_STEP = 2.0**-8
@@ -48,6 +50,7 @@ def export_sglang(
     embed_VW: Readable | None = None,
     target_embed_VW: Readable | None = None,
     tokenizer: Any = None,
+    check: Check | None = None,
 ) -> Path:
     """Writes the plain layout for SGLang and returns `out`; vLLM loads the same folder, unless `vllm_limits` says no.
 
@@ -62,6 +65,7 @@ def export_sglang(
         the target's, which the speculators library needs. At equal width SGLang puts the target's in its place.
       target_embed_VW: the target's; where given, an `embed_VW` that SGLang would replace must equal it.
       tokenizer: a folder of tokenizer files, or an object with `save_pretrained`; its files are put beside the draft.
+      check: is given the finished folder before it stands at `out`; an older export stays there if it raises.
 
     Raises:
       UserError: for parameters, ids or an embedding that do not fit the spec, for what SGLang cannot serve, for a place
@@ -73,7 +77,7 @@ def export_sglang(
     _check_replaced(spec, embed_VW, target_embed_VW)
     tensors = _tensors(spec, params, draft_to_target_D, embed_VW, "midlayer", dtype)
     export = Export("SGLang", "plain", dtype, str(out), spec, target_layers, card)
-    return _write(export, tensors, plain_config(spec, dtype=dtype), tokenizer)
+    return _write(export, tensors, plain_config(spec, dtype=dtype), tokenizer, check)
 
 
 def export_vllm(
@@ -88,6 +92,7 @@ def export_vllm(
     card: ExportCard | None = None,
     embed_VW: Readable | None = None,
     tokenizer: Any = None,
+    check: Check | None = None,
 ) -> Path:
     """Writes the speculators or the plain layout for vLLM; arguments and result as of `export_sglang`.
 
@@ -113,7 +118,7 @@ def export_vllm(
     first_layer: FirstLayer = "midlayer" if layout == "plain" and spec.layers == 1 else "layers.0"
     tensors = _tensors(spec, params, draft_to_target_D, embed_VW, first_layer, dtype)
     export = Export("vLLM", layout, dtype, str(out), spec, target_layers, card)
-    return _write(export, tensors, config, tokenizer)
+    return _write(export, tensors, config, tokenizer, check)
 
 
 def _tensors(
@@ -135,7 +140,9 @@ def _tensors(
     return named | {name: whole(table) for name, table in tables_of(spec, draft_to_target_D).items()}
 
 
-def _write(export: Export, tensors: dict[str, Planned], config: dict[str, Any], tokenizer: Any) -> Path:
+def _write(
+    export: Export, tensors: dict[str, Planned], config: dict[str, Any], tokenizer: Any, check: Check | None
+) -> Path:
     out = Path(export.out)
     _check_place(out)
     try:
@@ -145,6 +152,8 @@ def _write(export: Export, tensors: dict[str, Planned], config: dict[str, Any], 
             (folder / "config.json").write_text(_json(config), "utf-8")
             (folder / "README.md").write_text(readme(export), "utf-8")
             (folder / EXPORT_FILE).write_text(_json(record(export)), "utf-8")
+            if check is not None:
+                check(folder)
     except OSError as error:
         raise UserError(f"The export cannot be written to {out}: {error}.") from error
     return out

@@ -70,6 +70,8 @@ def prune(place: Place, damaged: list[str], *, only_damaged: bool = False) -> li
         for data, unit in ((data, data.rpartition(".")[0]) for data in place.names(SEGMENTS))
         if unit in damaged or not (only_damaged or claims.alive(unit))
     ]
+    # First of all: an index that outlived a manifest would still name its rows.
+    place.delete(INDEX)
     for name in damaged:
         place.delete(f"{MANIFESTS}/{name}.json")
         gone.append(f"{MANIFESTS}/{name}.json")
@@ -92,7 +94,5 @@ def prune(place: Place, damaged: list[str], *, only_damaged: bool = False) -> li
         if not claims.alive(key.removesuffix(".json")):
             place.delete(f"{CLAIMS}/{key}")
     place.sweep()
-    if gone:
-        place.delete(INDEX)
-        write_index(place)
+    write_index(place)
     return gone

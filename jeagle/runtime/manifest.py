@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Writes `path` whole or not at all, making its parent folders; text is written as UTF-8."""
     path = Path(path)
+    path = path if path.name else path.resolve()  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     aside = _aside(path)
@@ -47,6 +48,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     An older `path` stays as it is until then.
     """
     path = Path(path)
+    path = path if path.name else path.resolve()  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     aside = _aside(path)
