@@ -2,7 +2,7 @@
 
 The frozen target's taps and last states are arrays; its logits over the whole vocabulary, the TTT steps, the gradients,
 the clipping, AdamW and the new parameters are the step's, as in `jeagle.step.train_step`. Works: `benchmarks.works`;
-W4 stands for all its lengths, and `--shares` for W3 with ever fewer supervised tokens (counted, not compiled).
+W4 stands for all its lengths.
 
 The last line printed is a JSON object: wall_s_per_step and cpu_s_per_step (the least of the steps after the first),
 compile_s, temp_bytes (what XLA allots beside arguments and results), peak_rss_bytes, flops_needed (see
@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +54,6 @@ OBJECTIVES = {
     ),
     "ours": objective.DIALECTS["jeagle"],
 }
-SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
 LONGEST_RUN = 4096  # positions; longer works are compiled only, on CPUs
 
 
@@ -205,14 +203,6 @@ def timed(program: Any, state: Any, given: Any, budget_s: float) -> dict[str, An
     return {"first_loss": float(first.loss), "first_gradient_norm": float(first.gradient_norm)} | times
 
 
-def shares(remat: bool) -> Iterator[dict[str, Any]]:
-    """FLOPs of the 8B step by supervised share."""
-    for share in SHARES:
-        work = dataclasses.replace(WORKS["W3"], supervised=share)
-        bench = bench_of(work, make_batch(work), work.dtype, remat=remat)
-        yield {"supervised": share, "slots": bench.width} | bench.flops()
-
-
 def runs_here(name: str) -> bool:
     """Whether this machine can run a work in bearable time."""
     work = WORKS[name]
@@ -228,12 +218,9 @@ def spare_memory() -> None:
 def main() -> None:
     parser = options(__doc__, ["W4", *WORKS], seconds=20.0, of="steps")
     parser.add_argument("--remat", action="store_true", help="keep little for the backward pass, in CPU's memory order")
-    parser.add_argument("--shares", action="store_true", help="instead: FLOPs of W3 by supervised share")
     args = begin(parser)
     if args.remat or args.work == "W3":
         spare_memory()
-    if args.shares:
-        return print(json.dumps({"work": "W3", "shares": list(shares(args.remat))}))
     found = []
     for name in [f"W4_{length}" for length in W4_LENGTHS] if args.work == "W4" else [args.work]:
         each = functools.partial(measure, name, WORKS[name], args.dtype or WORKS[name].dtype, budget_s=args.seconds)
