@@ -33,7 +33,7 @@ class HeldOut:
     Args:
       stores: whose features are read; None lets the target compute them, as in training.
       start: the last step whose figures are kept.
-      scores: of the steps that have been evaluated, by step; those of later ones are added.
+      scores: of the steps that have been evaluated, by step; those after `start` go, those of later ones are added.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class HeldOut:
         self._program, self._frozen, self._stores = program._replace(objective=measured), frozen, stores
         self._size = config.train.batch_rows // config.train.accumulate
         self._numbers, self._trackers, self._scores = np.arange(0), Trackers([]), scores
+        for later in [step for step in scores if step > start]:  # of steps that are taken anew
+            del scores[later]
         if not config.train.held_out_rows:
             return
         self._rows = data.load_rows(config.folder / "data" / "held_out")
