@@ -92,4 +92,4 @@ def test_the_heads_gradient_is_made_in_pieces_that_no_mesh_splits(monkeypatch):
     given = jax.device_put(sums, split), hidden, jax.device_put(dlogits, split_logits)
     run = jax.jit(chunked._with_product, out_shardings=split).lower(*given).compile()
     assert "all-gather" not in run.as_text()
-    np.testing.assert_allclose(run(*given), wanted, rtol=1e-5)
+    np.testing.assert_allclose(run(*given), wanted, rtol=1e-5, atol=1e-6)  # sums of six products near 1
