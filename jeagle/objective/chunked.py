@@ -190,7 +190,6 @@ def _with_product(sums_WD: jax.Array, hidden: jax.Array, dlogits: jax.Array) -> 
         piece = slice(start, min(start + each, width))
         # The narrow operand first: the CPU backend copies the first one into place.
         found = sums_WD[piece] + summed_product(hidden[..., piece], dlogits)
-        # Not `at[piece].add`, which a TPU would make of all sums and a padded product.
         sums_WD = jax.lax.dynamic_update_slice_in_dim(sums_WD, found, start, 0)
     return sums_WD
 
