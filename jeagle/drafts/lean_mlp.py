@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.layers import GatedMLP
-from jeagle.runtime.numerics import rows_product, summed_product
+from jeagle.runtime.numerics import add_in_place, rows_product, summed_product
 
 WIDEST = 2048  # of the inner width at a time: at 2048 slots a piece of the activations is 16 MB in float32
 
@@ -30,6 +30,9 @@ class Kernels(NamedTuple):
     @classmethod
     def of(cls, mlp: GatedMLP) -> Kernels:
         return cls(mlp.gate_proj[...], mlp.up_proj[...], mlp.down_proj[...])
+
+
+_INNER = Kernels(1, 1, 0)  # the axis of each that is worked through in pieces
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,13 +69,14 @@ def _backward(dtype, residuals, cotangents):
         activated, back = jax.vjp(
             lambda gate, up: jax.nn.silu(gate) * up, rows_product(normed, gate_kernel), rows_product(normed, up_kernel)
         )
-        gradients = (g.astype(dtype) for g in back(rows_product(dy, down_kernel, rows=True)))
-        dgate, dup = gradients
+        dgate, dup = (g.astype(dtype) for g in back(rows_product(dy, down_kernel, rows=True)))
         dnormed = dnormed + rows_product(dgate, gate_kernel, rows=True) + rows_product(dup, up_kernel, rows=True)
         found = Kernels(
             summed_product(normed, dgate), summed_product(normed, dup), summed_product(activated.astype(dtype), dy)
         )
-        return (dnormed, _added(sums, found, piece)), None
+        at = piece * dgate.shape[-1]
+        sums = jax.tree.map(lambda whole, part, axis: add_in_place(whole, part, at, axis), sums, found, _INNER)
+        return (dnormed, sums), None
 
     start = jnp.zeros(normed.shape, jnp.promote_types(dtype, jnp.float32)), sums
     (dnormed, sums), _ = jax.lax.scan(body, start, jnp.arange(_pieces(kernels)))
@@ -90,17 +94,8 @@ def _pieces(kernels: Kernels) -> int:
 
 def _piece(kernels: Kernels, piece: jax.Array, dtype: Any) -> Kernels:
     width = kernels.down_FW.shape[0] // _pieces(kernels)
-    cut = lambda kernel, axis: jax.lax.dynamic_slice_in_dim(kernel, piece * width, width, axis).astype(dtype)  # noqa: E731
-    return Kernels(cut(kernels.gate_WF, 1), cut(kernels.up_WF, 1), cut(kernels.down_FW, 0))
 
+    def cut(kernel: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(kernel, piece * width, width, axis).astype(dtype)
 
-def _added(sums: Kernels, found: Kernels, piece: jax.Array) -> Kernels:
-    width = found.down_FW.shape[0]
-
-    def add(whole: jax.Array, part: jax.Array, axis: int) -> jax.Array:
-        old = jax.lax.dynamic_slice_in_dim(whole, piece * width, width, axis)
-        return jax.lax.dynamic_update_slice_in_dim(whole, old + part, piece * width, axis)
-
-    return Kernels(
-        add(sums.gate_WF, found.gate_WF, 1), add(sums.up_WF, found.up_WF, 1), add(sums.down_FW, found.down_FW, 0)
-    )
+    return jax.tree.map(cut, kernels, _INNER)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jeagle.joints import PLAIN_LOGITS, LogitShape
 from jeagle.objective.losses import Mixture, Teacher, Terms, overlap, weighted
-from jeagle.runtime.numerics import as_bits, first_largest, from_bits, rows_product, summed_product
+from jeagle.runtime.numerics import add_in_place, as_bits, first_largest, from_bits, rows_product, summed_product
 
 _LARGEST_PRODUCT = 2**25  # numbers
 
@@ -179,18 +179,22 @@ def places(slot_BmK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _with_product(sums_WD: jax.Array, hidden: jax.Array, dlogits: jax.Array) -> jax.Array:
-    """The sums and hidden^T dlogits, in place: the product is made in pieces, or a second gradient would exist.
+    """The sums and hidden^T dlogits; on a CPU in pieces, for it adds only to a product that is there already, and a
+    second gradient would exist. A TPU adds while it multiplies, and would pad each piece to the whole."""
+    return jax.lax.platform_dependent(
+        sums_WD, hidden, dlogits, cpu=_in_pieces, default=lambda sums, a, b: sums + summed_product(a, b)
+    )
 
-    Pieces of W, not of D: a mesh may split the vocabulary, and cutting along it would gather all sums at each chunk.
-    """
+
+def _in_pieces(sums_WD: jax.Array, hidden: jax.Array, dlogits: jax.Array) -> jax.Array:
+    """Pieces of W, not of D: a mesh may split the vocabulary, and cutting along it would gather all sums."""
     width = sums_WD.shape[0]
     pieces = -(-sums_WD.size // _LARGEST_PRODUCT)
     each = -(-width // (pieces * 128)) * 128
     for start in range(0, width, each):
-        piece = slice(start, min(start + each, width))
         # The narrow operand first: the CPU backend copies the first one into place.
-        found = sums_WD[piece] + summed_product(hidden[..., piece], dlogits)
-        sums_WD = jax.lax.dynamic_update_slice_in_dim(sums_WD, found, start, 0)
+        found = summed_product(hidden[..., start : start + each], dlogits)
+        sums_WD = add_in_place(sums_WD, found, start, 0)
     return sums_WD
 
 

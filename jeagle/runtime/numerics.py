@@ -56,6 +56,12 @@ def largest(logits: jax.Array, count: int, block: int = 64) -> tuple[jax.Array, 
     return values, jnp.take_along_axis(which, places // block, axis=-1) * block + places % block
 
 
+def add_in_place(whole: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:
+    """The whole with `part` added from `start` on along an axis: in a loop, where the whole lies."""
+    old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis)
+
+
 def rows_product(x: jax.Array, matrix: jax.Array, *, rows: bool = False) -> jax.Array:
     """x [..., I] times matrix [I, O] (or, with `rows`, matrix [O, I] by its rows) -> [..., O], summed in float32.
 
