@@ -101,10 +101,11 @@ def _peak(process: int) -> int:
 
 def write_run(folder: Path, options: argparse.Namespace) -> None:
     """A run's folder with a checkpoint of random parameters, and as much of its target as an export reads."""
-    from jeagle import assemble, data, exchange
-    from jeagle import config as configs
+    from jeagle import data, exchange
+    from jeagle import flags as configs
     from jeagle.config import RunConfig, TargetConfig
-    from jeagle.joints import DraftSpec, Rope
+    from jeagle.interfaces import DraftSpec, Rope
+    from jeagle.run import assemble
     from jeagle.runtime.checkpoints import Checkpoints
     from jeagle.runtime.mesh import make_mesh
 

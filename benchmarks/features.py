@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from jeagle import align, features
 from jeagle.features.formats import DTYPES, LARGEST
-from jeagle.joints import Batch, TopK
+from jeagle.interfaces import Batch, TopK
 from jeagle.runtime.ahead import read_ahead
 
 SHAPES = {"SmolLM2-135M": 576, "8B": 4096, "70B": 8192}

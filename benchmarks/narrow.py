@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jeagle import assemble, data, dataset, targets
+from jeagle import data, targets
 from jeagle.config import DataConfig, DraftConfig, RunConfig, TargetConfig
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
+from jeagle.run import assemble, dataset
 from jeagle.runtime.host import prepare_host
 
 

@@ -40,13 +40,13 @@ from benchmarks.works import Work
 from jeagle.config import DraftConfig, MeshConfig, RunConfig, TargetConfig, TrainConfig
 from jeagle.errors import UserError
 from jeagle.features import Stored
-from jeagle.forward import attention_of
 from jeagle.runtime.chips import all_devices_flops
 from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.flops import count_flops
 from jeagle.runtime.mesh import row_parts
-from jeagle.step import Report, train_step
 from jeagle.train import put_rows
+from jeagle.training.forward import attention_of
+from jeagle.training.step import Report, train_step
 
 GOALS = {"online": 0.55, "draft_only": 0.50}  # MFU of needed FLOPs, on a GPU
 TOKENS = 16384  # of a step

@@ -26,9 +26,9 @@ from benchmarks.timing import compiled, least, peak_rss_bytes
 from benchmarks.works import WORKS, make_batch
 from jeagle import objective
 from jeagle.drafts import ttt_attention
-from jeagle.forward import live_positions
-from jeagle.joints import Features, Predictions, Tables
+from jeagle.interfaces import Features, Predictions, Tables
 from jeagle.runtime.flops import flops_of
+from jeagle.training.forward import live_positions
 
 
 class Op(NamedTuple):

@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jeagle.config import TargetConfig
 from jeagle.targets import Target, TargetSpec, abstract_target
-from jeagle.targets.layout import Layout, check_room, layouts, scale_path
-from jeagle.targets.narrow import narrowed
-from jeagle.targets.shards import empty_stack, put_in_stack
+from jeagle.targets.checkpoint.layout import Layout, check_room, layouts, scale_path
+from jeagle.targets.checkpoint.narrow import narrowed
+from jeagle.targets.checkpoint.shards import empty_stack, put_in_stack
 
 DEVIATION = 0.02  # of matrices, as transformers starts them; vectors, which are norms, are ones
 

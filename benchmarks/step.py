@@ -1,8 +1,8 @@
 """`python -m benchmarks.step --work W1 --json`: what one training step of a draft costs, the target's features given.
 
 The frozen target's taps and last states are arrays; its logits over the whole vocabulary, the TTT steps, the gradients,
-the clipping, AdamW and the new parameters are the step's, as in `jeagle.step.train_step`. Works: `benchmarks.works`;
-W4 stands for all its lengths.
+the clipping, AdamW and the new parameters are the step's, as in `jeagle.training.step.train_step`. Works:
+`benchmarks.works`; W4 stands for all its lengths.
 
 The last line printed is a JSON object: wall_s_per_step and cpu_s_per_step (the least of the steps after the first),
 compile_s, temp_bytes (what XLA allots beside arguments and results), peak_rss_bytes, flops_needed (see
@@ -30,15 +30,15 @@ from benchmarks.needed import needed_flops
 from benchmarks.timing import compiled, least, peak_rss_bytes
 from benchmarks.works import W4_LENGTHS, WORKS, Arrays, Work, array_shapes, make, make_batch
 from jeagle import align, objective
-from jeagle.assemble import TrainState
 from jeagle.drafts import Eagle3
-from jeagle.forward import Program, draft_loss, live_positions
-from jeagle.joints import Batch, Features, Tables
+from jeagle.interfaces import Batch, Features, Tables
+from jeagle.run.assemble import TrainState
 from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.flops import flops_of
 from jeagle.runtime.numerics import rows_product
-from jeagle.step import Report, update
-from jeagle.targets.features import greedy_and_lse
+from jeagle.targets.model.features import greedy_and_lse
+from jeagle.training.forward import Program, draft_loss, live_positions
+from jeagle.training.step import Report, update
 
 # The peers' slots and scale (targets argmax outside the draft vocabulary dropped); and what jeagle trains with.
 OBJECTIVES = {

@@ -1,7 +1,7 @@
 """`python -m benchmarks.tpu_step --topology v5e:2x4 --length 2048`: does a whole online training step fit a slice?
 
-The real TPU compiler, run ahead of time on a CPU, compiles `jeagle.step.train_step` for Llama-3.1-8B and its EAGLE-3
-draft: target, TTT steps, loss, gradients, AdamW. Everything is supervised, the dearest case. Printed as JSON:
+The real TPU compiler, run ahead of time on a CPU, compiles `jeagle.training.step.train_step` for Llama-3.1-8B and its
+EAGLE-3 draft: target, TTT steps, loss, gradients, AdamW. Everything is supervised, the dearest case. Printed as JSON:
 
 - memory of each chip, exact: what the compiler allots for arguments, results and temporary values;
 - with --time seconds, an estimate: the target's as in `benchmarks.tpu_targets`; the draft's from one and two TTT steps
@@ -37,15 +37,15 @@ from benchmarks.tpu_needed import needed_flops as target_flops
 from benchmarks.tpu_shapes import CHIPS, MODELS, Case
 from benchmarks.works import WORKS
 from jeagle import objective
-from jeagle.assemble import TrainState
 from jeagle.drafts import Eagle3, draft_sharding
-from jeagle.forward import Frozen, Program, draft_loss, live_positions
-from jeagle.joints import Features, Tables
+from jeagle.interfaces import Features, Tables
+from jeagle.run.assemble import TrainState
 from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.mesh import row_axes
-from jeagle.step import train_step, update
 from jeagle.targets import abstract_target, check_taps
 from jeagle.targets.families import read_spec
+from jeagle.training.forward import Frozen, Program, draft_loss, live_positions
+from jeagle.training.step import train_step, update
 
 TARGET, TTT_STEPS = "llama-3.1-8b", 7
 

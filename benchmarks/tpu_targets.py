@@ -38,14 +38,15 @@ from benchmarks.tpu_compiled import Parts, compiled, parts_of
 from benchmarks.tpu_needed import attention_seconds, expert_seconds, needed_flops
 from benchmarks.tpu_shapes import CASES, CHIPS, MODELS, Case, Chip
 from jeagle.errors import UserError
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
 from jeagle.runtime.flops import flops_of
 from jeagle.runtime.mesh import make_mesh, row_axes, row_sharding
-from jeagle.targets import TargetSpec, abstract_target, check_taps, features
+from jeagle.targets import TargetSpec, abstract_target, check_taps
+from jeagle.targets.checkpoint.layout import layouts
+from jeagle.targets.checkpoint.load import Target
 from jeagle.targets.families import read_spec
-from jeagle.targets.features import ACCELERATOR_CHUNK, greedy_and_lse
-from jeagle.targets.layout import layouts
-from jeagle.targets.load import Target
+from jeagle.targets.model import features
+from jeagle.targets.model.features import ACCELERATOR_CHUNK, greedy_and_lse
 
 DTYPE = jnp.bfloat16
 

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.narrow import held_out_rows
-from jeagle import align, assemble, data, dataset, features, targets
+from jeagle import align, data, features, targets
 from jeagle.config import DataConfig, DraftConfig, RunConfig, TargetConfig
-from jeagle.joints import Batch, Features
+from jeagle.extraction.plan import measure
+from jeagle.interfaces import Batch, Features
+from jeagle.run import assemble, dataset
 from jeagle.runtime.host import prepare_host
-from jeagle.storing import measure
 
 KEPT = (16, 64, 128, 256)
 AT_ONCE = 4  # rows

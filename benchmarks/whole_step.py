@@ -18,15 +18,16 @@ from benchmarks.step import live_of, slot_width
 from benchmarks.tpu_needed import needed_flops as target_flops
 from benchmarks.tpu_shapes import MODELS as PUBLISHED
 from benchmarks.works import SEED, Work, make_batch
-from jeagle import assemble, features
+from jeagle import features
 from jeagle.config import RunConfig
 from jeagle.drafts import Eagle3
-from jeagle.forward import Frozen, Program, live_positions, program_of, target_features
-from jeagle.joints import Batch, DraftSpec
-from jeagle.optimiser import learning_rate, make_optimiser
-from jeagle.starting import draft_spec
+from jeagle.interfaces import Batch, DraftSpec
+from jeagle.run import assemble
+from jeagle.run.draft_init import draft_spec
 from jeagle.targets import TargetSpec
 from jeagle.targets.families import read_spec
+from jeagle.training.forward import Frozen, Program, live_positions, program_of, target_features
+from jeagle.training.optimiser import learning_rate, make_optimiser
 
 MODELS = PUBLISHED | {
     "tiny": PUBLISHED["llama-3.1-8b"]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jeagle.joints import Batch, DraftSpec
+from jeagle.interfaces import Batch, DraftSpec
 
 SEED = 20261121
 

@@ -1,6 +1,6 @@
 """Hidden states of SpecForge into a store: python converters/from_specforge.py --source DIR --out STORE --config C."""
 
-from jeagle.adopt import main
+from jeagle.import_features import main
 from jeagle.runtime.cli import run
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
 
 SlotRule = Literal["served", "predicted", "specforge", "speculators"]
 SLOT_RULES: tuple[SlotRule, ...] = ("served", "predicted", "specforge", "speculators")

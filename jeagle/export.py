@@ -14,14 +14,15 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from jeagle import config as configs
-from jeagle import data, dataset, exchange, targets
+from jeagle import data, exchange, targets
+from jeagle import flags as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.readback import check_export
+from jeagle.exporting.readback import check_export
+from jeagle.exporting.run_reader import Served, open_served
+from jeagle.run import dataset
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import keep_freed_memory
-from jeagle.served import Served, open_served
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,10 @@ Any number of processes and hosts may write one store at the same time; the same
 
 from __future__ import annotations
 
-from jeagle import config as configs
-from jeagle import dataset
+from jeagle import flags as configs
 from jeagle.errors import UserError
-from jeagle.filling import extract
+from jeagle.extraction.fill import extract
+from jeagle.run import dataset
 from jeagle.runtime import distributed
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host

@@ -15,20 +15,21 @@ import jax
 import numpy as np
 
 import jeagle
-from jeagle import assemble, bench, data, decoding
-from jeagle import config as configs
+from jeagle import data, decoding
+from jeagle import flags as configs
 from jeagle.config import RunConfig
-from jeagle.dataset import describe, prepare
 from jeagle.errors import UserError
 from jeagle.export import export
 from jeagle.regenerate import Arguments as RegenerateArguments
 from jeagle.regenerate import regenerate
 from jeagle.report import mean_logged, summary_lines, write_report
+from jeagle.run import acceptance, assemble
+from jeagle.run.dataset import describe, prepare
+from jeagle.run.draft_init import draft_spec
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import finished_manifest
 from jeagle.runtime.stages import Stages
-from jeagle.starting import draft_spec
 from jeagle.train import train
 
 
@@ -116,10 +117,10 @@ def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, An
         vocabulary = data.load_tables(prepared.tables)
         begun_with = assemble.open_start(config)
         spec = draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids, begun_with)
-    opened = bench.open_bench(config, spec, folder, params, loaded=loaded, start=begun_with)
-    prompts = bench.prompt_ids(opened, config, folder, None, settings.max_prompts)
+    opened = acceptance.open_bench(config, spec, folder, params, loaded=loaded, start=begun_with)
+    prompts = acceptance.prompt_ids(opened, config, folder, None, settings.max_prompts)
     chosen = prompts if trained else prompts[: settings.prompts_before]
-    report, decoded = bench.measure(
+    report, decoded = acceptance.measure(
         opened,
         chosen,
         draft_tokens=settings.draft_tokens,
@@ -130,12 +131,12 @@ def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, An
     )
     report["draft_parameters"] = sum(int(np.prod(x.shape)) for x in assemble.flat_draft(opened.weights.draft).values())
     if trained:
-        ngram = bench.measure_ngram(folder, chosen, decoded, draft_tokens=settings.draft_tokens)
+        ngram = acceptance.measure_ngram(folder, chosen, decoded, draft_tokens=settings.draft_tokens)
         report |= {"ngram": ngram, "sample": _sample(config, loaded.tokenizer, decoded)}
     return report
 
 
-def _sample(config: RunConfig, tokenizer: Any, decoded: bench.Decoded) -> dict[str, Any]:
+def _sample(config: RunConfig, tokenizer: Any, decoded: acceptance.Decoded) -> dict[str, Any]:
     """The answer whose acceptance is the median one, token by token: by the target, or drafted and accepted."""
     rate = [len(m.tokens) / max(len(m.rounds), 1) if len(m.tokens) >= 24 else 0.0 for m in decoded.speculative]
     whole = [i for i in np.argsort(rate, kind="stable") if rate[i]] or [0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jeagle import config as configs
-from jeagle.dataset import describe, prepare
+from jeagle import flags as configs
+from jeagle.run.dataset import describe, prepare
 from jeagle.runtime.cli import run
 
 

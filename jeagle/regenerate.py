@@ -15,8 +15,8 @@ from typing import Any
 import tyro
 
 from jeagle import data
-from jeagle.answering import Arguments, Opened, made_from, own_answers, servers_answers
 from jeagle.errors import UserError
+from jeagle.run.answers import Arguments, Opened, made_from, own_answers, servers_answers
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write

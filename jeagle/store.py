@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import tyro
 
-from jeagle import align, assemble, data, features
+from jeagle import align, data, features
 from jeagle.config import RunConfig, TargetConfig
 from jeagle.errors import UserError
-from jeagle.recheck import check_agreement, compare, fresh_capture
+from jeagle.extraction.agreement import check_agreement, compare, fresh_capture
+from jeagle.run import assemble
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import fingerprint

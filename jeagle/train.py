@@ -13,16 +13,14 @@ import jax
 import numpy as np
 import optax
 
-from jeagle import assemble, data, features, offline
-from jeagle import config as configs
+from jeagle import data, features
+from jeagle import flags as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.forward import Frozen, Program, program_of
-from jeagle.held_out import HeldOut
-from jeagle.joints import DraftSpec
-from jeagle.log import Log
+from jeagle.interfaces import DraftSpec
 from jeagle.objective import ObjectiveSpec
-from jeagle.optimiser import learning_rate, make_optimiser
+from jeagle.run import assemble
+from jeagle.run.draft_init import check_engines, draft_spec, held_out_scores, keep_embedding
 from jeagle.runtime import distributed
 from jeagle.runtime.changes import checksums, unchanged
 from jeagle.runtime.checkpoints import Checkpoints
@@ -33,8 +31,12 @@ from jeagle.runtime.manifest import atomic_write, differences, finished_manifest
 from jeagle.runtime.mesh import row_parts, row_sharding
 from jeagle.runtime.preemption import stop_requested
 from jeagle.runtime.trace import StepTrace
-from jeagle.starting import check_engines, draft_spec, held_out_scores, keep_embedding
-from jeagle.step import train_step
+from jeagle.training import teacher as teaching
+from jeagle.training.forward import Frozen, Program, program_of
+from jeagle.training.held_out import HeldOut
+from jeagle.training.metrics import Log
+from jeagle.training.optimiser import learning_rate, make_optimiser
+from jeagle.training.step import train_step
 
 
 def main(arguments: list[str]) -> None:
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> None:
     prepare_host()
     # Before the processes join: preparing may take longer than they wait for one another.
     if distributed.may_lead():
-        offline.prepare(config, offline.open_stores(config))
+        teaching.prepare(config, teaching.open_stores(config))
     distributed.initialise()
     train(config)
 
@@ -62,11 +64,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     with log, held_out, stop_requested() as stopping:
         if start and due(config, run, start):
             log.say(held_out.again(start, state))
-        for step, widest, rows, kept in offline.with_features(run.stream, start, run.steps, run.stores):
+        for step, widest, rows, kept in teaching.with_features(run.stream, start, run.steps, run.stores):
             batch, stored = put_rows(rows, run.mesh), put_rows(kept, run.mesh)
             width = next(b for b in buckets if b >= widest)
             given = run.program, run.optimiser, state, run.frozen, batch, width, stored
-            share = offline.share_read(run.stores, rows, kept)
+            share = teaching.share_read(run.stores, rows, kept)
             if log.peak and (width, share) not in flops:
                 flops[width, share] = count_flops(train_step.trace(*given).jaxpr)
             with trace:
@@ -114,10 +116,10 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
     check_parts(config, learnt, mesh)
     claim_folder(config)
-    stores = offline.filled_stores(config, mesh)
-    prepared = offline.prepare(config, stores)  # found, or made on a host that does not share the leader's disk
+    stores = teaching.filled_stores(config, mesh)
+    prepared = teaching.prepare(config, stores)  # found, or made on a host that does not share the leader's disk
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
-    teacher = offline.teacher(config, stores, mesh)
+    teacher = teaching.teacher(config, stores, mesh)
     vocabulary, older = assemble.draft_to_target(config), assemble.open_start(config)
     spec = draft_spec(config, teacher.spec, len(vocabulary), teacher.end_token_ids, older)
     check_engines(config.draft, spec, teacher.spec.layers)
@@ -212,7 +214,7 @@ def open_stream(config: RunConfig, stores: features.Mixture | None = None) -> da
         config.train.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        shares=offline.shares(stores),
+        shares=teaching.shares(stores),
     )
 
 

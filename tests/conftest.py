@@ -18,7 +18,7 @@ import jax
 import pytest
 
 from jeagle.errors import UserError
-from jeagle.targets.reference import TargetFiles, resolve
+from jeagle.targets.checkpoint.reference import TargetFiles, resolve
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,13 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from jeagle import importing
+from jeagle import import_draft
 from tests import tiny
 from tests.exchange.drafts import LAYERS
 
 
 def take_in(source, out, *more):
-    importing.main([str(source), "--out", str(out), *map(str, more)])
+    import_draft.main([str(source), "--out", str(out), *map(str, more)])
     return out
 
 

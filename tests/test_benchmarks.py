@@ -13,9 +13,9 @@ from benchmarks.random_target import random_target
 from benchmarks.step import bench_of
 from benchmarks.whole_step import MODELS, build
 from benchmarks.works import Work, make_batch
-from jeagle import assemble
 from jeagle.config import DraftConfig, RunConfig, TargetConfig, TrainConfig
 from jeagle.errors import UserError
+from jeagle.run import assemble
 from jeagle.targets import abstract_target
 from jeagle.targets.families import read_spec
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jeagle import config as configs
+from jeagle import flags as configs
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "RESULTS.md"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jeagle import exchange, export, features, importing
+from jeagle import exchange, export, features, import_draft
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import make_mesh
 from tests.converting import blank_target, convert, take_in
@@ -25,7 +25,7 @@ def imported(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("imported")
     source = to_sglang(PLAIN, folder / "source")
     patch = pytest.MonkeyPatch()
-    patch.setattr(importing, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
+    patch.setattr(import_draft, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
     run = take_in(source, folder / "runs" / "draft")
     patch.undo()
     return run, source

@@ -8,10 +8,11 @@ import re
 import numpy as np
 import pytest
 
-from jeagle import config as configs
-from jeagle import dataset, preview
+from jeagle import flags as configs
+from jeagle import preview
 from jeagle.data import load_rows
 from jeagle.errors import UserError
+from jeagle.run import dataset
 from tests import tiny
 
 NASTY = "<script>alert(1)</script> \x1b[31m & 'naïve' 🙂"

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from jeagle.answering import Arguments, stops_at
 from jeagle.data import read_prompts
 from jeagle.errors import UserError
 from jeagle.regenerate import regenerate
+from jeagle.run.answers import Arguments, stops_at
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -10,7 +10,7 @@ import pytest
 from jeagle import report as command
 from jeagle.errors import UserError
 from jeagle.exchange.card import Export, ExportCard, readme
-from jeagle.joints import DraftSpec
+from jeagle.interfaces import DraftSpec
 from jeagle.report import headline, mean_logged, read_metrics, shortfalls, summary_lines, write_report
 
 REPORT = {

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jeagle import regenerate, targets
-from jeagle.answering import Arguments, Opened
 from jeagle.data import read_conversations, requests, turns_of
 from jeagle.errors import UserError
+from jeagle.run.answers import Arguments, Opened
 from tests import tiny
 from tests.data.test_server import Fake
 
@@ -87,9 +87,9 @@ def _turn_rows(folder) -> list[str]:
 
 def _impatient(args: Arguments) -> list[dict]:
     """`run`, but a prompt is given up at once."""
-    from jeagle.data import server
+    from jeagle.data import openai_client
 
-    real = server.Server
+    real = openai_client.Server
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jeagle.data.Server", lambda *a, **k: dataclasses.replace(real(*a, **k), retries=0))
         return run(args)

@@ -13,10 +13,10 @@ import numpy as np
 
 from jeagle.data.answers import ConversationError
 from jeagle.data.conversations import Conversation, Reading, is_held_out, read_source
-from jeagle.data.near import NearDocuments, document_signatures
+from jeagle.data.near_duplicates import NearDocuments, document_signatures
 from jeagle.data.render import Rendered, Renderer
-from jeagle.data.row_set import RowSet, Shape
 from jeagle.data.sources import Part
+from jeagle.data.split_writer import RowSet, Shape
 from jeagle.data.texts import Rules
 from jeagle.errors import UserError
 from jeagle.runtime.ahead import read_ahead

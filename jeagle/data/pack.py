@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from jeagle.data.render import Rendered
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
 
 OPEN_ROWS = 64  # rows that are tried for room at a time: bounds memory and search
 

@@ -14,8 +14,8 @@ import numpy as np
 from jeagle.data.answers import ConversationError, check_sampled
 from jeagle.data.conversations import Conversation
 from jeagle.data.documents import Document, Planner, Span
-from jeagle.data.places import Encoder, Encoding
 from jeagle.data.texts import Messages, Rules
+from jeagle.data.token_offsets import Encoder, Encoding
 
 
 class Rendered(NamedTuple):

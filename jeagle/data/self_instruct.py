@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jeagle.data.answers import split_reasoning
-from jeagle.data.near import Distinct
+from jeagle.data.near_duplicates import Distinct
 from jeagle.data.prompts import prompt_of
 from jeagle.data.starter import starter_prompts
 

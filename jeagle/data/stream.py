@@ -14,7 +14,7 @@ import numpy as np
 from jeagle import align
 from jeagle.data.pack import load_rows
 from jeagle.errors import UserError
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
 
 _PREFETCH = 2
 _BLOCK = 1024  # rows whose slots are counted at a time

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jeagle.errors import UserError
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
 from jeagle.runtime.manifest import atomic_folder, differences, fingerprint, read_manifest, write_manifest
 
 

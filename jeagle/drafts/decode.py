@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.drafts.eagle3 import Eagle3, Stream
-from jeagle.joints import Tables
+from jeagle.interfaces import Tables
 from jeagle.layers import Sight, attend
 
 

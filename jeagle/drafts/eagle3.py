@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jeagle.drafts.dense import dense, scaled_dense
-from jeagle.drafts.kept import STATE, kept
-from jeagle.joints import DraftSpec
+from jeagle.drafts.remat import STATE, kept
+from jeagle.interfaces import DraftSpec
 from jeagle.layers import GatedMLP, rms_norm, rotate_by
 from jeagle.runtime.numerics import rows_product
 

@@ -12,10 +12,10 @@ from flax import nnx
 from jeagle import align
 from jeagle.align import Selected, take_rows
 from jeagle.drafts import ttt_attention
+from jeagle.drafts.chunked_mlp import Kernels, lean_mlp
 from jeagle.drafts.eagle3 import Eagle3, Layer, Read, Stream
-from jeagle.drafts.kept import ATTENTION, PRODUCT, STATE
-from jeagle.drafts.lean_mlp import Kernels, lean_mlp
-from jeagle.joints import Batch, Predictions
+from jeagle.drafts.remat import ATTENTION, PRODUCT, STATE
+from jeagle.interfaces import Batch, Predictions
 from jeagle.layers import GatedMLP
 
 

@@ -3,15 +3,15 @@
 jeagle's side is a `DraftSpec` and a flat dict of float32 arrays, `expected_shapes(spec)`.
 """
 
+from jeagle.exchange.ambiguities import Reading, readings
 from jeagle.exchange.card import ExportCard
 from jeagle.exchange.config_file import read_draft_config
 from jeagle.exchange.config_read import Hints
-from jeagle.exchange.layouts import export_sglang, export_vllm
 from jeagle.exchange.limits import check_spec, sglang_jax_limits, sglang_limits, vllm_limits
 from jeagle.exchange.names import check_params, expected_shapes
+from jeagle.exchange.open_draft import ImportedDraft, Lazy, OpenDraft, open_draft, read_export
 from jeagle.exchange.peer_features import PeerFeatures, Sample, open_peer_features
-from jeagle.exchange.reading import ImportedDraft, Lazy, OpenDraft, open_draft, read_export
-from jeagle.exchange.readings import Reading, readings
+from jeagle.exchange.write_export import export_sglang, export_vllm
 
 __all__ = [
     "ExportCard",

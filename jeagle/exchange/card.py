@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jeagle
 from jeagle.exchange.limits import READ_IN, Layout, sglang_jax_limits, sglang_limits, vllm_limits
-from jeagle.joints import DraftSpec
+from jeagle.interfaces import DraftSpec
 
 EXPORT_FILE = "jeagle_export.json"
 _PACKAGES = ("jax", "flax", "numpy", "ml_dtypes", "safetensors")

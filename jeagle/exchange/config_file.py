@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.exchange.config_json import LAYER_IDS
 from jeagle.exchange.config_kinds import check_kinds
 from jeagle.exchange.config_read import Hints, NormOutput, layout_of, spec_from_config
-from jeagle.joints import DraftSpec
+from jeagle.exchange.config_write import LAYER_IDS
+from jeagle.interfaces import DraftSpec
 
 
 def read_draft_config(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.exchange.config_json import LAYER_IDS
+from jeagle.exchange.config_write import LAYER_IDS
 
 _SECTIONS = ("transformer_layer_config", "eagle_config", "rope_parameters", "rope_scaling")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {

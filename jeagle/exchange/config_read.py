@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jeagle.errors import UserError
-from jeagle.exchange.config_json import LAYER_IDS, PLAIN_ARCHITECTURE, WRITTEN_BY
+from jeagle.exchange.config_write import LAYER_IDS, PLAIN_ARCHITECTURE, WRITTEN_BY
 from jeagle.exchange.limits import Layout
 from jeagle.exchange.rope_read import rope_of
-from jeagle.joints import DraftSpec
+from jeagle.interfaces import DraftSpec
 
 NormOutput = Literal["carry", "head"]
 _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.exchange.config_json import PLAIN_ARCHITECTURE
 from jeagle.exchange.config_read import NORM_OUTPUT_MEANS
+from jeagle.exchange.config_write import PLAIN_ARCHITECTURE
 
 Config = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jeagle.errors import UserError
-from jeagle.joints import DraftSpec
+from jeagle.interfaces import DraftSpec
 
 Layout = Literal["plain", "speculators"]
 

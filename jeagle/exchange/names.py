@@ -15,7 +15,7 @@ import numpy as np
 
 from jeagle.errors import UserError
 from jeagle.exchange.stream import Readable
-from jeagle.joints import DraftSpec
+from jeagle.interfaces import DraftSpec
 
 Params = dict[str, np.ndarray]
 Shape = tuple[int, ...]

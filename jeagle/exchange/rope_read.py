@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.joints import Rope
+from jeagle.interfaces import Rope
 
 _NEEDS = {
     "linear": ("factor",),

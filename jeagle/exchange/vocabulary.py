@@ -8,7 +8,7 @@ import numpy as np
 
 from jeagle.errors import UserError
 from jeagle.exchange.names import MASK, OFFSETS
-from jeagle.joints import DraftSpec
+from jeagle.interfaces import DraftSpec
 
 
 def check_ids(spec: DraftSpec, draft_to_target_D: np.ndarray | None) -> np.ndarray:

@@ -15,9 +15,9 @@ from jeagle.features.formats import (
 from jeagle.features.manifests import DATA, Segment, check_fit, finished, read_store
 from jeagle.features.mixture import Dealt, Mixture, open_stores
 from jeagle.features.partial import Layout, Partial
-from jeagle.features.places import Full, Place
 from jeagle.features.reader import Store
 from jeagle.features.rows import Places, Ragged, joined, places_of, ragged
+from jeagle.features.storage import Full, Place
 from jeagle.features.verify import Damage, prune, verify
 from jeagle.features.writer import Unit, Writer, units_of
 

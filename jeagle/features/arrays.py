@@ -14,8 +14,8 @@ import numpy as np
 import tensorstore as ts
 
 from jeagle.errors import UserError
-from jeagle.features.places import Place, faults_named
 from jeagle.features.remote import unreachable
+from jeagle.features.storage import Place, faults_named
 
 _CHUNK_BYTES = 2**19  # of an inner chunk at most: what is read at a time
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}

@@ -12,7 +12,7 @@ import time
 import uuid
 
 from jeagle.features.manifests import CLAIMS
-from jeagle.features.places import Place, started
+from jeagle.features.storage import Place, started
 
 STALE_SECONDS = 600.0  # a writer on another host that has been silent for so long is taken for dead
 RENEW_SECONDS = 60.0

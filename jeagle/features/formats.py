@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jeagle.joints import Features, TopK
+from jeagle.interfaces import Features, TopK
 
 Kind = Literal["float32", "bfloat16", "int8", "fp8"]
 DTYPES: dict[str, Any] = {

@@ -18,7 +18,7 @@ from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.features.formats import Form
-from jeagle.features.places import Place
+from jeagle.features.storage import Place
 from jeagle.runtime.manifest import canonical, differences, fingerprint
 
 FORMAT = 1

@@ -11,7 +11,7 @@ import numpy as np
 from jeagle.errors import UserError
 from jeagle.features.formats import Stored
 from jeagle.features.reader import Store
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
 
 _T = TypeVar("_T")
 

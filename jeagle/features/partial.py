@@ -11,7 +11,7 @@ from jeagle.errors import UserError
 from jeagle.features.manifests import TABLES
 from jeagle.features.mixture import Dealt, Mixture
 from jeagle.features.reader import SPLITS, Store
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
 
 
 class Layout(NamedTuple):

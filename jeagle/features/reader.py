@@ -13,9 +13,9 @@ from jeagle.errors import UserError
 from jeagle.features.arrays import damage, open_array, read_into
 from jeagle.features.formats import Form, Scaled, Stored, by_name
 from jeagle.features.manifests import DATA, TABLES, Segment, read_segments, read_store
-from jeagle.features.places import Place
 from jeagle.features.rows import PER_SEEN, TOKENS, Places, empty_batch, empty_stored, places_of
-from jeagle.joints import Batch
+from jeagle.features.storage import Place
+from jeagle.interfaces import Batch
 
 SPLITS = ("train", "held_out")
 _OPEN_ARRAYS = 4096  # handles kept; each is small

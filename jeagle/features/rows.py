@@ -11,7 +11,7 @@ import numpy as np
 
 from jeagle import align
 from jeagle.features.formats import DTYPES, TOP, Scaled, Stored, by_name
-from jeagle.joints import Batch, TopK
+from jeagle.interfaces import Batch, TopK
 
 TOKENS = ("tokens", "segments", "positions", "supervised")  # arrays of a Batch, one entry a token
 PER_SEEN = ("taps", "taps_row")  # one entry for each position whose taps are kept

@@ -9,9 +9,9 @@ from jeagle.errors import UserError
 from jeagle.features.arrays import checksum, metadata_sha256
 from jeagle.features.claims import Claims
 from jeagle.features.manifests import CLAIMS, INDEX, MANIFESTS, SEGMENTS, Segment, finished, read_segment, write_index
-from jeagle.features.places import Place
 from jeagle.features.reader import Store
 from jeagle.features.remote import Unreachable
+from jeagle.features.storage import Place
 
 
 class Damage(NamedTuple):

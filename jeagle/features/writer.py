@@ -25,8 +25,8 @@ from jeagle.features.manifests import (
     sealed,
     write_index,
 )
-from jeagle.features.places import Full, Place
 from jeagle.features.rows import Ragged
+from jeagle.features.storage import Full, Place
 
 POLL_SECONDS = 0.25
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jeagle.layers.sight import Sight
+from jeagle.layers.mask import Sight
 
 MASKED = -1e30  # finite, so that a row without any key yields numbers and not NaN
 SPANS = 8  # of blocks of queries that read the same keys: more would save little, and each is compiled

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jeagle.errors import UserError
-from jeagle.joints import Rope
+from jeagle.interfaces import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:

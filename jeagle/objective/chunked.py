@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jeagle.joints import PLAIN_LOGITS, LogitShape
+from jeagle.interfaces import PLAIN_LOGITS, LogitShape
 from jeagle.objective.losses import Mixture, Teacher, Terms, overlap, weighted
 from jeagle.runtime.numerics import add_in_place, as_bits, first_largest, from_bits, rows_product, summed_product
 

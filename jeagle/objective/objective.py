@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.align import Selected, take_rows
-from jeagle.joints import PLAIN_LOGITS, Batch, Features, LogitShape, Predictions, Tables, TopK
+from jeagle.interfaces import PLAIN_LOGITS, Batch, Features, LogitShape, Predictions, Tables, TopK
 from jeagle.objective.chunked import Known, Recipe, Slotwise, Taught, chunked_loss, places
+from jeagle.objective.coupled_losses import needs_first_pass, split
 from jeagle.objective.dialects import ObjectiveSpec
-from jeagle.objective.whole import needs_first_pass, split
 from jeagle.runtime.mesh import summed_over
 
 # Slots (of all of a device's rows and steps together) whose logits exist at a time. An accelerator reads both lm_heads

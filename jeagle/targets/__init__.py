@@ -5,18 +5,18 @@ import os
 # transformers, of which configurations and tokenizers are used, would say on every command that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from jeagle.targets.decoder import Decoder
+from jeagle.targets.checkpoint.load import Target, abstract_target, load_target, random_target
+from jeagle.targets.checkpoint.reference import TargetFiles, resolve
+from jeagle.targets.checkpoint.tables import Table, embedding_table, head_table
+from jeagle.targets.checkpoint.weights import open_weights
 from jeagle.targets.families import Family, Piece, Switches, own_family, read_spec
-from jeagle.targets.features import distributions, features, greedy_and_gap
-from jeagle.targets.generate import Answer, generate
-from jeagle.targets.load import Target, abstract_target, load_target, random_target
-from jeagle.targets.reference import TargetFiles, resolve
-from jeagle.targets.sampling import Sampling
-from jeagle.targets.spec import TargetSpec
-from jeagle.targets.tables import Table, embedding_table, head_table
-from jeagle.targets.taps import check_taps
-from jeagle.targets.tokenizer import end_token_ids, load_tokenizer
-from jeagle.targets.weights import open_weights
+from jeagle.targets.model.decoder import Decoder
+from jeagle.targets.model.features import distributions, features, greedy_and_gap
+from jeagle.targets.model.generate import Answer, generate
+from jeagle.targets.model.sampling import Sampling
+from jeagle.targets.model.spec import TargetSpec
+from jeagle.targets.model.taps import check_taps
+from jeagle.targets.tokenizers.load import end_token_ids, load_tokenizer
 
 __all__ = [
     "Answer",

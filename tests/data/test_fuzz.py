@@ -12,10 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jeagle import config as configs
-from jeagle import dataset
+from jeagle import flags as configs
 from jeagle.data import Rules, Shape, build, parse_source, read_conversations, read_prompts
 from jeagle.errors import UserError
+from jeagle.run import dataset
 from jeagle.runtime.manifest import atomic_folder
 from tests import tiny
 from tests.data.chats import CHATS, TOOL, TOOL_CHAT, end_ids, tokenizer_for

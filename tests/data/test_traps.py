@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from jeagle import align, dataset
-from jeagle import config as configs
+from jeagle import align
+from jeagle import flags as configs
 from jeagle.data import (
     ConversationError,
     Rules,
@@ -26,7 +26,8 @@ from jeagle.data import (
 )
 from jeagle.data.build import is_of
 from jeagle.errors import UserError
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
+from jeagle.run import dataset
 from tests import tiny
 from tests.data.chats import ANSWER, CHATS, TOOL, TOOL_CHAT, USER, end_ids, make_tokenizer, tokenizer_for
 

@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from jeagle import dataset
 from jeagle.data import choose, given_map, load_tables, save_tables
 from jeagle.errors import UserError
+from jeagle.run import dataset
 from tests import tiny
 from tests.data.test_traps import prepare
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jeagle import step
-from jeagle.drafts import Eagle3, eagle3, lean_mlp, ttt
+from jeagle.drafts import Eagle3, chunked_mlp, eagle3, ttt
 from jeagle.objective import resolve
+from jeagle.training import step
 from tests.properties.test_devices import LENGTH, SPEC, case
 
 
@@ -54,9 +54,9 @@ def gradient(kind, spec, remat: bool):
 @pytest.mark.parametrize("name", KINDS)
 def test_remat_changes_no_gradient(name, monkeypatch):
     kind, switches = KINDS[name]
-    monkeypatch.setattr(lean_mlp, "WIDEST", SPEC.mlp_width // 4)
+    monkeypatch.setattr(chunked_mlp, "WIDEST", SPEC.mlp_width // 4)
     used = []
-    monkeypatch.setattr(ttt, "lean_mlp", lambda *given: used.append(1) or lean_mlp.lean_mlp(*given))
+    monkeypatch.setattr(ttt, "lean_mlp", lambda *given: used.append(1) or chunked_mlp.lean_mlp(*given))
     with jax.enable_x64(True):
         spec = dataclasses.replace(SPEC, **switches)
         (kept, wanted), (again, found) = (gradient(kind, spec, remat) for remat in (False, True))

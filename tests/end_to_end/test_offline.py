@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jeagle import config as configs
-from jeagle import features, filling
+from jeagle import features
+from jeagle import flags as configs
 from jeagle import store as storing
 from jeagle.errors import UserError
+from jeagle.extraction import fill
 from jeagle.features import reader
-from jeagle.held_out import spread
 from jeagle.train import train
+from jeagle.training.held_out import spread
 from tests import tiny
 from tests.features import made
 
@@ -51,7 +52,7 @@ def stores(folder) -> dict[str, Path]:
     paths = {kind: folder / kind for kind in ("float32", "int8")}
     for kind, path in paths.items():
         config = config_of(folder, name="extract", store__taps=kind, store__last=kind, store__segment_mb=1)
-        filling.extract(config, str(path))
+        fill.extract(config, str(path))
     return paths
 
 
@@ -124,7 +125,7 @@ def test_a_store_in_bytes_comes_close(folder, online, stores, capsys):
 def likeliest(folder) -> Path:
     """A store of as many likeliest tokens as there are, and of taps where a slot sees them."""
     flags = {"store__taps": "float32", "store__taps_at": "seen", "store__teacher": "top_k", "store__top_k": VOCAB}
-    filling.extract(config_of(folder, name="extract", **flags), str(folder / "likeliest"))
+    fill.extract(config_of(folder, name="extract", **flags), str(folder / "likeliest"))
     return folder / "likeliest"
 
 
@@ -152,13 +153,11 @@ def test_what_a_store_cannot_teach_is_refused(folder, stores, likeliest, monkeyp
         with pytest.raises(UserError, match=f"The store {likeliest} keeps .*{reason}"):
             train(config_of(folder, name="cannot", features=likeliest, **switches))
     with pytest.raises(UserError, match="The store asked for keeps the 256 likeliest tokens"):
-        filling.extract(
+        fill.extract(
             config_of(folder, name="cannot", store__teacher="top_k", objective__loss="reverse_kl"), str(folder / "none")
         )
     with pytest.raises(UserError, match=rf"--store.top-k 1000 is more than the target's {VOCAB} tokens"):
-        filling.extract(
-            config_of(folder, name="extract", store__teacher="top_k", store__top_k=1000), str(folder / "none")
-        )
+        fill.extract(config_of(folder, name="extract", store__teacher="top_k", store__top_k=1000), str(folder / "none"))
     with pytest.raises(UserError, match=r"arrays.taps_at, arrays.teacher"):
         train(config_of(folder, name="mixed3", features=f"{stores['float32']},{likeliest}"))
     read = reader.Store.stored
@@ -226,7 +225,7 @@ def test_another_target_is_refused(folder, stores):
     with pytest.raises(UserError, match=r"target.reference differs"):
         train(config_of(folder, name="refused", features=stores["float32"], target__ref="org/another"))
     with pytest.raises(UserError, match=r"does not fit this run: target.fingerprint"):
-        filling.extract(
+        fill.extract(
             config_of(
                 folder, name="e", target__ref=other_weights(folder), store__taps="float32", store__last="float32"
             ),
@@ -273,7 +272,7 @@ def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, place
     with pytest.raises(UserError, match="rows are missing"):
         train(config_of(folder, name=f"damaged {kind}", features=place))
     config = config_of(folder, name="extract", store__segment_mb=1)
-    filling.extract(config, place)
+    fill.extract(config, place)
     assert storing.main(["verify", place, "--target", str(folder / "target")]) == 0
     assert "argmax alike at 100.00%" in capsys.readouterr().out
     again, same = (
@@ -313,6 +312,6 @@ def test_info_and_sample(folder, stores, capsys):
 
 
 def test_a_disk_too_small_is_said_before_anything_is_computed(folder, monkeypatch):
-    monkeypatch.setattr("jeagle.features.places.Place.free_bytes", lambda self: 50_000)
+    monkeypatch.setattr("jeagle.features.storage.Place.free_bytes", lambda self: 50_000)
     with pytest.raises(UserError, match=r"needs .* GB for \d+ rows, the disk .* fits \d+ rows"):
-        filling.extract(config_of(folder, name="extract"), str(folder / "none"))
+        fill.extract(config_of(folder, name="extract"), str(folder / "none"))

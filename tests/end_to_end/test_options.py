@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from jeagle import assemble, data, dataset
-from jeagle import config as configs
+from jeagle import data
+from jeagle import flags as configs
 from jeagle.config import RunConfig
 from jeagle.exchange import read_export
 from jeagle.export import export
+from jeagle.run import assemble, dataset
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.mesh import make_mesh
 from jeagle.train import train

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jeagle import config as configs
-from jeagle import features, filling
+from jeagle import features
+from jeagle import flags as configs
 from jeagle.errors import UserError
+from jeagle.extraction import fill
 from jeagle.runtime.checkpoints import load_named
 from jeagle.train import train
 from tests import tiny
@@ -49,7 +50,7 @@ def whole(folder) -> Path:
         folder, name="extract", store__taps="float32", store__last="float32", train__batch_rows=8, train__accumulate=1
     )
     config = dataclasses.replace(config, store=dataclasses.replace(config.store, segment_mb=0))
-    filling.extract(config, str(folder / "whole"))
+    fill.extract(config, str(folder / "whole"))
     return folder / "whole"
 
 

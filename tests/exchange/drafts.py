@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jeagle.exchange import ExportCard, expected_shapes, export_sglang, export_vllm
-from jeagle.joints import DraftSpec, Rope
+from jeagle.interfaces import DraftSpec, Rope
 
 LAYERS = 8
 CARD = ExportCard(target_ref="someone/tiny-llama", target_architectures=("LlamaForCausalLM",))

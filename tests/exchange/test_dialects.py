@@ -8,7 +8,7 @@ import pytest
 
 from jeagle.errors import UserError
 from jeagle.exchange import Hints, open_draft, read_export, readings
-from jeagle.joints import Rope
+from jeagle.interfaces import Rope
 from tests.exchange.drafts import PLAIN, edit_config, parameters, target_ids, tensors_in, to_sglang, to_vllm
 from tests.exchange.peers import PEERS, write_peer
 from tests.exchange.test_peer_features import torch_file

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jeagle.exchange import ExportCard, export_vllm, read_export
-from jeagle.joints import DraftSpec
+from jeagle.interfaces import DraftSpec
 from tests.exchange.drafts import config_in, tensors_in
 
 SAMPLES = Path(__file__).parent / "samples"

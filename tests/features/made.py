@@ -14,7 +14,7 @@ import tensorstore as ts
 
 from jeagle import align, features
 from jeagle.features.formats import DTYPES, LARGEST, by_name
-from jeagle.joints import Batch, TopK
+from jeagle.interfaces import Batch, TopK
 
 LENGTH, HIDDEN, TAPS, VOCAB = 24, 16, 3, 50
 SPLITS = {"train": 20, "held_out": 5}

@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up_before_the_manifest(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jeagle.features.places.os.fsync", full)
+    monkeypatch.setattr("jeagle.features.storage.os.fsync", full)
     with pytest.raises(UserError, match=r"segment train-000000 needs .* MB are free"):
         writer.commit(unit, found, 8)
     assert writer.place.names("segments") == []

@@ -8,7 +8,7 @@ import pytest
 
 from jeagle import align, features
 from jeagle.features.formats import DTYPES
-from jeagle.joints import Batch, Features, TopK
+from jeagle.interfaces import Batch, Features, TopK
 
 BYTES = features.Form("int8", "int8")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jeagle.joints import Batch, DraftSpec, Rope
+from jeagle.interfaces import Batch, DraftSpec, Rope
 
 HERE = Path(__file__).parent
 

@@ -16,10 +16,10 @@ from flax import nnx
 from jeagle import align
 from jeagle.config import TrainConfig
 from jeagle.drafts import Eagle3, unroll
-from jeagle.joints import Features, Tables
+from jeagle.interfaces import Features, Tables
 from jeagle.objective import LOSSES, objective, resolve
 from jeagle.objective.losses import Teacher
-from jeagle.optimiser import learning_rate, make_optimiser
+from jeagle.training.optimiser import learning_rate, make_optimiser
 from tests.goldens import cases
 
 LOSS_NAMES = {"kl_div": "kl", "rkl": "reverse_kl", "jsd": "js", "ce": "hard_ce", "tv": "tv", "nla": "nla"}

@@ -9,7 +9,7 @@ import re
 import pytest
 import yaml
 
-from jeagle import config as configs
+from jeagle import flags as configs
 from tests.launch.test_launch import LAUNCH, ROOT
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jeagle.layers import Sight, attend
-from jeagle.layers.splash import splash
+from jeagle.layers.splash_attention import splash
 from jeagle.runtime.mesh import make_mesh
 
 B, T, Q, G = 2, 256, 4, 2

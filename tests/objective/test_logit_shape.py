@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jeagle.joints import LogitShape
+from jeagle.interfaces import LogitShape
 from jeagle.objective.chunked import Recipe, Taught, chunked_loss
 
 

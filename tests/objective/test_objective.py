@@ -9,7 +9,7 @@ import pytest
 
 from jeagle import align
 from jeagle.errors import UserError
-from jeagle.joints import Batch, Features, Predictions, Tables
+from jeagle.interfaces import Batch, Features, Predictions, Tables
 from jeagle.objective import LOSSES, divisors, objective, resolve
 from jeagle.objective.losses import Teacher
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jeagle.joints import Predictions, TopK
+from jeagle.interfaces import Predictions, TopK
 from jeagle.objective import LOSSES, divisors, objective, resolve
 from jeagle.objective.chunked import Known, Recipe, Taught, chunked_loss
 from jeagle.objective.losses import Teacher, parse_loss, weighted

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jeagle import align
-from jeagle.joints import Batch
+from jeagle.interfaces import Batch
 
 # One document p p A A A A, then p A A, then padding.
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0]])

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jeagle import step
 from jeagle.drafts import Eagle3, constrain_draft
-from jeagle.joints import Batch, DraftSpec, Features, Tables, TopK
+from jeagle.interfaces import Batch, DraftSpec, Features, Tables, TopK
 from jeagle.objective import resolve
 from jeagle.runtime.mesh import make_mesh, row_sharding
+from jeagle.training import step
 
 ROWS, LENGTH, VOCAB = 4, 16, 40
 SPEC = DraftSpec(16, 16, VOCAB, 20, (1, 2, 3), heads=4, kv_heads=2, head_dim=4, mlp_width=24)

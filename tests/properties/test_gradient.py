@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jeagle import step
 from jeagle.drafts import Eagle3
 from jeagle.objective import resolve
+from jeagle.training import step
 from tests.properties.test_devices import LENGTH, SPEC, case
 
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jeagle import align, features, step
+from jeagle import align, features
 from jeagle.drafts import Eagle3
-from jeagle.joints import Batch, DraftSpec, Tables
+from jeagle.interfaces import Batch, DraftSpec, Tables
 from jeagle.objective import resolve
+from jeagle.training import step
 from tests.features import made
 
 SPEC = DraftSpec(made.HIDDEN, 16, made.VOCAB, 20, (1, 2, 3), heads=4, kv_heads=2, head_dim=4, mlp_width=24, layers=2)

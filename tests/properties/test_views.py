@@ -10,7 +10,7 @@ from flax import nnx
 
 from jeagle import align
 from jeagle.drafts import Eagle3, advance, empty_cache, unroll
-from jeagle.joints import Batch, DraftSpec, Rope, Tables
+from jeagle.interfaces import Batch, DraftSpec, Rope, Tables
 
 STEPS = 7
 LENGTHS = (13, 9)  # two documents packed in one row of 24

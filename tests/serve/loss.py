@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jeagle import assemble, data, objective
-from jeagle.forward import Frozen, Program, draft_loss, live_positions, target_features
-from jeagle.joints import Batch, DraftSpec
+from jeagle import data, objective
+from jeagle.interfaces import Batch, DraftSpec
+from jeagle.run import assemble
 from jeagle.targets import Target
+from jeagle.training.forward import Frozen, Program, draft_loss, live_positions, target_features
 from tests.serve.reference import open_run
 
 TTT_STEPS = 3

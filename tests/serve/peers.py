@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from jeagle import assemble
 from jeagle.errors import UserError
-from jeagle.joints import DraftSpec
+from jeagle.interfaces import DraftSpec
 from jeagle.layers.rope import attention_factor, inverse_frequencies
+from jeagle.run import assemble
 from tests.serve import loss
 from tests.serve.served import Served
 

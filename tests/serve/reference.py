@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jeagle import assemble, bench
-from jeagle import config as configs
+from jeagle import flags as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.joints import DraftSpec
+from jeagle.interfaces import DraftSpec
+from jeagle.run import acceptance, assemble
 
 # Two float32 programs may choose otherwise where the best two logits lie closer than this.
 LEAST_GAP = 1e-4
@@ -86,7 +86,7 @@ class Reference:
         }
 
 
-def open_run(run: Path) -> tuple[RunConfig, DraftSpec, bench.Bench]:
+def open_run(run: Path) -> tuple[RunConfig, DraftSpec, acceptance.Bench]:
     """A run's last checkpoint and its target, both in float32, the target's weights as they are stored.
 
     Raises:
@@ -95,7 +95,7 @@ def open_run(run: Path) -> tuple[RunConfig, DraftSpec, bench.Bench]:
     config = configs.from_json(json.loads((run / "config.json").read_text()))
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, weights="dtype"))
     _, spec, params = assemble.load_draft(run, "last")
-    return config, spec, bench.open_bench(config, spec, run, params)
+    return config, spec, acceptance.open_bench(config, spec, run, params)
 
 
 def decode(run: Path, settings: Settings) -> Reference:
@@ -107,9 +107,9 @@ def decode(run: Path, settings: Settings) -> Reference:
       UserError: for a run without a checkpoint, or without held-out prompts.
     """
     config, _, opened = open_run(run)
-    prompts = bench.prompt_ids(opened, config, run, None, settings.max_prompts)
+    prompts = acceptance.prompt_ids(opened, config, run, None, settings.max_prompts)
     endless = opened._replace(loaded=opened.loaded._replace(end_token_ids=()))
-    report, decoded = bench.measure(
+    report, decoded = acceptance.measure(
         endless,
         prompts,
         draft_tokens=settings.draft_tokens,

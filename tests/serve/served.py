@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jeagle import config as configs
+from jeagle import flags as configs
 from jeagle.errors import UserError
 from jeagle.export import export
 from tests.serve import reference

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jeagle import assemble, targets
+from jeagle import targets
 from jeagle.config import RunConfig, TargetConfig
 from jeagle.errors import UserError
+from jeagle.run import assemble
 from jeagle.runtime.mesh import make_mesh
 from tests import tiny
 

@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jeagle.errors import UserError
-from jeagle.targets import download
-from jeagle.targets.reference import resolve
+from jeagle.targets.checkpoint import download
+from jeagle.targets.checkpoint.reference import resolve
 
 CONTENT = b"GGUF not really" * 1000
 REFERENCE = "pypi:tiny-target==1.0"

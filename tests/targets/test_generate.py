@@ -14,8 +14,8 @@ import pytest
 from jeagle import targets
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import make_mesh
-from jeagle.targets.generate import _Generation
-from jeagle.targets.sampling import Sampling, choose, eligible
+from jeagle.targets.model.generate import _Generation
+from jeagle.targets.model.sampling import Sampling, choose, eligible
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = ["llama", "gemma3", "gpt_oss", "deepseek_v2", "qwen3_next", "gemma4_shared_kv"]

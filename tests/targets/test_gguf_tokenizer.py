@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jeagle.targets import TargetFiles, load_tokenizer
-from jeagle.targets.gguf_pre import PRES
+from jeagle.targets.gguf.pre_tokenizers import PRES
 from tests.goldens.make_gguf_tokenizers import HERE, STRINGS, cases, write
 
 GOLDEN = json.loads((HERE / "tokenizers.json").read_text())

@@ -14,13 +14,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from jeagle import assemble, targets
+from jeagle import targets
 from jeagle.config import RunConfig, TargetConfig
 from jeagle.errors import UserError
+from jeagle.run import assemble
 from jeagle.runtime import memory
 from jeagle.runtime.mesh import make_mesh
-from jeagle.targets import layout, load
-from jeagle.targets.shards import from_slices
+from jeagle.targets.checkpoint import layout, load
+from jeagle.targets.checkpoint.shards import from_slices
 from tests import tiny
 
 GOLDENS = Path(__file__).parent / "goldens"

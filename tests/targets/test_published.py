@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jeagle import assemble, dataset, targets
+from jeagle import targets
 from jeagle.config import DataConfig, DraftConfig, RunConfig, TargetConfig
 from jeagle.errors import UserError
-from jeagle.joints import Rope
+from jeagle.interfaces import Rope
 from jeagle.layers.rope import attention_factor, inverse_frequencies
+from jeagle.run import assemble, dataset
 from jeagle.runtime.mesh import make_mesh
+from jeagle.targets.checkpoint.load import abstract_target
 from jeagle.targets.families import FAMILIES
-from jeagle.targets.load import abstract_target
 from tests import tiny
 
 HERE = Path(__file__).parent

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jeagle.errors import UserError
-from jeagle.targets import download
-from jeagle.targets.reference import default_cache_folder, resolve
+from jeagle.targets.checkpoint import download
+from jeagle.targets.checkpoint.reference import default_cache_folder, resolve
 
 CONTENT = b"GGUF not really" * 1000
 

@@ -12,7 +12,7 @@ import pytest
 
 from jeagle.errors import UserError
 from jeagle.targets import TargetFiles, end_token_ids, load_tokenizer
-from jeagle.targets.tokenizer import chat_turn_end
+from jeagle.targets.tokenizers.load import chat_turn_end
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "smollm2_tokenizer.json").read_text())
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -122,8 +122,7 @@ def test_safetensors_folder(tmp_path: Path):
 
 
 def test_importing_is_quick_and_needs_no_torch():
-    program = (
-        "import sys, jeagle.targets.tokenizer; print(sorted({'torch', 'transformers', 'gguf'} & set(sys.modules)))"
-    )
+    heavy = {"torch", "transformers", "gguf"}
+    program = f"import sys, jeagle.targets.tokenizers.load; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -2,7 +2,7 @@
 
 from jeagle.drafts.ttt_attention.mirror import Mirror, reflect
 from jeagle.drafts.ttt_attention.op import BY_PLATFORM, Backend, attend
-from jeagle.drafts.ttt_attention.proof import disproof
 from jeagle.drafts.ttt_attention.reference import reference
+from jeagle.drafts.ttt_attention.self_check import disproof
 
 __all__ = ["BY_PLATFORM", "Backend", "Mirror", "attend", "disproof", "reference", "reflect"]

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jeagle.drafts.kept import ATTENTION, marked
+from jeagle.drafts.remat import ATTENTION, marked
 from jeagle.drafts.ttt_attention import chunked, gpu, tpu
 from jeagle.drafts.ttt_attention.mirror import Mirror
 from jeagle.drafts.ttt_attention.past import MASKED, Past

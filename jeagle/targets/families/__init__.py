@@ -12,7 +12,7 @@ from jeagle.errors import UserError
 from jeagle.targets.families import deepseek, fused, gemma, llama, qwen, qwen_hybrid
 from jeagle.targets.families.common import Family, Names, Piece
 from jeagle.targets.families.switches import Switches
-from jeagle.targets.spec import TargetSpec
+from jeagle.targets.model.spec import TargetSpec
 
 _FILES = (llama, qwen, qwen_hybrid, gemma, fused, deepseek)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}

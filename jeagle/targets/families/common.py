@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from jeagle.errors import UserError
-from jeagle.joints import Rope
+from jeagle.interfaces import Rope
 from jeagle.layers import GATES
 from jeagle.targets.families.switches import Switches
-from jeagle.targets.spec import AttentionSpec, BlockSpec, DenseSpec, TargetSpec
+from jeagle.targets.model.spec import AttentionSpec, BlockSpec, DenseSpec, TargetSpec
 
 
 @dataclasses.dataclass(frozen=True)

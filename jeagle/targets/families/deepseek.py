@@ -25,7 +25,7 @@ from jeagle.targets.families.common import (
     target,
 )
 from jeagle.targets.families.switches import Switches
-from jeagle.targets.spec import BlockSpec, DenseSpec, ExpertsSpec, LatentSpec, RouterSpec, TargetSpec
+from jeagle.targets.model.spec import BlockSpec, DenseSpec, ExpertsSpec, LatentSpec, RouterSpec, TargetSpec
 
 
 def _latent(switches: Switches) -> LatentSpec:

@@ -23,7 +23,7 @@ from jeagle.targets.families.common import (
     target,
 )
 from jeagle.targets.families.switches import Switches
-from jeagle.targets.spec import AttentionSpec, BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
+from jeagle.targets.model.spec import AttentionSpec, BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
 def glm(switches: Switches, norms: Literal["pre", "both"] = "pre") -> TargetSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jeagle.joints import LogitShape
+from jeagle.interfaces import LogitShape
 from jeagle.targets.families.common import (
     Family,
     Names,
@@ -24,7 +24,7 @@ from jeagle.targets.families.common import (
     target,
 )
 from jeagle.targets.families.switches import Switches
-from jeagle.targets.spec import BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
+from jeagle.targets.model.spec import BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
 def _checked(switches: Switches) -> dict[str, Any]:

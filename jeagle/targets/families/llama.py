@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from jeagle.joints import LogitShape
+from jeagle.interfaces import LogitShape
 from jeagle.targets.families.common import (
     LLAMA,
     Family,
@@ -27,7 +27,7 @@ from jeagle.targets.families.common import (
     target,
 )
 from jeagle.targets.families.switches import Switches
-from jeagle.targets.spec import BlockSpec, DenseSpec, ExpertsSpec, RouterSpec, TargetSpec, Temperature
+from jeagle.targets.model.spec import BlockSpec, DenseSpec, ExpertsSpec, RouterSpec, TargetSpec, Temperature
 
 
 def llama(switches: Switches) -> TargetSpec:

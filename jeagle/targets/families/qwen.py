@@ -19,7 +19,7 @@ from jeagle.targets.families.common import (
     target,
 )
 from jeagle.targets.families.switches import Switches
-from jeagle.targets.spec import BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
+from jeagle.targets.model.spec import BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
 def _windows(switches: Switches) -> list[int]:

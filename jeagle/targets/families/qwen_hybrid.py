@@ -23,7 +23,7 @@ from jeagle.targets.families.common import (
 )
 from jeagle.targets.families.qwen import MOE, experts_of, sparse_blocks
 from jeagle.targets.families.switches import Switches
-from jeagle.targets.spec import AttentionSpec, BlockSpec, DeltaSpec, ExpertsSpec, RouterSpec, TargetSpec
+from jeagle.targets.model.spec import AttentionSpec, BlockSpec, DeltaSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
 def _hybrid_mixers(switches: Switches) -> list[AttentionSpec | DeltaSpec]:

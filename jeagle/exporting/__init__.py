@@ -1,0 +1,1 @@
+"""A run out as servers read it, and a published draft in."""

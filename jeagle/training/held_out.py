@@ -1,0 +1,140 @@
+"""What a draft does on rows that it is not trained on, at each checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from jeagle import align, data, features
+from jeagle.config import RunConfig
+from jeagle.interfaces import Batch
+from jeagle.run.assemble import TrainState
+from jeagle.run.draft_init import BEST_BY, HELD_OUT
+from jeagle.run.parameters import served_draft
+from jeagle.runtime import distributed
+from jeagle.runtime.ahead import read_ahead
+from jeagle.runtime.mesh import row_sharding
+from jeagle.runtime.trackers import Trackers, open_trackers
+from jeagle.training.forward import Frozen, Program
+from jeagle.training.step import held_out_step
+
+_BLOCK = 1024  # rows whose slots are counted at a time
+
+
+class HeldOut:
+    """Evaluates the draft on --train.held-out-rows held-out rows, into held_out/metrics.jsonl of the run's folder.
+
+    They lie evenly over all of them, the same at every checkpoint and on any number of processes. Without any, or
+    with 0 asked for, nothing is read and nothing done.
+
+    Args:
+      stores: whose features are read; None lets the target compute them, as in training.
+      start: the last step whose figures are kept.
+      scores: of the steps that have been evaluated, by step; those after `start` go, those of later ones are added.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        program: Program,
+        frozen: Frozen,
+        stores: features.Mixture | None,
+        start: int,
+        scores: dict[int, float],
+    ):
+        # Divided by the slots that count, whose number adds up over batches, whatever the dialect divides by.
+        measured = dataclasses.replace(program.objective, normaliser="counting")
+        self._program, self._frozen, self._stores = program._replace(objective=measured), frozen, stores
+        self._size = config.train.batch_rows // config.train.accumulate
+        self._numbers, self._trackers, self._scores = np.arange(0), Trackers([]), scores
+        for later in [step for step in scores if step > start]:  # of steps that are taken anew
+            del scores[later]
+        if not config.train.held_out_rows:
+            return
+        self._rows = data.load_rows(config.folder / "data" / "held_out")
+        self._numbers = spread(len(self._rows.tokens_BT), config.train.held_out_rows)
+        self._width = _width(self._rows, self._numbers, program)
+        if distributed.is_leader() and self._numbers.size:
+            self._trackers = open_trackers(config.trackers, config.folder / HELD_OUT, start)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._trackers.close()
+
+    def __call__(self, step: int, state: TrainState) -> str:
+        """Logs the figures of the draft that would be exported, and puts them in words; empty without rows."""
+        if not self._numbers.size:
+            return ""
+        figures = self._summed(served_draft(state.draft, state.optimiser, state.average))
+        accuracy = figures["correct"] / _some(figures["counting"])
+        found = {f"accuracy_{k}": float(v) for k, v in enumerate(accuracy)}
+        found |= {f"acceptance_{k}": float(v) for k, v in enumerate(figures["accepted"] / _some(figures["trained"]))}
+        found |= {f"loss_{k}": float(v) for k, v in enumerate(figures["loss"])}
+        found[BEST_BY] = float(1 + np.cumprod(accuracy).sum())
+        self._trackers.log(step, found)
+        self._scores[step] = found[BEST_BY]
+        return (
+            f"held out, step {step}: accuracy {' '.join(f'{x:.3f}' for x in accuracy)}, expected acceptance length "
+            f"{found[BEST_BY]:.3f} over {len(self._numbers)} rows"
+        )
+
+    def again(self, step: int, state: TrainState) -> str:
+        """As a call, of a step that a run goes on from; empty where that was evaluated before the run was cut off.
+
+        All processes evaluate or none does, also where one does not see yet what the leader had written.
+        """
+        return self(step, state) if distributed.anywhere(step not in self._scores) else ""
+
+    def _summed(self, draft: Any) -> dict[str, np.ndarray]:
+        """Sums of every figure over the rows; the loss is the mean over the slots that carry it."""
+        total: dict[str, np.ndarray] = {}
+        assert self._program.mesh is not None
+        sharding = row_sharding(self._program.mesh)
+        starts = range(0, len(self._numbers), self._size)
+        for both in read_ahead(starts, self._read, threads=1, depth=2):
+            batch, stored = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), both)
+            found = held_out_step(self._program, draft, self._frozen, batch, self._width, stored)
+            figures = jax.device_get(found)._asdict()
+            figures["loss"] = figures["loss"] * figures["trained"]
+            total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in figures.items()}
+        return total | {"loss": total["loss"] / _some(total["trained"])}
+
+    def _read(self, start: int) -> tuple[Batch, features.Stored | None]:
+        """This process's share of the rows from `start` on; what fills the last batch up teaches nothing."""
+        share = self._size // jax.process_count()
+        places = start + np.arange(self._size)
+        everyone = self._numbers[np.minimum(places, len(self._numbers) - 1)]
+        here = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        own, order, stored = everyone[here], np.arange(share), None
+        rows = Batch(*(np.ascontiguousarray(array[own]) for array in self._rows))
+        if self._stores:
+            order, stored = self._stores.dealt("held_out", own, rows, everyone)
+        rows = rows._replace(supervised_BT=rows.supervised_BT & (places[here] < len(self._numbers))[:, None])
+        return Batch(*(array[order] for array in rows)), stored
+
+
+def spread(total: int, most: int) -> np.ndarray:
+    """At most `most` of `total` row numbers, rising, evenly apart."""
+    count = min(total, most)
+    return np.arange(count) * total // max(count, 1)
+
+
+def _some(count: np.ndarray) -> np.ndarray:
+    return np.maximum(count, 1)
+
+
+def _width(rows: Batch, numbers: np.ndarray, program: Program) -> int:
+    """The most live slots, or positions that teach them, of any of these rows."""
+    spec, most = program.objective, 1
+    for start in range(0, len(numbers), _BLOCK):
+        block = Batch(*(np.asarray(array[numbers[start : start + _BLOCK]]) for array in rows))
+        counts = align.counting_slots(block, program.ttt_steps, spec.slots, cross_documents=spec.cross_documents, xp=np)
+        reads = align.read_positions(block.segments_BT, program.ttt_steps, cross_documents=spec.cross_documents, xp=np)
+        taught = align.teacher_positions(counts, reads, xp=np)
+        most = max(most, int(counts.any(axis=0).sum(axis=1).max()), int(taught.sum(axis=1).max()))
+    return min(-(-most // 16) * 16, rows.tokens_BT.shape[1])

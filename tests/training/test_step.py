@@ -1,0 +1,172 @@
+"""The jitted step on a tiny target: parts, batches that teach nothing, and what moves. One draft with every switch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jeagle import flags as configs
+from jeagle import objective
+from jeagle.config import RunConfig
+from jeagle.errors import UserError
+from jeagle.run import assemble
+from jeagle.runtime.changes import checksums, unchanged
+from jeagle.runtime.flops import count_flops
+from jeagle.runtime.mesh import make_mesh
+from jeagle.train import check_parts, choose_buckets, put_rows, set_up
+from jeagle.training.held_out import HeldOut
+from jeagle.training.metrics import summarise
+from jeagle.training.step import part_gradient, summed_gradient, train_step
+from tests import tiny
+
+SWITCHES = {
+    "draft__width": 24,
+    "draft__fc_norm": True,
+    "draft__qk_norm": True,
+    "draft__attention_bias": True,
+    "draft__sliding_window": 9,
+    "draft__carry_normed": True,
+    "train__learning_rate": 0.01,
+    "train__steps": 100,
+    "train__held_out_rows": 100,
+    "data__held_out": 0.3,
+    "mesh__fsdp": 1,
+    "mesh__data": 1,
+}
+
+
+class World:
+    """A run that is set up, its first batch, and the width of its slots."""
+
+    def __init__(self, folder):
+        flags = [*tiny.flags(folder, **SWITCHES), "--draft.engines"]
+        config = configs.parse_overrides(RunConfig(name="x"), flags, program="x", description="x")
+        self.config, (self.run, self.state) = config, set_up(config)
+        (self.width,) = choose_buckets(self.run.stream, self.run.program, 4, 1, config.data.row_length)
+        self.batch = put_rows(self.run.stream.batch(0), self.run.mesh)
+
+    def step(self, state, batch=None, frozen=None):
+        """The state is copied first: the step takes it over."""
+        state = jax.tree.map(jnp.copy, state)
+        given = frozen or self.run.frozen, self.batch if batch is None else batch, self.width
+        return train_step(self.run.program, self.run.optimiser, state, *given)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+        yield World(tmp_path_factory.mktemp("step"))
+
+
+def test_a_step_in_parts_is_the_step(world):
+    """Rows with unlike numbers of slots: a mean of the parts' means would be another loss."""
+    program, run = world.run.program, world.run
+    counts = np.asarray((world.batch.supervised_BT).sum(axis=1))
+    assert len(set(counts.tolist())) > 1
+    whole = jax.jit(functools.partial(part_gradient, program, width=world.width, divisor_K=None))
+    parts = jax.jit(functools.partial(summed_gradient, program._replace(parts=4), width=world.width))
+    (loss, figures), gradient = whole(world.state.draft, run.frozen, world.batch)
+    (ours, ours_figures), ours_gradient = parts(world.state.draft, run.frozen, world.batch)
+    np.testing.assert_allclose(ours, loss, rtol=1e-6)
+    for name, found, wanted in zip(figures._fields, ours_figures, figures, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=name)
+    for found, wanted in zip(jax.tree.leaves(ours_gradient), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-6 * float(jnp.abs(wanted).max()) + 1e-9)
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_a_batch_that_teaches_nothing_or_a_nan_is_skipped_counted_and_reported(world):
+    state = world.state
+    silent = world.batch._replace(supervised_BT=jnp.zeros_like(world.batch.supervised_BT))
+    broken = world.run.frozen._replace(
+        tables=world.run.frozen.tables._replace(head_DH=world.run.frozen.tables.head_DH * jnp.nan)
+    )
+    for skipped, (batch, frozen) in enumerate([(silent, None), (None, broken)], 1):
+        after, report = world.step(state, batch, frozen)
+        figures = summarise(report)
+        assert figures["taken"] == 0 and figures["skipped"] == skipped == int(after.skipped)
+        assert same((after.draft, after.optimiser), (state.draft, state.optimiser))
+        state = after
+    after, report = world.step(state)
+    assert bool(report.taken) and int(after.skipped) == 2 and not same(after.draft, state.draft)
+    assert summarise(report)["trained"] > 0
+
+
+def test_every_trained_tensor_moves_within_100_steps_and_stays_float32(world):
+    state, before = world.state, checksums(world.state.draft)
+    losses = []
+    for step in range(100):
+        batch = put_rows(world.run.stream.batch(step), world.run.mesh)
+        state, report = world.step(state, batch)
+        losses.append(float(report.loss))
+    assert unchanged(before, checksums(state.draft)) == []
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.draft))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    figures = summarise(report)
+    assert 1 < figures["expected_acceptance_length_sampled"] < 4 and figures["taken"] == 1
+
+
+def test_flops_of_a_step_are_counted_from_its_trace_and_double_with_its_rows(world):
+    """What the progress line divides by the chips' peak; at least what the target's kernels alone take."""
+    run = world.run
+
+    def flops(batch):
+        return count_flops(
+            train_step.trace(run.program, run.optimiser, world.state, run.frozen, batch, world.width).jaxpr
+        )
+
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), world.batch)
+    kernels = tiny.LAYERS * tiny.WIDTH * (2 * (tiny.HEADS + tiny.KV_HEADS) * tiny.HEAD_DIM + 3 * tiny.INNER)
+    least = 2 * kernels * world.batch.tokens_BT.size
+    assert least < flops(world.batch) < 20 * least
+    assert flops(twice) == pytest.approx(2 * flops(world.batch), rel=0.01)  # chunks of positions are rounded up
+
+
+def held_out_figures(world, rows: int, **switches) -> dict[str, float]:
+    """What a run logs of its held-out rows, so many of which are evaluated at a time."""
+    train = dataclasses.replace(world.config.train, batch_rows=rows)
+    config = dataclasses.replace(world.config, train=train, name=f"{rows}_at_a_time")
+    config.folder.mkdir()
+    (config.folder / "data").symlink_to(world.config.folder / "data")
+    program = world.run.program._replace(objective=dataclasses.replace(world.run.program.objective, **switches))
+    with HeldOut(config, program, world.run.frozen, None, 0, {}) as held_out:
+        held_out(1, world.state)
+    [line] = (config.folder / "held_out" / "metrics.jsonl").read_text().splitlines()
+    return json.loads(line)
+
+
+def test_held_out_figures_do_not_depend_on_how_many_rows_are_evaluated_at_a_time(world):
+    """Batches of unlike numbers of slots, the last one filled up; whatever the dialect divides its loss by."""
+    switches = {"normaliser": "document", "mask_out_of_vocab": True}
+    by_two, by_five = (held_out_figures(world, rows, **switches) for rows in (2, 5))
+    assert by_two["loss_0"] > 0 and len(by_two) > 8
+    for name, figure in by_two.items():
+        assert by_five[name] == pytest.approx(figure, rel=1e-5), name
+
+
+def test_one_changed_bit_is_seen():
+    tree = {"a": jnp.ones(5), "b": [jnp.zeros(3)]}
+    nudged = {"a": jnp.ones(5).at[2].set(np.nextafter(np.float32(1), np.float32(2))), "b": [jnp.zeros(3)]}
+    assert unchanged(checksums(tree), checksums(nudged)) == ["['b'][0]"]
+
+
+def test_parts_that_would_change_the_loss_are_refused():
+    config = configs.parse_overrides(RunConfig(name="x"), ["--train.accumulate", "2"], program="x", description="x")
+    mesh = make_mesh(devices=jax.devices()[:4])
+    check_parts(config, objective.resolve("jeagle"), mesh)
+    for wrong in ({"loss": "lk_step"}, {"mask_out_of_vocab": True}):
+        with pytest.raises(UserError, match="--train.accumulate 2 would change"):
+            check_parts(config, objective.resolve("jeagle", **wrong), mesh)
+    check_parts(config, objective.resolve("specforge"), mesh)
+    with pytest.raises(UserError, match="multiple of 16"):
+        check_parts(config, objective.resolve("jeagle"), make_mesh(devices=jax.devices()[:8]))
