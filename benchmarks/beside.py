@@ -92,7 +92,7 @@ def for_specforge(work: Work, arrays: Arrays) -> dict[str, np.ndarray]:
     return {f"draft/{name}": array for name, array in draft.items()} | {
         "tokens": arrays.batch.tokens_BT,
         "mask": arrays.batch.supervised_BT.astype(np.int64),
-        "taps": arrays.taps_BTAH.reshape(*arrays.taps_BTAH.shape[:2], -1),
+        "taps": arrays.aux_BTAH.reshape(*arrays.aux_BTAH.shape[:2], -1),
         "last": arrays.last_BTH,
         "head": arrays.head_VH,
         "config": np.array(json.dumps(config)),

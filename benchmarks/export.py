@@ -115,7 +115,7 @@ def write_run(folder: Path, options: argparse.Namespace) -> None:
         width=options.width,
         target_vocab=options.vocab,
         draft_vocab=options.draft_vocab,
-        taps=(2, options.layers // 2, options.layers - 3),
+        aux_layers=(2, options.layers // 2, options.layers - 3),
         heads=heads,
         kv_heads=max(heads // 4, 1),
         head_dim=128,

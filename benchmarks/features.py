@@ -28,7 +28,7 @@ from jeagle.interfaces import Batch, TopK
 from jeagle.runtime.ahead import read_ahead
 
 SHAPES = {"SmolLM2-135M": 576, "8B": 4096, "70B": 8192}
-TAPS, LENGTH = 3, 2048
+AUX_LAYERS, LENGTH = 3, 2048
 SEGMENT = 2**28  # bytes: the default of --store.segment-mb
 RNG = np.random.default_rng(0)
 
@@ -64,7 +64,7 @@ def stored(batch: Batch, form: features.Form, hidden: int) -> features.Stored:
     full, ones = (*near.shape, form.top_k), np.ones(near.shape, np.float32)
     top = TopK(RNG.integers(0, 50_000, full, dtype=np.int32), np.ones(full, features.LOG_PROBS), ones)
     teacher = top if form.top_k else one(form.last, hidden)
-    return features.Stored(one(form.taps, TAPS, hidden), teacher, np.ones(near.shape, np.int32), ones)
+    return features.Stored(one(form.aux, AUX_LAYERS, hidden), teacher, np.ones(near.shape, np.int32), ones)
 
 
 def write(folder: Path, form: features.Form, hidden: int, count: int, share: float, each: int) -> features.Store:
@@ -73,7 +73,7 @@ def write(folder: Path, form: features.Form, hidden: int, count: int, share: flo
     writer = features.Writer(
         features.Place(folder), about | {"layout": {"rows_per_segment": each, "row_length": LENGTH}, "command": ""}
     )
-    channels = {"taps_channel": np.ones((TAPS, hidden), np.float32), "last_channel": np.ones(hidden, np.float32)}
+    channels = {"taps_channel": np.ones((AUX_LAYERS, hidden), np.float32), "last_channel": np.ones(hidden, np.float32)}
     writer.commit_tables(lambda: channels)
     units = features.units_of({"train": count}, each)
     while taken := writer.take(units):
@@ -87,9 +87,11 @@ def bytes_per_token(folder: Path) -> list[dict[str, Any]]:
     """What lies on disk of one segment, beside the tensors alone of a peer's file of the same tokens."""
     found = []
     for name, hidden in SHAPES.items():
-        theirs = (TAPS + 1) * hidden * 2 + 16  # bfloat16 states and two int64 a token, without their files' overhead
+        theirs = (
+            AUX_LAYERS + 1
+        ) * hidden * 2 + 16  # bfloat16 states and two int64 a token, without their files' overhead
         for mode, form in FORMS.items():
-            count = max(SEGMENT // (LENGTH * (TAPS + 1) * hidden * DTYPES[form.taps].itemsize), 1)
+            count = max(SEGMENT // (LENGTH * (AUX_LAYERS + 1) * hidden * DTYPES[form.aux].itemsize), 1)
             for share in (1.0, 0.35):
                 store = write(folder / "one", form, hidden, count, share, count)
                 segment = next(s for s in store.segments if s.split)
@@ -131,7 +133,7 @@ def reading(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     hidden = SHAPES["8B"]
     store = write(folder / "store", FORMS["int8"], hidden, count, 1.0, 4)
     (folder / "peer").mkdir()
-    states = np.zeros((LENGTH, TAPS + 1, hidden), ml_dtypes.bfloat16)
+    states = np.zeros((LENGTH, AUX_LAYERS + 1, hidden), ml_dtypes.bfloat16)
     for i in range(count):
         states[:] = RNG.standard_normal(hidden)
         ids = {"token_ids": np.zeros(LENGTH, np.int64), "loss_mask": np.ones(LENGTH, np.int64)}

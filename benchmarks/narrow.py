@@ -73,12 +73,12 @@ def said(config: RunConfig, rows: Batch, dtype: str, weights: str) -> Said:
     settings = TargetConfig(ref=config.target.ref, dtype=dtype, weights=weights)
     config = RunConfig(config.name, target=settings)
     target = assemble.load_target(config, assemble.mesh_of(config)).target
-    taps = targets.check_taps((), target.spec.layers)
+    aux_layers = targets.check_aux_layers((), target.spec.layers)
 
     @jax.jit
     def features(state: Any, batch: Batch) -> Any:
         model = target._replace(state=state).model()
-        return targets.features(model, batch, taps, batch.supervised_BT, batch.tokens_BT.shape[1])
+        return targets.features(model, batch, aux_layers, batch.supervised_BT, batch.tokens_BT.shape[1])
 
     parts = []
     for start in range(0, len(rows.tokens_BT), 4):
@@ -86,7 +86,7 @@ def said(config: RunConfig, rows: Batch, dtype: str, weights: str) -> Said:
         answer_BT = np.asarray(batch.supervised_BT)
         parts.append([np.asarray(array)[answer_BT] for array in features(target.state, batch)[:3]])
     taps_NAH, last_NH, greedy_N = (np.concatenate(part) for part in zip(*parts, strict=True))
-    named = {f"after layer {tap}": taps_NAH[:, i] for i, tap in enumerate(taps)} | {"last": last_NH}
+    named = {f"after layer {tap}": taps_NAH[:, i] for i, tap in enumerate(aux_layers)} | {"last": last_NH}
     return Said(named, greedy_N, sum(leaf.nbytes for leaf in jax.tree.leaves(target.state)))
 
 

@@ -61,7 +61,7 @@ class Given(NamedTuple):
     """What the step reads and never changes."""
 
     batch: Batch
-    taps_BTAH: jax.Array
+    aux_BTAH: jax.Array
     last_BTH: jax.Array
     head_VH: jax.Array
     tables: Tables
@@ -88,7 +88,7 @@ def step(
     greedy, lse = greedy_and_lse(FullHead(given.head_VH, program.dtype), align.take_rows(given.last_BTH, places))
     rows, empty = jnp.arange(places.shape[0])[:, None], jnp.zeros(batch.tokens_BT.shape, jnp.float32)
     features = Features(
-        given.taps_BTAH,
+        given.aux_BTAH,
         given.last_BTH,
         empty.astype(jnp.int32).at[rows, places].set(greedy),
         empty.at[rows, places].set(lse),
@@ -104,7 +104,7 @@ def program_of(work: Work, dtype: str, *, remat: bool = False) -> tuple[Program,
     """(what is static about the step, the draft's state as shapes)."""
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Eagle3(work.spec(), jnp.dtype(dtype), nnx.Rngs(0))))
     spec = OBJECTIVES[work.objective]
-    return Program(None, graphdef, work.spec().taps, spec, work.steps, jnp.dtype(dtype), remat=remat), abstract
+    return Program(None, graphdef, work.spec().aux_layers, spec, work.steps, jnp.dtype(dtype), remat=remat), abstract
 
 
 def draft_state(abstract: Any, arrays: Arrays) -> Any:
@@ -137,7 +137,7 @@ def start(arrays: Arrays, abstract: Any, dtype: str) -> tuple[TrainState, Given]
     chosen = jnp.asarray(arrays.draft_to_target_D)
     tables = Tables(embed, head[chosen], chosen)
     batch = jax.tree.map(jnp.asarray, arrays.batch)
-    given = Given(batch, jnp.asarray(arrays.taps_BTAH), jnp.asarray(arrays.last_BTH), head, tables)
+    given = Given(batch, jnp.asarray(arrays.aux_BTAH), jnp.asarray(arrays.last_BTH), head, tables)
     draft = draft_state(abstract, arrays)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(draft, optimiser().init(draft), zero, jnp.copy(zero)), given

@@ -42,7 +42,7 @@ from jeagle.interfaces import Features, Tables
 from jeagle.run.assemble import TrainState
 from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.mesh import row_axes
-from jeagle.targets import abstract_target, check_taps
+from jeagle.targets import abstract_target, check_aux_layers
 from jeagle.targets.families import read_spec
 from jeagle.training.forward import Frozen, Program, draft_loss, live_positions
 from jeagle.training.step import train_step, update
@@ -58,8 +58,8 @@ def program_of(case: Case, mesh: Any, *, remat: bool) -> tuple[Program, TrainSta
     """The step's static part; its state and what it reads, as shapes on the slice."""
     spec = read_spec(MODELS[case.target])
     target = abstract_target(spec, DTYPE, stacked=True, mesh=mesh)
-    taps = check_taps((), spec.layers)
-    wanted = dataclasses.replace(WORKS["W3"].spec(), taps=taps)
+    aux_layers = check_aux_layers((), spec.layers)
+    wanted = dataclasses.replace(WORKS["W3"].spec(), aux_layers=aux_layers)
     graphdef, draft = nnx.split(nnx.eval_shape(lambda: Eagle3(wanted, DTYPE, nnx.Rngs(0))))
 
     def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -79,7 +79,7 @@ def program_of(case: Case, mesh: Any, *, remat: bool) -> tuple[Program, TrainSta
     tables = Tables(state["embed_tokens"].get_value(), rows, ids)
     learnt = objective.DIALECTS["jeagle"]
     program = Program(
-        target.graphdef, graphdef, taps, learnt, TTT_STEPS, jnp.dtype(DTYPE), spec.logits, mesh=mesh, remat=remat
+        target.graphdef, graphdef, aux_layers, learnt, TTT_STEPS, jnp.dtype(DTYPE), spec.logits, mesh=mesh, remat=remat
     )
     return program, TrainState(draft, moments, zero, zero), Frozen(state, tables)
 

@@ -41,7 +41,7 @@ from jeagle.errors import UserError
 from jeagle.interfaces import Batch
 from jeagle.runtime.flops import flops_of
 from jeagle.runtime.mesh import make_mesh, row_axes, row_sharding
-from jeagle.targets import TargetSpec, abstract_target, check_taps
+from jeagle.targets import TargetSpec, abstract_target, check_aux_layers
 from jeagle.targets.checkpoint.layout import layouts
 from jeagle.targets.checkpoint.load import Target
 from jeagle.targets.families import read_spec
@@ -78,12 +78,12 @@ def batch_of(case: Case, mesh: Mesh) -> Batch:
     return Batch(whole(jnp.int32), whole(jnp.int32), whole(jnp.int32), whole(jnp.bool_))
 
 
-def feature_program(target: Target, taps: tuple[int, ...]) -> Callable[[Any, Batch], Any]:
+def feature_program(target: Target, aux_layers: tuple[int, ...]) -> Callable[[Any, Batch], Any]:
     """(state, batch) -> Features, every position wanted."""
 
     def run(state: Any, batch: Batch) -> Any:
         wanted = jnp.ones(batch.tokens_BT.shape, bool)
-        return features(nnx.merge(target.graphdef, state), batch, taps, wanted, wanted.shape[1])
+        return features(nnx.merge(target.graphdef, state), batch, aux_layers, wanted, wanted.shape[1])
 
     return run
 
@@ -121,7 +121,7 @@ def measured(case: Case) -> dict[str, Any]:
 def memory(spec: TargetSpec, case: Case, mesh: Mesh, chip: Chip) -> dict[str, Any]:
     """GiB of each chip, from the whole program's compilation."""
     target = abstract_target(spec, DTYPE, stacked=True, mesh=mesh)
-    run = feature_program(target, check_taps((), spec.layers))
+    run = feature_program(target, check_aux_layers((), spec.layers))
     rows = NamedSharding(mesh, PartitionSpec(row_axes(mesh, case.rows) or None))
     try:
         used = compiled(run, (shapes(target, mesh), batch_of(case, mesh)), rows).memory_analysis()
@@ -139,7 +139,7 @@ def counted_flops(spec: TargetSpec, case: Case) -> int:
     target = abstract_target(spec, DTYPE, stacked=True)
     whole = jax.ShapeDtypeStruct((case.rows, case.length), jnp.int32)
     batch = Batch(whole, whole, whole, jax.ShapeDtypeStruct(whole.shape, bool))
-    return flops_of(feature_program(target, check_taps((), spec.layers)), target.state, batch)
+    return flops_of(feature_program(target, check_aux_layers((), spec.layers)), target.state, batch)
 
 
 def estimate(spec: TargetSpec, case: Case, mesh: Mesh) -> Parts:

@@ -51,15 +51,15 @@ def main() -> None:
         )
         rows = held_out_rows(config, options.rows)
         entries_D = assemble.draft_to_target(config)
-        sizes = measure(data.load_rows(Path(dataset.prepare(config).data) / "train"), features.Form(taps_at="seen"))
+        sizes = measure(data.load_rows(Path(dataset.prepare(config).data) / "train"), features.Form(aux_at="seen"))
     target = assemble.load_target(config, assemble.mesh_of(config)).target
-    found = figures(target, rows, np.asarray(entries_D))
+    found = metrics(target, rows, np.asarray(entries_D))
     tokens = sizes.tokens.sum()
     shares = {name: round(float(count.sum() / tokens), 4) for name, count in sizes._asdict().items()}
     print(json.dumps({"target": options.target, "positions": shares, **found}, indent=1))
 
 
-def figures(target: targets.Target, rows: Batch, entries_D: np.ndarray) -> dict[str, Any]:
+def metrics(target: targets.Target, rows: Batch, entries_D: np.ndarray) -> dict[str, Any]:
     """Means over the positions of the rows whose teacher a store keeps."""
 
     @jax.jit

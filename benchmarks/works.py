@@ -49,7 +49,7 @@ class Work:
             width=self.width,
             target_vocab=self.vocab,
             draft_vocab=self.draft_vocab,
-            taps=(1, 2, 3),
+            aux_layers=(1, 2, 3),
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
@@ -102,7 +102,7 @@ class Arrays:
 
     batch: Batch
     params: dict[str, np.ndarray]
-    taps_BTAH: np.ndarray
+    aux_BTAH: np.ndarray
     last_BTH: np.ndarray
     head_VH: np.ndarray
     embed_VW: np.ndarray
@@ -148,14 +148,14 @@ def make(work: Work) -> Arrays:
         for name, s in param_shapes(work).items()
     }
     tokens = rng.integers(0, vocab, shape, dtype=np.int32)
-    taps, last = normal((*shape, 3 * width), 1.0), normal((*shape, width), 1.0)
+    aux_layers, last = normal((*shape, 3 * width), 1.0), normal((*shape, width), 1.0)
     mask = np.stack([_answer_spans(rng, work.length, work.supervised) for _ in range(work.rows)])
     crc = 0
-    for array in (chosen, head, embed, tokens, taps, last, mask, *params.values()):
+    for array in (chosen, head, embed, tokens, aux_layers, last, mask, *params.values()):
         crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
     segments, positions = np.ones(shape, np.int32), np.broadcast_to(np.arange(work.length, dtype=np.int32), shape)
     batch = Batch(tokens, segments, np.ascontiguousarray(positions), mask.astype(bool))
-    return Arrays(batch, params, taps.reshape(*shape, 3, width), last, head, embed, chosen, f"{crc:08x}")
+    return Arrays(batch, params, aux_layers.reshape(*shape, 3, width), last, head, embed, chosen, f"{crc:08x}")
 
 
 def array_shapes(work: Work) -> dict[str, Any]:

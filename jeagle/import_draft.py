@@ -48,7 +48,7 @@ class Arguments:
     target: str = ""
     """The model that the draft is for: a folder, a hub id, or pypi:NAME==VERSION. It settles what the files leave
     open, and is needed to measure or export the draft."""
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     """After how many layers the target is tapped: L means after L layers. Overrules the files."""
     norm_output: Literal["head", "carry"] | None = None
     """What norm_output in config.json means: the norm before lm_head (SpecForge), or of the carried state."""
@@ -85,7 +85,7 @@ def take_in(args: Arguments) -> list[str]:
         raise UserError(f"{args.out} is there already: choose another place with --out, or remove it first.")
     draft = exchange.open_draft(args.source)
     files = targets.resolve(args.target) if args.target else None
-    hints = exchange.Hints(args.taps or None, args.norm_output, args.norm_before_residual)
+    hints = exchange.Hints(args.aux_layers or None, args.norm_output, args.norm_before_residual)
     known = _known(args, files) if files else None
     readings = exchange.readings(draft, hints, known.layers if known else None)
     spec = readings[0].spec
@@ -142,7 +142,7 @@ def _config(args: Arguments, spec: DraftSpec) -> RunConfig:
     return RunConfig(
         name=args.out.name,
         runs=str(args.out.parent),
-        target=TargetConfig(ref=args.target, taps=spec.taps, family=args.family),
+        target=TargetConfig(ref=args.target, aux_layers=spec.aux_layers, family=args.family),
         draft=DraftConfig(vocab=_vocab_flag(spec)),
     )
 
@@ -199,7 +199,7 @@ def _what_next(args: Arguments, spec: DraftSpec) -> list[str]:
     target = "" if args.target else " --target TARGET"
     lines = [
         f"{args.out}: {size:,} parameters, vocabulary of {spec.draft_vocab:,} of {spec.target_vocab:,}, taps after "
-        f"{' '.join(map(str, spec.taps))} layers",
+        f"{' '.join(map(str, spec.aux_layers))} layers",
         f"export: python converters/to_sglang.py --checkpoint {run}{target}    (or to_vllm.py)",
         f"train on: python -m jeagle.train --config CONFIG --draft.start {run} --draft.vocab {_vocab_flag(spec)}",
     ]

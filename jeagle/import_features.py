@@ -1,7 +1,7 @@
 """Others' hidden states into a store: converters/from_speculators.py or from_specforge.py --source DIR --out STORE.
 
 The target is needed: for its embedding and head, and to check that the states are its own, taken after the layers that
---target.taps says. The files are read without running code.
+--target.aux-layers says. The files are read without running code.
 """
 
 from __future__ import annotations
@@ -63,19 +63,21 @@ def adopt(config: RunConfig, source: Path, out: str) -> None:
     peers, mesh = exchange.open_peer_features(source), assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh)
     spec = loaded.target.spec
-    taps = targets.check_taps(config.target.taps, spec.layers)
-    check_layers(peers, taps, Capture(loaded.target, tuple(range(spec.layers + 1)), mesh, width=config.data.row_length))
+    aux_layers = targets.check_aux_layers(config.target.aux_layers, spec.layers)
+    check_layers(
+        peers, aux_layers, Capture(loaded.target, tuple(range(spec.layers + 1)), mesh, width=config.data.row_length)
+    )
     prepared, plan = _prepare(config, peers, source, loaded)
     rows = {split: data.load_rows(prepared.data / split) for split in plan}
     sizes = {split: measure(batch, form) for split, batch in rows.items()}
     place = features.Place(out)
-    writer = features.Writer(place, about(config, loaded, prepared, sizes, taps, form))
+    writer = features.Writer(place, about(config, loaded, prepared, sizes, aux_layers, form))
     units = features.units_of({s: len(x.tokens) for s, x in sizes.items()}, writer.about["layout"]["rows_per_segment"])
-    check_space(place, writer.pending(units), sizes, spec.width, len(taps), form)
+    check_space(place, writer.pending(units), sizes, spec.width, len(aux_layers), form)
     copy_data(prepared, place)
-    whole = Capture(loaded.target, taps, mesh, width=max(kept_width(batch) for batch in rows.values()))
+    whole = Capture(loaded.target, aux_layers, mesh, width=max(kept_width(batch) for batch in rows.values()))
     channels = commit_tables(config, writer, loaded, whole, rows["train"])
-    ones = {"taps": np.ones((len(taps), spec.width), np.float32), "last": np.ones(spec.width, np.float32)}
+    ones = {"taps": np.ones((len(aux_layers), spec.width), np.float32), "last": np.ones(spec.width, np.float32)}
     encode = functools.partial(
         _encoded,
         loaded.target.graphdef,
@@ -107,14 +109,14 @@ def _fill(
                 batch = block(rows[unit.split], numbers, size)
                 states = _states(peers, [plan[unit.split][n] for n in numbers], batch)
                 found = jax.tree.map(np.asarray, encode(*states))
-                parts.append(features.ragged(batch, found, range(len(numbers)), taps_at=form.taps_at))
+                parts.append(features.ragged(batch, found, range(len(numbers)), aux_at=form.aux_at))
                 done += len(numbers)
                 progress.update(done)
             writer.commit(unit, features.joined(parts), min(max(length // 8, 16), 1024))
     writer.finish()
 
 
-def check_layers(peers: PeerFeatures, taps: tuple[int, ...], capture: Capture) -> None:
+def check_layers(peers: PeerFeatures, aux_layers: tuple[int, ...], capture: Capture) -> None:
     """UserError unless the taps of the first samples are the target's streams after the layers that the run asks for.
 
     Args:
@@ -126,16 +128,16 @@ def check_layers(peers: PeerFeatures, taps: tuple[int, ...], capture: Capture) -
         tokens = np.tile(sample.tokens, (devices, 1))
         positions = np.tile(np.arange(len(sample.tokens), dtype=np.int32), (devices, 1))
         batch = Batch(tokens, np.ones_like(tokens), positions, np.tile(sample.supervised, (devices, 1)))
-        own = np.asarray(capture(batch).taps.values[0], np.float32)
+        own = np.asarray(capture(batch).aux.values[0], np.float32)
         found = tuple(
-            _nearest(own, sample.taps[:, a].astype(np.float32), peers.files[number])
-            for a in range(sample.taps.shape[1])
+            _nearest(own, sample.aux[:, a].astype(np.float32), peers.files[number]) for a in range(sample.aux.shape[1])
         )
-        if found != taps:
+        if found != aux_layers:
             flag = " ".join(map(str, found))
             raise UserError(
                 f"{peers.files[number]} holds the target's streams after {', '.join(map(str, found))} layers, and this "
-                f"run asks for {', '.join(map(str, taps))}: give --target.taps {flag} (peers count layers otherwise)."
+                f"run asks for {', '.join(map(str, aux_layers))}: give --target.aux-layers {flag} (peers count layers "
+                "otherwise)."
             )
 
 
@@ -202,23 +204,30 @@ def _states(peers: PeerFeatures, rows: Rows, batch: Batch) -> tuple[np.ndarray, 
     """The rows' taps [B, T, A, H] and last [B, T, H], float32, zero on padding."""
     size, length = batch.tokens_BT.shape
     read = [[peers.read(i) for i in row] for row in rows]
-    taps_BTAH = np.zeros((size, length, *read[0][0].taps.shape[1:]), np.float32)
+    aux_BTAH = np.zeros((size, length, *read[0][0].aux.shape[1:]), np.float32)
     last_BTH = np.zeros((size, length, *read[0][0].last.shape[1:]), np.float32)
     for b, samples in enumerate(read):
         starts = itertools.accumulate([min(len(s.tokens), length) for s in samples], initial=0)
         for start, sample in zip(starts, samples, strict=False):
             here = slice(start, start + min(len(sample.tokens), length))
             count = here.stop - here.start
-            taps_BTAH[b, here], last_BTH[b, here] = sample.taps[:count], sample.last[:count]
-    return taps_BTAH, last_BTH
+            aux_BTAH[b, here], last_BTH[b, here] = sample.aux[:count], sample.last[:count]
+    return aux_BTAH, last_BTH
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "normed", "form"))
 def _encoded(
-    graphdef: Any, state: Any, taps: jax.Array, last: jax.Array, *, normed: bool, form: features.Form, channels: Any
+    graphdef: Any,
+    state: Any,
+    aux: jax.Array,
+    last: jax.Array,
+    *,
+    normed: bool,
+    form: features.Form,
+    channels: Any,
 ) -> features.Stored:
     model = nnx.merge(graphdef, state)
     last = last if normed else model.final_norm(last)
     said = targets.distributions(model, last, form.top_k)
-    found = Features(taps, last if said.top is None else said.top, said.greedy, said.lse.astype(jnp.float32))
+    found = Features(aux, last if said.top is None else said.top, said.greedy, said.lse.astype(jnp.float32))
     return features.encode(found, form, channels)

@@ -55,7 +55,7 @@ class Features(NamedTuple):
       lse_BT: logsumexp of the same logits, float32; only where asked for, 0 elsewhere.
     """
 
-    taps_BTAH: Float[Array, "B T A H"]
+    aux_BTAH: Float[Array, "B T A H"]
     teacher: Float[Array, "B T H"] | TopK
     greedy_BT: Int[Array, "B T"]
     lse_BT: Float[Array, "B T"]
@@ -154,7 +154,7 @@ class DraftSpec:
     width: int
     target_vocab: int
     draft_vocab: int
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     heads: int
     kv_heads: int
     head_dim: int
@@ -180,6 +180,8 @@ class DraftSpec:
     def from_json(cls, tree: dict[str, Any]) -> DraftSpec:
         rope = Rope(tree["rope"]["theta"], tuple((k, _frozen(v)) for k, v in tree["rope"]["scaling"]))
         fields = {k: _frozen(v) for k, v in tree.items() if k != "rope"}
+        if "taps" in fields:  # what draft.json called them before version 0.1
+            fields["aux_layers"] = fields.pop("taps")
         return cls(**fields, rope=rope)
 
 

@@ -47,15 +47,15 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{folder / args.part} has {total} rows, so that there is no row {args.start}.")
     chosen = range(args.start, min(args.start + args.rows, total))
     shown = [room.pieces(rows, number, decode) for number in chosen]
-    figures = room.figures(finished_manifest(folder), read_manifest(folder.parent / "tables"), _coverage(folder))
+    metrics = room.metrics(finished_manifest(folder), read_manifest(folder.parent / "tables"), _coverage(folder))
     if args.html is not None:
-        atomic_write(args.html, room.html_page(str(args.data), args.part, list(chosen), shown, figures))
+        atomic_write(args.html, room.html_page(str(args.data), args.part, list(chosen), shown, metrics))
         print(f"{len(shown)} rows in {args.html}")
         return
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for number, pieces in zip(chosen, shown, strict=True):
         print(room.terminal_row(f"{args.part} row {number} of {total}", pieces, coloured, args.width))
-    for name, value in figures:
+    for name, value in metrics:
         print(f"{name:<24}{value}")
 
 

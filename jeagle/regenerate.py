@@ -93,13 +93,13 @@ def self_instructed(args: Arguments, opened: Opened | None = None) -> list[dict[
 def _tell_variety(args: Arguments, turns: data.Turns, wanted: int) -> None:
     texts = [prompt["messages"][0]["content"] for prompt in turns.prompts]
     counts = {"kept": len(texts), "unusable": turns.unusable, "repeated": turns.repeated, "near_duplicates": turns.near}
-    figures = counts | data.variety(texts, turns.signatures)
-    atomic_write(data.beside(args.out, ".variety.json"), json.dumps(figures, indent=1) + "\n")
+    metrics = counts | data.variety(texts, turns.signatures)
+    atomic_write(data.beside(args.out, ".variety.json"), json.dumps(metrics, indent=1) + "\n")
     print(
         f"{len(texts)} prompts written; left out: {turns.repeated} repeated, {turns.near} nearly the same as another, "
         f"{turns.unusable} empty or cut off. Variety: "
-        + ", ".join(f"{n.replace('_', '-')} {figures[n]:.2f}" for n in ("distinct_1", "distinct_2", "distinct_3"))
-        + f", likeness to the nearest other {figures['nearest_mean']:.2f}"
+        + ", ".join(f"{n.replace('_', '-')} {metrics[n]:.2f}" for n in ("distinct_1", "distinct_2", "distinct_3"))
+        + f", likeness to the nearest other {metrics['nearest_mean']:.2f}"
     )
     if len(texts) < wanted:
         print(f"warning: {args.target} repeats itself: {len(texts)} of {wanted} prompts; raise --turn-temperature")

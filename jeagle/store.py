@@ -64,7 +64,7 @@ def facts(store: features.Store) -> list[tuple[str, str]]:
     tables = sum(segment.bytes for segment in store.segments if not segment.split)
     there = sum(sum(segment.lengths) for segment in store.segments)
     kept = sum(sum(segment.kept) for segment in store.segments)
-    seen = sum(sum(segment.taps) for segment in store.segments)
+    seen = sum(sum(segment.aux) for segment in store.segments)
     missing = store.missing()
 
     def share(count: int) -> str:
@@ -73,7 +73,7 @@ def facts(store: features.Store) -> list[tuple[str, str]]:
     rows = ", ".join(f"{split} {counts['rows']:,}" for split, counts in about["splits"].items())
     return [
         ("target", f"{made['target']['reference']} ({made['target']['fingerprint']}), {made['target']['dtype']}"),
-        ("taps", f"after {', '.join(map(str, made['taps']))} layers, kept as {store.form.taps} at {share(seen)}"),
+        ("taps", f"after {', '.join(map(str, made['taps']))} layers, kept as {store.form.aux} at {share(seen)}"),
         ("teacher", f"{_teacher(store.form)} at {share(kept)}"),
         ("rows", f"{rows}; {missing:,} missing" if missing else f"{rows}; all there"),
         ("tokens", f"{there:,} of {about['tokens']:,}"),
@@ -114,7 +114,7 @@ def _against_target(args: Arguments, store: features.Store) -> None:
     prepare_host()
     made = store.about["made_from"]
     settings = {name: made["target"][name] for name in ("dtype", "weights", "family")}
-    config = RunConfig(name="verify", target=TargetConfig(ref=args.target, taps=tuple(made["taps"]), **settings))
+    config = RunConfig(name="verify", target=TargetConfig(ref=args.target, aux_layers=tuple(made["taps"]), **settings))
     mesh = assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh)
     wanted = {"target": {"fingerprint": loaded.files.fingerprint}}
@@ -129,7 +129,7 @@ def _against_target(args: Arguments, store: features.Store) -> None:
 
 def _off(found: Any) -> str:
     moved = f", {found.moved:.2%} of the likeliest tokens' mass elsewhere" if found.moved else ""
-    return f"off by {found.taps_off:.2%} in the median{moved}"
+    return f"off by {found.aux_error:.2%} in the median{moved}"
 
 
 def _spread(store: features.Store, split: str, count: int) -> list[int]:
@@ -155,10 +155,10 @@ def _sample(args: Arguments, store: features.Store) -> int:
         near_BT, real, seen = align.near_supervised(batch, xp=np), batch.segments_BT[0] > 0, store.places(batch).seen_BT
         follows_BT = near_BT & align.same_document(batch.segments_BT, 1, xp=np)
         says_next = np.asarray(kept.greedy_BT) == align.shift_left(batch.tokens_BT, 1, xp=np)
-        taps = np.linalg.norm(np.asarray(kept.taps_BTAH)[seen], axis=-1)
+        aux_norms = np.linalg.norm(np.asarray(kept.aux_BTAH)[seen], axis=-1)
         head = f"{args.split} row {row}: {int(real.sum())} tokens in {batch.segments_BT.max()} documents"
         says = f"the target's greedy choice is the next token at {says_next[follows_BT].mean():.1%} of these"
-        norms = " ".join(f"{x:.3g}" for x in np.median(taps, axis=0))
+        norms = " ".join(f"{x:.3g}" for x in np.median(aux_norms, axis=0))
         print(f"{head}, {int(near_BT.sum())} with a teacher; {says}; |taps| {norms}")
         print("   ", decode(batch.tokens_BT[0][real])[:_SHOWN].replace("\n", "\\n"))
     return 0

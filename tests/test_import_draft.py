@@ -45,7 +45,7 @@ from tests.goldens.test_goldens import _speculators_loss as speculators_loss
 from tests.goldens.test_goldens import loss_function
 
 SAMPLES = Path(__file__).parent / "exchange" / "samples"
-TAPS = {"eagle": ("--taps", "2", "4", "5"), "automodel": ("--taps", "2", "4", "5")}
+AUX_LAYERS = {"eagle": ("--taps", "2", "4", "5"), "automodel": ("--taps", "2", "4", "5")}
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_speculators_layout_brings_the_targets_embedding_and_comes_back_bit_for_
 @pytest.mark.parametrize("peer", PEERS)
 def test_each_trainers_draft_becomes_the_same_run(peer, tmp_path, capsys):
     source = write_peer(peer, tmp_path / "source", weights(tmp_path), CONFIG)
-    run = take_in(source, tmp_path / "runs" / "draft", *TAPS.get(peer, ()))
+    run = take_in(source, tmp_path / "runs" / "draft", *AUX_LAYERS.get(peer, ()))
     step, spec, params = assemble.load_draft(run, "last")
     assert (step, spec) == (0, SPEC)
     for name, array in parameters(SPEC).items():
@@ -160,7 +160,7 @@ def golden_loss(case: cases.Case, objective):
 
     def of(run: Path) -> float:
         _, spec, params = assemble.load_draft(run, "last")
-        same = {"taps": case.spec.taps, "max_positions": case.spec.max_positions, "end_token_ids": ()}
+        same = {"aux_layers": case.spec.aux_layers, "max_positions": case.spec.max_positions, "end_token_ids": ()}
         assert dataclasses.replace(spec, **same) == case.spec
         np.testing.assert_array_equal(assemble.trained_vocabulary(run), case.draft_to_target)
         if (run / "embedding.npy").is_file():
@@ -184,7 +184,7 @@ def test_a_goldens_weights_as_each_peers_draft_give_its_loss(path, tmp_path):
     loss = golden_loss(case, resolve("specforge", **case.switches))
     for peer in PEERS:
         source = write_peer(peer, tmp_path / peer, named, config)
-        run = take_in(source, tmp_path / "runs" / peer, *TAPS.get(peer, ()))
+        run = take_in(source, tmp_path / "runs" / peer, *AUX_LAYERS.get(peer, ()))
         assert loss(run) == pytest.approx(float(case.arrays["total_loss"]), abs=1e-5), peer
 
 
@@ -202,7 +202,7 @@ def test_speculators_weights_taken_in_give_its_loss(path, tmp_path):
     loss = golden_loss(case, resolve("speculators", **switches))
     run = take_in(source, tmp_path / "runs" / "draft")
     assert loss(run) == pytest.approx(float(case.arrays["loss"]), abs=1e-5)
-    if case.spec.qk_norm or len(case.spec.taps) != 3:
+    if case.spec.qk_norm or len(case.spec.aux_layers) != 3:
         return
     form = cases.load_json(np.load(path)["info_json"])["config"]
     flags = ("draft_vocab_size", "norm_before_residual", "norm_before_fc", "norm_output")
@@ -355,7 +355,7 @@ def test_a_place_that_is_taken_stays_as_it_is(tmp_path):
 
 
 def test_readings_are_told_in_words():
-    reading = Reading({"taps": (2, 4, 5), "norm_output": "head", "norm_before_residual": True}, PLAIN)
+    reading = Reading({"aux_layers": (2, 4, 5), "norm_output": "head", "norm_before_residual": True}, PLAIN)
     assert choose_reading.label(reading) == "taps 2 4 5, norm_output head, norm_before_residual true"
-    assert choose_reading.options(reading) == "--taps and --norm-output and --norm-before-residual"
+    assert choose_reading.options(reading) == "--aux-layers and --norm-output and --norm-before-residual"
     assert choose_reading.label(Reading({}, PLAIN)) == "as its files say"

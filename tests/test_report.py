@@ -200,7 +200,7 @@ def test_serve_commands_are_those_of_the_exports_readme(tmp_path):
         width=8,
         target_vocab=16,
         draft_vocab=8,
-        taps=(2, 4, 5),
+        aux_layers=(2, 4, 5),
         heads=2,
         kv_heads=1,
         head_dim=4,

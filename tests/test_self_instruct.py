@@ -47,9 +47,9 @@ def test_every_prompt_is_unlike_the_others_and_answered_once(tmp_path, capsys):
     assert not any("think" in p or p.startswith('"') for p in prompts)
     assert all(row["messages"][1]["content"] == f"answer to {p}" for row, p in zip(rows, prompts, strict=True))
     assert max(fake.asked.values()) == 1
-    figures = json.loads((tmp_path / "out.jsonl.variety.json").read_text())
-    assert figures["kept"] == 60 and figures["near_duplicates"] + figures["repeated"] >= 8
-    assert "60 prompts written; left out:" in capsys.readouterr().out and figures["nearest_mean"] < 0.5
+    metrics = json.loads((tmp_path / "out.jsonl.variety.json").read_text())
+    assert metrics["kept"] == 60 and metrics["near_duplicates"] + metrics["repeated"] >= 8
+    assert "60 prompts written; left out:" in capsys.readouterr().out and metrics["nearest_mean"] < 0.5
     assert len(read_conversations(str(tmp_path / "out.jsonl")).conversations) == 60
 
 

@@ -9,7 +9,7 @@ from jeagle.data.describe import describe
 from jeagle.data.near_duplicates import variety
 from jeagle.data.openai_client import Server, answer
 from jeagle.data.pack import Packed, RowWriter, load_rows, pack, rows_of, save_rows, unpack
-from jeagle.data.preview_rows import figures, html_page, pieces, terminal_row, token_texts
+from jeagle.data.preview_rows import html_page, metrics, pieces, terminal_row, token_texts
 from jeagle.data.prompts import read_prompts, read_rows
 from jeagle.data.render import Rendered, Renderer, render
 from jeagle.data.self_instruct import Turns, requests, turns_of
@@ -42,13 +42,13 @@ __all__ = [
     "count_tokens",
     "coverage",
     "describe",
-    "figures",
     "from_headers",
     "given_map",
     "html_page",
     "ids_hash",
     "load_rows",
     "load_tables",
+    "metrics",
     "pack",
     "parse_arguments",
     "parse_source",

@@ -91,10 +91,10 @@ def terminal_row(title: str, row: Sequence[Piece], coloured: bool, width: int = 
 
 
 def html_page(
-    name: str, part: str, numbers: Sequence[int], rows: Sequence[Sequence[Piece]], figures: Sequence[tuple[str, str]]
+    name: str, part: str, numbers: Sequence[int], rows: Sequence[Sequence[Piece]], metrics: Sequence[tuple[str, str]]
 ) -> str:
     """One page that needs nothing else: the rows and the figures."""
-    table = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in figures)
+    table = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in metrics)
     shown = "".join(
         f"<h2>{part} row {number}</h2><pre>{_html_row(row)}</pre>" for number, row in zip(numbers, rows, strict=True)
     )
@@ -106,7 +106,7 @@ def html_page(
     )
 
 
-def figures(manifest: dict[str, Any], tables: dict[str, Any] | None, coverage: float | None) -> list[tuple[str, str]]:
+def metrics(manifest: dict[str, Any], tables: dict[str, Any] | None, coverage: float | None) -> list[tuple[str, str]]:
     """(name, value) of what is known of prepared data."""
     s = manifest["statistics"]
     found = []

@@ -152,14 +152,14 @@ def _start(
     rows, width = tokens_BP.shape
     positions = jnp.broadcast_to(jnp.arange(width), tokens_BP.shape)
     cache = models.target_cache(weights, rows, room, draft_tokens + 1)
-    greedy, _, taps, cache = models.verify(weights, cache, tokens_BP, positions, lengths_B)
+    greedy, _, aux, cache = models.verify(weights, cache, tokens_BP, positions, lengths_B)
     last = lengths_B - 1
     first = jnp.take_along_axis(greedy, last[:, None], axis=1)[:, 0]
     # Slot t reads the token after it; the prompt's last slot reads the answer's first token.
     following = jnp.concatenate([tokens_BP[:, 1:], tokens_BP[:, :1]], axis=1)
     following = following.at[jnp.arange(rows), last].set(first)
     choice, state, draft_cache = models.read(
-        weights, models.draft_cache(weights, rows, room), taps, following, positions
+        weights, models.draft_cache(weights, rows, room), aux, following, positions
     )
     return Rows(cache, draft_cache, lengths_B + 1, first, *_at(last, choice, state)), first
 
@@ -176,9 +176,9 @@ def _round(models: Models, weights: Any, rows: Rows, draft_tokens: int, room: in
     drafted_BK = jnp.stack(drafts, axis=1)
     positions = (rows.length_B - 1)[:, None] + jnp.arange(draft_tokens + 1)
     tokens = jnp.concatenate([rows.last_B[:, None], drafted_BK], axis=1)
-    greedy, _, taps, target_cache = models.verify(weights, rows.target_cache, tokens, positions, None)
+    greedy, _, aux, target_cache = models.verify(weights, rows.target_cache, tokens, positions, None)
     accepted = jnp.cumprod(drafted_BK == greedy[:, :-1], axis=1).sum(axis=1)
-    choice, state, draft_cache = models.read(weights, draft_cache, taps, greedy, positions)
+    choice, state, draft_cache = models.read(weights, draft_cache, aux, greedy, positions)
     last = jnp.take_along_axis(greedy, accepted[:, None], axis=1)[:, 0]
     # A row that has finished goes on idly: its place must stay within the caches.
     length = jnp.minimum(rows.length_B + accepted + 1, room - 2 * draft_tokens - 2)

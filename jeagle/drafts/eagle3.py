@@ -138,23 +138,23 @@ class Eagle3(nnx.Module):
 
     def __init__(self, spec: DraftSpec, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        fused = len(spec.taps) * spec.target_width
+        fused = len(spec.aux_layers) * spec.target_width
         self.fc = nnx.Param(init(rngs.params(), (fused, spec.width)))
         if spec.norm_before_fc:
             self.input_norm = nnx.Param(jnp.ones(fused))
         if spec.fc_norm:
-            self.fc_norm = nnx.List([nnx.Param(jnp.ones(spec.target_width)) for _ in spec.taps])
+            self.fc_norm = nnx.List([nnx.Param(jnp.ones(spec.target_width)) for _ in spec.aux_layers])
         self.layers = nnx.List([Layer(spec, i == 0, dtype, rngs) for i in range(spec.layers)])
         self.norm = nnx.Param(jnp.ones(spec.width))
         self.lm_head = nnx.Param(init(rngs.params(), (spec.draft_vocab, spec.width)))
         self.spec, self.dtype = spec, dtype
 
-    def fuse(self, taps: jax.Array) -> jax.Array:
+    def fuse(self, aux: jax.Array) -> jax.Array:
         """Taps [..., A, H] -> the first state g [..., W]."""
         if self.spec.fc_norm:
-            parts = [rms_norm(taps[..., a, :], w[...], self.spec.norm_eps) for a, w in enumerate(self.fc_norm)]
-            taps = jnp.stack(parts, axis=-2)
-        fused = taps.reshape(*taps.shape[:-2], -1)
+            parts = [rms_norm(aux[..., a, :], w[...], self.spec.norm_eps) for a, w in enumerate(self.fc_norm)]
+            aux = jnp.stack(parts, axis=-2)
+        fused = aux.reshape(*aux.shape[:-2], -1)
         if self.spec.norm_before_fc:
             fused = rms_norm(fused, self.input_norm[...], self.spec.norm_eps)
         return dense(fused.astype(self.dtype), self.fc[...])

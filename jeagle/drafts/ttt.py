@@ -65,7 +65,7 @@ def unroll(
     graphdef: Any,
     state: Any,
     batch: Batch,
-    taps_BTAH: jax.Array,
+    aux_BTAH: jax.Array,
     embedded_BTW: jax.Array,
     slots: Selected,
     counts_KBT: jax.Array,
@@ -99,7 +99,7 @@ def unroll(
     reads_KBT = align.read_positions(batch.segments_BT, steps, cross_documents=cross_documents)
     reads_KBN = jax.vmap(lambda reads: take_rows(reads, slots.positions_BN))(reads_KBT)
     counts_KBN = jax.vmap(lambda counts: take_rows(counts, slots.positions_BN))(counts_KBT) & slots.live_BN
-    fused_BTW = draft.fuse(taps_BTAH)
+    fused_BTW = draft.fuse(aux_BTAH)
     context = _context(draft, batch, fused_BTW, _embedded(embedded_BTW, reads_KBT[0]), slots, backend)
     if not fixed_window:
         context = context._replace(window=draft.spec.sliding_window)

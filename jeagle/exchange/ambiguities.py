@@ -21,7 +21,7 @@ from jeagle.exchange.config_write import LAYER_IDS, WRITTEN_BY
 from jeagle.exchange.open_draft import OpenDraft
 from jeagle.interfaces import DraftSpec
 
-Taps = tuple[int, ...]
+AuxLayers = tuple[int, ...]
 
 
 class Reading(NamedTuple):
@@ -47,7 +47,7 @@ def readings(draft: OpenDraft, hints: Hints, target_layers: int | None) -> list[
       UserError: where config.json cannot be read however the questions are answered, or leaves the taps open without a
         target to count layers of.
     """
-    options = {"taps": _taps(draft, hints, target_layers), **_norms(draft, hints)}
+    options = {"aux_layers": _aux_layers(draft, hints, target_layers), **_norms(draft, hints)}
     open_questions = [name for name, values in options.items() if len(values) > 1]
     found: dict[DraftSpec, Reading] = {}
     for values in itertools.product(*options.values()):
@@ -69,9 +69,9 @@ def _norms(draft: OpenDraft, hints: Hints) -> dict[str, list[Any]]:
     }
 
 
-def _taps(draft: OpenDraft, hints: Hints, target_layers: int | None) -> list[Taps]:
-    if hints.taps:
-        return [hints.taps]
+def _aux_layers(draft: OpenDraft, hints: Hints, target_layers: int | None) -> list[AuxLayers]:
+    if hints.aux_layers:
+        return [hints.aux_layers]
     config, plain = draft.config, layout_of(draft.config) == "plain"
     top = tuple(config.get(LAYER_IDS) or ())
     nested = tuple((config.get("eagle_config") or {}).get(LAYER_IDS) or ()) if plain else ()
@@ -84,21 +84,25 @@ def _taps(draft: OpenDraft, hints: Hints, target_layers: int | None) -> list[Tap
         found = [top, _deeper(top)] if measured and WRITTEN_BY not in config else [top]
     elif target_layers is None:
         raise UserError(
-            f"{draft.where}/config.json has no {LAYER_IDS}: say with --taps after which layers the target is "
-            "tapped, such as --taps 2 16 29, or give --target to have the usual ones measured."
+            f"{draft.where}/config.json has no {LAYER_IDS}: say with --aux-layers after which layers the target is "
+            "tapped, such as --aux-layers 2 16 29, or give --target to have the usual ones measured."
         )
     else:
         usual = (2, target_layers // 2, target_layers - 3)
         found = [usual, _deeper(usual)]
-    sensible = [taps for taps in dict.fromkeys(found) if _makes_sense(taps, target_layers)]
+    sensible = [aux_layers for aux_layers in dict.fromkeys(found) if _makes_sense(aux_layers, target_layers)]
     return sensible or found[:1]  # check_spec says what is wrong with it
 
 
-def _makes_sense(taps: Taps, target_layers: int | None) -> bool:
-    return list(taps) == sorted(set(taps)) and taps[0] >= 0 and (target_layers is None or taps[-1] <= target_layers)
+def _makes_sense(aux_layers: AuxLayers, target_layers: int | None) -> bool:
+    return (
+        list(aux_layers) == sorted(set(aux_layers))
+        and aux_layers[0] >= 0
+        and (target_layers is None or aux_layers[-1] <= target_layers)
+    )
 
 
-def _deeper(ids: Taps) -> Taps:
+def _deeper(ids: AuxLayers) -> AuxLayers:
     return tuple(i + 1 for i in ids)
 
 

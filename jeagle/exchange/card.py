@@ -182,7 +182,7 @@ def _facts(export: Export) -> str:
         "target": _code(card.target_ref),
         "target's files": _code(card.target_fingerprint),
         "chat template": _code(card.template_hash),
-        "taps": f"after {', '.join(map(str, spec.taps))} of {export.target_layers} layers",
+        "auxiliary layers": f"after {', '.join(map(str, spec.aux_layers))} of {export.target_layers} layers",
         "draft vocabulary": f"{spec.draft_vocab} of {spec.target_vocab}",
         "longest sequence": f"{spec.max_positions} tokens",
         "layout": f"{export.layout}, stored as {export.dtype}",

@@ -19,7 +19,7 @@ def read_draft_config(
     *,
     draft_vocab: int,
     target_width: int,
-    default_taps: Callable[[], tuple[int, ...]],
+    default_aux_layers: Callable[[], tuple[int, ...]],
     norm_output: NormOutput = "head",
 ) -> DraftSpec:
     """The draft that a configuration file describes, in either form.
@@ -52,4 +52,4 @@ def read_draft_config(
     config["draft_vocab_size"] = config.get("draft_vocab_size") or draft_vocab
     config["target_hidden_size"] = config.get("target_hidden_size") or target_width
     named = config.get(LAYER_IDS) or (config.get("eagle_config") or {}).get(LAYER_IDS)
-    return spec_from_config(config, {}, Hints(None if named else default_taps(), norm_output))
+    return spec_from_config(config, {}, Hints(None if named else default_aux_layers(), norm_output))

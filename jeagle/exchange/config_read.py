@@ -31,7 +31,7 @@ class Hints:
         state handed to the next step is normed. "head", as SpecForge reads it: the norm stands before lm_head.
     """
 
-    taps: tuple[int, ...] | None = None
+    aux_layers: tuple[int, ...] | None = None
     norm_output: NormOutput | None = None
     norm_before_residual: bool | None = None
 
@@ -74,7 +74,7 @@ def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         width=width,
         target_vocab=_count(decoder, "vocab_size"),
         draft_vocab=config.get("draft_vocab_size") or _rows(shapes, "lm_head.weight"),
-        taps=_taps(config, decoder, layout, hints.taps),
+        aux_layers=_aux_layers(config, decoder, layout, hints.aux_layers),
         heads=heads,
         kv_heads=decoder.get("num_key_value_heads") or heads,
         head_dim=head_dim,
@@ -121,7 +121,7 @@ def _speculators_norms(config: Mapping[str, Any], hints: Hints) -> dict[str, boo
     return {"carry_normed": norms.pop("norm_output"), **norms}
 
 
-def _taps(
+def _aux_layers(
     config: Mapping[str, Any], decoder: Mapping[str, Any], layout: Layout, told: tuple[int, ...] | None
 ) -> tuple[int, ...]:
     """vLLM takes the top-level list as it is; SGLang takes the nested one plus one, as SpecForge means it."""
@@ -138,16 +138,16 @@ def _taps(
             f"config.json has no {LAYER_IDS}, so an engine would guess the target's layers 2, n//2 and n-3: "
             "say which layers it was trained on."
         )
-    taps = told if told is not None and len(found) != 1 else next(iter(found))
-    if told not in (None, taps):
-        raise UserError(f"config.json taps the target after layers {list(taps)}, not {list(told or ())}.")
-    if list(taps) != sorted(set(taps)):
-        raise UserError(f"config.json taps the layers {list(taps)}: engines collect them rising, and each once.")
-    if decoder.get("num_aux_hidden_states") not in (None, len(taps)):
+    aux_layers = told if told is not None and len(found) != 1 else next(iter(found))
+    if told not in (None, aux_layers):
+        raise UserError(f"config.json taps the target after layers {list(aux_layers)}, not {list(told or ())}.")
+    if list(aux_layers) != sorted(set(aux_layers)):
+        raise UserError(f"config.json taps the layers {list(aux_layers)}: engines collect them rising, and each once.")
+    if decoder.get("num_aux_hidden_states") not in (None, len(aux_layers)):
         raise UserError(
-            f"config.json has num_aux_hidden_states {decoder['num_aux_hidden_states']} for {len(taps)} layers."
+            f"config.json has num_aux_hidden_states {decoder['num_aux_hidden_states']} for {len(aux_layers)} layers."
         )
-    return taps
+    return aux_layers
 
 
 def _window(decoder: Mapping[str, Any]) -> int:

@@ -44,7 +44,7 @@ def plain_config(spec: DraftSpec, *, dtype: str) -> dict[str, Any]:
         **(_window(spec) if spec.sliding_window else {}),
         **_fusion(spec),
         **carried,
-        "eagle_config": {LAYER_IDS: [tap - 1 for tap in spec.taps], "use_aux_hidden_state": True},
+        "eagle_config": {LAYER_IDS: [tap - 1 for tap in spec.aux_layers], "use_aux_hidden_state": True},
     }
 
 
@@ -100,7 +100,7 @@ def _decoder(spec: DraftSpec) -> dict[str, Any]:
         "vocab_size": spec.target_vocab,
         "max_position_embeddings": spec.max_positions,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "num_aux_hidden_states": len(spec.taps),
+        "num_aux_hidden_states": len(spec.aux_layers),
         "tie_word_embeddings": False,
         **_rope(spec.rope),
     }
@@ -111,7 +111,7 @@ def _fusion(spec: DraftSpec) -> dict[str, Any]:
     return {
         "draft_vocab_size": spec.draft_vocab,
         "target_hidden_size": spec.target_width,
-        LAYER_IDS: list(spec.taps),
+        LAYER_IDS: list(spec.aux_layers),
         "norm_before_residual": spec.norm_before_residual,
         "norm_before_fc": spec.norm_before_fc,
         "fc_norm": spec.fc_norm,

@@ -35,10 +35,10 @@ TAPPED_BY_SGLANG_JAX = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 
 def check_spec(spec: DraftSpec, target_layers: int) -> None:
     """UserError unless the spec makes sense for a target of so many layers, whatever serves it."""
-    taps = list(spec.taps)
-    if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] > target_layers:
+    aux_layers = list(spec.aux_layers)
+    if not aux_layers or aux_layers != sorted(set(aux_layers)) or aux_layers[0] < 0 or aux_layers[-1] > target_layers:
         raise UserError(
-            f"The draft's taps {taps} must be layer boundaries from 0 to {target_layers}, rising, each once."
+            f"The draft's taps {aux_layers} must be layer boundaries from 0 to {target_layers}, rising, each once."
         )
     if not 0 < spec.draft_vocab <= spec.target_vocab:
         raise UserError(
@@ -74,9 +74,9 @@ def sglang_limits(spec: DraftSpec, target_layers: int, architectures: Sequence[s
     reasons = {
         "norm_before_residual is true, and its residual is always the raw feature": spec.norm_before_residual,
         f"taps holds {target_layers}, and it captures before a layer, so never after the last one": (
-            target_layers in spec.taps
+            target_layers in spec.aux_layers
         ),
-        "taps holds 0, the embeddings, which would be layer id -1": 0 in spec.taps,
+        "taps holds 0, the embeddings, which would be layer id -1": 0 in spec.aux_layers,
         "qk_norm is true, and its draft has no norm on queries and keys": spec.qk_norm,
         "attention_bias is true, and its draft has no biases": spec.attention_bias,
         f"layers is {spec.layers}, and its draft has one": spec.layers != 1,
@@ -106,7 +106,8 @@ def sglang_jax_limits(spec: DraftSpec, target_layers: int, architectures: Sequen
     """
     usual = (2, target_layers // 2, target_layers - 3)
     reasons = {
-        f"taps is {list(spec.taps)}, and it always taps {list(usual)} of {target_layers} layers": spec.taps != usual,
+        f"taps is {list(spec.aux_layers)}, and it always taps {list(usual)} of {target_layers} layers": spec.aux_layers
+        != usual,
         "norm_before_fc is true, which it does not know": spec.norm_before_fc,
         "fc_norm is true, which it does not know": spec.fc_norm,
         "carry_normed is true, and it hands on the raw state": spec.carry_normed,
@@ -117,7 +118,7 @@ def sglang_jax_limits(spec: DraftSpec, target_layers: int, architectures: Sequen
             bool(architectures) and not set(architectures) & set(TAPPED_BY_SGLANG_JAX)
         ),
     }
-    shared = sglang_limits(dataclasses.replace(spec, taps=(1,)), target_layers)
+    shared = sglang_limits(dataclasses.replace(spec, aux_layers=(1,)), target_layers)
     return [reason for reason, holds in reasons.items() if holds] + shared
 
 

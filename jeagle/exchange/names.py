@@ -31,12 +31,12 @@ TABLES = (EMBEDDING, OFFSETS, MASK)
 
 def expected_shapes(spec: DraftSpec) -> dict[str, Shape]:
     """Every parameter of a draft of this spec by jeagle's name, with its shape: kernels [in, out], lm_head [D, W]."""
-    fused = len(spec.taps) * spec.target_width
+    fused = len(spec.aux_layers) * spec.target_width
     shapes: dict[str, Shape] = {"fc": (fused, spec.width)}
     if spec.norm_before_fc:
         shapes["input_norm"] = (fused,)
     if spec.fc_norm:
-        shapes |= {f"fc_norm.{j}": (spec.target_width,) for j in range(len(spec.taps))}
+        shapes |= {f"fc_norm.{j}": (spec.target_width,) for j in range(len(spec.aux_layers))}
     for i in range(spec.layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in _layer_shapes(spec, first=i == 0).items()}
     return shapes | {"norm": (spec.width,), "lm_head": (spec.draft_vocab, spec.width)}

@@ -108,7 +108,7 @@ class OpenDraft:
     def spec(self, hints: Hints | None = None) -> DraftSpec:
         """UserError where config.json leaves a question open that `hints` do not answer."""
         spec = spec_from_config(self.config, self.shapes, hints or Hints())
-        check_spec(spec, target_layers=spec.taps[-1])
+        check_spec(spec, target_layers=spec.aux_layers[-1])
         return spec
 
     def params(self, spec: DraftSpec) -> dict[str, Lazy]:

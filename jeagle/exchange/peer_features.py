@@ -28,7 +28,7 @@ class Sample(NamedTuple):
 
     tokens: np.ndarray
     supervised: np.ndarray
-    taps: np.ndarray
+    aux: np.ndarray
     last: np.ndarray
 
 
@@ -74,8 +74,8 @@ def _number(path: Path) -> int:
 
 def _specforge(path: Path) -> Sample:
     tree = read_torch(path)
-    last, taps = np.squeeze(tree["hidden_state"], 0), np.squeeze(tree["aux_hidden_state"], 0)
-    return _checked(path, tree["input_ids"], tree["loss_mask"], taps.reshape(len(taps), -1, last.shape[-1]), last)
+    last, aux = np.squeeze(tree["hidden_state"], 0), np.squeeze(tree["aux_hidden_state"], 0)
+    return _checked(path, tree["input_ids"], tree["loss_mask"], aux.reshape(len(aux), -1, last.shape[-1]), last)
 
 
 def _pickled(folder: Path, files: list[Path]) -> PeerFeatures:
@@ -94,14 +94,14 @@ def _pickled(folder: Path, files: list[Path]) -> PeerFeatures:
 
 def _format_0(path: Path) -> Sample:
     tree = read_torch(path)
-    last, taps = tree["target"], tree["hidden_state"]
-    return _checked(path, tree["input_ids"], tree["loss_mask"], taps.reshape(len(taps), -1, last.shape[-1]), last)
+    last, aux = tree["target"], tree["hidden_state"]
+    return _checked(path, tree["input_ids"], tree["loss_mask"], aux.reshape(len(aux), -1, last.shape[-1]), last)
 
 
 def _format_1(path: Path) -> Sample:
     tree = read_torch(path)
-    *taps, last = tree["hidden_states"]
-    return _checked(path, tree["input_ids"], tree["loss_mask"], np.stack(taps, axis=1), last)
+    *aux, last = tree["hidden_states"]
+    return _checked(path, tree["input_ids"], tree["loss_mask"], np.stack(aux, axis=1), last)
 
 
 def _current(folder: Path, states: Path) -> PeerFeatures:
@@ -131,14 +131,14 @@ def _current(folder: Path, states: Path) -> PeerFeatures:
     return PeerFeatures(f"{name}, safetensors", files, read, False)
 
 
-def _checked(path: Path, tokens: np.ndarray, mask: np.ndarray, taps: np.ndarray, last: np.ndarray) -> Sample:
+def _checked(path: Path, tokens: np.ndarray, mask: np.ndarray, aux: np.ndarray, last: np.ndarray) -> Sample:
     """UserError for a file that its own readers would have taken silently: short, or not finite."""
-    lengths = {len(tokens), len(mask), len(taps), len(last)}
+    lengths = {len(tokens), len(mask), len(aux), len(last)}
     if len(lengths) > 1:
         raise UserError(
-            f"{path} holds {len(tokens)} tokens, {len(mask)} mask bits and {len(taps)} states: it is cut short."
+            f"{path} holds {len(tokens)} tokens, {len(mask)} mask bits and {len(aux)} states: it is cut short."
         )
-    for states in (taps, last):
+    for states in (aux, last):
         if not np.isfinite(states.astype(np.float32)).all():
             raise UserError(f"{path} holds states that are not numbers.")
-    return Sample(np.asarray(tokens, np.int32), np.asarray(mask).astype(bool), taps, last)
+    return Sample(np.asarray(tokens, np.int32), np.asarray(mask).astype(bool), aux, last)

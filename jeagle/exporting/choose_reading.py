@@ -107,7 +107,7 @@ def _table(measured: list[Measured]) -> list[str]:
 def label(reading: Reading) -> str:
     """A reading's answers in words."""
     words = {
-        "taps": lambda taps: f"taps {' '.join(map(str, taps))}",
+        "aux_layers": lambda aux_layers: f"aux layers {' '.join(map(str, aux_layers))}",
         "norm_output": lambda means: f"norm_output {means}",
         "norm_before_residual": lambda holds: f"norm_before_residual {str(holds).lower()}",
     }

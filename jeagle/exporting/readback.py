@@ -78,11 +78,11 @@ def _probe(spec: DraftSpec, params: Mapping[str, Any], vocabulary: np.ndarray) -
     embed = jnp.asarray(noise.standard_normal((64, spec.width), np.float32))
     head = jnp.zeros((1, spec.target_width))
     tables = Tables(embed, head, jnp.asarray(vocabulary))
-    taps = jnp.asarray(noise.standard_normal((2, 6, len(spec.taps), spec.target_width), np.float32))
+    aux = jnp.asarray(noise.standard_normal((2, 6, len(spec.aux_layers), spec.target_width), np.float32))
     tokens = jnp.asarray(noise.integers(0, 64, (2, 12)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12)) + 100  # far enough that a lost RoPE scaling shows
     cache = empty_cache(draft, 2, 112)
-    for_head, states, cache = advance(draft, tables, draft.fuse(taps), tokens[:, :6], positions[:, :6], cache)
+    for_head, states, cache = advance(draft, tables, draft.fuse(aux), tokens[:, :6], positions[:, :6], cache)
     own, _, _ = advance(draft, tables, states, tokens[:, 6:], positions[:, 6:], cache)
     return _logits(draft, jnp.concatenate([for_head, own], axis=1), params["lm_head"])
 

@@ -114,7 +114,7 @@ class Agreement(NamedTuple):
 
     positions: int
     argmax: float
-    taps_off: float
+    aux_error: float
     moved: float = 0.0
 
 
@@ -135,8 +135,8 @@ def compare(store: features.Store, split: str, rows: list[int], capture: Capture
     fresh = capture(batch)
     _, seen_BT, near_BT = store.places(batch)
     same = np.asarray(kept.greedy_BT)[near_BT] == fresh.greedy_BT[near_BT]
-    taps, own = np.asarray(kept.taps_BTAH)[seen_BT], np.asarray(fresh.taps.values)[seen_BT]
-    off_NA = np.linalg.norm(taps - own, axis=-1) / np.maximum(np.linalg.norm(own, axis=-1), 1e-9)
+    aux, own = np.asarray(kept.aux_BTAH)[seen_BT], np.asarray(fresh.aux.values)[seen_BT]
+    off_NA = np.linalg.norm(aux - own, axis=-1) / np.maximum(np.linalg.norm(own, axis=-1), 1e-9)
     off = float(np.median(off_NA, 0).max()) if len(off_NA) else 0.0
     return Agreement(int(near_BT.sum()), _mean(same, 1.0), off, _moved(kept.teacher, fresh.teacher, near_BT))
 
@@ -164,10 +164,10 @@ def _mean(values: np.ndarray, without: float) -> float:
 def check_agreement(store: features.Store, found: Agreement) -> None:
     """UserError unless the store says what the target says, as closely as its types let it."""
     kinds = store.about["made_from"]["arrays"]
-    if not (found.argmax >= 0.99 and found.taps_off <= _MOST_OFF[kinds["taps"]]):  # NaN is neither
+    if not (found.argmax >= 0.99 and found.aux_error <= _MOST_OFF[kinds["taps"]]):  # NaN is neither
         raise UserError(
             f"The store {store} does not hold this target's features: of {found.positions} positions the target's "
-            f"argmax is the stored one at {found.argmax:.1%}, and taps are off by {found.taps_off:.1%} "
+            f"argmax is the stored one at {found.argmax:.1%}, and taps are off by {found.aux_error:.1%} "
             f"({_MOST_OFF[kinds['taps']]:.0%} allowed for {kinds['taps']}). Extract anew."
         )
     if not found.moved <= _MOST_MOVED:

@@ -27,22 +27,22 @@ class Captured(NamedTuple):
     finite_B: Any
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "taps", "width", "form", "mesh"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "aux_layers", "width", "form", "mesh"))
 def _captured(
     graphdef: Any,
     state: Any,
     batch: Batch,
     channels: dict[str, jax.Array],
-    taps: tuple[int, ...],
+    aux_layers: tuple[int, ...],
     width: int,
     form: features.Form,
     mesh: Mesh,
 ) -> Captured:
     model = nnx.merge(graphdef, state)
-    found = targets.features(model, batch, taps, align.near_supervised(batch), width, form.top_k)
+    found = targets.features(model, batch, aux_layers, align.near_supervised(batch), width, form.top_k)
     real_BT = batch.segments_BT > 0
     taught = found.teacher.log_probs_BTP if isinstance(found.teacher, TopK) else found.teacher
-    finite = jnp.isfinite(found.taps_BTAH).all(axis=(2, 3)) & jnp.isfinite(taught).all(axis=2)
+    finite = jnp.isfinite(found.aux_BTAH).all(axis=(2, 3)) & jnp.isfinite(taught).all(axis=2)
     captured = Captured(features.encode(found, form, channels), (finite | ~real_BT).all(axis=1))
     # Each process finds its own rows, and only those, on its own devices.
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_sharding(mesh)), captured)
@@ -60,15 +60,15 @@ class Capture:
     def __init__(
         self,
         target: Target,
-        taps: tuple[int, ...],
+        aux_layers: tuple[int, ...],
         mesh: Mesh,
         *,
         width: int,
         form: features.Form = _WHOLE,
         channels: dict[str, np.ndarray] | None = None,
     ):
-        self._target, self._taps, self._mesh, self._width, self._form = target, taps, mesh, width, form
-        shapes = {"taps": (len(taps), target.spec.width), "last": (target.spec.width,)}
+        self._target, self._aux_layers, self._mesh, self._width, self._form = target, aux_layers, mesh, width, form
+        shapes = {"taps": (len(aux_layers), target.spec.width), "last": (target.spec.width,)}
         one: dict[str, Any] = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
         self._channels = one | (channels or {})
 
@@ -78,7 +78,7 @@ class Capture:
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
         target, channels = self._target, self._channels
         return _captured(
-            target.graphdef, target.state, batch, channels, self._taps, self._width, self._form, self._mesh
+            target.graphdef, target.state, batch, channels, self._aux_layers, self._width, self._form, self._mesh
         )
 
     def end(self, captured: Captured) -> features.Stored:

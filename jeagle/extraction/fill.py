@@ -32,15 +32,17 @@ def extract(config: RunConfig, out: str) -> str:
     loaded = assemble.load_target(config, mesh)
     rows = {split: data.load_rows(prepared.data / split) for split in ("train", "held_out")}
     sizes = {split: measure(batch, form) for split, batch in rows.items()}
-    taps = targets.check_taps(config.target.taps, loaded.target.spec.layers)
+    aux_layers = targets.check_aux_layers(config.target.aux_layers, loaded.target.spec.layers)
     place = features.Place(out)
-    writer = features.Writer(place, about(config, loaded, prepared, sizes, taps, form))
+    writer = features.Writer(place, about(config, loaded, prepared, sizes, aux_layers, form))
     units = features.units_of({s: len(x.tokens) for s, x in sizes.items()}, writer.about["layout"]["rows_per_segment"])
-    check_space(place, writer.pending(units), sizes, loaded.target.spec.width, len(taps), form)
+    check_space(place, writer.pending(units), sizes, loaded.target.spec.width, len(aux_layers), form)
     copy_data(prepared, place)
     width = max(kept_width(batch) for batch in rows.values())
-    channels = commit_tables(config, writer, loaded, Capture(loaded.target, taps, mesh, width=width), rows["train"])
-    capture = Capture(loaded.target, taps, mesh, width=width, form=form, channels=channels)
+    channels = commit_tables(
+        config, writer, loaded, Capture(loaded.target, aux_layers, mesh, width=width), rows["train"]
+    )
+    capture = Capture(loaded.target, aux_layers, mesh, width=width, form=form, channels=channels)
     _fill(config, writer, units, rows, sizes, capture)
     if distributed.is_leader():
         writer.finish()
@@ -74,7 +76,7 @@ def _fill(
                 unit, rows, share, capture, writer.about["layout"]["rows_per_segment"]
             ):
                 if len(place):  # else this process only keeps the others company
-                    parts.append(features.ragged(batch, found, range(len(place)), taps_at=config.store.taps_at))
+                    parts.append(features.ragged(batch, found, range(len(place)), aux_at=config.store.aux_at))
                     done += sum(parts[-1].lengths)
                 writer.claims.renew()
                 progress.update(done, written=f"{writer.bytes / 1e9:.2f} GB")

@@ -41,7 +41,7 @@ def measure(rows: Batch, form: features.Form) -> Sizes:
     found = [np.zeros((len(Sizes._fields), 0), np.int64)]
     for start in range(0, len(rows.tokens_BT), _BLOCK):
         part = Batch(*(np.asarray(array[start : start + _BLOCK]) for array in rows))
-        found.append(np.stack([where.sum(axis=1) for where in features.places_of(part, form.taps_at)]))
+        found.append(np.stack([where.sum(axis=1) for where in features.places_of(part, form.aux_at)]))
     return Sizes(*np.concatenate(found, axis=1))
 
 
@@ -49,7 +49,7 @@ def form_of(config: RunConfig) -> features.Form:
     """What the run's settings keep. UserError where its objective needs more."""
     settings = config.store
     top_k = settings.top_k if settings.teacher == "top_k" else 0
-    form = features.Form(settings.taps, settings.last, top_k, settings.taps_at)
+    form = features.Form(settings.aux_dtype, settings.last_dtype, top_k, settings.aux_at)
     check_serves(form, config, "The store asked for")
     return form
 
@@ -62,10 +62,10 @@ def check_serves(form: features.Form, config: RunConfig, where: str) -> None:
             f"{where} keeps the {form.top_k} likeliest tokens of each distribution, and {spec.whole_teacher}: give "
             "another --objective.loss, or --store.teacher last when the store is made."
         )
-    if form.taps_at == "seen" and spec.cross_documents:
+    if form.aux_at == "seen" and spec.cross_documents:
         raise UserError(
             f"{where} keeps tapped states only where a slot of the same document sees them, and with "
-            "cross_documents slots run on into the next one: make the store with --store.taps-at all, or train with "
+            "cross_documents slots run on into the next one: make the store with --store.aux-at all, or train with "
             "--objective.cross-documents False."
         )
 
@@ -75,7 +75,7 @@ def about(
     loaded: assemble.LoadedTarget,
     prepared: dataset.Prepared,
     sizes: dict[str, Sizes],
-    taps: Any,
+    aux_layers: Any,
     form: features.Form,
 ) -> dict[str, Any]:
     """store.json: everything that a reader must know, and everything that must not change.
@@ -90,14 +90,14 @@ def about(
     identity |= {name: getattr(target, name) for name in ("dtype", "weights", "family")}
     total = sum(int(s.tokens.sum()) for s in sizes.values())
     count = sum(len(s.tokens) for s in sizes.values())
-    each = bytes_of(form, hidden, len(taps), list(sizes.values())) / max(count, 1)
+    each = bytes_of(form, hidden, len(aux_layers), list(sizes.values())) / max(count, 1)
     batch = config.train.batch_rows
     rows_each = max(round(config.store.segment_mb * 2**20 / max(each, 1)) // batch, 1) * batch
     return {
         "format": _FORMAT,
         "made_from": {
             "target": identity,
-            "taps": list(taps),
+            "taps": list(aux_layers),
             "data": made,
             "template_settings": template_settings(config),
             "arrays": form.described(),
@@ -122,11 +122,11 @@ def template_settings(config: RunConfig) -> dict[str, str]:
     return {name: getattr(config.data, name) for name in names}
 
 
-def bytes_of(form: features.Form, hidden: int, taps: int, sizes: list[Sizes]) -> float:
+def bytes_of(form: features.Form, hidden: int, aux_layers: int, sizes: list[Sizes]) -> float:
     """Bytes that rows of these sizes take."""
     tokens, seen, kept = (sum(int(counts.sum()) for counts in each) for each in zip(*sizes, strict=True))
     each = max(tokens, 1)
-    return tokens * features.bytes_per_token(hidden, taps, form, kept=kept / each, seen=seen / each)
+    return tokens * features.bytes_per_token(hidden, aux_layers, form, kept=kept / each, seen=seen / each)
 
 
 def check_space(
@@ -134,16 +134,16 @@ def check_space(
     units: list[features.Unit],
     sizes: dict[str, Sizes],
     hidden: int,
-    taps: int,
+    aux_layers: int,
     form: features.Form,
 ) -> None:
     """UserError unless the disk has room for these units."""
     chosen = [Sizes(*(x[unit.rows.start : unit.rows.stop] for x in sizes[unit.split])) for unit in units]
-    needed, free = bytes_of(form, hidden, taps, chosen) * _SPARE, place.free_bytes()
+    needed, free = bytes_of(form, hidden, aux_layers, chosen) * _SPARE, place.free_bytes()
     if free is None or needed <= free:
         return
     count = sum(len(s.tokens) for s in chosen)
-    more = [] if form.taps in ("int8", "fp8") else ["--store.taps int8 halves it or better"]
+    more = [] if form.aux in ("int8", "fp8") else ["--store.aux-dtype int8 halves it or better"]
     advice = "; ".join([*more, "--data.max-conversations takes fewer", "--features online needs none"])
     raise UserError(
         f"The store needs {needed / 1e9:.4g} GB for {count} rows, the disk of {place} has {free / 1e9:.4g} GB free, "
@@ -171,11 +171,11 @@ def commit_tables(
         if not loaded.target.spec.tied:
             arrays["head"] = _everywhere(model.head_rows())
         near, real = align.near_supervised(first, xp=np), first.segments_BT > 0
-        if config.store.taps in ("int8", "fp8"):
-            arrays["taps_channel"] = features.channel_scales(stored.taps.values[real], config.store.taps)
+        if config.store.aux_dtype in ("int8", "fp8"):
+            arrays["taps_channel"] = features.channel_scales(stored.aux.values[real], config.store.aux_dtype)
         last = stored.teacher if config.store.teacher == "last" else None
-        if isinstance(last, features.Scaled) and config.store.last in ("int8", "fp8"):
-            arrays["last_channel"] = features.channel_scales(last.values[near], config.store.last)
+        if isinstance(last, features.Scaled) and config.store.last_dtype in ("int8", "fp8"):
+            arrays["last_channel"] = features.channel_scales(last.values[near], config.store.last_dtype)
         if distributed.is_leader():
             writer.commit_tables(lambda: arrays)
     if jax.process_count() > 1:

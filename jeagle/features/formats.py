@@ -53,7 +53,7 @@ class Stored(NamedTuple):
       greedy_BT, lse_BT: int32 and float32; like the teacher, 0 where nothing is kept.
     """
 
-    taps: Scaled
+    aux: Scaled
     teacher: Scaled | TopK
     greedy_BT: Any
     lse_BT: Any
@@ -68,15 +68,15 @@ class Form(NamedTuple):
       taps_at: all positions, or those that some slot can see (`align.seen_positions`).
     """
 
-    taps: str = "float32"
+    aux: str = "float32"
     last: str = "float32"
     top_k: int = 0
-    taps_at: str = "all"
+    aux_at: str = "all"
 
     def described(self) -> dict[str, Any]:
         """What store.json says of it."""
         teacher = {"teacher": "top_k", "top_k": self.top_k} if self.top_k else {"teacher": "last", "last": self.last}
-        return {"taps": self.taps, "taps_at": self.taps_at} | teacher
+        return {"taps": self.aux, "taps_at": self.aux_at} | teacher
 
     @classmethod
     def of(cls, described: dict[str, Any]) -> Form:
@@ -91,7 +91,7 @@ def decode(stored: Stored) -> Features:
         whole: Any = teacher._replace(log_probs_BTP=teacher.log_probs_BTP.astype(jnp.float32))
     else:
         whole = _decoded(teacher)
-    return Features(_decoded(stored.taps), whole, stored.greedy_BT, stored.lse_BT)
+    return Features(_decoded(stored.aux), whole, stored.greedy_BT, stored.lse_BT)
 
 
 def _decoded(scaled: Scaled) -> jax.Array:
@@ -107,12 +107,12 @@ def encode(features: Features, form: Form, channels: dict[str, jax.Array]) -> St
     Args:
       channels: float32 scales, "taps" [A, H] and "last" [H], read for narrow kinds only.
     """
-    taps, teacher = _encoded(features.taps_BTAH, form.taps, channels["taps"]), features.teacher
+    aux, teacher = _encoded(features.aux_BTAH, form.aux, channels["taps"]), features.teacher
     if isinstance(teacher, TopK):
         kept: Any = teacher._replace(log_probs_BTP=teacher.log_probs_BTP.astype(LOG_PROBS))
     else:
         kept = _encoded(teacher, form.last, channels["last"])
-    return Stored(taps, kept, features.greedy_BT, features.lse_BT)
+    return Stored(aux, kept, features.greedy_BT, features.lse_BT)
 
 
 def _encoded(x: jax.Array, kind: str, channel: jax.Array) -> Scaled:
@@ -138,14 +138,14 @@ def channel_scales(vectors: np.ndarray, kind: str) -> np.ndarray:
     return np.maximum(sizes, floor).astype(np.float32)
 
 
-def bytes_per_token(hidden: int, taps: int, form: Form, kept: float = 1.0, seen: float = 1.0) -> float:
+def bytes_per_token(hidden: int, aux: int, form: Form, kept: float = 1.0, seen: float = 1.0) -> float:
     """Bytes that a token costs in a store, its tokens and masks included.
 
     Args:
       kept: share of tokens whose teacher is kept. seen: share of tokens whose taps are.
     """
     teacher = form.top_k * (4 + LOG_PROBS.itemsize) + 4 if form.top_k else _bytes(hidden, form.last)
-    return seen * taps * _bytes(hidden, form.taps) + kept * (teacher + 8) + 13
+    return seen * aux * _bytes(hidden, form.aux) + kept * (teacher + 8) + 13
 
 
 def _bytes(hidden: int, kind: str) -> int:
@@ -155,7 +155,7 @@ def _bytes(hidden: int, kind: str) -> int:
 
 def by_name(stored: Stored) -> dict[str, Any]:
     """The arrays [B, T, ...] of a store's rows, by the names that they have on disk."""
-    found = {"taps": stored.taps.values, "taps_row": stored.taps.row}
+    found = {"taps": stored.aux.values, "taps_row": stored.aux.row}
     if isinstance(stored.teacher, TopK):
         found |= dict(zip(TOP, stored.teacher, strict=True))
     else:

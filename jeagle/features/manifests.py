@@ -53,7 +53,7 @@ class Segment:
         return f"{SEGMENTS}/{self.data}"
 
     @property
-    def taps(self) -> tuple[int, ...]:
+    def aux(self) -> tuple[int, ...]:
         """Positions of each row whose taps are there."""
         return self.seen or self.lengths
 

@@ -139,7 +139,7 @@ class Store:
 
     def places(self, batch: Batch) -> Places:
         """Which positions of rows the store keeps something of."""
-        return places_of(batch, self.form.taps_at)
+        return places_of(batch, self.form.aux_at)
 
     def table(self, name: str) -> np.ndarray | None:
         """An array of the tables, such as embed [V, W]; None where the store has none of that name."""
@@ -182,11 +182,11 @@ class Store:
             return scaled._replace(channel=np.ascontiguousarray(channel))
 
         teacher = one("last", out.teacher) if isinstance(out.teacher, Scaled) else out.teacher
-        return out._replace(taps=one("taps", out.taps), teacher=teacher)
+        return out._replace(aux=one("taps", out.aux), teacher=teacher)
 
     def _note(self, segment: Segment) -> None:
         start = kept_start = seen_start = 0
-        for row, length, kept, seen in zip(segment.rows, segment.lengths, segment.kept, segment.taps, strict=True):
+        for row, length, kept, seen in zip(segment.rows, segment.lengths, segment.kept, segment.aux, strict=True):
             spot = Spot(segment, start, length, kept_start, kept, seen_start, seen)
             self._spots[segment.split].setdefault(row, spot)
             start, kept_start, seen_start = start + length, kept_start + kept, seen_start + seen

@@ -44,20 +44,20 @@ class Places(NamedTuple):
         return self.seen_BT if name in PER_SEEN else self.kept_BT if name in PER_KEPT else self.real_BT
 
 
-def places_of(batch: Batch, taps_at: str) -> Places:
+def places_of(batch: Batch, aux_at: str) -> Places:
     """What is kept of rows; `taps_at` as in `formats.Form`."""
     real_BT = batch.segments_BT > 0
-    seen_BT = align.seen_positions(batch, xp=np) if taps_at == "seen" else real_BT
+    seen_BT = align.seen_positions(batch, xp=np) if aux_at == "seen" else real_BT
     return Places(real_BT, seen_BT, align.near_supervised(batch, xp=np))
 
 
-def ragged(batch: Batch, stored: Stored, rows: Iterable[int] | None = None, *, taps_at: str = "all") -> Ragged:
+def ragged(batch: Batch, stored: Stored, rows: Iterable[int] | None = None, *, aux_at: str = "all") -> Ragged:
     """Cuts off what is not kept.
 
     Args:
       batch, stored: host arrays of some rows. rows: which of them; all by default. taps_at: as in `formats.Form`.
     """
-    places = places_of(batch, taps_at)
+    places = places_of(batch, aux_at)
     chosen = range(len(batch.tokens_BT)) if rows is None else list(rows)
     whole = dict(zip(TOKENS, batch, strict=True)) | by_name(stored)
     if not all(_first(places.real_BT[b]) for b in chosen):

@@ -39,7 +39,7 @@ def verify(store: Store, on_done: Callable[[int], None] = lambda done: None) -> 
 def _wrong(store: Store, segment: Segment) -> str | None:
     """What is wrong with a segment; None where nothing is."""
     lengths = {name: described["shape"][0] for name, described in segment.arrays.items()}
-    expected = {"tokens": sum(segment.lengths), "taps": sum(segment.taps), "greedy": sum(segment.kept)}
+    expected = {"tokens": sum(segment.lengths), "taps": sum(segment.aux), "greedy": sum(segment.kept)}
     if any(lengths.get(name, -1) != n for name, n in expected.items() if segment.split):
         return "its arrays are not as long as its rows"
     for name, described in segment.arrays.items():

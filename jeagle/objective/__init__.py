@@ -2,14 +2,14 @@
 
 from jeagle.objective.dialects import DIALECTS, ObjectiveSpec, resolve
 from jeagle.objective.losses import LOSSES, parse_loss
-from jeagle.objective.objective import ACCELERATOR_CHUNK, CPU_CHUNK, Figures, divisors, objective
+from jeagle.objective.objective import ACCELERATOR_CHUNK, CPU_CHUNK, Metrics, divisors, objective
 
 __all__ = [
     "ACCELERATOR_CHUNK",
     "CPU_CHUNK",
     "DIALECTS",
     "LOSSES",
-    "Figures",
+    "Metrics",
     "ObjectiveSpec",
     "divisors",
     "objective",

@@ -19,7 +19,7 @@ from jeagle.runtime.mesh import summed_over
 CPU_CHUNK, ACCELERATOR_CHUNK = 512, 2048
 
 
-class Figures(NamedTuple):
+class Metrics(NamedTuple):
     """Sums over the global batch, per TTT step, all [K] float32: dividing them gives the means.
 
     Attributes:
@@ -58,7 +58,7 @@ def objective(
     divisor_K: jax.Array | None = None,
     over: tuple[str, ...] = (),
     chunk_rows: int = CPU_CHUNK,
-) -> tuple[jax.Array, Figures]:
+) -> tuple[jax.Array, Metrics]:
     """The scalar loss of the global batch and its figures; its gradient on a device is that of the device's own rows.
 
     Args:
@@ -113,9 +113,9 @@ def objective(
         taught = taught._replace(factors=tuple(f if f is None else _take(f, slot_BMK) for f in factors))
     loss, by_teacher = chunked_loss(recipe, predictions.hidden_KBNW, lm_head_DW, taught)
     by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, counts_KBN.shape[2])
-    figures = _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)
-    figures = figures._replace(loss=figures.loss + rest_K)
-    return summed_over((loss + jnp.sum(decay_K * rest_K), figures), over)
+    metrics = _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)
+    metrics = metrics._replace(loss=metrics.loss + rest_K)
+    return summed_over((loss + jnp.sum(decay_K * rest_K), metrics), over)
 
 
 def _draft_entries(tables: Tables) -> jax.Array:
@@ -215,13 +215,13 @@ def _by_slot(by_teacher: Any, slot_BMK: jax.Array, present_BMK: jax.Array, width
     return jax.tree.map(scatter, by_teacher)
 
 
-def _figures(by_slot: Slotwise, counts: jax.Array, trained: jax.Array, scale: jax.Array) -> Figures:
+def _figures(by_slot: Slotwise, counts: jax.Array, trained: jax.Array, scale: jax.Array) -> Metrics:
     def total(values: jax.Array) -> jax.Array:
         return values.sum(axis=(1, 2), dtype=jnp.float32)
 
     prefix = jnp.cumprod(counts, axis=0, dtype=jnp.float32)
     reached = jnp.cumprod(by_slot.accepted * counts, axis=0)
-    return Figures(
+    return Metrics(
         loss=total(jnp.where(trained, by_slot.loss * scale, 0.0)),
         counting=total(counts),
         correct=total(by_slot.correct * counts),

@@ -61,22 +61,22 @@ def open_bench(
         graphdef, state = assemble.make_draft(spec, dtype, mesh, seed=config.train.seed, head=head, kind=kind)
     else:
         graphdef, state = assemble.draft_from_flat(spec, dtype, params, mesh, kind=kind)
-    models = make_models(loaded.target.graphdef, graphdef, spec.taps)
+    models = make_models(loaded.target.graphdef, graphdef, spec.aux_layers)
     return Bench(loaded, models, Weights(loaded.target.state, state, tables), mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def make_models(target: Any, draft: Any, taps: tuple[int, ...]) -> decoding.Models:
+def make_models(target: Any, draft: Any, aux_layers: tuple[int, ...]) -> decoding.Models:
     """The two graphdefs as the functions that decoding runs."""
 
     def verify(weights: Weights, cache: Any, tokens: jax.Array, positions: jax.Array, count: jax.Array | None = None):
         model = nnx.merge(target, weights.target)
-        tapped, last, cache = model.extend(tokens, positions, cache, taps, count)
-        return *targets.greedy_and_gap(model, last), tapped, cache
+        aux, last, cache = model.extend(tokens, positions, cache, aux_layers, count)
+        return *targets.greedy_and_gap(model, last), aux, cache
 
-    def read(weights: Weights, cache: Any, tapped: jax.Array, tokens: jax.Array, positions: jax.Array):
+    def read(weights: Weights, cache: Any, aux: jax.Array, tokens: jax.Array, positions: jax.Array):
         module = nnx.merge(draft, weights.draft)
-        return step(module, weights, cache, module.fuse(tapped), tokens, positions)
+        return step(module, weights, cache, module.fuse(aux), tokens, positions)
 
     def go_on(weights: Weights, cache: Any, state: jax.Array, tokens: jax.Array, positions: jax.Array):
         return step(nnx.merge(draft, weights.draft), weights, cache, state, tokens, positions)

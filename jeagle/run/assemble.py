@@ -60,8 +60,8 @@ def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTa
     tokenizer = dataset.load_tokenizer(config, files)
     ends = targets.end_token_ids(tokenizer, source.config)
     family = targets.own_family(config.target.family) if config.target.family else None
-    if config.target.taps:
-        targets.check_taps(config.target.taps, targets.read_spec(source.config, family).layers)
+    if config.target.aux_layers:
+        targets.check_aux_layers(config.target.aux_layers, targets.read_spec(source.config, family).layers)
     with bytes_progress("load target", shown=jax.process_index() == 0) as progress:
         target = targets.load_target(
             source,
@@ -197,7 +197,7 @@ def open_start(config: RunConfig) -> Start | None:
         _, spec, params = load_draft(folder, "last")
         own = folder / EMBEDDING_FILE
         return Start(spec, params, np.load(own) if own.is_file() else None)
-    read = exchange.read_export(folder, exchange.Hints(config.target.taps or None, config.draft.norm_output))
+    read = exchange.read_export(folder, exchange.Hints(config.target.aux_layers or None, config.draft.norm_output))
     return Start(read.spec, read.params, read.embed_VW)
 
 

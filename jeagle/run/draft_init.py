@@ -76,7 +76,7 @@ def draft_spec(
             config.draft.json,
             draft_vocab=draft_vocab,
             target_width=target.width,
-            default_taps=lambda: targets.check_taps(config.target.taps, target.layers),
+            default_aux_layers=lambda: targets.check_aux_layers(config.target.aux_layers, target.layers),
             norm_output=config.draft.norm_output or "head",
         )
     else:
@@ -94,7 +94,7 @@ def derived_spec(config: RunConfig, target: TargetSpec, draft_vocab: int) -> Dra
         target_width=target.width,
         target_vocab=target.vocab,
         draft_vocab=draft_vocab,
-        taps=targets.check_taps(config.target.taps, target.layers),
+        aux_layers=targets.check_aux_layers(config.target.aux_layers, target.layers),
         norm_eps=target.norm_eps,
         rope=draft_rope(target.rope),
         max_positions=target.max_positions,
@@ -132,8 +132,11 @@ def _check_fits(spec: DraftSpec, config: RunConfig, target: TargetSpec, draft_vo
             f"{where} has a draft vocabulary of {spec.draft_vocab}, the run one of {draft_vocab}: give --draft.vocab "
             f"{spec.draft_vocab}."
         )
-    if config.target.taps and config.target.taps != spec.taps:
-        raise UserError(f"{where} taps the layers {list(spec.taps)}, --target.taps says {list(config.target.taps)}.")
+    if config.target.aux_layers and config.target.aux_layers != spec.aux_layers:
+        raise UserError(
+            f"{where} reads the layers {list(spec.aux_layers)}; --target.aux-layers says "
+            f"{list(config.target.aux_layers)}."
+        )
     if spec.heads % spec.kv_heads:
         raise UserError(f"{where} has {spec.heads} heads for {spec.kv_heads} key heads: it must be a multiple.")
 

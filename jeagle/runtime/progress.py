@@ -72,11 +72,11 @@ class Progress:
         if shown:
             threading.Thread(target=self._heartbeat, name=f"progress {label}", daemon=True).start()
 
-    def update(self, done: int, **figures: Figure) -> None:
+    def update(self, done: int, **metrics: Figure) -> None:
         """Notes that `done` of the total are finished. Figures are host values: a device array would be waited for."""
         with self._lock:
             now = self._clock()
-            self._done, self._figures, self._stale = done, figures, True
+            self._done, self._figures, self._stale = done, metrics, True
             if now - self._samples[-1][0] >= 1.0:
                 self._samples.append((now, done))
             pause = TERMINAL_SECONDS if self._terminal else PLAIN_SECONDS

@@ -41,7 +41,7 @@ class Program(NamedTuple):
 
     target: Any
     draft: Any
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     objective: objective.ObjectiveSpec
     ttt_steps: int
     dtype: Any
@@ -100,7 +100,7 @@ def program_of(
     return Program(
         target,
         draft,
-        spec.taps,
+        spec.aux_layers,
         assemble.objective_spec(config.objective),
         config.draft.ttt_steps,
         dtype,
@@ -130,7 +130,9 @@ def target_features(program: Program, frozen: Frozen, batch: Batch, live: Live) 
     wanted = jnp.zeros(batch.tokens_BT.shape, bool)
     rows = jnp.arange(wanted.shape[0])[:, None]
     wanted = wanted.at[rows, live.teachers.positions_BN].set(live.teachers.live_BN)
-    found = targets.features(model, batch, program.taps, wanted, live.teachers.positions_BN.shape[1], program.top_k)
+    found = targets.features(
+        model, batch, program.aux_layers, wanted, live.teachers.positions_BN.shape[1], program.top_k
+    )
     return jax.lax.stop_gradient(found)
 
 
@@ -142,7 +144,7 @@ def draft_loss(
     tables: Tables,
     live: Live,
     divisor_K: jax.Array | None = None,
-) -> tuple[jax.Array, objective.Figures]:
+) -> tuple[jax.Array, objective.Metrics]:
     """The loss of a draft on features, and its figures.
 
     Where a mesh splits the batch's rows, each device runs the TTT steps and the loss of its own rows: the draft's
@@ -175,13 +177,13 @@ def _loss_of_rows(
     tables: Tables,
     live: Live,
     divisor_K: jax.Array | None,
-) -> tuple[jax.Array, objective.Figures]:
+) -> tuple[jax.Array, objective.Metrics]:
     spec, mesh, kind = program.objective, program.mesh, platform(program.mesh)
     predictions = drafts.unroll(
         program.draft,
         draft,
         batch,
-        features.taps_BTAH,
+        features.aux_BTAH,
         embedded_BTW,
         live.slots,
         live.counts_KBT,

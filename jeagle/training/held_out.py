@@ -70,11 +70,11 @@ class HeldOut:
         """Logs the figures of the draft that would be exported, and puts them in words; empty without rows."""
         if not self._numbers.size:
             return ""
-        figures = self._summed(served_draft(state.draft, state.optimiser, state.average))
-        accuracy = figures["correct"] / _some(figures["counting"])
+        metrics = self._summed(served_draft(state.draft, state.optimiser, state.average))
+        accuracy = metrics["correct"] / _some(metrics["counting"])
         found = {f"accuracy_{k}": float(v) for k, v in enumerate(accuracy)}
-        found |= {f"acceptance_{k}": float(v) for k, v in enumerate(figures["accepted"] / _some(figures["trained"]))}
-        found |= {f"loss_{k}": float(v) for k, v in enumerate(figures["loss"])}
+        found |= {f"acceptance_{k}": float(v) for k, v in enumerate(metrics["accepted"] / _some(metrics["trained"]))}
+        found |= {f"loss_{k}": float(v) for k, v in enumerate(metrics["loss"])}
         found[BEST_BY] = float(1 + np.cumprod(accuracy).sum())
         self._trackers.log(step, found)
         self._scores[step] = found[BEST_BY]
@@ -99,9 +99,9 @@ class HeldOut:
         for both in read_ahead(starts, self._read, threads=1, depth=2):
             batch, stored = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), both)
             found = held_out_step(self._program, draft, self._frozen, batch, self._width, stored)
-            figures = jax.device_get(found)._asdict()
-            figures["loss"] = figures["loss"] * figures["trained"]
-            total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in figures.items()}
+            metrics = jax.device_get(found)._asdict()
+            metrics["loss"] = metrics["loss"] * metrics["trained"]
+            total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in metrics.items()}
         return total | {"loss": total["loss"] / _some(total["trained"])}
 
     def _read(self, start: int) -> tuple[Batch, features.Stored | None]:

@@ -72,37 +72,37 @@ class Log:
 
     def _take(self, step: int, report: Report, tokens: int, flops: float, read: float | None) -> None:
         self.tokens += tokens
-        figures = dict(summarise(report), learning_rate=float(self.rate(step)), tokens_per_s=self._speed())
+        metrics = dict(summarise(report), learning_rate=float(self.rate(step)), tokens_per_s=self._speed())
         if self.peak and flops:
-            figures["flops_share"] = self.speed.of(flops, time.monotonic()) / self.peak
+            metrics["flops_share"] = self.speed.of(flops, time.monotonic()) / self.peak
         if read is not None:
-            figures["read_share"] = read
-        self._watch(step, figures)
-        self.last = {"step": step + 1, **figures}
+            metrics["read_share"] = read
+        self._watch(step, metrics)
+        self.last = {"step": step + 1, **metrics}
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
-            self.trackers.log(step + 1, figures)
-        accuracy = " ".join(f"{figures[k]:.2f}" for k in _accuracies(figures))
+            self.trackers.log(step + 1, metrics)
+        accuracy = " ".join(f"{metrics[k]:.2f}" for k in _accuracies(metrics))
         self.progress.update(
             step + 1,
-            loss=figures["loss"],
+            loss=metrics["loss"],
             accuracy=accuracy,
-            E=figures["expected_acceptance_length"],
-            **{"tokens/s": figures["tokens_per_s"]},
-            **({"MFU": figures["flops_share"]} if "flops_share" in figures else {}),
+            E=metrics["expected_acceptance_length"],
+            **{"tokens/s": metrics["tokens_per_s"]},
+            **({"MFU": metrics["flops_share"]} if "flops_share" in metrics else {}),
             **({"read": f"{read:.0%}"} if read is not None else {}),
         )
 
-    def _watch(self, step: int, figures: dict[str, float]) -> None:
+    def _watch(self, step: int, metrics: dict[str, float]) -> None:
         """Says that an update was skipped, and stops a run that skips every one."""
-        if figures["taken"]:
+        if metrics["taken"]:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        why = "no slot of its rows counts" if not figures["trained"] else f"loss {figures['loss']:.3g}, gradient norm "
-        why += f"{figures['gradient_norm']:.3g}" if figures["trained"] else ""
+        why = "no slot of its rows counts" if not metrics["trained"] else f"loss {metrics['loss']:.3g}, gradient norm "
+        why += f"{metrics['gradient_norm']:.3g}" if metrics["trained"] else ""
         rows = ", ".join(map(str, self.rows_of(step)))
         why += f", rows {rows}" if rows else ""
-        self.progress.say(f"step {step + 1}: update skipped ({why}); {figures['skipped']:.0f} so far")
+        self.progress.say(f"step {step + 1}: update skipped ({why}); {metrics['skipped']:.0f} so far")
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(
                 f"{MOST_SKIPPED} updates in a row were skipped, the last at step {step + 1} ({why}): lower "
@@ -134,8 +134,8 @@ def last_logged(folder: Path) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
-def _accuracies(figures: dict[str, float]) -> Iterator[str]:
-    return iter(sorted((k for k in figures if k.startswith("accuracy_")), key=lambda k: int(k[9:])))
+def _accuracies(metrics: dict[str, float]) -> Iterator[str]:
+    return iter(sorted((k for k in metrics if k.startswith("accuracy_")), key=lambda k: int(k[9:])))
 
 
 def summarise(report: Report) -> dict[str, float]:
@@ -145,15 +145,15 @@ def summarise(report: Report) -> dict[str, float]:
     of the chances to be accepted when tokens are drawn, each trajectory's own product. trained: slots that carry loss.
     """
     report = jax.device_get(report)
-    f = report.figures
+    f = report.metrics
     accuracy = f.correct / np.maximum(f.counting, 1)
     accepted = f.accepted / np.maximum(f.trained, 1)
-    figures = {"loss": float(report.loss), "gradient_norm": float(report.gradient_norm)}
-    figures |= {f"loss_{k}": float(v) for k, v in enumerate(f.loss)}
-    figures |= {f"accuracy_{k}": float(v) for k, v in enumerate(accuracy)}
-    figures |= {f"acceptance_{k}": float(v) for k, v in enumerate(accepted)}
-    figures["expected_acceptance_length"] = float(1 + np.cumprod(accuracy).sum())
+    metrics = {"loss": float(report.loss), "gradient_norm": float(report.gradient_norm)}
+    metrics |= {f"loss_{k}": float(v) for k, v in enumerate(f.loss)}
+    metrics |= {f"accuracy_{k}": float(v) for k, v in enumerate(accuracy)}
+    metrics |= {f"acceptance_{k}": float(v) for k, v in enumerate(accepted)}
+    metrics["expected_acceptance_length"] = float(1 + np.cumprod(accuracy).sum())
     reached = f.prefix_accepted / np.maximum(f.prefix_counting, 1)
-    figures["expected_acceptance_length_sampled"] = float(1 + reached.sum())
-    figures |= {"taken": float(report.taken), "skipped": float(report.skipped), "trained": float(f.trained.sum())}
-    return figures
+    metrics["expected_acceptance_length_sampled"] = float(1 + reached.sum())
+    metrics |= {"taken": float(report.taken), "skipped": float(report.skipped), "trained": float(f.trained.sum())}
+    return metrics

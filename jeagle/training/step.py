@@ -25,7 +25,7 @@ class Report(NamedTuple):
     were not."""
 
     loss: jax.Array
-    figures: objective.Figures
+    metrics: objective.Metrics
     gradient_norm: jax.Array
     taken: jax.Array
     skipped: jax.Array
@@ -61,12 +61,12 @@ def part_gradient(
     width: int,
     divisor_K: jax.Array | None = None,
     stored: features.Stored | None = None,
-) -> tuple[tuple[jax.Array, objective.Figures], Any]:
+) -> tuple[tuple[jax.Array, objective.Metrics], Any]:
     """((loss, figures), gradient) of a batch, or of a part of one whose `objective.divisors` are given."""
     live = live_positions(program, batch, width)
     found = found_features(program, frozen, batch, live, stored)
 
-    def loss_of(draft: Any) -> tuple[jax.Array, objective.Figures]:
+    def loss_of(draft: Any) -> tuple[jax.Array, objective.Metrics]:
         return draft_loss(program, held(draft, program.trained), batch, found, frozen.tables, live, divisor_K)
 
     return jax.value_and_grad(loss_of, has_aux=True)(draft)
@@ -99,7 +99,7 @@ def found_features(
 
 def summed_gradient(
     program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: features.Stored | None = None
-) -> tuple[tuple[jax.Array, objective.Figures], Any]:
+) -> tuple[tuple[jax.Array, objective.Metrics], Any]:
     """As `part_gradient` of the whole batch, a part at a time: each divided by what the whole batch is divided by.
 
     Parts take every `parts`-th row, so that rows that lie on different devices stay there.
@@ -124,7 +124,7 @@ def _first(parts: Any) -> Any:
 def update(
     optimiser: optax.GradientTransformation,
     state: TrainState,
-    loss_of: Callable[[Any], tuple[jax.Array, objective.Figures]],
+    loss_of: Callable[[Any], tuple[jax.Array, objective.Metrics]],
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Report]:
     """The optimiser's step down `loss_of` the draft."""
@@ -134,7 +134,7 @@ def update(
 def descend(
     optimiser: optax.GradientTransformation,
     state: TrainState,
-    found: tuple[jax.Array, objective.Figures],
+    found: tuple[jax.Array, objective.Metrics],
     gradient: Any,
     *,
     average: float = 0.0,
@@ -145,10 +145,10 @@ def descend(
     Args:
       found: loss and figures. average: decay of the moving average of parameters, where the state has one.
     """
-    loss, figures = found
+    loss, metrics = found
     gradient = constrain_draft(gradient, mesh)
     norm = optax.tree.norm(gradient)
-    taken = jnp.isfinite(norm) & jnp.isfinite(loss) & (figures.trained.sum() > 0)
+    taken = jnp.isfinite(norm) & jnp.isfinite(loss) & (metrics.trained.sum() > 0)
 
     def take(gradient: Any, old: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         draft, moments, mean = old
@@ -166,13 +166,13 @@ def descend(
         skipped=state.skipped + ~taken,
         average=mean,
     )
-    return after, Report(loss, figures, norm, taken, after.skipped)
+    return after, Report(loss, metrics, norm, taken, after.skipped)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "width"))
 def held_out_step(
     program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: features.Stored | None = None
-) -> objective.Figures:
+) -> objective.Metrics:
     """What a draft does on rows that it is not trained on; `stored` and `width` as `train_step` has them."""
     live = live_positions(program, batch, width)
     found = found_features(program, frozen, batch, live, stored)

@@ -103,8 +103,8 @@ def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
         wanted["fingerprint"] = files.fingerprint
     elif target.ref and not Path(target.ref).expanduser().exists():
         wanted["reference"] = target.ref
-    taps = targets.check_taps(target.taps, spec_of(store.about, target.family).layers)
-    return {"target": wanted, "taps": list(taps), **_expected_data(config, files)}
+    aux_layers = targets.check_aux_layers(target.aux_layers, spec_of(store.about, target.family).layers)
+    return {"target": wanted, "taps": list(aux_layers), **_expected_data(config, files)}
 
 
 def _expected_data(config: RunConfig, files: TargetFiles | None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def test_text_is_plain_decoding(case):
         target_cache=lambda _, rows, room, rollback: model.empty_cache(rows, room, jnp.float32, rollback),
         draft_cache=lambda _, rows, room: (),
         verify=verify,
-        read=lambda text, cache, taps, tokens, positions: propose(text, cache, tokens, positions),
+        read=lambda text, cache, aux, tokens, positions: propose(text, cache, tokens, positions),
         go_on=lambda text, cache, state, tokens, positions: propose(text, cache, tokens, positions),
     )
     rng = np.random.default_rng(0)

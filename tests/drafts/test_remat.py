@@ -39,7 +39,7 @@ KINDS = {
 
 def gradient(kind, spec, remat: bool):
     graphdef, draft = nnx.split(kind(spec, jnp.dtype("float64"), nnx.Rngs(0)))
-    program = step.Program(None, graphdef, spec.taps, resolve("jeagle"), 3, jnp.dtype("float64"), remat=remat)
+    program = step.Program(None, graphdef, spec.aux_layers, resolve("jeagle"), 3, jnp.dtype("float64"), remat=remat)
     wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
     draft, (batch, features, tables) = jax.tree.map(wide, (draft, case()))
 

@@ -18,11 +18,11 @@ from jeagle.run import assemble
 from tests import tiny
 
 RECIPE = str(Path(__file__).parents[2] / "configs" / "llama3_8b.py")
-TAPS = (2, 4, 5)
+AUX_LAYERS = (2, 4, 5)
 
 
 def config_of(folder: Path, **more):
-    flags = tiny.flags(folder, name="adopted", store__taps="bfloat16", store__last="bfloat16", **more)
+    flags = tiny.flags(folder, name="adopted", store__aux_dtype="bfloat16", store__last_dtype="bfloat16", **more)
     return configs.from_command_line(["--config", RECIPE, *flags], program="", description="")
 
 
@@ -39,8 +39,8 @@ def folder(tmp_path_factory) -> Path:
     positions = np.tile(np.arange(length, dtype=np.int32), (16, 1))
     found = capture(Batch(tokens, np.ones_like(tokens), positions, np.ones(tokens.shape, bool)))
     (folder / "vllm").mkdir()
-    for i, states in enumerate(found.taps.values):
-        kept = np.ascontiguousarray(states[:, [*TAPS, tiny.LAYERS]].astype(ml_dtypes.bfloat16))
+    for i, states in enumerate(found.aux.values):
+        kept = np.ascontiguousarray(states[:, [*AUX_LAYERS, tiny.LAYERS]].astype(ml_dtypes.bfloat16))
         save_file(
             {"hidden_states": kept, "token_ids": tokens[i].astype(np.int64)}, folder / "vllm" / f"hs_{i}.safetensors"
         )
@@ -60,24 +60,22 @@ def test_states_of_vllm_become_a_store(folder):
     np.testing.assert_allclose(np.asarray(got.teacher)[:, :40], expected["last"][:14], rtol=0.05, atol=0.05)
     assert (np.asarray(got.greedy_BT)[:, :40] == expected["greedy"][:14]).mean() > 0.97
     first = load_file(folder / "vllm" / "hs_0.safetensors")["hidden_states"][:, :-1]
-    np.testing.assert_array_equal(np.asarray(got.taps_BTAH)[0, :40], first.astype(np.float32))
+    np.testing.assert_array_equal(np.asarray(got.aux_BTAH)[0, :40], first.astype(np.float32))
 
 
 def test_what_a_store_keeps_of_others_states_is_the_users_to_say(folder):
     """The likeliest tokens are those of the states, by the target's own head."""
     out = folder / "likeliest"
     import_features.adopt(
-        config_of(folder, store__teacher="top_k", store__top_k=5, store__taps_at="seen"), folder / "vllm", str(out)
+        config_of(folder, store__teacher="top_k", store__top_k=5, store__aux_at="seen"), folder / "vllm", str(out)
     )
     store = features.Store(str(out))
     batch = store.batch("train", range(14))
     got, expected = store.stored("train", range(14), batch), np.load(folder / "expected.npz")
-    assert store.form == features.Form("bfloat16", top_k=5, taps_at="seen")
+    assert store.form == features.Form("bfloat16", top_k=5, aux_at="seen")
     np.testing.assert_array_equal(got.teacher.ids_BTP[..., 0], got.greedy_BT)
     assert (got.greedy_BT[:, :40] == expected["greedy"][:14]).mean() > 0.97
-    assert (
-        not got.taps.values[:, 39].any() and got.taps.values[:, 38].any(axis=(1, 2)).all()
-    )  # nothing follows the last
+    assert not got.aux.values[:, 39].any() and got.aux.values[:, 38].any(axis=(1, 2)).all()  # nothing follows the last
 
 
 def test_states_of_other_layers_or_another_target_are_refused(folder, tmp_path):
@@ -89,7 +87,7 @@ def test_states_of_other_layers_or_another_target_are_refused(folder, tmp_path):
         (tmp_path / "other").mkdir(exist_ok=True)
         other = np.ascontiguousarray(tree["hidden_states"][::-1])
         save_file(tree | {"hidden_states": other}, tmp_path / "other" / f"hs_{i}.safetensors")
-    with pytest.raises(UserError, match=r"after 2, 4, 8 layers, .* asks for 2, 4, 5: give --target.taps 2 4 8"):
+    with pytest.raises(UserError, match=r"after 2, 4, 8 layers, .* asks for 2, 4, 5: give --target.aux-layers 2 4 8"):
         import_features.adopt(config_of(folder), tmp_path / "deeper", str(tmp_path / "s"))
     with pytest.raises(UserError, match="no layer's of this target"):
         import_features.adopt(config_of(folder), tmp_path / "other", str(tmp_path / "s"))

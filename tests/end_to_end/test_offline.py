@@ -51,7 +51,7 @@ def stores(folder) -> dict[str, Path]:
     """One store exact, one in bytes."""
     paths = {kind: folder / kind for kind in ("float32", "int8")}
     for kind, path in paths.items():
-        config = config_of(folder, name="extract", store__taps=kind, store__last=kind, store__segment_mb=1)
+        config = config_of(folder, name="extract", store__aux_dtype=kind, store__last_dtype=kind, store__segment_mb=1)
         fill.extract(config, str(path))
     return paths
 
@@ -202,7 +202,7 @@ def other_weights(folder: Path) -> Path:
 
 REFUSED = {
     "template": ({"data__template": "llama3"}, "data.template"),
-    "taps": ({"target__taps": "1 2 3"}, "taps"),
+    "taps": ({"target__aux_layers": "1 2 3"}, "taps"),
     "dtype": ({"target__dtype": "bfloat16"}, "target.dtype"),
     "quantisation": ({"target__weights": "int8"}, "target.weights"),
     "row length": ({"data__row_length": 32}, "data.row_length"),
@@ -227,7 +227,11 @@ def test_another_target_is_refused(folder, stores):
     with pytest.raises(UserError, match=r"does not fit this run: target.fingerprint"):
         fill.extract(
             config_of(
-                folder, name="e", target__ref=other_weights(folder), store__taps="float32", store__last="float32"
+                folder,
+                name="e",
+                target__ref=other_weights(folder),
+                store__aux_dtype="float32",
+                store__last_dtype="float32",
             ),
             str(stores["float32"]),
         )
@@ -284,7 +288,7 @@ def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, place
 
 def test_two_processes_fill_one_store(folder, stores):
     """What each process computes of its own units is what one process computes."""
-    flags = tiny.flags(folder, name="two", store__taps="float32", store__last="float32", store__segment_mb=1)
+    flags = tiny.flags(folder, name="two", store__aux_dtype="float32", store__last_dtype="float32", store__segment_mb=1)
     command = [sys.executable, "-m", "jeagle.extract", "--config", RECIPE, *flags, "--out", str(folder / "two")]
     launch = ["bash", str(ROOT / "launch" / "gpu_node.sh"), "--processes", "2", "--", *command]
     one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
@@ -297,7 +301,7 @@ def test_two_processes_fill_one_store(folder, stores):
     for split in ("train", "held_out"):
         batch = one.batch(split, range(one.rows(split)))
         a, b = (store.stored(split, range(one.rows(split)), batch) for store in (one, two))
-        np.testing.assert_allclose(a.taps.values, b.taps.values, atol=1e-4)
+        np.testing.assert_allclose(a.aux.values, b.aux.values, atol=1e-4)
         np.testing.assert_allclose(a.teacher.values, b.teacher.values, atol=1e-4)
         np.testing.assert_array_equal(a.greedy_BT, b.greedy_BT)
 

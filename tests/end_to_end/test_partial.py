@@ -47,7 +47,12 @@ def folder(tmp_path_factory) -> Path:
 def whole(folder) -> Path:
     """An exact store, eight rows a segment."""
     config = config_of(
-        folder, name="extract", store__taps="float32", store__last="float32", train__batch_rows=8, train__accumulate=1
+        folder,
+        name="extract",
+        store__aux_dtype="float32",
+        store__last_dtype="float32",
+        train__batch_rows=8,
+        train__accumulate=1,
     )
     config = dataclasses.replace(config, store=dataclasses.replace(config.store, segment_mb=0))
     fill.extract(config, str(folder / "whole"))

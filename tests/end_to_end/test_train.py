@@ -132,7 +132,7 @@ def test_every_trainable_tensor_moves(folder, straight):
 WRONG = {
     "unknown field": (["--train.step", "3"], "did you mean --train.steps"),
     "no such target": (["--target.ref", "nowhere"], "nowhere"),
-    "taps out of range": (["--target.taps", "1", "2", "99"], "layer boundaries"),
+    "taps out of range": (["--target.aux-layers", "1", "2", "99"], "layer boundaries"),
     "unknown loss": (["--objective.loss", "soft_cee"], "soft_cee"),
     "mesh": (["--mesh.tensor", "3"], "does not fit"),
     "zero rows": (["--train.batch-rows", "0"], "above 0"),

@@ -40,7 +40,7 @@ PLAIN = DraftSpec(
     width=24,
     target_vocab=40,
     draft_vocab=16,
-    taps=(2, 4, 5),
+    aux_layers=(2, 4, 5),
     heads=4,
     kv_heads=2,
     head_dim=6,
@@ -58,7 +58,7 @@ BOTH_ENGINES = {
     "fc_norm": dataclasses.replace(PLAIN, fc_norm=True, norm_eps=1e-6),
     "carry_normed": dataclasses.replace(PLAIN, carry_normed=True),
     "own_width": dataclasses.replace(PLAIN, target_width=20),
-    "four_taps": dataclasses.replace(PLAIN, taps=(1, 3, 5, 7)),
+    "four_taps": dataclasses.replace(PLAIN, aux_layers=(1, 3, 5, 7)),
     "two_ends": dataclasses.replace(PLAIN, end_token_ids=(2, 7)),
     "no_end": dataclasses.replace(PLAIN, end_token_ids=()),
 }
@@ -67,7 +67,7 @@ VLLM_ONLY = {
     "attention_bias": dataclasses.replace(PLAIN, attention_bias=True),
     "two_layers": dataclasses.replace(PLAIN, layers=2, attention_bias=True),
     "window": dataclasses.replace(PLAIN, sliding_window=16, layers=2),
-    "embeddings_and_last": dataclasses.replace(PLAIN, taps=(0, 4, 8)),
+    "embeddings_and_last": dataclasses.replace(PLAIN, aux_layers=(0, 4, 8)),
 }
 SPECULATORS_ONLY = {
     "qk_norm": dataclasses.replace(PLAIN, qk_norm=True, layers=2, fc_norm=True, draft_vocab=40),

@@ -29,7 +29,7 @@ CONFIG = {
     "rope_theta": 500000.0,
     "eos_token_id": 2,
 }
-OPEN = {"eagle": Hints(taps=(2, 4, 5)), "automodel": Hints(taps=(2, 4, 5))}
+OPEN = {"eagle": Hints(aux_layers=(2, 4, 5)), "automodel": Hints(aux_layers=(2, 4, 5))}
 """Both write no layer ids."""
 
 
@@ -50,7 +50,7 @@ def test_every_trainers_form_is_the_same_draft(peer, tmp_path):
 def test_a_full_vocabulary_of_the_authors_own(tmp_path):
     spec = dataclasses.replace(SPEC, draft_vocab=40)
     folder = write_peer("eagle", tmp_path / "draft", weights(tmp_path, spec), CONFIG | {"draft_vocab_size": 40})
-    draft = read_export(folder, Hints(taps=(2, 4, 5)))
+    draft = read_export(folder, Hints(aux_layers=(2, 4, 5)))
     assert draft.spec == spec
     np.testing.assert_array_equal(draft.draft_to_target_D, np.arange(40))
 
@@ -62,7 +62,7 @@ def test_model_optimizers_missing_last_norm_and_automodels_carried_norm(tmp_path
     folder = write_peer("model_optimizer", tmp_path / "b", found, CONFIG, eagle_config=changed)
     assert read_export(folder).spec == dataclasses.replace(SPEC, head_norm=False)
     folder = write_peer("automodel", tmp_path / "c", found, CONFIG, norm_output=True)
-    assert read_export(folder, Hints(taps=(2, 4, 5))).spec == dataclasses.replace(SPEC, carry_normed=True)
+    assert read_export(folder, Hints(aux_layers=(2, 4, 5))).spec == dataclasses.replace(SPEC, carry_normed=True)
 
 
 REFUSED = {
@@ -92,7 +92,7 @@ def test_an_older_eagle_is_no_eagle_3(tmp_path):
     found = {name: a for name, a in weights(tmp_path).items() if "hidden_norm" not in name}
     folder = write_peer("eagle", tmp_path / "draft", found, CONFIG)
     with pytest.raises(UserError, match="architectures"):
-        read_export(folder, Hints(taps=(2, 4, 5)))
+        read_export(folder, Hints(aux_layers=(2, 4, 5)))
 
 
 def test_parts_are_one_draft_and_a_missing_part_is_told(tmp_path):
@@ -107,7 +107,7 @@ def test_parts_are_one_draft_and_a_missing_part_is_told(tmp_path):
         open_draft(folder)
     rest = {name: array for name, array in named.items() if name not in half}
     (folder / "pytorch_model-00002-of-00002.bin").write_bytes(torch_file(rest))
-    assert read_export(folder, Hints(taps=(2, 4, 5))).spec == SPEC
+    assert read_export(folder, Hints(aux_layers=(2, 4, 5))).spec == SPEC
 
 
 def answers(folder, target_layers, **hints):
@@ -123,9 +123,9 @@ def test_what_a_trainers_own_convention_answers_is_not_asked(peer, tmp_path):
 def test_with_a_target_layer_ids_are_measured_one_deeper_too(tmp_path):
     found = weights(tmp_path)
     nested = answers(write_peer("specforge", tmp_path / "a", found, CONFIG), 8)
-    assert [a for a, _ in nested] == [{"taps": (2, 4, 5)}, {"taps": (1, 3, 4)}]
+    assert [a for a, _ in nested] == [{"aux_layers": (2, 4, 5)}, {"aux_layers": (1, 3, 4)}]
     top = answers(write_peer("speculators", tmp_path / "b", found, CONFIG), 8)
-    assert [a for a, _ in top] == [{"taps": (2, 4, 5)}, {"taps": (3, 5, 6)}]
+    assert [a for a, _ in top] == [{"aux_layers": (2, 4, 5)}, {"aux_layers": (3, 5, 6)}]
     assert answers(to_sglang(SPEC, tmp_path / "ours"), 8) == [({}, SPEC)]
 
 
@@ -133,8 +133,8 @@ def test_without_layer_ids_the_target_or_the_user_tells(tmp_path):
     folder = write_peer("eagle", tmp_path / "draft", weights(tmp_path), CONFIG)
     with pytest.raises(UserError, match="--taps"):
         answers(folder, None)
-    assert [a for a, _ in answers(folder, 8)] == [{"taps": (2, 4, 5)}, {"taps": (3, 5, 6)}]
-    assert answers(folder, None, taps=(2, 4, 5)) == [({}, SPEC)]
+    assert [a for a, _ in answers(folder, 8)] == [{"aux_layers": (2, 4, 5)}, {"aux_layers": (3, 5, 6)}]
+    assert answers(folder, None, aux_layers=(2, 4, 5)) == [({}, SPEC)]
 
 
 def test_the_meaning_of_norm_output_is_open_where_the_trainer_is_unknown(tmp_path):
@@ -158,7 +158,7 @@ def test_the_residual_is_open_where_speculators_form_is_silent(tmp_path):
 def test_two_lists_that_contradict_each_other_are_two_readings(tmp_path):
     folder = to_sglang(SPEC, tmp_path / "draft")
     edit_config(folder, lambda c: c["eagle_config"].update(eagle_aux_hidden_state_layer_ids=[2, 4, 5]))
-    assert [a["taps"] for a, _ in answers(folder, None)] == [(2, 4, 5), (3, 5, 6)]
+    assert [a["aux_layers"] for a, _ in answers(folder, None)] == [(2, 4, 5), (3, 5, 6)]
 
 
 SU = {"type": "su", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0]}

@@ -151,7 +151,7 @@ def test_the_card_gives_no_command_that_would_serve_the_draft_wrongly(tmp_path):
         assert "SGLang" in (out / "README.md").read_text()
     assert serving(write(tmp_path / "s", to=export_vllm, card=CARD)) == ["vllm"]
     assert serving(write(tmp_path / "p", to=export_vllm, layout="plain")) == ["vllm", "sglang", "sgl_jax"]
-    other = dataclasses.replace(PLAIN, taps=(1, 4, 5))
+    other = dataclasses.replace(PLAIN, aux_layers=(1, 4, 5))
     assert serving(write(tmp_path / "o", spec=other)) == ["sglang", "vllm"]
     assert "always taps [2, 4, 5]" in (tmp_path / "o" / "README.md").read_text()
 

@@ -32,7 +32,7 @@ def test_the_formats_of_speculators_agree():
         first, second, third = (found[name].read(i) for name in ("v0", "v1", "current"))
         for a, b in zip(first, second, strict=True):
             np.testing.assert_array_equal(a, b)
-        assert first.taps.shape == (len(first.tokens), 3, 32) and first.taps.dtype == ml_dtypes.bfloat16
+        assert first.aux.shape == (len(first.tokens), 3, 32) and first.aux.dtype == ml_dtypes.bfloat16
         assert first.supervised.any() and not first.supervised.all()
         np.testing.assert_array_equal(third.tokens, first.tokens)
         np.testing.assert_array_equal(third.supervised, first.supervised)
@@ -127,7 +127,7 @@ def test_specforge(tmp_path, specforge, suffix):
     found = open_peer_features(tmp_path)
     sample = found.read(0)
     assert found.normed
-    np.testing.assert_array_equal(sample.taps[:, 1], specforge["aux_hidden_state"][0, :, 4:8])
+    np.testing.assert_array_equal(sample.aux[:, 1], specforge["aux_hidden_state"][0, :, 4:8])
     np.testing.assert_array_equal(sample.last, specforge["hidden_state"][0])
     np.testing.assert_array_equal(sample.supervised, [0, 0, 1, 1, 1, 0])
 

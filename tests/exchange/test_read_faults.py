@@ -211,25 +211,25 @@ def test_taps_that_a_config_leaves_out_must_be_told(tmp_path):
     edit_config(folder, _drop("eagle_aux_hidden_state_layer_ids", "eagle_config"))
     with pytest.raises(UserError, match="eagle_aux_hidden_state_layer_ids"):
         read_export(folder)
-    assert read_export(folder, Hints(taps=(1, 2, 3))).spec.taps == (1, 2, 3)
+    assert read_export(folder, Hints(aux_layers=(1, 2, 3))).spec.aux_layers == (1, 2, 3)
 
 
 def test_nested_ids_alone_mean_the_layer_below(tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, _drop("eagle_aux_hidden_state_layer_ids"))
     assert config_in(folder)["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
-    assert read_export(folder).spec.taps == (2, 4, 5)
+    assert read_export(folder).spec.aux_layers == (2, 4, 5)
     with pytest.raises(UserError, match=r"\[2, 4, 5\], not \[1, 3, 4\]"):
-        read_export(folder, Hints(taps=(1, 3, 4)))
+        read_export(folder, Hints(aux_layers=(1, 3, 4)))
 
 
 def test_of_two_sets_of_taps_only_one_of_them_can_be_told(tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, _nested(eagle_aux_hidden_state_layer_ids=[2, 4, 5]))
-    assert read_export(folder, Hints(taps=(2, 4, 5))).spec.taps == (2, 4, 5)
-    assert read_export(folder, Hints(taps=(3, 5, 6))).spec.taps == (3, 5, 6)
+    assert read_export(folder, Hints(aux_layers=(2, 4, 5))).spec.aux_layers == (2, 4, 5)
+    assert read_export(folder, Hints(aux_layers=(3, 5, 6))).spec.aux_layers == (3, 5, 6)
     with pytest.raises(UserError, match="two sets"):
-        read_export(folder, Hints(taps=(1, 2, 3)))
+        read_export(folder, Hints(aux_layers=(1, 2, 3)))
 
 
 @pytest.mark.parametrize("written", [True, False])

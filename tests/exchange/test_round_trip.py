@@ -98,7 +98,7 @@ def test_the_plain_layout_has_the_names_and_shapes_that_both_engines_load(tmp_pa
 
 def test_square_kernels_are_turned_too(tmp_path):
     """24 x 24: a shape check alone would not see it."""
-    spec = dataclasses.replace(PLAIN, taps=(4,))
+    spec = dataclasses.replace(PLAIN, aux_layers=(4,))
     params, tensors = parameters(spec), tensors_in(export("sglang", spec, tmp_path / "draft"))
     for name, torch_name in {"fc": "fc", "layers.0.self_attn.o_proj": "midlayer.self_attn.o_proj"}.items():
         assert params[name].shape == (24, 24)
@@ -114,7 +114,7 @@ def test_one_plain_folder_gives_both_engines_the_same_taps(name, tmp_path):
     assert (sglang / "model.safetensors").read_bytes() == (vllm / "model.safetensors").read_bytes()
     vllm_captures = config["eagle_aux_hidden_state_layer_ids"]
     sglang_captures = [i + 1 for i in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]]
-    assert vllm_captures == sglang_captures == list(spec.taps)
+    assert vllm_captures == sglang_captures == list(spec.aux_layers)
 
 
 @pytest.mark.parametrize(("how", "name"), CASES)

@@ -14,7 +14,7 @@ SHARED = {
     "target_width": 32,
     "width": 32,
     "target_vocab": 96,
-    "taps": (2, 4, 5),
+    "aux_layers": (2, 4, 5),
     "heads": 4,
     "kv_heads": 2,
     "head_dim": 8,

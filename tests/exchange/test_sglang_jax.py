@@ -76,8 +76,8 @@ def test_the_offsets_become_the_targets_ids(tmp_path):
 
 
 UNSERVED = {
-    "always taps": {"taps": (1, 4, 5)},
-    "always taps [2, 4, 5] of 8": {"taps": (2, 4, 5, 6)},
+    "always taps": {"aux_layers": (1, 4, 5)},
+    "always taps [2, 4, 5] of 8": {"aux_layers": (2, 4, 5, 6)},
     "norm_before_fc": {"norm_before_fc": True},
     "fc_norm": {"fc_norm": True},
     "carry_normed": {"carry_normed": True},

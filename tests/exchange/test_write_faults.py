@@ -17,8 +17,8 @@ UNSERVED_BY_SGLANG = {
     "head_norm": {"head_norm": False},
     "layers is 2": {"layers": 2},
     "sliding_window": {"sliding_window": 8},
-    f"taps holds {LAYERS}": {"taps": (2, 4, LAYERS)},
-    "taps holds 0": {"taps": (0, 2, 4)},
+    f"taps holds {LAYERS}": {"aux_layers": (2, 4, LAYERS)},
+    "taps holds 0": {"aux_layers": (0, 2, 4)},
 }
 UNSERVED_BY_VLLM = {
     ("plain", "qk_norm"): {"qk_norm": True},
@@ -28,7 +28,13 @@ UNSERVED_BY_VLLM = {
 }
 UNTAPPED = {"SGLang": "GraniteForCausalLM", "vLLM": "Gemma3ForCausalLM"}
 SENSELESS = {
-    "taps": [{"taps": ()}, {"taps": (4, 2)}, {"taps": (2, 2)}, {"taps": (-1, 2)}, {"taps": (2, LAYERS + 1)}],
+    "taps": [
+        {"aux_layers": ()},
+        {"aux_layers": (4, 2)},
+        {"aux_layers": (2, 2)},
+        {"aux_layers": (-1, 2)},
+        {"aux_layers": (2, LAYERS + 1)},
+    ],
     "vocabulary": [{"draft_vocab": 41}],
     "exclude each other": [{"norm_before_fc": True, "fc_norm": True}],
 }

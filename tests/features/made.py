@@ -16,13 +16,13 @@ from jeagle import align, features
 from jeagle.features.formats import DTYPES, LARGEST, by_name
 from jeagle.interfaces import Batch, TopK
 
-LENGTH, HIDDEN, TAPS, VOCAB = 24, 16, 3, 50
+LENGTH, HIDDEN, AUX_LAYERS, VOCAB = 24, 16, 3, 50
 SPLITS = {"train": 20, "held_out": 5}
 FORMS = {kind: features.Form(kind, kind) for kind in DTYPES} | {
     "top_k": features.Form("bfloat16", top_k=5),
-    "seen": features.Form("int8", "int8", taps_at="seen"),
-    "exact, seen": features.Form(taps_at="seen"),
-    "top_k, seen": features.Form("int8", top_k=1, taps_at="seen"),
+    "seen": features.Form("int8", "int8", aux_at="seen"),
+    "exact, seen": features.Form(aux_at="seen"),
+    "top_k, seen": features.Form("int8", top_k=1, aux_at="seen"),
 }
 
 
@@ -49,7 +49,7 @@ def stored(batch: Batch, form: features.Form, seed: int) -> features.Stored:
     """Random features of rows; zero where nothing is kept."""
     rng = np.random.default_rng(seed)
     near = align.near_supervised(batch, xp=np)
-    seen = align.seen_positions(batch, xp=np) if form.taps_at == "seen" else batch.segments_BT > 0
+    seen = align.seen_positions(batch, xp=np) if form.aux_at == "seen" else batch.segments_BT > 0
 
     def one(kind: str, mask: np.ndarray, *shape: int) -> features.Scaled:
         full = (*mask.shape, *shape)
@@ -62,13 +62,13 @@ def stored(batch: Batch, form: features.Form, seed: int) -> features.Stored:
 
     greedy = (rng.integers(0, VOCAB, near.shape) * near).astype(np.int32)
     lse = (rng.standard_normal(near.shape) * near).astype(np.float32)
-    taps = one(form.taps, seen, TAPS, HIDDEN)
+    aux = one(form.aux, seen, AUX_LAYERS, HIDDEN)
     if not form.top_k:
-        return features.Stored(taps, one(form.last, near, HIDDEN), greedy, lse)
+        return features.Stored(aux, one(form.last, near, HIDDEN), greedy, lse)
     full = (*near.shape, form.top_k)
     ids = (rng.integers(0, VOCAB, full) * near[..., None]).astype(np.int32)
     log_probs = (-10 * rng.random(full) * near[..., None]).astype(np.float16)
-    return features.Stored(taps, TopK(ids, log_probs, (rng.random(near.shape) * near).astype(np.float32)), greedy, lse)
+    return features.Stored(aux, TopK(ids, log_probs, (rng.random(near.shape) * near).astype(np.float32)), greedy, lse)
 
 
 def about(form: str, **made_from: Any) -> dict[str, Any]:
@@ -89,14 +89,14 @@ def fill(url: str | Path, form: str = "int8", pause: float = 0.0, **made_from: A
         random.seed(os.getpid())
     writer = features.Writer(features.Place(str(url)), about(form, **made_from))
     tables = {"embed": np.ones((VOCAB, HIDDEN), np.float32)}
-    for name, shape in (("taps_channel", (TAPS, HIDDEN)), ("last_channel", (HIDDEN,))):
+    for name, shape in (("taps_channel", (AUX_LAYERS, HIDDEN)), ("last_channel", (HIDDEN,))):
         tables[name] = np.random.default_rng(3).random(shape).astype(np.float32)
     writer.commit_tables(lambda: tables)
     units, written = features.units_of(SPLITS, 3), 0
     while taken := writer.take(units):
         batch, found = content(taken[0].split, form)
         time.sleep(random.random() * pause)
-        written += writer.commit(taken[0], features.ragged(batch, found, taken[0].rows, taps_at=FORMS[form].taps_at), 8)
+        written += writer.commit(taken[0], features.ragged(batch, found, taken[0].rows, aux_at=FORMS[form].aux_at), 8)
     writer.finish()
     return written
 

@@ -29,7 +29,7 @@ def error_in_spreads(kind: str, channel: np.ndarray) -> float:
     plain = Features(x, x[:, :, 0], np.zeros((2, 64), np.int32), np.zeros((2, 64), np.float32))
     scales = {"taps": channel, "last": channel[0]}
     back = jax.jit(lambda f: features.decode(features.encode(f, features.Form(kind, kind), scales)))(plain)
-    off = (np.asarray(back.taps_BTAH) - x)[:, 1:] / x[:, 1:].std(axis=(0, 1))
+    off = (np.asarray(back.aux_BTAH) - x)[:, 1:] / x[:, 1:].std(axis=(0, 1))
     return float(np.sqrt((off**2).mean()))
 
 
@@ -48,7 +48,7 @@ def test_what_is_zero_stays_zero():
     channel = features.channel_scales(np.zeros((5, 3, 128), np.float32), "int8")
     zero = Features(*(np.zeros(s, np.float32) for s in ((1, 4, 3, 128), (1, 4, 128), (1, 4), (1, 4))))
     back = features.decode(features.encode(zero, BYTES, {"taps": channel, "last": channel[0]}))
-    assert not np.asarray(back.taps_BTAH).any() and not np.asarray(back.teacher).any()
+    assert not np.asarray(back.aux_BTAH).any() and not np.asarray(back.teacher).any()
 
 
 def test_bytes_of_an_8b_target():

@@ -75,7 +75,7 @@ def test_what_is_read_belongs_to_the_rows_it_stands_beside(pruned, numbers, shar
     assert not MISSING & set(read.tolist())
     assert computed.shape[1] in widths(8 // shards, parts)
     if stored is not None:
-        np.testing.assert_array_equal(stored.taps.values, found.taps.values[read])
+        np.testing.assert_array_equal(stored.aux.values, found.aux.values[read])
         np.testing.assert_array_equal(stored.lse_BT, found.lse_BT[read])
     lacking = sum(number in MISSING for number in numbers.tolist())
     assert (lacking == 0) == (count == 8)

@@ -67,7 +67,7 @@ def test_taps_that_nothing_sees_cost_nothing(tmp_path):
     store, (batch, _) = features.Store(str(tmp_path / "s")), made.content("train", "seen")
     segments = [s for s in store.segments if s.split == "train"]
     kept = sum(s.arrays["taps"]["shape"][0] for s in segments)
-    assert kept == align.seen_positions(batch, xp=np).sum() == sum(sum(s.taps) for s in segments)
+    assert kept == align.seen_positions(batch, xp=np).sum() == sum(sum(s.aux) for s in segments)
     assert 0 < kept < 0.8 * (batch.segments_BT > 0).sum()
 
 
@@ -139,7 +139,7 @@ def test_an_unfinished_store_is_not_trained_from(place):
 @FOLDER
 def test_another_store_is_not_written_over(whole):
     with pytest.raises(UserError, match=r"arrays.last, arrays.taps, taps differ .*int8.*fp8"):
-        made.fill(whole, "fp8", taps=[1, 2, 4])
+        made.fill(whole, "fp8", aux=[1, 2, 4])
     with pytest.raises(UserError, match=r"arrays.taps_at differs"):
         made.fill(whole, "seen")
     with pytest.raises(UserError, match=r"arrays.taps, arrays.teacher, arrays.top_k differ"):
@@ -237,7 +237,7 @@ def test_stores_are_mixed_row_by_row(whole, tmp_path):
     got = both.batch("train", order)
     np.testing.assert_array_equal(got.tokens_BT, batch.tokens_BT[order % 20])
     back = both.stored("train", order, got)
-    np.testing.assert_array_equal(back.taps.values, found.taps.values[order % 20])
+    np.testing.assert_array_equal(back.aux.values, found.aux.values[order % 20])
     np.testing.assert_array_equal(back.lse_BT, found.lse_BT[order % 20])
 
 

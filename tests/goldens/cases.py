@@ -23,7 +23,7 @@ class Case:
     """One training step of a peer: what went in, and what came out."""
 
     batch: Batch
-    taps_BTAH: np.ndarray
+    aux_BTAH: np.ndarray
     last_BTH: np.ndarray
     target_head_VH: np.ndarray
     spec: DraftSpec
@@ -58,13 +58,13 @@ def _rope(config: dict[str, Any]) -> Rope:
     return Rope(theta) if kind == "default" else Rope(theta, tuple(sorted({**scaling, "rope_type": kind}.items())))
 
 
-def _spec(config: dict[str, Any], taps: int, target_width: int, **switches: Any) -> DraftSpec:
+def _spec(config: dict[str, Any], aux_layers: int, target_width: int, **switches: Any) -> DraftSpec:
     heads = config["num_attention_heads"]
     return DraftSpec(
         target_width=target_width,
         width=config["hidden_size"],
         target_vocab=config["vocab_size"],
-        taps=tuple(range(taps)),
+        aux_layers=tuple(range(aux_layers)),
         heads=heads,
         kv_heads=config["num_key_value_heads"],
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
@@ -84,19 +84,19 @@ def specforge(path: Path) -> Case:
     # Their positions run over the row, padding included, wherever the padding lies; only differences matter.
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
     width = z["batch/target"].shape[-1]
-    taps = z["batch/hidden_state"]
+    aux_layers = z["batch/hidden_state"]
     weights = {k[6:].replace("midlayer.", "layers.0."): z[k] for k in z.files if k.startswith("draft/")}
     supervised = z["batch/loss_mask"].astype(bool)
     offsets = weights.pop("d2t")
     weights.pop("t2d")
     return Case(
         batch=Batch(z["batch/input_ids"].astype(np.int32), segments, positions, supervised),
-        taps_BTAH=taps.reshape(*taps.shape[:2], -1, width),
+        aux_BTAH=aux_layers.reshape(*aux_layers.shape[:2], -1, width),
         last_BTH=z["batch/target"],
         target_head_VH=z["target_lm_head"],
         spec=_spec(
             config,
-            taps.shape[-1] // width,
+            aux_layers.shape[-1] // width,
             width,
             draft_vocab=len(offsets),
             fc_norm=config.get("fc_norm") or False,
@@ -139,7 +139,7 @@ def speculators(path: Path) -> Case:
     head[draft_to_target] = weights.pop("verifier_lm_head.weight")
     return Case(
         batch=Batch(packed["tokens"], packed["segments"], packed["positions"], packed["supervised"].astype(bool)),
-        taps_BTAH=packed["taps"].reshape(*packed["taps"].shape[:2], -1, width),
+        aux_BTAH=packed["taps"].reshape(*packed["taps"].shape[:2], -1, width),
         last_BTH=last,
         target_head_VH=head,
         spec=_spec(

@@ -52,7 +52,7 @@ def loss_function(case: cases.Case, spec):
     batch = jax.tree.map(jnp.asarray, case.batch)
     logits = case.last_BTH.astype(np.float64) @ case.target_head_VH.astype(np.float64).T
     features = Features(
-        jnp.asarray(case.taps_BTAH),
+        jnp.asarray(case.aux_BTAH),
         jnp.asarray(case.last_BTH),
         jnp.asarray(logits.argmax(-1), jnp.int32),
         jnp.asarray(jax.nn.logsumexp(logits, axis=-1), jnp.float32),
@@ -71,7 +71,7 @@ def loss_function(case: cases.Case, spec):
             graphdef,
             state,
             batch,
-            features.taps_BTAH,
+            features.aux_BTAH,
             tables.embed_VW[batch.tokens_BT],
             everywhere,
             counts,
@@ -89,9 +89,9 @@ def loss_function(case: cases.Case, spec):
 def run(case: cases.Case, spec):
     """-> (loss, figures, gradients by path)."""
     loss, state = loss_function(case, spec)
-    (value, figures), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
     named = {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(grads)}
-    return float(value), jax.tree.map(np.asarray, figures), named
+    return float(value), jax.tree.map(np.asarray, metrics), named
 
 
 def check_gradients(case: cases.Case, named: dict) -> None:
@@ -109,12 +109,12 @@ def check_gradients(case: cases.Case, named: dict) -> None:
 def test_specforge(path: Path):
     case = cases.specforge(path)
     spec = resolve("specforge", **case.switches)
-    loss, figures, named = run(case, spec)
+    loss, metrics, named = run(case, spec)
     assert loss == pytest.approx(float(case.arrays["total_loss"]), abs=1e-5)
-    np.testing.assert_allclose(figures.loss, case.arrays["plosses"], atol=1e-5)
-    np.testing.assert_array_equal(figures.correct, case.arrays["acc_corrects"])
-    np.testing.assert_array_equal(figures.counting, case.arrays["acc_denoms"])
-    rates = figures.accepted / np.maximum(figures.trained, 1)
+    np.testing.assert_allclose(metrics.loss, case.arrays["plosses"], atol=1e-5)
+    np.testing.assert_array_equal(metrics.correct, case.arrays["acc_corrects"])
+    np.testing.assert_array_equal(metrics.counting, case.arrays["acc_denoms"])
+    rates = metrics.accepted / np.maximum(metrics.trained, 1)
     np.testing.assert_allclose(rates, case.arrays["acceptance_rates"], atol=1e-5)
     check_gradients(case, named)
 
@@ -156,15 +156,15 @@ def test_losses_and_their_gradients_are_speculators(theirs):
 def test_speculators(path: Path):
     case = cases.speculators(path)
     spec = resolve("speculators", decay=case.switches["decay"], loss=_speculators_loss(case.switches["loss"]))
-    loss, figures, named = run(case, spec)
+    loss, metrics, named = run(case, spec)
     assert loss == pytest.approx(float(case.arrays["loss"]), abs=1e-5)
     steps = range(case.steps)
     losses = [float(case.arrays[f"metric/loss_{k}_sum"]) for k in steps]
-    decayed = figures.loss * spec.decay ** np.arange(case.steps)
+    decayed = metrics.loss * spec.decay ** np.arange(case.steps)
     np.testing.assert_allclose(decayed, losses, atol=1e-5)
-    np.testing.assert_array_equal(figures.counting, [case.arrays[f"metric/full_acc_{k}_total"] for k in steps])
+    np.testing.assert_array_equal(metrics.counting, [case.arrays[f"metric/full_acc_{k}_total"] for k in steps])
     if contiguous(case, spec):
-        np.testing.assert_array_equal(figures.prefix_correct, [case.arrays[f"metric/full_acc_{k}_sum"] for k in steps])
+        np.testing.assert_array_equal(metrics.prefix_correct, [case.arrays[f"metric/full_acc_{k}_sum"] for k in steps])
     check_gradients(case, named)
 
 

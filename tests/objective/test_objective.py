@@ -84,14 +84,14 @@ def check(world, spec, dense):
 
     both = (0, 1)
     (wanted, steps), gradients = jax.value_and_grad(total, both, has_aux=True)(world.hidden, world.head)
-    (value, figures), ours = jax.value_and_grad(lambda h, w: world.found(spec, h, w), both, has_aux=True)(
+    (value, metrics), ours = jax.value_and_grad(lambda h, w: world.found(spec, h, w), both, has_aux=True)(
         world.hidden, world.head
     )
     np.testing.assert_allclose(value, wanted, rtol=1e-6)  # the figures and scales are float32
-    np.testing.assert_allclose(figures.loss, steps, rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss, steps, rtol=1e-5)
     for a, b in zip(ours, gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
-    return figures
+    return metrics
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
@@ -116,10 +116,10 @@ def test_temperature_softens_what_is_learnt_and_not_what_is_accepted(world):
             log_q = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
             return world.mean(spec, -(teacher.probs * log_q).sum(-1), carries)
 
-        figures = check(world, spec, dense)
+        metrics = check(world, spec, dense)
         _, untouched = world.found(plain, world.hidden, world.head)
-        np.testing.assert_allclose(figures.accepted, untouched.accepted, rtol=1e-6)
-        assert not np.allclose(figures.loss, untouched.loss, rtol=1e-3)
+        np.testing.assert_allclose(metrics.accepted, untouched.accepted, rtol=1e-6)
+        assert not np.allclose(metrics.loss, untouched.loss, rtol=1e-3)
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
@@ -144,8 +144,8 @@ def test_length_is_minus_the_product_of_the_acceptances_so_far(world, normaliser
 def test_expected_length_of_the_figures_is_that_of_the_products(world):
     with jax.enable_x64(True):
         spec = resolve("jeagle", loss="length", decay=1.0)
-        value, figures = world.found(spec, world.hidden, world.head)
-        expected = 1 + np.sum(figures.prefix_accepted / figures.prefix_counting)
+        value, metrics = world.found(spec, world.hidden, world.head)
+        expected = 1 + np.sum(metrics.prefix_accepted / metrics.prefix_counting)
         assert expected == pytest.approx(1 - float(value), rel=1e-6)
         assert 1 < expected < 1 + K
 
@@ -170,7 +170,7 @@ def test_divisors_of_the_whole_batch_serve_each_of_its_parts(world, normaliser):
     """Rows taken one at a time with the whole batch's divisors sum to the loss of both."""
     with jax.enable_x64(True):
         spec = resolve("jeagle", normaliser=normaliser)
-        whole, figures = world.found(spec, world.hidden, world.head)
+        whole, metrics = world.found(spec, world.hidden, world.head)
         divisor_K = divisors(spec, world.counts, world.batch.segments_BT, (B, T))
         parts = []
         for keep in (0, 1):
@@ -179,7 +179,7 @@ def test_divisors_of_the_whole_batch_serve_each_of_its_parts(world, normaliser):
             given = spec, predictions, world.features, world.batch, world.tables, world.head, world.everywhere
             parts.append(objective(*given, dtype=jnp.float64, slots=world.everywhere, divisor_K=divisor_K))
         assert float(parts[0][0] + parts[1][0]) == pytest.approx(float(whole), rel=1e-6)
-        np.testing.assert_allclose(parts[0][1].loss + parts[1][1].loss, figures.loss, rtol=1e-6)
+        np.testing.assert_allclose(parts[0][1].loss + parts[1][1].loss, metrics.loss, rtol=1e-6)
 
 
 def test_temperature_that_cannot_be_is_refused():

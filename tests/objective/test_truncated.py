@@ -78,7 +78,7 @@ SPECS = [
 def test_with_every_token_it_is_the_whole_teacher(every, switches):
     with jax.enable_x64(True):
         spec = resolve("jeagle", **switches)
-        (ours, figures), gradient = both(every, spec)
+        (ours, metrics), gradient = both(every, spec)
         truncated, every.features = every.features, every.whole
         (wanted, expected), wanted_gradient = both(every, spec)
         every.features = truncated
@@ -87,7 +87,7 @@ def test_with_every_token_it_is_the_whole_teacher(every, switches):
         np.testing.assert_allclose(ours, wanted, rtol=exact)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient), strict=True):
             np.testing.assert_allclose(a, b, atol=exact)
-        for name, a, b in zip(figures._fields, figures, expected, strict=True):
+        for name, a, b in zip(metrics._fields, metrics, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=name)
 
 
@@ -104,8 +104,8 @@ def test_slots_that_are_told_nothing_cost_nothing_and_are_counted(few, normalise
         spec = resolve("jeagle", normaliser=normaliser)
         carries = few.slotwise(spec, few.hidden, few.head)[2]
         assert 0 < int((few.counts & ~carries).sum()) < int(few.counts.sum())
-        figures = check(few, spec, lambda h, w: dense(few, spec, h, w))
-        np.testing.assert_array_equal(figures.trained, few.counts.sum((1, 2)))
+        metrics = check(few, spec, lambda h, w: dense(few, spec, h, w))
+        np.testing.assert_array_equal(metrics.trained, few.counts.sum((1, 2)))
 
 
 def dense(world, spec, hidden, head):
@@ -147,13 +147,13 @@ def test_acceptance_is_understated_by_the_rest_at_most(few):
         spec = resolve("jeagle")
         (_, ours), _ = both(few, spec)
         truncated, few.features = few.features, few.whole
-        (_, figures), _ = both(few, spec)
+        (_, metrics), _ = both(few, spec)
         few.features = truncated
         rest = few.features.teacher.rest_BT[jnp.arange(2)[None, :, None], jnp.minimum(few.reads, T - 1)]
         most = jnp.where(few.counts, rest, 0.0).sum((1, 2))
-        missing = figures.accepted - ours.accepted
+        missing = metrics.accepted - ours.accepted
         assert (missing >= -1e-6).all() and (missing <= most + 1e-6).all() and missing.max() > 0.05
-        np.testing.assert_array_equal(ours.correct, figures.correct)
+        np.testing.assert_array_equal(ours.correct, metrics.correct)
 
 
 def test_nothing_vocabulary_wide_outlives_its_chunk():
@@ -177,10 +177,10 @@ def test_the_draft_vocabulary_may_change_after_the_fact(few):
         (_, before), _ = both(few, spec)
         few.tables = kept._replace(draft_to_target_D=kept.draft_to_target_D - 1, head_DH=kept.head_DH + jnp.nan)
         try:
-            figures = check(few, spec, lambda h, w: dense(few, spec, h, w))
+            metrics = check(few, spec, lambda h, w: dense(few, spec, h, w))
         finally:
             few.tables = kept
-        assert not np.allclose(figures.accepted, before.accepted, rtol=1e-3)
+        assert not np.allclose(metrics.accepted, before.accepted, rtol=1e-3)
 
 
 def test_a_loss_that_needs_every_probability_is_named():

@@ -47,7 +47,7 @@ def likeliest(last: jax.Array, head: np.ndarray, kept: int) -> TopK:
 def loss_and_gradient(mesh, normaliser: str, remat: bool, kept: int = 0):
     graphdef, draft = nnx.split(Eagle3(SPEC, jnp.float32, nnx.Rngs(0)))
     spec = resolve("jeagle", normaliser=normaliser, slots="predicted")
-    program = step.Program(None, graphdef, SPEC.taps, spec, 3, jnp.dtype("float32"), mesh=mesh, remat=remat)
+    program = step.Program(None, graphdef, SPEC.aux_layers, spec, 3, jnp.dtype("float32"), mesh=mesh, remat=remat)
     batch, features, tables = case()
     if kept:
         own = np.random.default_rng(1).standard_normal((VOCAB, 16), np.float32)

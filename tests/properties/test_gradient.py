@@ -22,7 +22,7 @@ def test_gradients_are_finite_differences(remat, window):
     spec = dataclasses.replace(SPEC, sliding_window=window)
     with jax.enable_x64(True):
         graphdef, draft = nnx.split(Eagle3(spec, jnp.dtype("float64"), nnx.Rngs(0)))
-        program = step.Program(None, graphdef, SPEC.taps, resolve("jeagle"), 4, jnp.dtype("float64"), remat=remat)
+        program = step.Program(None, graphdef, SPEC.aux_layers, resolve("jeagle"), 4, jnp.dtype("float64"), remat=remat)
         wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
         draft, (batch, features, tables) = jax.tree.map(wide, (draft, case()))
         rng = np.random.default_rng(1)

@@ -34,13 +34,13 @@ def test_taps_that_nothing_sees_change_nothing(tmp_path):
     batch, whole = read(tmp_path / "whole", "float32")
     _, seen = read(tmp_path / "seen", "exact, seen")
     left_out = (batch.segments_BT > 0) & ~align.seen_positions(batch, xp=np)
-    assert left_out.sum() > 20 and not seen.taps.values[left_out].any() and whole.taps.values[left_out].all()
+    assert left_out.sum() > 20 and not seen.aux.values[left_out].any() and whole.aux.values[left_out].all()
 
     rng = np.random.default_rng(0)
     rows = (rng.standard_normal((n, 16), np.float32) for n in (made.VOCAB, len(CHOSEN)))
     frozen = step.Frozen(None, jax.tree.map(jnp.asarray, Tables(*rows, CHOSEN)))
     graphdef, draft = nnx.split(Eagle3(SPEC, jnp.float32, nnx.Rngs(0)))
-    program = step.Program(None, graphdef, SPEC.taps, resolve("jeagle", slots=SLOTS), STEPS, jnp.dtype("float32"))
+    program = step.Program(None, graphdef, SPEC.aux_layers, resolve("jeagle", slots=SLOTS), STEPS, jnp.dtype("float32"))
 
     @jax.jit
     def run(batch, stored):
@@ -52,5 +52,5 @@ def test_taps_that_nothing_sees_change_nothing(tmp_path):
     assert float(wanted[0][1].counting.sum()) > 50
     live = align.counting_slots(batch, STEPS, SLOTS, xp=np).any(axis=0)
     row, place = np.argwhere(live)[-1]
-    seen.taps.values[row, place] = 0
+    seen.aux.values[row, place] = 0
     assert not np.allclose(run(batch, seen)[0][0], wanted[0][0], rtol=1e-6)

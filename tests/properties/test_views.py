@@ -47,7 +47,7 @@ SPECS = {
     "bias": {"attention_bias": True},
     "window": {"sliding_window": 9},
     "window_within_the_steps": {"sliding_window": 3, "layers": 2},
-    "own_width": {"width": 16, "taps": (0, 1, 2, 3, 5), "head_norm": False},
+    "own_width": {"width": 16, "aux_layers": (0, 1, 2, 3, 5), "head_norm": False},
 }
 
 
@@ -57,7 +57,7 @@ def spec_of(**changes) -> DraftSpec:
         "width": 24,
         "target_vocab": 40,
         "draft_vocab": 20,
-        "taps": (1, 2, 4),
+        "aux_layers": (1, 2, 4),
         "heads": 4,
         "kv_heads": 2,
         "head_dim": 8,
@@ -86,11 +86,11 @@ def packed_row(rng: np.random.Generator) -> Batch:
     return Batch(tokens, segments, positions, segments > 0)
 
 
-def training_view(graphdef, state, batch: Batch, taps, tables: Tables):
+def training_view(graphdef, state, batch: Batch, aux_layers, tables: Tables):
     counts = align.counting_slots(batch, STEPS, "predicted")
     slots = align.select(counts.any(axis=0), 20)
     batch = jax.tree.map(jnp.asarray, batch)
-    return slots, unroll(graphdef, state, batch, taps, tables.embed_VW[batch.tokens_BT], slots, counts)
+    return slots, unroll(graphdef, state, batch, aux_layers, tables.embed_VW[batch.tokens_BT], slots, counts)
 
 
 @pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS.keys())
@@ -100,10 +100,10 @@ def test_training_view_is_decoding_view(changes):
     graphdef, state = shaken(spec)
     draft = nnx.merge(graphdef, state)
     batch = packed_row(rng)
-    taps = jnp.asarray(rng.standard_normal((1, 24, len(spec.taps), 24)), jnp.float32)
+    aux_layers = jnp.asarray(rng.standard_normal((1, 24, len(spec.aux_layers), 24)), jnp.float32)
     embed = jnp.asarray(rng.standard_normal((40, spec.width)), jnp.float32)
     tables = Tables(embed, jnp.zeros((20, 24)), jnp.arange(20))
-    slots, predictions = training_view(graphdef, state, batch, taps, tables)
+    slots, predictions = training_view(graphdef, state, batch, aux_layers, tables)
 
     @jax.jit
     def step(state, hidden, tokens, positions, cache):
@@ -113,7 +113,7 @@ def test_training_view_is_decoding_view(changes):
     for length in LENGTHS:
         document = slice(start, start + length)
         tokens = jnp.asarray(batch.tokens_BT[:, document])
-        fused = draft.fuse(taps[:, document])
+        fused = draft.fuse(aux_layers[:, document])
         cache = empty_cache(draft, 1, 32)
         for t in range(length - 1):
             # Slot t on the target's features; then on its own states, in a copy of the cache that is dropped.
@@ -141,14 +141,14 @@ def test_documents_do_not_see_each_other():
     spec, rng = spec_of(), np.random.default_rng(3)
     graphdef, state = shaken(spec)
     batch = packed_row(rng)
-    taps = rng.standard_normal((1, 24, 3, 24)).astype(np.float32)
+    aux_layers = rng.standard_normal((1, 24, 3, 24)).astype(np.float32)
     embed = jnp.asarray(rng.standard_normal((40, 24)), jnp.float32)
     tables = Tables(embed, jnp.zeros((20, 24)), jnp.arange(20))
-    _, before = training_view(graphdef, state, batch, jnp.asarray(taps), tables)
+    _, before = training_view(graphdef, state, batch, jnp.asarray(aux_layers), tables)
     tokens = batch.tokens_BT.copy()
     tokens[0, :13] = rng.integers(1, 40, 13)
-    taps[0, :13] = rng.standard_normal((13, 3, 24))
-    slots, after = training_view(graphdef, state, batch._replace(tokens_BT=tokens), jnp.asarray(taps), tables)
+    aux_layers[0, :13] = rng.standard_normal((13, 3, 24))
+    slots, after = training_view(graphdef, state, batch._replace(tokens_BT=tokens), jnp.asarray(aux_layers), tables)
     second = np.asarray(slots.positions_BN[0]) >= 13
     assert second.any()
     np.testing.assert_array_equal(after.hidden_KBNW[:, :, second], before.hidden_KBNW[:, :, second])

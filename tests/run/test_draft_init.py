@@ -37,15 +37,15 @@ for name, value in {
     setattr(TARGET, name, value)
 
 
-def spec_of(start=None, taps=(), ends=(2,), **draft):
-    config = RunConfig(name="x", target=TargetConfig(taps=taps), draft=DraftConfig(vocab=16, **draft))
+def spec_of(start=None, aux_layers=(), ends=(2,), **draft):
+    config = RunConfig(name="x", target=TargetConfig(aux_layers=aux_layers), draft=DraftConfig(vocab=16, **draft))
     return draft_spec(config, TARGET, 16, ends, start)
 
 
 def test_a_draft_is_the_targets_block_unless_told_otherwise():
     spec = spec_of()
     assert (spec.width, spec.heads, spec.kv_heads, spec.head_dim, spec.mlp_width) == (24, 4, 2, 6, 28)
-    assert (spec.taps, spec.rope, spec.norm_eps, spec.end_token_ids) == ((2, 4, 5), Rope(5e5), 1e-6, (2,))
+    assert (spec.aux_layers, spec.rope, spec.norm_eps, spec.end_token_ids) == ((2, 4, 5), Rope(5e5), 1e-6, (2,))
     assert exchange.sglang_limits(spec, LAYERS) == [] and exchange.vllm_limits(spec, "plain") == []
 
 
@@ -73,7 +73,7 @@ def test_each_switch_reaches_the_spec_and_no_other(name):
 
 
 def test_any_number_of_taps():
-    assert spec_of(taps=(1, 2, 3, 5, 7)).taps == (1, 2, 3, 5, 7)
+    assert spec_of(aux_layers=(1, 2, 3, 5, 7)).aux_layers == (1, 2, 3, 5, 7)
 
 
 SPECFORGE = {
@@ -97,17 +97,17 @@ def test_a_configuration_in_specforges_form(tmp_path):
     (tmp_path / "draft.json").write_text(json.dumps(SPECFORGE))
     spec = spec_of(json=str(tmp_path / "draft.json"))
     assert (spec.heads, spec.kv_heads, spec.head_dim, spec.mlp_width, spec.rope) == (4, 1, 6, 30, Rope(7e4))
-    assert (spec.taps, spec.norm_eps, spec.max_positions) == ((2, 4, 5), 1e-5, 256)
+    assert (spec.aux_layers, spec.norm_eps, spec.max_positions) == ((2, 4, 5), 1e-5, 256)
     assert spec.head_norm and not spec.carry_normed  # their norm_output stands before lm_head
     assert spec_of(json=str(tmp_path / "draft.json"), norm_output="carry").carry_normed
     (tmp_path / "draft.json").write_text(json.dumps(SPECFORGE | {"eagle_aux_hidden_state_layer_ids": [1, 6]}))
-    assert spec_of(json=str(tmp_path / "draft.json")).taps == (1, 6)
+    assert spec_of(json=str(tmp_path / "draft.json")).aux_layers == (1, 6)
 
 
 def test_a_configuration_in_speculators_form(tmp_path):
     (tmp_path / "draft.json").write_text(json.dumps(SPECULATORS))
     spec = spec_of(json=str(tmp_path / "draft.json"))
-    assert (spec.width, spec.target_width, spec.layers, spec.taps) == (16, 24, 2, (1, 3, 5, 7))
+    assert (spec.width, spec.target_width, spec.layers, spec.aux_layers) == (16, 24, 2, (1, 3, 5, 7))
     assert spec.qk_norm and spec.norm_before_residual and spec.norm_before_fc and spec.carry_normed
 
 

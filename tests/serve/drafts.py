@@ -45,7 +45,7 @@ class Case:
     flags: tuple[str, ...] = ()
 
 
-OTHER_LAYERS = ("--target.taps", "1", "3", "6")
+OTHER_LAYERS = ("--target.aux-layers", "1", "3", "6")
 CASES = {
     # Everything that a fault can be planted in: a reduced vocabulary, layers of its own, a scaled RoPE.
     "small": Case(config={"rope_scaling": LLAMA3}, flags=OTHER_LAYERS),

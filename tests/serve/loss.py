@@ -39,22 +39,22 @@ def on_first_row(run: Path) -> SameLoss:
     graphdef, _ = assemble.draft_from_flat(spec, "float32", assemble.flat_draft(opened.weights.draft), opened.mesh)
     target = opened.loaded.target
     learnt = objective.resolve("speculators")
-    program = Program(target.graphdef, graphdef, spec.taps, learnt, TTT_STEPS, jnp.float32, target.spec.logits)
+    program = Program(target.graphdef, graphdef, spec.aux_layers, learnt, TTT_STEPS, jnp.float32, target.spec.logits)
     live = live_positions(program, batch, batch.tokens_BT.shape[1])
     tables = opened.weights.tables
     found = target_features(program, Frozen(target.state, tables), batch, live)
-    loss, figures = draft_loss(program, opened.weights.draft, batch, found, tables, live)
+    loss, metrics = draft_loss(program, opened.weights.draft, batch, found, tables, live)
     return SameLoss(
-        float(loss), np.asarray(figures.loss).tolist(), np.asarray(figures.counting).tolist(), raw(target, spec, batch)
+        float(loss), np.asarray(metrics.loss).tolist(), np.asarray(metrics.counting).tolist(), raw(target, spec, batch)
     )
 
 
 def raw(target: Target, spec: DraftSpec, batch: Batch) -> dict[str, np.ndarray]:
     """The row in speculators' form: tapped streams side by side, and the last one before the final norm."""
-    layers = (*spec.taps, target.spec.layers)
-    taps_BTAH, _ = target.model().forward(batch.tokens_BT, batch.positions_BT, batch.segments_BT, layers)
+    layers = (*spec.aux_layers, target.spec.layers)
+    aux_BTAH, _ = target.model().forward(batch.tokens_BT, batch.positions_BT, batch.segments_BT, layers)
     tokens, segments, _, supervised = (np.asarray(array[0]) for array in batch)
-    states = np.asarray(taps_BTAH[0], np.float32)
+    states = np.asarray(aux_BTAH[0], np.float32)
     real = segments > 0
     return {
         "input_ids": tokens[real].astype(np.int64),

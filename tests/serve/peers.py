@@ -60,8 +60,8 @@ def sglang(python: Path, site: Path, served: Served) -> dict[str, Any]:
     _, spec, _ = assemble.load_draft(served.run, "last")
     found = call(python, site, "in_sglang.py", served.sglang, served.target)
     wrong = [*found["wrong"], *(f"{name} is not used" for name in found["unused"])]
-    if found["layers"] != list(spec.taps):
-        wrong.append(f"layers: SGLang {found['layers']}, jeagle {list(spec.taps)}")
+    if found["layers"] != list(spec.aux_layers):
+        wrong.append(f"layers: SGLang {found['layers']}, jeagle {list(spec.aux_layers)}")
     reduced = spec.draft_vocab < spec.target_vocab
     if found["target_ids"] != (assemble.trained_vocabulary(served.run).tolist() if reduced else None):
         wrong.append("target ids: SGLang's are not the draft's")
@@ -69,7 +69,7 @@ def sglang(python: Path, site: Path, served: Served) -> dict[str, Any]:
     if not off <= ROPE_TOLERANCE:
         wrong.append(f"RoPE: cosines differ by {off:.1e}")
     read = {"parameters": found["parameters"], "layers": found["layers"], "rope_off_by": off}
-    return finding("sglang", served, "plain", wrong, read, {"layers": list(spec.taps)})
+    return finding("sglang", served, "plain", wrong, read, {"layers": list(spec.aux_layers)})
 
 
 def cosines(spec: DraftSpec) -> np.ndarray:

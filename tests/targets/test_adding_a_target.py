@@ -105,11 +105,15 @@ def test_the_documents_family_gives_the_numbers_of_its_own_forward_pass(acorn, m
     positions = jnp.asarray([*range(9), *range(7)], jnp.int32)[None]
     segments = jnp.asarray([1] * 9 + [2] * 7, jnp.int32)[None]
     model = loaded.target.model()
-    taps, last = model.forward(packed, positions, segments, tuple(range(LAYERS + 1)))
+    aux_layers, last = model.forward(packed, positions, segments, tuple(range(LAYERS + 1)))
     logits = model.logits(last)
     for tokens, here in ((one, slice(0, 9)), (other, slice(9, 16))):
         states, normed, expected = by_hand(weights, tokens)
-        ours = [*np.moveaxis(np.asarray(taps[0, here]), 1, 0), np.asarray(last[0, here]), np.asarray(logits[0, here])]
+        ours = [
+            *np.moveaxis(np.asarray(aux_layers[0, here]), 1, 0),
+            np.asarray(last[0, here]),
+            np.asarray(logits[0, here]),
+        ]
         for mine, exact in zip(ours, [*states, normed, expected], strict=True):
             assert np.abs(mine - exact).max() < 2e-6 * np.abs(exact).max()
     assert loaded.end_token_ids == (1,)

@@ -104,6 +104,9 @@ def test_too_little_memory_is_told_with_the_estimate(tmp_path, monkeypatch, caps
 
 
 def test_a_layer_out_of_range_is_told(tmp_path, monkeypatch, capsys):
-    arguments = ["--config", str(RECIPE), *tiny.flags(tmp_path), "--target.taps", "1", "2", "99"]
+    arguments = ["--config", str(RECIPE), *tiny.flags(tmp_path), "--target.aux-layers", "1", "2", "99"]
     said = error_of(train.main, arguments, monkeypatch, capsys)
-    assert f"--target.taps 1 2 99: layer boundaries must rise, once each, from 0 (embeddings) to {tiny.LAYERS}" in said
+    assert (
+        f"--target.aux-layers 1 2 99: layer boundaries must rise, once each, from 0 (embeddings) to {tiny.LAYERS}"
+        in said
+    )

@@ -26,9 +26,9 @@ def test_smollm2_equals_transformers(smollm2):
     golden = np.load(GOLDEN)
     tokens = jnp.asarray(golden["ids"], jnp.int32)[None]
     positions = jnp.arange(tokens.shape[1])[None]
-    taps = tuple(range(smollm2.spec.layers + 1))
+    aux_layers = tuple(range(smollm2.spec.layers + 1))
     model = smollm2.model()
-    streams, last = jax.jit(lambda t, p: model.forward(t, p, jnp.ones_like(t), taps))(tokens, positions)
+    streams, last = jax.jit(lambda t, p: model.forward(t, p, jnp.ones_like(t), aux_layers))(tokens, positions)
     places = golden["positions"]
     for layer in range(smollm2.spec.layers):
         theirs = golden["hidden"][layer]
@@ -59,8 +59,8 @@ def row(rng):
 
 def forward(target, tokens, positions, segments):
     model = target.model()
-    taps, last = jax.jit(lambda t, p, s: model.forward(t, p, s, (0, 2, 4, 8)))(tokens, positions, segments)
-    return np.asarray(taps), np.asarray(last)
+    aux_layers, last = jax.jit(lambda t, p, s: model.forward(t, p, s, (0, 2, 4, 8)))(tokens, positions, segments)
+    return np.asarray(aux_layers), np.asarray(last)
 
 
 def test_stacked_layers_unrolled_layers_and_meshes_agree(source):
@@ -86,13 +86,13 @@ def test_cached_decoding_equals_the_full_forward(source, stacked):
     target = targets.load_target(source, make_mesh(devices=jax.devices()[:1]), "float32", stacked=stacked)
     tokens = jnp.asarray(np.random.default_rng(1).integers(2, 300, (2, 12)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
-    taps, last = forward(target, tokens, positions, jnp.ones_like(tokens))
+    aux_layers, last = forward(target, tokens, positions, jnp.ones_like(tokens))
     model = target.model()
     cache = model.empty_cache(2, 16, jnp.float32)
     extend = jax.jit(lambda t, p, c: model.extend(t, p, c, (0, 2, 4, 8)))
     for here in (slice(0, 7), slice(7, 8), slice(8, 12)):
-        tapped, final, cache = extend(tokens[:, here], positions[:, here], cache)
-        np.testing.assert_allclose(tapped, taps[:, here], atol=2e-5)
+        aux, final, cache = extend(tokens[:, here], positions[:, here], cache)
+        np.testing.assert_allclose(aux, aux_layers[:, here], atol=2e-5)
         np.testing.assert_allclose(final, last[:, here], atol=2e-5)
 
 

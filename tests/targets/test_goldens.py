@@ -136,13 +136,13 @@ def mesh_of(source: Any) -> jax.sharding.Mesh:
 @functools.lru_cache(maxsize=4)
 def compiled(case: str, stacked: bool, split: bool) -> Any:
     target = loaded(case, stacked, split)
-    taps = tuple(range(target.spec.layers + 1))
+    aux_layers = tuple(range(target.spec.layers + 1))
 
     @jit
     def run(state: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array):
         model = target._replace(state=state).model()
-        tapped, last = model.forward(tokens, positions, segments, taps)
-        return tapped, last, model.logits(last)
+        aux, last = model.forward(tokens, positions, segments, aux_layers)
+        return aux, last, model.logits(last)
 
     return functools.partial(run, target.state)
 
@@ -157,13 +157,13 @@ def forward(
 @functools.lru_cache(maxsize=4)
 def extending(case: str) -> Any:
     target = loaded(case, False, False)
-    taps = tuple(range(target.spec.layers + 1))
+    aux_layers = tuple(range(target.spec.layers + 1))
 
     @jit
     def extend(state: Any, tokens: jax.Array, positions: jax.Array, cache: Any):
         model = target._replace(state=state).model()
-        tapped, last, cache = model.extend(tokens, positions, cache, taps)
-        return (tapped, last, model.logits(last)), cache
+        aux, last, cache = model.extend(tokens, positions, cache, aux_layers)
+        return (aux, last, model.logits(last)), cache
 
     return functools.partial(extend, target.state)
 
@@ -182,8 +182,8 @@ def decode(case: str, tokens: np.ndarray, block: int) -> States:
     return states(*(np.concatenate(part, axis=1) for part in zip(*pieces, strict=True)))
 
 
-def states(tapped: Any, last: Any, logits: Any) -> States:
-    return States(np.moveaxis(np.asarray(tapped), 2, 0), np.asarray(last), np.asarray(logits))
+def states(aux: Any, last: Any, logits: Any) -> States:
+    return States(np.moveaxis(np.asarray(aux), 2, 0), np.asarray(last), np.asarray(logits))
 
 
 def alone(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

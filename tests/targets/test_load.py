@@ -198,10 +198,10 @@ def test_a_switch_that_is_not_honoured_is_named(folder, switches, said):
     refused(folder, said)
 
 
-@pytest.mark.parametrize("taps", [(1, 2, 99), (3, 2, 1), (-1, 2)])
-def test_a_layer_out_of_range_is_told_before_anything_is_read(tmp_path, monkeypatch, taps):
+@pytest.mark.parametrize("aux_layers", [(1, 2, 99), (3, 2, 1), (-1, 2)])
+def test_a_layer_out_of_range_is_told_before_anything_is_read(tmp_path, monkeypatch, aux_layers):
     folder = tiny.write_target(tmp_path / "target")
-    config = RunConfig("x", target=TargetConfig(ref=str(folder), taps=taps))
+    config = RunConfig("x", target=TargetConfig(ref=str(folder), aux_layers=aux_layers))
     monkeypatch.setattr(targets, "load_target", lambda *_, **__: pytest.fail("it is loaded"))
     with pytest.raises(UserError, match=f"layer boundaries must rise, once each, from 0 .* to {tiny.LAYERS}"):
         assemble.load_target(config, one_device())

@@ -13,7 +13,7 @@ from jeagle import train as training
 from jeagle.config import DraftConfig, RunConfig, TrainConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch
-from jeagle.objective import Figures
+from jeagle.objective import Metrics
 from jeagle.training import metrics as logs
 from jeagle.training.metrics import MOST_SKIPPED, Log, Speed
 from jeagle.training.step import Report
@@ -22,7 +22,7 @@ from jeagle.training.step import Report
 def report(*, taken=True, trained=6.0, skipped=0, loss=2.0):
     """Of two TTT steps: 8 and 4 slots count, 4 and 1 are right."""
     two = lambda a, b: np.array([a, b], np.float32)  # noqa: E731
-    figures = Figures(
+    metrics = Metrics(
         loss=two(loss, 3.0),
         counting=two(8, 4),
         correct=two(4, 1),
@@ -32,7 +32,7 @@ def report(*, taken=True, trained=6.0, skipped=0, loss=2.0):
         prefix_correct=two(4, 1),
         prefix_accepted=two(4, 1),
     )
-    return Report(np.float32(loss), figures, np.float32(1.0), np.bool_(taken), np.int32(skipped))
+    return Report(np.float32(loss), metrics, np.float32(1.0), np.bool_(taken), np.int32(skipped))
 
 
 ROWS = Batch(*[np.ones((1, 5), np.int32)] * 4)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jeagle.config import TrainConfig
-from jeagle.objective import Figures
+from jeagle.objective import Metrics
 from jeagle.run.assemble import path_names, train_state
 from jeagle.run.parameters import served_draft, served_params
 from jeagle.runtime.checkpoints import Checkpoints, load_named
@@ -26,8 +26,8 @@ def draft() -> dict:
     return {"fc": normal(6, 4), "layers": [{"norm": jnp.ones(4)}], "lm_head": normal(5, 4)}
 
 
-def figures(trained: float = 3.0) -> Figures:
-    return Figures(*[jnp.full(2, trained)] * len(Figures._fields))
+def metrics(trained: float = 3.0) -> Metrics:
+    return Metrics(*[jnp.full(2, trained)] * len(Metrics._fields))
 
 
 def gradient(tree: dict, step: int) -> dict:
@@ -45,7 +45,7 @@ class Toy:
 
         @jax.jit
         def step(state, gradient, loss, trained):
-            return descend(self.optimiser, state, (loss, figures(trained)), gradient, average=self.config.ema)
+            return descend(self.optimiser, state, (loss, metrics(trained)), gradient, average=self.config.ema)
 
         self._step = step
 

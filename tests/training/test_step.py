@@ -72,10 +72,10 @@ def test_a_step_in_parts_is_the_step(world):
     assert len(set(counts.tolist())) > 1
     whole = jax.jit(functools.partial(part_gradient, program, width=world.width, divisor_K=None))
     parts = jax.jit(functools.partial(summed_gradient, program._replace(parts=4), width=world.width))
-    (loss, figures), gradient = whole(world.state.draft, run.frozen, world.batch)
+    (loss, metrics), gradient = whole(world.state.draft, run.frozen, world.batch)
     (ours, ours_figures), ours_gradient = parts(world.state.draft, run.frozen, world.batch)
     np.testing.assert_allclose(ours, loss, rtol=1e-6)
-    for name, found, wanted in zip(figures._fields, ours_figures, figures, strict=True):
+    for name, found, wanted in zip(metrics._fields, ours_figures, metrics, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=name)
     for found, wanted in zip(jax.tree.leaves(ours_gradient), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-6 * float(jnp.abs(wanted).max()) + 1e-9)
@@ -93,8 +93,8 @@ def test_a_batch_that_teaches_nothing_or_a_nan_is_skipped_counted_and_reported(w
     )
     for skipped, (batch, frozen) in enumerate([(silent, None), (None, broken)], 1):
         after, report = world.step(state, batch, frozen)
-        figures = summarise(report)
-        assert figures["taken"] == 0 and figures["skipped"] == skipped == int(after.skipped)
+        metrics = summarise(report)
+        assert metrics["taken"] == 0 and metrics["skipped"] == skipped == int(after.skipped)
         assert same((after.draft, after.optimiser), (state.draft, state.optimiser))
         state = after
     after, report = world.step(state)
@@ -112,8 +112,8 @@ def test_every_trained_tensor_moves_within_100_steps_and_stays_float32(world):
     assert unchanged(before, checksums(state.draft)) == []
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.draft))
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
-    figures = summarise(report)
-    assert 1 < figures["expected_acceptance_length_sampled"] < 4 and figures["taken"] == 1
+    metrics = summarise(report)
+    assert 1 < metrics["expected_acceptance_length_sampled"] < 4 and metrics["taken"] == 1
 
 
 def test_flops_of_a_step_are_counted_from_its_trace_and_double_with_its_rows(world):

@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
     def final_norm(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.norm[...], self.spec.norm_eps)
 
-    def forward(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, taps: tuple[int, ...]):
+    def forward(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, aux_layers: tuple[int, ...]):
         """Packed rows [B, T] -> (taps [B, T, A, H], last [B, T, H] after the final norm).
 
         A token sees the tokens of its own segment up to itself.
@@ -116,15 +116,15 @@ class Decoder(nnx.Module):
             same = segments[:, :, None] == segments[:, None, :]
             lengths = jnp.where(same, positions[:, None, :], 0).max(axis=-1) + 1
         view = View(positions, segments, Sight(positions, positions, segments, segments), lengths)
-        x, tapped, _ = self._through_layers(tokens, view, None, taps)
-        return tapped, self.final_norm(x)
+        x, aux, _ = self._through_layers(tokens, view, None, aux_layers)
+        return aux, self.final_norm(x)
 
     def extend(
         self,
         tokens: jax.Array,
         positions: jax.Array,
         cache: Caches,
-        taps: tuple[int, ...],
+        aux_layers: tuple[int, ...],
         count_B: jax.Array | None = None,
     ):
         """Tokens [B, T] at their positions, seen after what the cache holds -> (taps, last, cache).
@@ -144,8 +144,8 @@ class Decoder(nnx.Module):
             read = positions[:, 0] + (tokens.shape[1] if count_B is None else count_B)
             lengths = jnp.broadcast_to(read[:, None], positions.shape)
         view = View(positions, None, Sight(positions, keys), lengths, count_B)
-        x, tapped, cache = self._through_layers(tokens, view, cache, taps)
-        return tapped, self.final_norm(x), cache
+        x, aux, cache = self._through_layers(tokens, view, cache, aux_layers)
+        return aux, self.final_norm(x), cache
 
     def empty_cache(self, rows: int, length: int, dtype: Any, rollback: int = 0) -> Caches:
         """Room for `rows` sequences of up to `length` tokens, for each group of layers.
@@ -175,27 +175,27 @@ class Decoder(nnx.Module):
 
         return tuple(None if old is None else place(old, new) for old, new in zip(cache, fresh, strict=True))
 
-    def _through_layers(self, tokens: jax.Array, view: View, cache: Caches | None, taps: tuple[int, ...]):
+    def _through_layers(self, tokens: jax.Array, view: View, cache: Caches | None, aux_layers: tuple[int, ...]):
         """-> (x after all layers, taps [B, T, A, H], what each group keeps)."""
         x = self._by_rows(self.embed(tokens), view)
         extra = self.per_layer(tokens, x) if self.spec.per_layer_vocab else None
-        tapped, shared = {0: x}, {}
+        aux, shared = {0: x}, {}
         kept: list[Any] = []
         for run, blocks in self._run_blocks():
             caches = [None] * len(run) if cache is None else list(cache[len(kept) : len(kept) + len(run)])
             if self.stacked:
-                x, new = self._scan(run, blocks, x, view, caches, shared, extra, taps, tapped)
+                x, new = self._scan(run, blocks, x, view, caches, shared, extra, aux_layers, aux)
             else:
                 number = run[0].layers[0]
                 own = None if extra is None else extra[number]
                 x, one, pair = blocks[0](x, view, caches[0], shared, own)
                 x, new = self._by_rows(x, view), [one]
-                tapped[number + 1] = x
+                aux[number + 1] = x
                 if name := getattr(run[0].block.mixer, "keep_as", ""):
                     shared[name] = pair
             kept += new
-        found = [tapped[tap] for tap in taps]
-        return x, jnp.stack(found, axis=2) if taps else None, tuple(kept)
+        found = [aux[tap] for tap in aux_layers]
+        return x, jnp.stack(found, axis=2) if aux_layers else None, tuple(kept)
 
     def _by_rows(self, x: jax.Array, view: View) -> jax.Array:
         """Packed rows stay split by rows: left to itself, the compiler follows the weights' split."""
@@ -211,10 +211,10 @@ class Decoder(nnx.Module):
             yield run, list(self.blocks)[start : start + len(run)]
             start += len(run)
 
-    def _scan(self, run, blocks, x, view, caches, shared, extra, taps, tapped):
+    def _scan(self, run, blocks, x, view, caches, shared, extra, aux_layers, aux):
         """One run of layers under a scan over its repeats; taps and shared keys and values are put where they go."""
         parts = [nnx.split(block) for block in blocks]
-        inside = [tap for tap in taps if any(tap - 1 in group.layers for group in run)]
+        inside = [tap for tap in aux_layers if any(tap - 1 in group.layers for group in run)]
         # A place for each tap inside, and a last one that untapped layers overwrite.
         room = jnp.zeros((len(inside) + 1, *x.shape), x.dtype)
         places = [[inside.index(i + 1) if i + 1 in inside else len(inside) for i in group.layers] for group in run]
@@ -237,6 +237,6 @@ class Decoder(nnx.Module):
 
         inputs = ([state for _, state in parts], [jnp.array(p, jnp.int32) for p in places], caches, extras)
         (x, room), (new, pairs) = jax.lax.scan(repeat, (x, room), inputs)
-        tapped.update({tap: room[place] for place, tap in enumerate(inside)})
+        aux.update({tap: room[place] for place, tap in enumerate(inside)})
         shared.update({name: jax.tree.map(lambda a: a[-1], pair) for name, pair in pairs.items()})
         return x, new

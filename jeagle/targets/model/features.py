@@ -23,14 +23,14 @@ CPU_CHUNK, ACCELERATOR_CHUNK = 256, 1024
 
 
 def features(
-    model: Decoder, batch: Batch, taps: tuple[int, ...], wanted_BT: jax.Array, width: int, top_k: int = 0
+    model: Decoder, batch: Batch, aux_layers: tuple[int, ...], wanted_BT: jax.Array, width: int, top_k: int = 0
 ) -> Features:
     """The features of packed rows; what needs logits only where `wanted_BT` holds, at most `width` positions a row.
 
     Args:
       top_k: entries of each distribution that teach; 0 leaves the final states to it.
     """
-    taps_BTAH, last_BTH = model.forward(batch.tokens_BT, batch.positions_BT, batch.segments_BT, taps)
+    aux_BTAH, last_BTH = model.forward(batch.tokens_BT, batch.positions_BT, batch.segments_BT, aux_layers)
     chosen = select(wanted_BT, width)
     rows = jnp.arange(wanted_BT.shape[0])[:, None]
 
@@ -40,7 +40,7 @@ def features(
         return empty_BT.at[rows, chosen.positions_BN].set(jnp.where(live_BN, found_BN, 0))
 
     said = jax.tree.map(spread, distributions(model, take_rows(last_BTH, chosen.positions_BN), top_k))
-    return Features(taps_BTAH, last_BTH if said.top is None else said.top, said.greedy, said.lse)
+    return Features(aux_BTAH, last_BTH if said.top is None else said.top, said.greedy, said.lse)
 
 
 class Said(NamedTuple):
@@ -101,8 +101,8 @@ def over_vocabulary(model: Decoder, last_BNH: jax.Array, figure: Callable[[jax.A
         logits = to_logits(by_rows(last, mesh))
         return first_largest(logits).astype(jnp.int32), figure(logits)
 
-    def joined(figures: jax.Array) -> jax.Array:
-        return jnp.moveaxis(figures, 0, 1).reshape(batch, chunks * chunk, *figures.shape[3:])[:, :width]
+    def joined(metrics: jax.Array) -> jax.Array:
+        return jnp.moveaxis(metrics, 0, 1).reshape(batch, chunks * chunk, *metrics.shape[3:])[:, :width]
 
     return jax.tree.map(joined, jax.lax.map(one, jnp.moveaxis(padded.reshape(batch, chunks, chunk, hidden), 1, 0)))
 
