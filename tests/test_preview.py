@@ -63,9 +63,9 @@ def test_figures_are_those_of_the_rows(run, capsys):
     out = shown(run, capsys, "--rows", "0")
     rows = load_rows(run / "data" / "train")
     tokens, learnt = int((rows.segments_BT > 0).sum()), int(rows.supervised_BT.sum())
-    assert f"{tokens:,}, {learnt / tokens:.1%} of them learnt" in out
-    assert "61 rows: 1 duplicates, 0 set aside" in out and "0.0% known to be" in out
-    assert "nearly duplicates       0, 0 left out, 0 held out and like" in out
+    assert f"{tokens:,}, of which {learnt / tokens:.1%} are supervised" in out
+    assert "61 rows: 1 duplicates, 0 rejected" in out and "0.0% are known to be" in out
+    assert "near-duplicates         0, 0 dropped, 0 held out and like" in out
 
 
 @pytest.mark.parametrize(

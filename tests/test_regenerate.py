@@ -10,7 +10,7 @@ import pytest
 from jeagle.data import read_prompts
 from jeagle.errors import UserError
 from jeagle.regenerate import regenerate
-from jeagle.run.answers import Arguments, stops_at
+from jeagle.run.answers import RegenerateArguments, stop_finder
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def arguments(folder, out: str, **settings) -> Arguments:
-    return Arguments(str(folder / "target"), folder / out, max_new_tokens=12, dtype="float32", **settings)
+def arguments(folder, out: str, **settings) -> RegenerateArguments:
+    return RegenerateArguments(str(folder / "target"), folder / out, max_new_tokens=12, dtype="float32", **settings)
 
 
 def answers(folder, out: str, prompts=slice(None), **settings) -> dict[str, str]:
@@ -87,7 +87,7 @@ def test_stops_name_the_first_token_that_completes_a_text():
         def decode(self, tokens):
             return "".join(chr(t) for t in tokens)
 
-    stops = stops_at(Letters(), ["cd", "x"])
+    stops = stop_finder(Letters(), ["cd", "x"])
     assert [stops([ord(c) for c in text]) for text in ("abc", "abcd", "abcdex", "axcd", "")] == [None, 4, 4, 2, None]
 
 
