@@ -42,7 +42,7 @@ def run(args: RegenerateArguments) -> list[dict]:
     return regenerate.regenerate(args, regenerate.self_instructed(args))
 
 
-def test_every_prompt_is_unlike_the_others_and_answered_once(tmp_path, capsys):
+def test_every_prompt_is_different_and_is_answered_once(tmp_path, capsys):
     with Fake(say=write) as fake:
         rows = run(arguments(tmp_path, fake.url))
     prompts = [row["messages"][0]["content"] for row in rows]
@@ -56,7 +56,7 @@ def test_every_prompt_is_unlike_the_others_and_answered_once(tmp_path, capsys):
     assert len(read_conversations(str(tmp_path / "out.jsonl")).conversations) == 60
 
 
-def test_what_is_kept_does_not_depend_on_haste_or_on_where_it_was_stopped(tmp_path):
+def test_the_prompts_do_not_depend_on_concurrency_or_interruptions(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with Fake(say=write) as fake:
@@ -97,7 +97,7 @@ def _impatient(args: RegenerateArguments) -> list[dict]:
         return run(args)
 
 
-def test_more_are_the_first_ones_and_further_ones(tmp_path):
+def test_a_larger_number_adds_to_the_first_prompts(tmp_path):
     with Fake(say=write) as fake:
         first = run(arguments(tmp_path, fake.url, self_instruct=20))
     with Fake(say=write) as fake:
@@ -108,7 +108,7 @@ def test_more_are_the_first_ones_and_further_ones(tmp_path):
     assert prompt_requests(20, 3)[0]["messages"] != prompt_requests(20, 4)[0]["messages"]
 
 
-def test_a_target_that_repeats_itself_is_told_and_one_that_says_nothing_is_an_error(tmp_path, capsys):
+def test_a_target_that_repeats_itself_gives_a_warning_and_an_empty_one_an_error(tmp_path, capsys):
     with Fake(say=lambda text: "What is the time in Lima?") as fake:
         assert len(run(arguments(tmp_path, fake.url, self_instruct=5))) == 1
     assert "repeats itself: 1 of 5 prompts" in capsys.readouterr().out
@@ -119,7 +119,7 @@ def test_a_target_that_repeats_itself_is_told_and_one_that_says_nothing_is_an_er
         run(arguments(tmp_path, fake.url, self_instruct=5, seed=1))
 
 
-def test_turns_that_were_cut_off_or_shown_are_not_used():
+def test_prompts_that_were_cut_off_or_shown_are_not_used():
     shown = prompt_requests(1, 0)[0]["messages"][0]["content"].split("\n- ")[1].split("\n")[0]
     said = [("What is a comet made of, and where does it come from?", "length"), (shown, "stop"), ("x" * 5000, "stop")]
     rows = [

@@ -121,7 +121,7 @@ def test_a_thousand_malformed_files(tmp_path, suffix):
     assert min(outcomes.values()) > 5, outcomes
 
 
-def test_a_malformed_file_leaves_finished_data_as_they_were(tmp_path):
+def test_a_malformed_file_does_not_change_finished_data(tmp_path):
     flags = tiny.flags(tmp_path)
     base = configs.RunConfig(name="t")
     data = dataset.prepare(configs.parse_overrides(base, flags, program="t", description="")).data

@@ -42,13 +42,13 @@ def test_the_estimate_is_near_the_share_of_windows(changed):
     assert abs(np.mean(off)) < 0.03 and np.max(np.abs(off)) < 0.2
 
 
-def test_a_signature_does_not_depend_on_what_it_is_made_with():
+def test_a_signature_does_not_depend_on_the_other_sequences():
     found = [RNG.integers(0, 99, length) for length in (0, 1, 4, 5, 6, 300, 2)]
     np.testing.assert_array_equal(minhash(found), np.concatenate([minhash([one]) for one in found]))
     assert len({row.tobytes() for row in minhash(found)}) == len(found)
 
 
-def test_repeated_and_nearly_repeated_texts_are_held_back():
+def test_repetitions_and_near_duplicates_are_refused():
     distinct = NearDuplicateFilter()
     said = "Explain to a beginner how a bicycle stays upright while it is moving along a road."
     assert distinct.add(said)
@@ -60,7 +60,7 @@ def test_repeated_and_nearly_repeated_texts_are_held_back():
     assert (len(distinct.signatures), distinct.repeated, distinct.near) == (5, 3, 1)
 
 
-def test_variety_of_texts_that_are_known():
+def test_variety_of_texts_with_known_values():
     same = variety(["the cat sat on a mat"] * 4)
     assert same == {"distinct_1": 6 / 24, "distinct_2": 5 / 20, "distinct_3": 4 / 16, "nearest_mean": 1.0}
     letters = ["".join(chr(c) for c in RNG.integers(0x4E00, 0x9000, 50)) for _ in range(600)]
@@ -73,7 +73,7 @@ def add(found: NearDuplicateIndex, ids: np.ndarray, held_out: bool = False) -> b
     return found.add(document_signatures([ids])[0], held_out)
 
 
-def test_near_documents_are_counted_and_those_across_the_split():
+def test_near_duplicates_are_counted_overall_and_across_the_split():
     """Of 300 documents, every third has a copy with one token changed; every sixth's copy is held out."""
     found, planted = NearDuplicateIndex(), 0
     for i in range(300):
@@ -90,7 +90,7 @@ def test_near_documents_are_counted_and_those_across_the_split():
 
 
 @pytest.mark.parametrize("drop", [False, True])
-def test_what_is_left_out_is_compared_with_no_more(drop):
+def test_dropped_documents_are_not_compared_with_later_ones(drop):
     """Eight documents, each with 18 of 400 tokens changed in the next: 0.9 of windows are alike, after seven 0.44."""
     ids, found, said = RNG.integers(0, 9000, 400), NearDuplicateIndex(drop=drop), []
     for i in range(8):
@@ -100,7 +100,7 @@ def test_what_is_left_out_is_compared_with_no_more(drop):
     assert said[:2] == [False, True] and all(said[1:]) != drop and found.near == sum(said)
 
 
-def test_documents_are_found_again_however_many_came_between():
+def test_documents_are_recognised_after_many_others():
     """The tables that they are found by are filled anew as they grow."""
     found, first = NearDuplicateIndex(), RNG.integers(0, 9000, (20, 60))
     assert not any(add(found, ids) for ids in first)
@@ -109,7 +109,7 @@ def test_documents_are_found_again_however_many_came_between():
     assert all(add(found, ids) for ids in first)
 
 
-def test_only_so_many_are_remembered(monkeypatch):
+def test_only_a_limited_number_of_documents_is_remembered(monkeypatch):
     monkeypatch.setattr(near_duplicates, "_REMEMBERED", 8)
     first, found = RNG.integers(0, 9000, 50), NearDuplicateIndex()
     add(found, first, True)
@@ -119,7 +119,7 @@ def test_only_so_many_are_remembered(monkeypatch):
     assert not add(found, first) and found.count()["near_held_out"] == found.near == 1
 
 
-def test_documents_of_half_the_same_words_are_no_duplicates():
+def test_documents_that_share_half_their_words_are_not_near_duplicates():
     found = NearDuplicateIndex()
     lead = RNG.integers(0, 9000, 200)
     for _ in range(200):  # a long question that all of them share
@@ -128,7 +128,7 @@ def test_documents_of_half_the_same_words_are_no_duplicates():
 
 
 # T9 too: what is measured stands, a word changed, among what is learnt.
-def test_held_out_copies_of_training_prompts_are_told(tmp_path):
+def test_held_out_near_duplicates_of_training_conversations_give_a_warning(tmp_path):
     random = np.random.default_rng(0)
     rows = []
     for i in range(200):
@@ -141,7 +141,7 @@ def test_held_out_copies_of_training_prompts_are_told(tmp_path):
     assert any("too optimistic" in line for line in describe_statistics(described, tmp_path))
 
 
-def test_near_copies_are_left_out_and_a_system_prompt_that_all_share_makes_none(tmp_path):
+def test_near_duplicates_are_dropped_and_a_shared_system_prompt_makes_none(tmp_path):
     """A conversation stays and its near copies go, whichever side of the split they are on; so that nothing leaks."""
     random, system = np.random.default_rng(0), {"role": "system", "content": "the old stone house near a tree " * 40}
     names, said = ["the", "cat", "sat", "mat", "bird", "tree", "stone", "green"], []
@@ -160,7 +160,7 @@ def test_near_copies_are_left_out_and_a_system_prompt_that_all_share_makes_none(
     assert all(not m[1]["content"].endswith((" now", " then")) for m in prompts)
 
 
-def test_a_first_turn_that_stands_in_the_system_prompt_too_makes_no_copies(tmp_path):
+def test_a_first_turn_that_also_occurs_in_the_system_prompt_makes_no_near_duplicates(tmp_path):
     random, system = np.random.default_rng(0), {"role": "system", "content": "this is the old stone house " * 40}
     rows = []
     for _ in range(30):

@@ -23,7 +23,7 @@ def key(document: Rendered) -> tuple:
 
 @settings(max_examples=80, deadline=None)
 @given(documents, st.integers(8, 32))
-def test_unpacking_is_the_inverse(found, row_length):
+def test_unpacking_is_the_inverse_of_packing(found, row_length):
     packed = pack(found, row_length)
     cut = [Rendered(d.ids[:row_length], d.supervised[:row_length]) for d in found]
     kept = [d for d in cut if d.supervised.any()]

@@ -49,7 +49,7 @@ def prepare(flags):
 
 
 # T1: nothing is learnt, and the run ends well.
-def test_prompts_that_fill_the_row_stop_the_work(tmp_path, tokenizer):
+def test_prompts_that_fill_the_row_stop_the_preparation(tmp_path, tokenizer):
     rows = [{"prompt": f"{i} " + "the cat sat " * 60, "response": "mat"} for i in range(20)]
     with pytest.raises(UserError, match=r"20 of 20 conversations have no answer within --data.row-length 64 .95 % are"):
         make(tmp_path, rows, tokenizer)
@@ -76,21 +76,21 @@ def test_the_exact_slots_of_a_row_of_twelve(step):
         assert judged == set(np.flatnonzero(learnt).tolist())
 
 
-def test_the_first_token_and_the_end_token_of_an_answer_are_learnt(tokenizer):
+def test_the_first_token_and_the_end_token_of_an_answer_are_supervised(tokenizer):
     found = render(tokenizer, CHATS["single"], end_token_ids=end_ids(tokenizer))
     learnt = found.ids[found.supervised]
     assert tokenizer.decode(learnt[:1]).startswith("s") and learnt[-1] == tokenizer.eos_token_id
 
 
 # T3: the template of training is another than the engine's.
-def test_ids_that_are_not_apply_chat_templates_are_refused(tokenizer, monkeypatch):
+def test_ids_that_differ_from_apply_chat_template_are_refused(tokenizer, monkeypatch):
     good = ChatTemplate.ids
     monkeypatch.setattr(ChatTemplate, "ids", lambda *args: [*good(*args)[:7], 0, *good(*args)[8:]])
     with pytest.raises(ConversationError, match="at token 7"):
         render(tokenizer, CHATS["single"], end_token_ids=end_ids(tokenizer), check_ids=True)
 
 
-def test_another_template_is_another_cache(tmp_path, capsys):
+def test_another_template_prepares_the_rows_again(tmp_path, capsys):
     flags = tiny.flags(tmp_path)
     first = prepare(flags)
     assert not prepare([*flags, "--data.template", "chatml"]).reused
@@ -99,7 +99,7 @@ def test_another_template_is_another_cache(tmp_path, capsys):
 
 
 # T4: answers that were cut off count as complete.
-def test_an_answer_that_was_cut_off_does_not_teach_its_end(tmp_path, tokenizer):
+def test_end_tokens_of_answers_that_were_cut_off_are_not_supervised(tmp_path, tokenizer):
     rows = [row | {"finish_reason": "length" if i % 3 == 0 else "stop"} for i, row in enumerate(chats(30))]
     statistics, folder = make(tmp_path, rows, tokenizer)
     assert statistics["answers_cut_short"] == 10
@@ -109,7 +109,7 @@ def test_an_answer_that_was_cut_off_does_not_teach_its_end(tmp_path, tokenizer):
 
 
 # T5: reasoning left out of the mask, or an empty block trained.
-def test_an_empty_reasoning_block_is_never_trained():
+def test_an_empty_reasoning_block_is_never_supervised():
     tokenizer = tokenizer_for("qwen3-thinking")
     ends = end_ids(tokenizer)
     with pytest.raises(ConversationError, match="empty reasoning block.*--data.thinking off"):
@@ -131,7 +131,7 @@ def test_the_share_of_the_targets_own_answers_is_counted(tmp_path, tokenizer):
 
 
 # T7: bos doubled or missing.
-def test_a_bos_that_is_doubled_is_refused():
+def test_a_doubled_bos_token_is_refused():
     tokenizer = make_tokenizer("byte_bpe", "<|im_end|>", "<s>")
     use_template(tokenizer, "chatml")
     tokenizer.chat_template = "{{ bos_token + bos_token }}" + tokenizer.chat_template
@@ -170,7 +170,7 @@ def test_tool_rows_of_every_form_keep_their_calls(tmp_path, template):
 
 
 # T9: one row kills the work, or junk is trained.
-def test_a_row_that_the_template_refuses_is_set_aside_with_its_place(tmp_path):
+def test_a_row_that_the_template_refuses_is_rejected_with_its_place(tmp_path):
     tokenizer = tokenizer_for("gemma")
     rows = [{"messages": [USER | {"content": f"the cat {i}"}, ANSWER]} for i in range(199)]
     rows.insert(7, {"messages": [USER, USER, ANSWER]})
@@ -187,7 +187,7 @@ def test_a_row_that_the_template_refuses_is_set_aside_with_its_place(tmp_path):
         )
 
 
-def test_a_template_that_refuses_everything_is_told_after_the_first_conversations(tmp_path, monkeypatch):
+def test_a_template_that_refuses_everything_stops_the_preparation_early(tmp_path, monkeypatch):
     monkeypatch.setattr(conversations, "FIRST_ROWS", 300)
     tokenizer = make_tokenizer("byte_bpe", "<|im_end|>")
     tokenizer.chat_template = "{{ raise_exception('no system role, please') }}"
@@ -204,7 +204,7 @@ def test_a_template_that_refuses_everything_is_told_after_the_first_conversation
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
-def test_training_and_held_out_prompts_are_apart_for_every_share(tmp_path, share):
+def test_training_and_held_out_prompts_are_disjoint_for_every_share(tmp_path, share):
     path = tiny.write_chats(tmp_path / "chats.jsonl", 200)
     found = [json.loads(line) for line in path.read_text().splitlines()]
     for row in found[:]:  # each prompt has two answers
@@ -219,6 +219,6 @@ def test_training_and_held_out_prompts_are_apart_for_every_share(tmp_path, share
     assert not prompts[0] & prompts[1]
 
 
-def test_nothing_left_to_train_on_stops_the_work(tmp_path, tokenizer):
+def test_the_preparation_stops_if_nothing_remains_to_train_on(tmp_path, tokenizer):
     with pytest.raises(UserError, match="All 3 conversations are held out.*lower --data.held-out from 0.999"):
         make(tmp_path, chats(3), tokenizer, held_out=0.999)

@@ -20,7 +20,7 @@ def rows(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_order_does_not_depend_on_processes_or_on_where_one_resumes(rows, processes):
+def test_the_order_does_not_depend_on_the_number_of_processes_or_on_the_first_step(rows, processes):
     alone = RowStream(rows, 4, seed=5)
     parts = [RowStream(rows, 4, seed=5, process_index=i, process_count=processes) for i in range(processes)]
     for step in range(14):  # over epoch ends
@@ -45,7 +45,7 @@ def test_the_order_follows_from_the_seed_and_the_epoch_alone(rows):
     assert [int(other.row_numbers(step)[0]) for step in range(23)] != flat[:23].tolist() != flat[23:].tolist()
 
 
-def test_what_fails_on_the_reading_thread_is_raised_and_not_waited_for(rows):
+def test_errors_of_the_reading_thread_are_raised(rows):
     stream = RowStream(rows, 4, seed=1)  # count_live was not called
     with pytest.raises(IndexError):
         next(stream.from_step(0, 5))
@@ -58,7 +58,7 @@ def test_every_epoch_holds_every_row_in_another_order(rows):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_widest_is_what_the_program_needs(rows):
+def test_widest_is_the_largest_number_of_live_slots_or_teacher_positions(rows):
     stream = RowStream(rows, 4, seed=1)
     stream.count_live(3, "predicted", cross_documents=False)
     for step in range(5):
@@ -69,6 +69,6 @@ def test_widest_is_what_the_program_needs(rows):
         assert stream.widest(step) == max(counts.any(0).sum(1).max(), taught.max())
 
 
-def test_rows_that_do_not_divide_are_refused(rows):
-    with pytest.raises(UserError, match="does not divide"):
+def test_batch_rows_must_be_a_multiple_of_the_processes(rows):
+    with pytest.raises(UserError, match="is not a multiple"):
         RowStream(rows, 3, seed=0, process_count=2)

@@ -24,16 +24,16 @@ from tests.data.helpers import pack
 from tests.data.test_preparation import prepare
 
 
-def test_vocabulary_is_the_most_frequent_with_ends_forced_in():
+def test_the_vocabulary_is_the_most_frequent_tokens_and_the_end_tokens():
     counts = np.array([5, 0, 9, 9, 1, 7])
     np.testing.assert_array_equal(choose_vocabulary(counts, 3, [1]), [1, 2, 3])  # ties go to the lower id
     np.testing.assert_array_equal(choose_vocabulary(counts, 0, [1]), np.arange(6))
     assert coverage(counts, np.array([2, 3])) == pytest.approx(18 / 31)
-    with pytest.raises(UserError, match="no room"):
+    with pytest.raises(UserError, match="too small for the 2 end tokens"):
         choose_vocabulary(counts, 1, [1, 4])
 
 
-def test_tables_are_offsets_and_checked(tmp_path):
+def test_tables_are_offsets_and_are_checked(tmp_path):
     ids = np.array([1, 2, 5])
     save_tables(tmp_path / "t", np.ones(8, np.int64), ids, {"data": "x"})
     np.testing.assert_array_equal(np.load(tmp_path / "t" / "d2t.npy"), [1, 1, 3])
@@ -54,7 +54,7 @@ def test_a_tokenizer_of_another_target_is_refused():
         choose_vocabulary(np.arange(10), 4, [12])
 
 
-def test_tables_that_were_cut_off_are_one_sentence(tmp_path):
+def test_tables_that_were_cut_off_are_a_user_error(tmp_path):
     save_tables(tmp_path / "t", np.ones(8, np.int64), np.array([1, 2, 5]), {})
     (tmp_path / "t" / "d2t.npy").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be read"):
@@ -62,7 +62,7 @@ def test_tables_that_were_cut_off_are_one_sentence(tmp_path):
 
 
 # T14: a map is built anew under a trained head, or a stale one is found.
-def test_a_trained_drafts_vocabulary_does_not_change_under_it(tmp_path):
+def test_the_vocabulary_of_a_trained_draft_does_not_change(tmp_path):
     flags = tiny.flags(tmp_path)
     before = load_tables(prepare(flags).tables)
     (tmp_path / "runs" / "tiny" / "checkpoints" / "10").mkdir(parents=True)
@@ -71,13 +71,13 @@ def test_a_trained_drafts_vocabulary_does_not_change_under_it(tmp_path):
     np.testing.assert_array_equal(load_tables(tmp_path / "runs" / "tiny" / "tables"), before)
 
 
-def test_a_map_of_other_data_in_a_cache_is_refused(tmp_path):
+def test_a_map_that_was_made_from_other_data_is_refused(tmp_path):
     save_tables(tmp_path / "t", np.ones(8, np.int64), np.array([1, 2, 5]), {"data": "x", "draft_vocab": 3})
     with pytest.raises(UserError, match="made from other data .data differ"):
         load_tables(tmp_path / "t", {"data": "y", "draft_vocab": 3})
 
 
-def test_a_map_that_was_put_in_anothers_place_is_refused(tmp_path):
+def test_a_map_that_replaced_another_is_refused(tmp_path):
     """By its path alone it would be taken: the manifest beside it is the old one."""
     for name, ids in (("mine", [1, 2, 5]), ("other", [1, 3, 6])):
         save_tables(tmp_path / name, np.ones(8, np.int64), np.array(ids), {"data": "x"})
@@ -90,7 +90,7 @@ def test_a_map_that_was_put_in_anothers_place_is_refused(tmp_path):
         load_tables(tmp_path / "other", stale)
 
 
-def test_a_given_map_is_kept_whatever_the_data_say(tmp_path):
+def test_a_given_vocabulary_is_used_unchanged(tmp_path):
     flags = tiny.flags(tmp_path)
     ids = np.array([0, 1, *range(100, 198)])
     save_tables(tmp_path / "given", np.ones(319, np.int64), ids, {})
@@ -107,28 +107,28 @@ def test_a_given_map_is_kept_whatever_the_data_say(tmp_path):
 
 # T15, T16: absolute ids, zeros, a missing map.
 @pytest.mark.parametrize(
-    ("offsets", "mask", "said"),
+    ("offsets", "mask", "message"),
     [
         ([1, 2, 5], [1, 2, 5], "holds offsets"),  # absolute ids
         ([1, 1, 3], [1, 2, 6], "contradict"),
         ([0, 0, 0], None, "all zeros"),
         ([3, 1, 0], None, "does not rise"),
         ([-2, 0, 0], None, "does not rise"),
-        ([1.0, 1.0, 3.0], [1, 2, 5], "whole numbers"),
-        ([1, 1, 7], [1, 2, 9], "names token 9, but the target has 8"),
+        ([1.0, 1.0, 3.0], [1, 2, 5], "integers"),
+        ([1, 1, 7], [1, 2, 9], "contains token 9, but the target has 8"),
     ],
 )
-def test_maps_that_name_other_tokens_are_refused(tmp_path, offsets, mask, said):
+def test_maps_that_name_other_tokens_are_refused(tmp_path, offsets, mask, message):
     np.save(tmp_path / "d2t.npy", np.array(offsets))
     if mask is not None:
         marked = np.zeros(max(8, max(mask) + 1), bool)
         marked[mask] = True
         np.save(tmp_path / "t2d.npy", marked)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_given_vocabulary(tmp_path, 3, 8, [])
 
 
-def test_a_given_map_is_found_in_every_place_where_others_put_it(tmp_path):
+def test_a_given_vocabulary_is_read_from_every_supported_place(tmp_path):
     from safetensors.numpy import save_file
 
     ids, vocab = np.array([1, 2, 5]), 8
@@ -143,19 +143,19 @@ def test_a_given_map_is_found_in_every_place_where_others_put_it(tmp_path):
         np.testing.assert_array_equal(load_given_vocabulary(tmp_path / place, 3, vocab, [2]), ids)
     with pytest.raises(UserError, match="none of the end tokens 3"):
         load_given_vocabulary(tmp_path / "own", 3, vocab, [3])
-    with pytest.raises(UserError, match="is nowhere"):
+    with pytest.raises(UserError, match="does not exist"):
         load_given_vocabulary(tmp_path / "none", 3, vocab, [])
 
 
 # T17: the draft cannot say the end, or has more slots than the data has tokens.
-def test_every_end_token_is_in_the_vocabulary_and_spare_slots_are_filled():
+def test_every_end_token_is_in_the_vocabulary_and_free_places_are_filled():
     counts = np.zeros(50, np.int64)
     counts[[7, 9]] = 5
     ids = choose_vocabulary(counts, 10, [48, 49])
     assert {7, 9, 48, 49} <= set(ids.tolist()) and len(ids) == 10 and (np.diff(ids) > 0).all()
 
 
-def test_low_coverage_is_told_with_its_numbers(tmp_path):
+def test_low_coverage_gives_a_warning_with_numbers(tmp_path):
     lines = dataset.describe(prepare([*tiny.flags(tmp_path), "--draft.vocab", "5"]))
-    [warning] = [line for line in lines if "cannot say" in line]
+    [warning] = [line for line in lines if "vocabulary lacks" in line]
     assert warning.startswith("warning: ") and "raise --draft.vocab from 5" in warning and " tokens): " in warning

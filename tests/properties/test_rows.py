@@ -58,7 +58,7 @@ def test_every_answer_token_is_supervised_once_and_nothing_else_is(template, kin
 
 @settings(max_examples=30, deadline=None)
 @given(question=said, result=said, answer=said, city=said)
-def test_tool_calls_are_learnt_and_results_never(question, result, answer, city):
+def test_tool_calls_are_supervised_and_results_never(question, result, answer, city):
     tokenizer = tokenizer_for("qwen")
     call = {
         "type": "function",
@@ -94,7 +94,7 @@ def key(document: Rendered) -> tuple:
 @pytest.mark.parametrize("long", ["cut", "split", "drop"])
 @settings(max_examples=50, deadline=None)
 @given(found=documents, row_length=st.integers(4, 24))
-def test_what_becomes_of_long_documents_is_what_the_switch_says(long, found, row_length):
+def test_long_documents_are_cut_split_or_dropped_as_configured(long, found, row_length):
     packed = pack(found, row_length, long)
     over = sum(len(d.ids) > row_length for d in found)
     packer = packed.packer
@@ -111,7 +111,7 @@ def test_what_becomes_of_long_documents_is_what_the_switch_says(long, found, row
 
 @settings(max_examples=30, deadline=None)
 @given(found=documents, row_length=st.integers(8, 24))
-def test_rows_that_go_to_disk_as_they_close_are_those_in_memory(tmp_path_factory, found, row_length):
+def test_rows_that_are_written_as_they_close_equal_rows_in_memory(tmp_path_factory, found, row_length):
     folder = tmp_path_factory.mktemp("rows")
     packer = Packer(row_length)
     with RowWriter(folder, row_length) as writer:

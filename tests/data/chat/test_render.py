@@ -42,7 +42,7 @@ def test_supervised_text_is_the_sampled_text(tokenizer, messages):
     assert (found.ids[found.supervised] == tokenizer.eos_token_id).sum() == answers
 
 
-def test_a_truncated_answer_does_not_teach_the_end(tokenizer):
+def test_the_end_token_of_a_truncated_answer_is_not_supervised(tokenizer):
     ends = (tokenizer.eos_token_id,)
     whole = render(tokenizer, chat(*TURNS), end_token_ids=ends)
     cut = render(tokenizer, chat(*TURNS), end_token_ids=ends, truncated=True)
@@ -50,7 +50,7 @@ def test_a_truncated_answer_does_not_teach_the_end(tokenizer):
     assert whole.supervised.sum() == cut.supervised.sum() + 1
 
 
-def test_system_prompt_is_added_only_where_there_is_none(tokenizer):
+def test_the_system_prompt_is_added_only_to_conversations_without_one(tokenizer):
     text = tokenizer.decode(render_prompt(tokenizer, chat(TURNS[0]), system_prompt="stay"))
     assert text.startswith("<|im_start|>system\nstay<|im_end|>")
     own = chat(("system", "mine"), TURNS[0])
@@ -87,7 +87,7 @@ def test_a_template_that_doubles_bos_is_refused(tokenizer, tmp_path):
         render(other, chat(*TURNS), end_token_ids=ends)
 
 
-def test_the_tokenizer_hash_follows_what_decides_ids_and_not_only_the_vocabulary(tokenizer, tmp_path):
+def test_the_tokenizer_hash_depends_on_all_that_decides_ids(tokenizer, tmp_path):
     from tokenizers import pre_tokenizers
 
     tokenizer.save_pretrained(tmp_path)

@@ -92,7 +92,7 @@ def test_every_document_begins_with_what_the_server_reads(template):
 
 @pytest.mark.parametrize("template", THINKING)
 @pytest.mark.parametrize("inline", [False, True])
-def test_reasoning_is_learnt_where_it_is_sampled(template, inline):
+def test_reasoning_is_supervised_if_it_is_sampled(template, inline):
     if inline and template == "gpt-oss":
         pytest.skip("its reasoning never stands in the text")
     messages = CHATS["reasoning"]
@@ -128,13 +128,13 @@ def test_earlier_reasoning_is_shown_as_the_server_shows_it():
 
 
 @pytest.mark.parametrize("template", sorted(set(TEMPLATES) - set(THINKING)))
-def test_reasoning_that_a_template_leaves_out_is_not_lost_silently(template):
+def test_reasoning_that_a_template_drops_is_an_error(template):
     with pytest.raises(ConversationError, match="does not write the reasoning"):
         documents(tokenizer_for(template), CHATS["reasoning"])
 
 
 @pytest.mark.parametrize("template", CALLS)
-def test_tool_calls_are_learnt_and_their_results_are_not(template):
+def test_tool_calls_are_supervised_and_their_results_are_not(template):
     made = documents(tokenizer_for(template), TOOL_CHAT, [TOOL])
     assert [t for _, texts in made for t in texts] == [
         CALLS[template],
@@ -150,7 +150,7 @@ def test_tool_calls_that_a_template_cannot_write_are_refused(template):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "gemma", "qwen3-thinking"])
-def test_the_mask_is_the_same_place_for_every_kind_of_tokenizer(template, kind):
+def test_the_mask_is_at_the_same_position_for_every_kind_of_tokenizer(template, kind):
     """The answer's tokens are those that follow the generation prompt's, up to the end token."""
     tokenizer = tokenizer_for(template, kind)
     for chat in ("single", "multi", "system", "unicode"):
@@ -171,7 +171,7 @@ def test_the_mask_is_the_same_place_for_every_kind_of_tokenizer(template, kind):
             assert learnt == [list(range(a, b)) for a, b in wanted]
 
 
-def test_a_template_of_headers_is_that_of_the_name():
+def test_a_template_made_of_headers_equals_the_named_template():
     """SpecForge's llama3, by its headers, gives the ids of the named template."""
     llama = tokenizer_for("llama3")
     other = make_tokenizer("byte_bpe", *SPECIAL["llama3"][:2], tuple(SPECIAL["llama3"][2]))
@@ -189,14 +189,14 @@ def test_a_template_of_headers_is_that_of_the_name():
         use_template(other, "qwen", **headers)
 
 
-def test_headers_with_quotes_and_braces_stand_as_they_are():
+def test_headers_with_quotes_and_braces_are_not_changed():
     tokenizer = make_tokenizer("byte_bpe", "<|im_end|>")
     tokenizer.chat_template = from_headers('{{"user"}}\n', "it's {% me %}: ", "<|im_end|>")
     text = tokenizer.apply_chat_template(CHATS["system"], tokenize=False)
     assert text == '{{"system"}}\nbe old<|im_end|>{{"user"}}\nthe cat?<|im_end|>it\'s {% me %}: sat on a mat<|im_end|>'
 
 
-def test_a_users_file_is_taken_and_a_wrong_one_is_one_sentence(tmp_path):
+def test_a_users_template_is_used_and_an_invalid_one_is_a_user_error(tmp_path):
     tokenizer = make_tokenizer("byte_bpe", "<|im_end|>")
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     use_template(tokenizer, str(tmp_path / "mine.jinja"))

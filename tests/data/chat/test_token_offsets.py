@@ -29,7 +29,7 @@ def check(backend: tokenizers.Tokenizer, encoder: Encoder, text: str) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
-def test_places_are_the_tokenizers_own(text):
+def test_positions_are_the_tokenizers_own(text):
     for kind, backend in BACKENDS.items():
         assert check(backend, Encoder(backend), text) == (kind == "byte_bpe")
 
@@ -97,7 +97,7 @@ def overlapping(encoding, begin: int, end: int) -> list[bool]:
 
 @settings(max_examples=60, deadline=None)
 @given(words=WORDS, data=st.data())
-def test_masks_by_places_are_those_by_offsets(words, data):
+def test_masks_from_positions_equal_masks_from_offsets(words, data):
     text = "".join(words)
     begin, end = sorted(data.draw(st.integers(0, len(text))) for _ in range(2))
     for fast, backend in MADE:
@@ -114,7 +114,7 @@ def test_a_byte_that_the_vocabulary_lacks_may_be_any_number_of_bytes():
     assert not check(backend, Encoder(backend), "xxxx a x")
 
 
-def test_what_decodes_makes_no_difference():
+def test_the_decoder_makes_no_difference():
     backend = altered()
     backend.decoder = decoders.Fuse()
     assert check(backend, Encoder(backend), "the cat")

@@ -101,20 +101,29 @@ def check(rows: dict, partial) -> None:
     assert sorted(row["id"] for row in written) == sorted(rows)  # none twice
 
 
-def test_a_server_with_every_trouble_answers_every_prompt_once(tmp_path):
+def test_every_prompt_is_answered_once_in_spite_of_failures(tmp_path):
     kinds = [429, 500, 503, "drop", "half"]
-    with Fake(
-        lambda text, attempt: kinds[int(text.split()[1]) % 5] if attempt <= 1 + int(text[-1]) % 3 else None
-    ) as fake:
+    two, met = threading.Barrier(2), threading.Event()
+
+    def say(text):
+        if text in ("prompt 0", "prompt 1") and not met.is_set():  # the first two requests are under way together
+            two.wait(60)
+            met.set()
+        return text[::-1]
+
+    def trouble(text, attempt):
+        return kinds[int(text.split()[1]) % 5] if attempt <= 1 + int(text[-1]) % 3 else None
+
+    with Fake(trouble, say=say) as fake:
         rows, refused = ask_server(server(fake.url), PROMPTS, answer_file(tmp_path / "a"))
     assert not refused and 1 < fake.most <= 8 and max(fake.asked.values()) >= 4
     check(rows, tmp_path / "a.partial")
 
 
-def test_a_server_that_dies_in_the_middle_is_gone_on_with(tmp_path):
+def test_answers_are_continued_after_the_server_died(tmp_path):
     with (
         Fake(lambda text, attempt: "drop" if int(text.split()[1]) >= 25 else None) as dying,
-        pytest.raises(UserError, match="failed 3 times.*goes on from there"),
+        pytest.raises(UserError, match="failed 3 times.*continues from there"),
     ):
         ask_server(server(dying.url, retries=2), PROMPTS, answer_file(tmp_path / "a"))
     kept = len((tmp_path / "a.partial").read_text().splitlines()) - 1
@@ -134,7 +143,7 @@ ask_server(AnswerServer(sys.argv[1], "m", concurrency=4), prompts, AnswerFile(Pa
 """
 
 
-def test_a_client_that_is_killed_goes_on_after_its_last_answer(tmp_path):
+def test_a_killed_client_continues_after_its_last_answer(tmp_path):
     partial, gate = tmp_path / "a.partial", threading.Event()
 
     def slow(text, attempt):
@@ -160,7 +169,7 @@ def test_a_client_that_is_killed_goes_on_after_its_last_answer(tmp_path):
     check(rows, partial)
 
 
-def test_a_prompt_that_is_refused_does_not_stop_the_others(tmp_path):
+def test_a_refused_prompt_does_not_stop_the_others(tmp_path):
     with Fake(lambda text, attempt: 400 if text.endswith("7") else None) as fake:
         rows, refused = ask_server(server(fake.url), PROMPTS, answer_file(tmp_path / "a"))
     assert sorted(refused) == [p["id"] for p in PROMPTS if p["id"].endswith("7")]
@@ -168,26 +177,26 @@ def test_a_prompt_that_is_refused_does_not_stop_the_others(tmp_path):
     assert "status 400" in next(iter(refused.values()))
 
 
-def test_a_prompt_that_gets_no_answer_is_left_out_and_the_others_are_kept(tmp_path):
+def test_a_prompt_with_an_empty_answer_is_refused_and_the_others_are_answered(tmp_path):
     with Fake(say=lambda text: "" if text.endswith("7") else text[::-1]) as fake:
         rows, refused = ask_server(server(fake.url, retries=2), PROMPTS, answer_file(tmp_path / "a"))
     assert sorted(refused) == [p["id"] for p in PROMPTS if p["id"].endswith("7")]
     assert len(rows) + len(refused) == len(PROMPTS) and "it is empty" in next(iter(refused.values()))
 
 
-def test_answers_that_were_cut_off_say_so(tmp_path):
+def test_answers_that_were_cut_off_are_marked(tmp_path):
     with Fake(finish="length") as fake:
         rows, _ = ask_server(server(fake.url), PROMPTS[:3], answer_file(tmp_path / "a"))
     assert {row["finish_reason"] for row in rows.values()} == {"length"}
 
 
-@pytest.mark.parametrize(("status", "said"), [(404, "refuses model"), (401, "refuses model")])
-def test_a_server_without_the_model_is_one_sentence(tmp_path, status, said):
-    with Fake(lambda text, attempt: status) as fake, pytest.raises(UserError, match=said):
+@pytest.mark.parametrize(("status", "message"), [(404, "refuses model"), (401, "refuses model")])
+def test_a_server_without_the_model_is_a_user_error(tmp_path, status, message):
+    with Fake(lambda text, attempt: status) as fake, pytest.raises(UserError, match=message):
         ask_server(server(fake.url), PROMPTS, answer_file(tmp_path / "a"))
 
 
-def test_what_cannot_be_gone_on_with_is_one_sentence(tmp_path):
+def test_a_damaged_file_or_a_wrong_address_is_a_user_error(tmp_path):
     header = json.dumps({"made_from": {"model": "m"}})
     for text in ('{"key": "other"}\n', "garbage\n", header + "\n[1]\n", '{"made_from": {"model": "n"}}\n', "[1]\n"):
         (tmp_path / "a.partial").write_text(text)
@@ -199,7 +208,7 @@ def test_what_cannot_be_gone_on_with_is_one_sentence(tmp_path):
         ask_server(server("http://127.0.0.1:9/v1", retries=0), PROMPTS, answer_file(tmp_path / "c"))
 
 
-def test_the_command_writes_answers_in_order_and_says_whose_they_are(tmp_path, capsys):
+def test_the_command_writes_sorted_answers_with_their_model(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"turns": [f"prompt {i}"]}) + "\n" for i in range(20)))
     arguments = ["--target", "m", "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "a.jsonl.gz")]
     with Fake() as fake:
@@ -207,6 +216,6 @@ def test_the_command_writes_answers_in_order_and_says_whose_they_are(tmp_path, c
     found = read_conversations(str(tmp_path / "a.jsonl.gz")).conversations
     assert len(found) == 20 and {c.model for c in found} == {"m"} and not list(tmp_path.glob("*.partial"))
     assert all(c.messages[0]["role"] == "user" for c in found) and "20 answers in" in capsys.readouterr().out
-    with Fake(lambda text, attempt: 400) as fake, pytest.raises(UserError, match="20 of 20 prompts are refused"):
+    with Fake(lambda text, attempt: 400) as fake, pytest.raises(UserError, match="refuses 20 of 20 prompts"):
         regenerate.main([*arguments[:-1], str(tmp_path / "b.jsonl"), "--server", fake.url])
     assert not (tmp_path / "b.jsonl").exists()

@@ -41,7 +41,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 @pytest.mark.parametrize("name", NAMED_DATASETS)
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_each_named_source_goes_through(tmp_path, name, suffix):
+def test_each_named_dataset_is_read_from_local_files(tmp_path, name, suffix):
     path = write(tmp_path / f"rows.{suffix}", [ROWS[name]])
     [conversation] = read_conversations(f"{name}:{path}").conversations
     said = [m for m in conversation.messages if m["role"] != "system"]
@@ -52,7 +52,7 @@ def test_each_named_source_goes_through(tmp_path, name, suffix):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "jsonl.gz", "jsonl.zst", "json.gz", "json.zst"])
-def test_columns_are_found_and_named_in_every_kind_of_file(tmp_path, shape, suffix):
+def test_columns_are_recognised_in_every_file_format(tmp_path, shape, suffix):
     path = write(tmp_path / f"x.{suffix}", [SHAPES[shape]])
     reading = read_conversations(str(path))
     assert [f"{columns}" for _, columns in reading.columns] == [shape]
@@ -60,7 +60,7 @@ def test_columns_are_found_and_named_in_every_kind_of_file(tmp_path, shape, suff
     assert said == {"column text": ["the cat sat on a mat"]}.get(shape) or said[-1] == ANSWER
 
 
-def test_a_long_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
+def test_a_long_json_list_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_CHUNK", 7)  # every boundary falls somewhere
     rows = [{"messages": CHAT, "n": [i, {"é": "}]"}]} for i in range(50)]
     for indent in (None, 1):
@@ -68,7 +68,7 @@ def test_a_long_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
         assert [r.row for r in records(tmp_path / "x.json")] == rows
 
 
-def test_a_json_file_may_be_one_line_with_a_list_in_it_and_begin_with_a_byte_order_mark(tmp_path):
+def test_a_json_file_may_be_one_line_and_begin_with_a_byte_order_mark(tmp_path):
     rows = [{"messages": CHAT}, {"messages": CHAT, "n": 1}]
     for name, tree in {"list": rows, "wrapped": {"data": rows}, "indented": {"data": rows}}.items():
         text = json.dumps(tree, indent=1 if name == "indented" else None)
@@ -81,20 +81,20 @@ def test_a_json_file_may_be_one_line_with_a_list_in_it_and_begin_with_a_byte_ord
     assert [r.row for r in records(tmp_path / "x.jsonl")] == rows
 
 
-def test_other_encodings_and_other_kinds_of_files_are_told(tmp_path):
+def test_other_encodings_and_formats_are_refused(tmp_path):
     """Read line by line, the second line of this UTF-16 would otherwise be read as other characters."""
     rows = [{"messages": [{"role": "user", "content": "中文"}, {"role": "assistant", "content": "中"}]}] * 3
     (tmp_path / "x.jsonl").write_bytes(lines(rows).decode().encode("utf-16"))
     assert all(record.reason for record in records(tmp_path / "x.jsonl"))
     (tmp_path / "x.csv").write_text("prompt,response\na,b\n")
-    with pytest.raises(UserError, match="x.csv is no .jsonl.*first line is no JSON"):
+    with pytest.raises(UserError, match="x.csv is not a .jsonl.*first line is not JSON"):
         list(records(tmp_path / "x.csv"))
     (tmp_path / "chats").write_bytes(lines(rows))
     assert [record.row for record in records(tmp_path / "chats")] == rows
 
 
 @pytest.mark.parametrize("text", ["[{}", "[{},", "[{} {}", '[{"a": ]', "", "[", "nul", '{"a": 1', "[1, 2"])
-def test_json_that_breaks_off_is_one_sentence(tmp_path, text):
+def test_json_that_is_cut_off_is_a_user_error(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError):
         read_conversations(str(tmp_path / "x.json"))
@@ -110,11 +110,11 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path):
         found = [c.messages[0]["content"] for c in read_conversations(str(source)).conversations]
         assert found == ["p1", "p0", "p2"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no"):
+    with pytest.raises(UserError, match="contains no"):
         read_conversations(str(tmp_path / "empty"))
 
 
-def test_a_folder_of_datasets_is_read_without_its_notes(tmp_path):
+def test_a_folder_of_the_datasets_library_is_read_without_its_metadata(tmp_path):
     import datasets
 
     made = datasets.Dataset.from_list([{"prompt": "p", "response": "x", "kept": None}])
@@ -122,7 +122,7 @@ def test_a_folder_of_datasets_is_read_without_its_notes(tmp_path):
     assert read_conversations(str(tmp_path / "saved")).conversations[0].messages[0]["content"] == "p"
 
 
-def test_weights_are_kept_until_a_part_runs_out(tmp_path):
+def test_weights_are_observed_until_a_part_is_exhausted(tmp_path):
     for name, count in (("a", 300), ("b", 50)):
         write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "response": "x"} for i in range(count)])
     reading = read_conversations(f"0.75*{tmp_path}/a.jsonl, 0.25*{tmp_path}/b.jsonl")
@@ -131,29 +131,29 @@ def test_weights_are_kept_until_a_part_runs_out(tmp_path):
     for end in range(4, len(first), 4):
         assert abs(first[:end].count("b") - end / 4) <= 1
     [note] = reading.notes
-    assert "b.jsonl ran out after 50" in note
+    assert "b.jsonl is exhausted after 50" in note
     without = read_conversations(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl")
     assert len(without.conversations) == 350 and not without.notes
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("", "--data.source is empty"),
         ("ultrchat", "did you mean ultrachat"),
         ("no/such/file.jsonl", "no file no/such/file.jsonl"),
         ("0.5*starter,gsm8k", "weights to some parts"),
         ("0*starter", "weight of starter"),
-        (",", "names nothing"),
+        (",", "names no data"),
         ("gsm8k:none.jsonl", "no file none.jsonl"),
     ],
 )
-def test_a_wrong_source_is_one_sentence(source, said):
-    with pytest.raises(UserError, match=said):
+def test_a_wrong_source_is_a_user_error(source, message):
+    with pytest.raises(UserError, match=message):
         parse_source(source)
 
 
-def test_the_fingerprint_follows_the_bytes_and_the_weights(tmp_path):
+def test_the_fingerprint_depends_on_the_bytes_and_the_weights(tmp_path):
     a, b = (write(tmp_path / f"{n}.jsonl", [{"prompt": n, "response": "x"}]) for n in "ab")
     found = {source_fingerprint(parse_source(s)) for s in (f"{a}", f"{b}", f"{a},{b}", f"1*{a},2*{b}", f"1*{a},3*{b}")}
     assert len(found) == 5
@@ -162,7 +162,7 @@ def test_the_fingerprint_follows_the_bytes_and_the_weights(tmp_path):
     assert source_fingerprint(parse_source(str(a))) != before
 
 
-def test_answers_before_any_prompt_are_left_out_and_counted(tmp_path):
+def test_answers_before_the_first_prompt_are_removed_and_counted(tmp_path):
     talk = [{"from": "gpt", "value": "so"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     reading = read_conversations(str(write(tmp_path / "x.jsonl", [{"conversations": talk}])))
     assert [m["content"] for m in reading.conversations[0].messages] == ["a", "b"]
@@ -205,7 +205,7 @@ def test_prompts_of_any_rows_are_read(tmp_path):
     assert read_prompts(str(path))[0]["messages"] == [{"role": "text", "content": "one two"}]
 
 
-def test_a_million_bad_lines_stop_soon(tmp_path):
+def test_reading_stops_early_if_no_row_can_be_used(tmp_path):
     (tmp_path / "x.jsonl").write_text("{}\n" * 5000)
     with pytest.raises(UserError, match="1000 of 1000"):
         read_conversations(str(tmp_path / "x.jsonl"))
@@ -218,7 +218,7 @@ def test_reading_keeps_the_order_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMED_DATASETS)
-def test_each_named_source_is_read_from_the_hub(tmp_path, monkeypatch, name):
+def test_each_named_dataset_is_read_from_the_hub(tmp_path, monkeypatch, name):
     """The real library, on a local copy in place of the hub, streamed and not."""
     import datasets
 
@@ -240,7 +240,7 @@ def test_each_named_source_is_read_from_the_hub(tmp_path, monkeypatch, name):
     assert found[0] == found[1]
 
 
-def test_a_data_set_that_cannot_be_had_is_one_sentence(monkeypatch):
+def test_a_dataset_that_cannot_be_loaded_is_a_user_error(monkeypatch):
     import datasets
 
     def fail(*_, **__):
@@ -249,5 +249,5 @@ def test_a_data_set_that_cannot_be_had_is_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     part = parse_source("owner/name:config#test")[0]
     assert (part.hub, part.config, part.splits) == ("owner/name", "config", ("test",))
-    with pytest.raises(UserError, match="owner/name cannot be had .no route."):
+    with pytest.raises(UserError, match="owner/name cannot be loaded .no route."):
         list(part.rows(streaming=False))

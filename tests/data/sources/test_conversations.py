@@ -29,13 +29,15 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     assert 0.1 * len(found) < len(sets[0.2]) < 0.3 * len(found)
 
 
-def test_one_bad_line_is_set_aside_and_many_stop(tmp_path):
+def test_one_bad_line_is_rejected_and_many_stop_the_reading(tmp_path):
     good = tiny.write_chats(tmp_path / "chats.jsonl", 200).read_text()
     (tmp_path / "one.jsonl").write_text(good + "{not json\n")
     reading = read_conversations(str(tmp_path / "one.jsonl"))
-    assert list(reading.examples) == ["no JSON"] and reading.examples["no JSON"][0].endswith("one.jsonl:201")
+    assert list(reading.examples) == ["the line is not valid JSON"] and reading.examples["the line is not valid JSON"][
+        0
+    ].endswith("one.jsonl:201")
     (tmp_path / "many.jsonl").write_text(good + '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9)
-    with pytest.raises(UserError, match=r"9 of 209.*no answer in it.*many.jsonl:201"):
+    with pytest.raises(UserError, match=r"9 of 209.*has no answer.*many.jsonl:201"):
         read_conversations(str(tmp_path / "many.jsonl"))
 
 
@@ -50,26 +52,28 @@ def test_sharegpt_lines_are_read_and_duplicates_dropped(tmp_path):
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 USER = GOOD["messages"][0]
 BAD_LINES = {
-    b"{": "no JSON",
-    b"[" * 100_000: "no JSON",
-    b'"\xff"': "no Unicode",
-    b"[[]]": "no JSON object",
-    b'{"messages": "hi"}': "is no JSON",
+    b"{": "not valid JSON",
+    b"[" * 100_000: "not valid JSON",
+    b'"\xff"': "not valid Unicode",
+    b"[[]]": "not a JSON object",
+    b'{"messages": "hi"}': "is not valid JSON",
     b'{"messages": 7}': "column messages without a list of turns",
-    b'{"talk": []}': "no messages, conversations",
-    json.dumps({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}).encode(): "no Unicode",
-    json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}).encode(): "no text",
-    json.dumps({"messages": [USER, {"role": "judge", "content": "x"}]}).encode(): "a role 'judge'",
-    json.dumps({"conversations": [{"from": "crow", "value": "x"}]}).encode(): "a speaker 'crow'",
-    json.dumps(GOOD | {"tools": 7}).encode(): "tools that are no list",
-    json.dumps({"messages": [USER, GOOD["messages"][1] | {"tool_calls": [{}]}]}).encode(): "a tool call without a name",
+    b'{"talk": []}': "no messages, no conversations",
+    json.dumps({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}).encode(): "not valid Unicode",
+    json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}).encode(): "empty or is not text",
+    json.dumps({"messages": [USER, {"role": "judge", "content": "x"}]}).encode(): "the unknown role 'judge'",
+    json.dumps({"conversations": [{"from": "crow", "value": "x"}]}).encode(): "the unknown speaker 'crow'",
+    json.dumps(GOOD | {"tools": 7}).encode(): "the tools are not a list",
+    json.dumps({"messages": [USER, GOOD["messages"][1] | {"tool_calls": [{}]}]}).encode(): "a tool call has no name",
     json.dumps({"messages": [GOOD["messages"][1]]}).encode(): "an answer without a prompt",
-    json.dumps({"messages": [USER | {"content": [{"type": "image_url"}]}, GOOD["messages"][1]]}).encode(): "image_url",
+    json.dumps(
+        {"messages": [USER | {"content": [{"type": "image_url"}]}, GOOD["messages"][1]]}
+    ).encode(): "parts of type image_url",
 }
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_line_that_cannot_be_used_whole_is_set_aside_with_its_place(tmp_path, line):
+def test_a_bad_line_is_rejected_with_its_reason_and_place(tmp_path, line):
     good = tiny.write_chats(tmp_path / "chats.jsonl", 200).read_bytes()
     with gzip.open(tmp_path / "one.jsonl.gz", "wb") as file:
         file.write(line + b"\n" + good)
@@ -79,18 +83,18 @@ def test_a_line_that_cannot_be_used_whole_is_set_aside_with_its_place(tmp_path, 
     assert len(reading.conversations) + reading.duplicates == 200
 
 
-def test_a_file_that_is_cut_off_is_one_sentence(tmp_path):
+def test_a_file_that_is_cut_off_is_a_user_error(tmp_path):
     whole = gzip.compress(tiny.write_chats(tmp_path / "chats.jsonl", 200).read_bytes())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    for source, said in (("cut.jsonl.gz", "cut.jsonl.gz cannot be read"), ("none.jsonl", "no file")):
-        with pytest.raises(UserError, match=said):
+    for source, message in (("cut.jsonl.gz", "cut.jsonl.gz cannot be read"), ("none.jsonl", "no file")):
+        with pytest.raises(UserError, match=message):
             read_conversations(str(tmp_path / source))
     with pytest.raises(UserError, match="--data.source is empty"):
         read_conversations("")
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", '{"turns": []}\n', "[1]\n"])
-def test_bad_prompts_are_one_sentence(tmp_path, text):
+def test_bad_prompts_are_a_user_error(tmp_path, text):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(UserError, match="p.jsonl"):
         read_prompts(str(tmp_path / "p.jsonl"))
