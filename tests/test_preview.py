@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from jeagle import flags as configs
 from jeagle import preview
-from jeagle.data import load_rows
+from jeagle.data import describe_statistics, load_rows
 from jeagle.errors import UserError
 from jeagle.run import dataset
 from tests import tiny
@@ -66,6 +67,19 @@ def test_the_statistics_are_those_of_the_rows(run, capsys):
     assert f"{tokens:,}, of which {learnt / tokens:.1%} are supervised" in out
     assert "61 rows: 1 duplicates, 0 rejected" in out and "0.0% are known to be" in out
     assert "near-duplicates         0, 0 dropped, 0 held out and like" in out
+
+
+def test_rejected_rows_of_an_older_version_are_shown(run, capsys, tmp_path):
+    """Older versions called them set_aside."""
+    folder = shutil.copytree(run / "data", tmp_path / "data")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["statistics"]["rejected"]
+    manifest["statistics"]["set_aside"] = {"the line is not valid JSON": 3}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "rejected.jsonl").rename(folder / "set_aside.jsonl")
+    assert "1 duplicates, 3 rejected" in shown(tmp_path, capsys, "--rows", "0")
+    described = describe_statistics(manifest["statistics"] | manifest["vocabulary"], folder)
+    assert any(line.startswith("rejected: 3 x") and "set_aside.jsonl lists" in line for line in described)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
@@ -127,7 +127,7 @@ class RowWriter:
             self._files[name].write(np.ascontiguousarray(array, dtype).data)
         self.rows += len(rows.tokens_BT)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RowWriter:
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -140,7 +140,7 @@ class SplitWriter:
             "answers": _quantiles(self._answers),
         }
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> SplitWriter:
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -17,19 +17,11 @@ from jaxtyping import Int64
 _CHARACTER_PRESERVING = ("ByteLevel", "Split", "Punctuation", "Digits", "UnicodeScripts", "FixedLength")
 
 
-class Encoding(Protocol):
-    """The tokens of a text, with the interface of `tokenizers.Encoding`."""
-
-    @property
-    def ids(self) -> list[int]: ...
-
-    def char_to_token(self, char_pos: int) -> int | None: ...
-
-    def token_to_chars(self, token_index: int) -> tuple[int, int]: ...
+Encoding = Any  # a `tokenizers.Encoding` or a `ByteEncoding`
 
 
 class ByteEncoding:
-    """The same interface for tokens whose ends are known as byte positions.
+    """The interface of `tokenizers.Encoding` that is used here, for tokens whose ends are known as byte positions.
 
     Args:
       text: the text, and `data` its UTF-8 bytes.
@@ -74,7 +66,7 @@ class Encoder:
     def __call__(self, texts: Sequence[str]) -> list[Encoding]:
         if self._lengths is None:
             return list(self._backend.encode_batch(texts, add_special_tokens=False))
-        encodings: list[Encoding] = []
+        encodings = []
         for text, fast in zip(texts, self._backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
             ids, data = fast.ids, text.encode()
             ends = self._lengths[ids].cumsum()

@@ -15,7 +15,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jeagle.errors import UserError
 
@@ -81,10 +81,10 @@ def records(path: Path) -> Iterator[Record]:
         raise UserError(f"{path} cannot be read to its end ({first_line(error)}): create the file again.") from error
 
 
-def open_file(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> io.BufferedIOBase:
     """Opens a file for reading bytes; a .gz or .zst file is decompressed."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if path.suffix == ".zst":
         import pyarrow
 

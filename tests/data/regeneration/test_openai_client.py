@@ -16,6 +16,7 @@ import pytest
 from jeagle import regenerate
 from jeagle.data import AnswerFile, AnswerServer, ask_server
 from jeagle.errors import UserError
+from jeagle.runtime.manifest import fingerprint
 from tests.data.helpers import read_conversations
 
 PROMPTS = [{"id": f"{i:03}", "messages": [{"role": "user", "content": f"prompt {i}"}]} for i in range(60)]
@@ -158,7 +159,7 @@ def test_a_killed_client_continues_after_its_last_answer(tmp_path):
             if int(line) >= 15:
                 break
         os.kill(client.pid, signal.SIGKILL)
-        client.wait()
+        assert client.wait() == -signal.SIGKILL
         gate.set()
     with partial.open("a") as file:
         file.write('{"id": "059", "mess')  # as a kill in the middle of a line leaves it
@@ -167,6 +168,16 @@ def test_a_killed_client_continues_after_its_last_answer(tmp_path):
         rows, _ = ask_server(server(fake.url), PROMPTS, answer_file(tmp_path / "a"))
         assert kept >= 15 and sum(fake.asked.values()) == len(PROMPTS) - kept
     check(rows, partial)
+
+
+def test_an_unfinished_file_of_an_older_version_is_continued(tmp_path):
+    """Its header is a hash of the settings."""
+    done = PROMPTS[0] | {"finish_reason": "stop"}
+    lines = [{"key": fingerprint({"model": "m"})}, done]
+    (tmp_path / "a.partial").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with Fake() as fake:
+        rows, _ = ask_server(server(fake.url), PROMPTS[:2], answer_file(tmp_path / "a"))
+    assert list(fake.asked) == ["prompt 1"] and rows[PROMPTS[0]["id"]] == done
 
 
 def test_a_refused_prompt_does_not_stop_the_others(tmp_path):
@@ -202,6 +213,9 @@ def test_a_damaged_file_or_a_wrong_address_is_a_user_error(tmp_path):
         (tmp_path / "a.partial").write_text(text)
         with pytest.raises(UserError, match="delete it"):
             ask_server(server("http://127.0.0.1:9/v1"), PROMPTS, answer_file(tmp_path / "a"))
+    with pytest.raises(UserError, match="another character") as raised:
+        ask_server(server("http://127.0.0.1:9/v1", key="secret\nkey"), PROMPTS, answer_file(tmp_path / "d"))
+    assert "secret" not in str(raised.value)
     with pytest.raises(UserError, match="is not an address"):
         ask_server(server("ftp://x"), PROMPTS, answer_file(tmp_path / "b"))
     with pytest.raises(UserError, match="failed 1 times"):
