@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 from jeagle import data as room
+from jeagle.data import display
 from jeagle.errors import UserError
 from jeagle.runtime.cli import run
 from jeagle.runtime.manifest import atomic_write, finished_manifest, read_manifest
@@ -40,35 +41,29 @@ class PreviewArguments:
 
 def main(arguments: list[str]) -> None:
     args = tyro.cli(PreviewArguments, args=arguments, prog="python -m jeagle.preview", description=__doc__)
-    folder = data_folder(args.data)
+    folder = args.data / "data" if (args.data / "data").is_dir() else args.data
+    if read_manifest(folder) is None:
+        raise UserError(f"{args.data} has no prepared data: run python -m jeagle.prepare, and give the run's folder.")
     rows, texts = open_rows(folder, args.part)
     total = len(rows.tokens_BT)
     if not 0 <= args.start < max(total, 1):
         raise UserError(f"{folder / args.part} has {total} rows, so there is no row {args.start}: lower --start.")
     numbers = range(args.start, min(args.start + args.rows, total))
-    shown = [room.display_tokens(rows, number, texts) for number in numbers]
+    shown = [display.display_tokens(rows, number, texts) for number in numbers]
     tables, coverage = read_manifest(folder.parent / "tables"), None
     if tables is not None:
         counts = np.load(folder / "train" / "counts.npy")
         coverage = room.coverage(counts, room.load_tables(folder.parent / "tables"))
-    statistics = room.statistics_table(finished_manifest(folder), folder, tables, coverage)
+    statistics = display.statistics_table(finished_manifest(folder), folder, tables, coverage)
     if args.html is not None:
-        atomic_write(args.html, room.html_page(str(args.data), args.part, list(numbers), shown, statistics))
+        atomic_write(args.html, display.html_page(str(args.data), args.part, list(numbers), shown, statistics))
         print(f"{len(shown)} rows in {args.html}")
         return
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for number, tokens in zip(numbers, shown, strict=True):
-        print(room.terminal_row(f"{args.part} row {number} of {total}", tokens, coloured, args.width))
+        print(display.terminal_row(f"{args.part} row {number} of {total}", tokens, coloured, args.width))
     for name, value in statistics:
         print(f"{name:<24}{value}")
-
-
-def data_folder(path: Path) -> Path:
-    """Returns the folder of prepared data in `path`, or `path` itself. UserError if there are no prepared data."""
-    folder = path / "data" if (path / "data").is_dir() else path
-    if read_manifest(folder) is None:
-        raise UserError(f"{path} has no prepared data: run python -m jeagle.prepare, and give the run's folder.")
-    return folder
 
 
 def open_rows(folder: Path, part: str):

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -76,7 +77,7 @@ def self_instructed(args: RegenerateArguments, load: Callable[[], LoadedTarget] 
     The prompts are answers to requests, in OUT.turns.jsonl, so that they are continued like other answers. Which of
     them are kept follows from the seed alone. OUT.variety.json says how varied they are.
     """
-    wanted, out = args.self_instruct, data.sibling_file(args.out, ".turns.jsonl")
+    wanted, out = args.self_instruct, Path(f"{args.out}.turns.jsonl")
     sampling = SamplingConfig(
         max_new_tokens=args.turn_tokens, temperature=args.turn_temperature, batch=args.batch, seed=args.seed
     )
@@ -103,7 +104,7 @@ def _report_variety(args: RegenerateArguments, written: data.WrittenPrompts) -> 
     texts = [prompt["messages"][0]["content"] for prompt in written.prompts]
     counts = {"unusable": written.unusable, "repeated": written.repeated, "near_duplicates": written.near}
     metrics = {"kept": len(texts)} | counts | data.variety(texts, written.signatures)
-    atomic_write(data.sibling_file(args.out, ".variety.json"), json.dumps(metrics, indent=1) + "\n")
+    atomic_write(f"{args.out}.variety.json", json.dumps(metrics, indent=1) + "\n")
     print(
         f"{len(texts)} prompts written; dropped: {written.repeated} repetitions, {written.near} near-duplicates, "
         f"{written.unusable} empty or cut off. Variety: "

@@ -1,7 +1,7 @@
 """From conversations to token rows, batches and the draft vocabulary, and answers to prompts."""
 
 from jeagle.data.chat.render import Rendered
-from jeagle.data.chat.templates import TEMPLATES, reads_date, use_template
+from jeagle.data.chat.templates import reads_date, use_template
 from jeagle.data.chat.texts import (
     ConversationError,
     parse_arguments,
@@ -9,22 +9,15 @@ from jeagle.data.chat.texts import (
     template_hash,
     tokenizer_hash,
 )
-from jeagle.data.display import (
-    describe_statistics,
-    display_tokens,
-    html_page,
-    statistics_table,
-    terminal_row,
-    token_texts,
-)
+from jeagle.data.display import describe_statistics, token_texts
 from jeagle.data.near_duplicates import variety
 from jeagle.data.packing import RowWriter, load_rows, rows_of, unpack
 from jeagle.data.preparation import prepare_rows
 from jeagle.data.regeneration.openai_client import AnswerServer, ask_server
-from jeagle.data.regeneration.prompts import AnswerFile, read_prompts, read_rows, sibling_file
+from jeagle.data.regeneration.prompts import AnswerFile, read_prompts, read_rows
 from jeagle.data.regeneration.self_instruct import WrittenPrompts, collect_prompts, prompt_requests
 from jeagle.data.row_stream import RowStream
-from jeagle.data.sources.catalog import NAMED_DATASETS, parse_source, source_fingerprint, starter_answers
+from jeagle.data.sources.catalog import parse_source, source_fingerprint, starter_answers
 from jeagle.data.vocabulary import (
     choose_vocabulary,
     count_supervised,
@@ -36,8 +29,6 @@ from jeagle.data.vocabulary import (
 )
 
 __all__ = [
-    "NAMED_DATASETS",
-    "TEMPLATES",
     "AnswerFile",
     "AnswerServer",
     "ConversationError",
@@ -51,8 +42,6 @@ __all__ = [
     "count_supervised",
     "coverage",
     "describe_statistics",
-    "display_tokens",
-    "html_page",
     "load_given_vocabulary",
     "load_rows",
     "load_tables",
@@ -66,12 +55,9 @@ __all__ = [
     "render_prompt",
     "rows_of",
     "save_tables",
-    "sibling_file",
     "source_fingerprint",
     "starter_answers",
-    "statistics_table",
     "template_hash",
-    "terminal_row",
     "token_texts",
     "tokenizer_hash",
     "unpack",

@@ -7,7 +7,7 @@ import json
 import random
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -18,7 +18,7 @@ from jeagle.data.regeneration.prompts import AnswerFile, Row
 from jeagle.errors import UserError
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses of failures that may be temporary
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_LONGEST_PAUSE = 30.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class AnswerServer:
     concurrency: int = 64
     retries: int = 8
     timeout: float = 600.0
-    first_pause: float = _FIRST_PAUSE
+    first_pause: float = 0.5
     system_prompt: str | None = None
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -71,33 +71,23 @@ def ask_server(
       UserError: if the server cannot be reached, if it does not give answers of this kind, or if it fails again and
         again for one prompt.
     """
-    rows, refused = file.unfinished(), {}
-    waiting = [prompt for prompt in prompts if prompt["id"] not in rows]
-    with file.growing() as append:
-        for prompt, result in _ask_all(server, waiting):
-            if isinstance(result, RequestRefusedError):
-                refused[prompt["id"]] = str(result)
-            else:
-                rows[prompt["id"]] = prompt | result
-                append(rows[prompt["id"]])
-            on_done(len(rows), len(refused))
-    return rows, refused
-
-
-def _ask_all(server: AnswerServer, prompts: Sequence[Row]) -> Iterator[tuple[Row, Row | RequestRefusedError]]:
-    """Yields (prompt, its answer or the refusal) as they arrive, with at most `concurrency` requests at a time."""
-    stop = threading.Event()
-    with _Client(server, stop) as client, ThreadPoolExecutor(server.concurrency, "answers") as pool:
+    rows, refused, stop = file.unfinished(), {}, threading.Event()
+    client = _Client(server, stop)
+    with client.http, file.growing() as append, ThreadPoolExecutor(server.concurrency, "answers") as pool:
         try:
-            requests = {pool.submit(client.ask, prompt): prompt for prompt in prompts}
+            requests = {pool.submit(client.ask, prompt): prompt for prompt in prompts if prompt["id"] not in rows}
             for done in as_completed(requests):
+                prompt = requests[done]
                 try:
-                    yield requests[done], done.result()
+                    rows[prompt["id"]] = prompt | done.result()
+                    append(rows[prompt["id"]])
                 except RequestRefusedError as error:
-                    yield requests[done], error
+                    refused[prompt["id"]] = str(error)
+                on_done(len(rows), len(refused))
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+    return rows, refused
 
 
 class _Client:
@@ -120,21 +110,14 @@ class _Client:
             )
         self._url = f"{str(url).rstrip('/')}/chat/completions"
         headers = {"Content-Type": "application/json"}
-        if server.key:
-            headers["Authorization"] = f"Bearer {server.key}"
-        self._http = httpx2.Client(
+        headers |= {"Authorization": f"Bearer {server.key}"} if server.key else {}
+        self.http = httpx2.Client(
             headers=headers,
             timeout=server.timeout,
             limits=httpx2.Limits(max_connections=server.concurrency, max_keepalive_connections=server.concurrency),
             trust_env=False,
             verify=ssl.create_default_context(),
         )
-
-    def __enter__(self) -> _Client:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._http.close()
 
     def ask(self, prompt: Row) -> Row:
         """Returns {"messages" with the answer, "finish_reason", "model"}."""
@@ -147,7 +130,7 @@ class _Client:
             if self._stop.is_set():
                 raise UserError("The requests were stopped.")
             try:
-                response = self._http.post(self._url, content=content)
+                response = self.http.post(self._url, content=content)
             except httpx2.RequestError as error:
                 status, reason = 0, f"{type(error).__name__}: {error}"
                 continue

@@ -79,11 +79,6 @@ def _parse_prompt(record: Record) -> Row:
     return prompt | {name: row[name] for name in ("thinking",) if isinstance(row.get(name), bool)}
 
 
-def sibling_file(path: Path, ending: str) -> Path:
-    """Returns the path whose name has `ending` appended."""
-    return path.with_name(path.name + ending)
-
-
 class AnswerFile:
     """A file of answers, one JSON object with an "id" per line, and a note of the settings that they depend on.
 
@@ -97,7 +92,7 @@ class AnswerFile:
 
     def __init__(self, out: Path, made_from: dict[str, Any]):
         self.out, self.made_from = out, made_from
-        self.partial, self._note = sibling_file(out, ".partial"), sibling_file(out, ".made_from.json")
+        self.partial, self._note = Path(f"{out}.partial"), Path(f"{out}.made_from.json")
 
     def finished(self) -> dict[str, Row]:
         """Returns the rows of a finished file by id, or none if it depends on other settings, which is printed."""

@@ -25,40 +25,6 @@ from jeagle.runtime.manifest import file_fingerprint, fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
-class HubDataset:
-    """A dataset of the Hub that has a short name.
-
-    Attributes:
-      hub: OWNER/NAME.
-      columns: the columns that hold a conversation.
-      config, splits: which configuration and splits are read.
-    """
-
-    hub: str
-    columns: Columns
-    config: str | None = None
-    splits: tuple[str, ...] = ("train",)
-
-
-NAMED_DATASETS = {
-    "sharegpt": HubDataset("Aeala/ShareGPT_Vicuna_unfiltered", Columns(chat="conversations")),
-    "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", Columns(chat="messages"), splits=("train_sft",)),
-    "perfectblend": HubDataset("mlabonne/open-perfectblend", Columns(chat="conversations")),
-    "open-perfectblend": HubDataset("mlabonne/open-perfectblend", Columns(chat="conversations")),
-    "magpie": HubDataset("Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1", Columns(chat="conversations")),
-    "opencodeinstruct": HubDataset("nvidia/OpenCodeInstruct", Columns(prompt="input", answer="output")),
-    "gsm8k": HubDataset("openai/gsm8k", Columns(prompt="question", answer="answer"), config="main"),
-    "infinity-instruct": HubDataset("BAAI/Infinity-Instruct", Columns(chat="conversations"), config="7M_core"),
-    "nemotron": HubDataset(
-        "nvidia/Nemotron-Post-Training-Dataset-v2", Columns(chat="messages"), splits=("chat", "math", "code", "stem")
-    ),
-}
-
-_HUB = re.compile(r"(?P<hub>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:#(?P<split>[\w.\[\]:%-]+))?")
-_WEIGHTED = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\*(.+)")
-
-
-@dataclasses.dataclass(frozen=True)
 class SourcePart:
     """One part of a source: local files, or a dataset of the Hub.
 
@@ -66,17 +32,18 @@ class SourcePart:
       label: the text that the user wrote.
       weight: the share in a mixture; None if the user gave no weight.
       files: the local files; empty for a dataset of the Hub.
-      hub, config, splits: the dataset of the Hub; `hub` is empty for local files.
+      hub: OWNER/NAME of the dataset of the Hub; empty for local files.
+      config, splits: which configuration and splits of that dataset are read.
       columns: the columns that hold a conversation; None if they are recognised row by row.
       model: the model that wrote all answers of this part; empty if that is not known.
     """
 
-    label: str
+    label: str = ""
     weight: float | None = None
     files: tuple[Path, ...] = ()
     hub: str = ""
     config: str | None = None
-    splits: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("train",)
     columns: Columns | None = None
     model: str = ""
 
@@ -91,7 +58,7 @@ class SourcePart:
         """
         for path in self.files:
             yield from records(path)
-        for split in self.splits:
+        for split in self.splits if self.hub else ():
             yield from _hub_rows(self, split, streaming)
 
     def fingerprint(self) -> str:
@@ -106,6 +73,31 @@ class SourcePart:
             config = f", {self.config}" if self.config else ""
             return f"{self.hub}{config}, split {' and '.join(self.splits)}"
         return str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files of {self.label}"
+
+
+# The datasets of the Hub that have a short name.
+NAMED_DATASETS = {
+    "sharegpt": SourcePart(hub="Aeala/ShareGPT_Vicuna_unfiltered", columns=Columns(chat="conversations")),
+    "ultrachat": SourcePart(
+        hub="HuggingFaceH4/ultrachat_200k", columns=Columns(chat="messages"), splits=("train_sft",)
+    ),
+    "perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=Columns(chat="conversations")),
+    "open-perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=Columns(chat="conversations")),
+    "magpie": SourcePart(hub="Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1", columns=Columns(chat="conversations")),
+    "opencodeinstruct": SourcePart(hub="nvidia/OpenCodeInstruct", columns=Columns(prompt="input", answer="output")),
+    "gsm8k": SourcePart(hub="openai/gsm8k", columns=Columns(prompt="question", answer="answer"), config="main"),
+    "infinity-instruct": SourcePart(
+        hub="BAAI/Infinity-Instruct", columns=Columns(chat="conversations"), config="7M_core"
+    ),
+    "nemotron": SourcePart(
+        hub="nvidia/Nemotron-Post-Training-Dataset-v2",
+        columns=Columns(chat="messages"),
+        splits=("chat", "math", "code", "stem"),
+    ),
+}
+
+_HUB = re.compile(r"(?P<hub>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:#(?P<split>[\w.\[\]:%-]+))?")
+_WEIGHTED = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\*(.+)")
 
 
 def parse_source(source: str) -> list[SourcePart]:
@@ -163,8 +155,7 @@ def _parse_part(text: str) -> SourcePart:
     name, _, split = text.partition("#")
     if name in NAMED_DATASETS:
         known = NAMED_DATASETS[name]
-        splits = (split,) if split else known.splits
-        return SourcePart(text, hub=known.hub, config=known.config, splits=splits, columns=known.columns)
+        return dataclasses.replace(known, label=text, splits=(split,) if split else known.splits)
     if (match := _HUB.fullmatch(text)) and not text.startswith((".", "/")) and not Path(text).suffix:
         return SourcePart(text, hub=match["hub"], config=match["config"], splits=(match["split"] or "train",))
     if near := difflib.get_close_matches(text, [*NAMED_DATASETS, "starter"], n=1):

@@ -61,27 +61,32 @@ def expand(path: str) -> list[Path]:
 def records(path: Path) -> Iterator[Record]:
     """Yields the rows of one file, which are read as they are needed.
 
-    A single row that cannot be read is yielded as a `Record` with a reason.
+    A single row that cannot be read is yielded as a `Record` with a reason. A file whose suffix is not known is read as
+    JSON lines if its first line is JSON.
 
     Raises:
       UserError: if the file cannot be read to its end, or if its format is not supported.
     """
     kind = kind_of(path)
     try:
-        if kind is None:
-            yield from _file_of_unknown_suffix(path)
-        elif kind in _TABLES:
+        if kind in _TABLES:
             yield from _table(path, kind)
         elif kind in _JSON:
             yield from _json_file(path)
         else:
             with open_file(path) as file:
-                yield from _json_lines(path, file)
+                for count, record in enumerate(_json_lines(path, file)):
+                    if kind is None and count == 0 and record.reason:
+                        raise UserError(
+                            f"{path} is not a .jsonl, .json, .parquet or .arrow file (optionally .gz or .zst), and its "
+                            "first line is not JSON: convert it to one of these formats."
+                        )
+                    yield record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read to its end ({first_line(error)}): create the file again.") from error
 
 
-def open_file(path: Path) -> io.BufferedIOBase:
+def open_file(path: Path) -> gzip.GzipFile | io.BufferedReader:
     """Opens a file for reading bytes; a .gz or .zst file is decompressed."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
@@ -131,19 +136,6 @@ def _parse_line(where: str, line: bytes) -> Record:
         return Record(where, None, "the text is not valid Unicode")
     except (ValueError, RecursionError):
         return Record(where, None, "the line is not valid JSON")
-
-
-def _file_of_unknown_suffix(path: Path) -> Iterator[Record]:
-    """Reads a file whose name does not say what it holds as JSON lines, if its first line is JSON."""
-    with open_file(path) as file:
-        first = next((line for line in file if line.strip()), b"{}")
-        if _parse_line("", first).reason:
-            raise UserError(
-                f"{path} is not a .jsonl, .json, .parquet or .arrow file (optionally .gz or .zst), and its first line "
-                "is not JSON: convert it to one of these formats."
-            )
-    with open_file(path) as file:
-        yield from _json_lines(path, file)
 
 
 def _json_file(path: Path) -> Iterator[Record]:
@@ -205,7 +197,7 @@ def _list_items(path: Path, text: io.TextIOBase) -> Iterator[Record]:
         raise UserError(f"{path} is not valid JSON in UTF-8 after its item {count}: create it again.") from error
 
 
-def _table(path: Path, kind: str) -> Iterator[Record]:
+def _table(path: Path, kind: str | None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jeagle.config import DataConfig
-from jeagle.data import TEMPLATES, ConversationError, use_template
+from jeagle.data import ConversationError, use_template
 from jeagle.data.chat.render import Renderer
-from jeagle.data.chat.templates import from_headers
+from jeagle.data.chat.templates import TEMPLATES, from_headers
 from jeagle.data.sources.conversations import Conversation
 from jeagle.data.sources.schema import Columns, messages_of
 from jeagle.errors import UserError

@@ -11,8 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jeagle.data import NAMED_DATASETS, parse_source, read_prompts, source_fingerprint
+from jeagle.data import parse_source, read_prompts, source_fingerprint
 from jeagle.data.sources import files
+from jeagle.data.sources.catalog import NAMED_DATASETS
 from jeagle.data.sources.files import records
 from jeagle.errors import UserError
 from tests import tiny
