@@ -30,6 +30,7 @@ from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_folder, fingerprint
 from jeagle.runtime.mesh import make_mesh
+from jeagle.runtime.outputs import NEW_FOLDER, check_replaceable
 
 STEP = 0
 """The checkpoint's: nothing has been trained here."""
@@ -81,8 +82,7 @@ def take_in(args: Arguments) -> list[str]:
       UserError: for a folder that is no draft, an open question that nothing answers, a target that the draft is not
         for, or a place that is taken. Nothing is left behind then.
     """
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise UserError(f"{args.out} is there already: choose another place with --out, or remove it first.")
+    check_replaceable(args.out, NEW_FOLDER)
     draft = exchange.open_draft(args.source)
     files = targets.resolve(args.target) if args.target else None
     hints = exchange.Hints(args.aux_layers or None, args.norm_output, args.norm_before_residual)
@@ -96,7 +96,7 @@ def take_in(args: Arguments) -> list[str]:
     if draft.lacks_head and files:
         draft = draft.with_head(_targets_head(args, files, spec, draft.draft_to_target(spec)))
     params = {name: parameter[...] for name, parameter in draft.params(spec).items()}
-    with atomic_folder(args.out) as folder:
+    with atomic_folder(args.out, NEW_FOLDER) as folder:
         _write_tables(folder, draft, spec)
         _describe(folder, args, spec, files)
         lines: list[str] = []

@@ -24,6 +24,7 @@ from jeagle.regenerate import Arguments as RegenerateArguments
 from jeagle.regenerate import regenerate
 from jeagle.report import mean_logged, summary_lines, write_report
 from jeagle.run import acceptance, assemble
+from jeagle.run.claim import claimed
 from jeagle.run.dataset import describe, prepare
 from jeagle.run.draft_init import draft_spec
 from jeagle.runtime.cli import run
@@ -38,8 +39,9 @@ def main(arguments: list[str]) -> None:
     arguments = [part for argument in arguments for part in (live if argument == "--live" else (argument,))]
     config = configs.from_command_line(arguments, program="python -m jeagle.pipeline", description=__doc__)
     prepare_host()
-    for line in pipeline(config):
-        print(line)
+    with claimed(config):
+        for line in pipeline(config):
+            print(line)
 
 
 def pipeline(config: RunConfig) -> list[str]:

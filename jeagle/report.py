@@ -13,9 +13,11 @@ import jinja2
 import tyro
 
 from jeagle.errors import UserError
+from jeagle.run.claim import PAGE, REPORT
 from jeagle.runtime import cli
 from jeagle.runtime.charts import is_number, plot, ticks
 from jeagle.runtime.manifest import atomic_write
+from jeagle.runtime.outputs import check_replaceable
 
 Report = dict[str, Any]
 
@@ -53,8 +55,11 @@ def write_report(run: Path, report: Report, sample: dict[str, Any] | None) -> Pa
     """
     report = _finite(report)
     tree = report | ({"sample": sample} if sample else {})
-    atomic_write(run / "report.json", json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    atomic_write(run / "report.html", render(report, read_metrics(run / "metrics.jsonl"), sample))
+    text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    page = render(report, read_metrics(run / "metrics.jsonl"), sample)
+    check_replaceable(run / "report.html", PAGE)
+    atomic_write(run / "report.json", text, REPORT)
+    atomic_write(run / "report.html", page, PAGE)
     return run / "report.html"
 
 

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 import optax
 
-from jeagle import data, features
+from jeagle import data, features, targets
 from jeagle import flags as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec
 from jeagle.objective import ObjectiveSpec
 from jeagle.run import assemble
+from jeagle.run.claim import CONFIG, DRAFT, claimed
 from jeagle.run.draft_init import check_engines, draft_spec, held_out_scores, keep_embedding
 from jeagle.runtime import distributed
 from jeagle.runtime.changes import checksums, unchanged
@@ -42,11 +43,15 @@ from jeagle.training.step import train_step
 def main(arguments: list[str]) -> None:
     config = configs.from_command_line(arguments, program="python -m jeagle.train", description=__doc__)
     prepare_host()
-    # Before the processes join: preparing may take longer than they wait for one another.
-    if distributed.may_lead():
-        teaching.prepare(config, teaching.open_stores(config))
-    distributed.initialise()
-    train(config)
+    with claimed(config):
+        # Before the processes join: preparing may take longer than they wait for one another.
+        if distributed.may_lead():
+            check_settings(config)
+            check_draft(config)
+            teaching.prepare(config, teaching.open_stores(config))
+        distributed.initialise()
+        with claimed(config):  # by now it is known who leads
+            train(config)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     """
     learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
     check_parts(config, learnt, mesh)
-    claim_folder(config)
+    check_settings(config)
     stores = teaching.filled_stores(config, mesh)
     prepared = teaching.prepare(config, stores)  # found, or made on a host that does not share the leader's disk
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
@@ -123,9 +128,8 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     vocabulary, older = assemble.draft_to_target(config), assemble.open_start(config)
     spec = draft_spec(config, teacher.spec, len(vocabulary), teacher.end_token_ids, older)
     check_engines(config.draft, spec, teacher.spec.layers)
-    describe_draft(config, spec, teacher.fingerprint)
+    described = describe_draft(config, spec, teacher.fingerprint)
     tables = assemble.draft_tables(teacher.tables(vocabulary), mesh, spec=spec, folder=config.folder, start=older)
-    keep_embedding(config.folder, spec, tables)
     graphdef, draft = assemble.draft_state(config, spec, teacher.spec, tables, mesh, older)
 
     stream = open_stream(config, stores)
@@ -134,12 +138,13 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     optimiser = make_optimiser(config.train, rate, trained=assemble.trained(config.draft))
     state = assemble.train_state(draft, optimiser, mesh, average=config.train.ema)
     top_k = stores.stores[0].form.top_k if stores else 0
+    write_folder(config, spec, tables, described)  # all inputs are open, and fit
     program = program_of(config, spec, graphdef, mesh, teacher.graphdef, teacher.spec.logits, top_k=top_k)
     return Run(program, optimiser, Frozen(teacher.state, tables), stream, steps, mesh, stores), state
 
 
-def claim_folder(config: RunConfig) -> None:
-    """Writes config.json, or checks that the run found there was begun with the same settings."""
+def check_settings(config: RunConfig) -> None:
+    """UserError where the run that is found in the folder was begun with other settings."""
     path = config.folder / "config.json"
     wanted = configs.to_json(config)
     if path.is_file() and (config.folder / "checkpoints").is_dir():
@@ -150,11 +155,23 @@ def claim_folder(config: RunConfig) -> None:
                 f"The run {config.folder} was begun with other settings ({', '.join(fields)}): give the same ones "
                 "to go on with it, or another --name to begin anew."
             )
-    if distributed.is_leader():
-        atomic_write(path, json.dumps(wanted, indent=2) + "\n")
 
 
 _SHAPING = ("target", "data", "draft", "objective", "train")
+
+
+def check_draft(config: RunConfig) -> None:
+    """UserError for a draft that the target or an engine refuses, before anything is made of the target's data.
+
+    Where features are read from stores the target need not be at hand, and `set_up` alone checks it.
+    """
+    if config.features not in ("online", "auto"):
+        return
+    files = targets.resolve(config.target.ref)
+    family = targets.own_family(config.target.family) if config.target.family else None
+    known, size = targets.read_spec(targets.open_weights(files).config, family), config.draft.vocab
+    vocabulary = size if 0 < size < known.vocab else known.vocab
+    check_engines(config.draft, draft_spec(config, known, vocabulary, (), assemble.open_start(config)), known.layers)
 
 
 def check_parts(config: RunConfig, learnt: ObjectiveSpec, mesh: Any) -> None:
@@ -186,8 +203,8 @@ class Watch:
         return f"warning: not changed in {self.STEPS} steps: {', '.join(still)}" if still else ""
 
 
-def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) -> None:
-    """Writes draft.json: what the checkpoints' parameters are of, and what they are trained from.
+def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) -> dict[str, Any]:
+    """The content of draft.json: what the checkpoints' parameters are of, and what they are trained from.
 
     UserError when the run was begun with another target, other data or another vocabulary.
     """
@@ -201,9 +218,15 @@ def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) 
                 f"The run {config.folder} was begun from other inputs ({', '.join(fields)} differ): give another "
                 "--name, or remove its checkpoints to train anew."
             )
+    return {"draft": spec.to_json(), "made_from": made_from}
+
+
+def write_folder(config: RunConfig, spec: DraftSpec, tables: Any, described: dict[str, Any]) -> None:
+    """Writes config.json, draft.json and, where the draft has one of its own, its embedding."""
     if distributed.is_leader():
-        tree = {"draft": spec.to_json(), "made_from": made_from}
-        atomic_write(path, json.dumps(tree, indent=2) + "\n")
+        for name, tree, kind in (("config.json", configs.to_json(config), CONFIG), ("draft.json", described, DRAFT)):
+            atomic_write(config.folder / name, json.dumps(tree, indent=2) + "\n", kind)
+    keep_embedding(config.folder, spec, tables)
 
 
 def open_stream(config: RunConfig, stores: features.Mixture | None = None) -> data.RowStream:

@@ -13,8 +13,27 @@ from typing import Any, Literal
 import jeagle
 from jeagle.exchange.limits import READ_IN, Layout, sglang_jax_limits, sglang_limits, vllm_limits
 from jeagle.interfaces import DraftSpec
+from jeagle.runtime.outputs import json_file, marked_folder
 
 EXPORT_FILE = "jeagle_export.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_FILES = ("config.json", "model.safetensors", "README.md", *TOKENIZER_FILES)
+_OTHER_TOKENIZERS = ("additional_chat_templates", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+EXPORT = marked_folder(
+    "export of jeagle's",
+    EXPORT_FILE,
+    json_file("record of an export", "engine", "layout"),
+    _FILES + _OTHER_TOKENIZERS,
+)
 _PACKAGES = ("jax", "flax", "numpy", "ml_dtypes", "safetensors")
 
 

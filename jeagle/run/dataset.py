@@ -13,8 +13,8 @@ from jeagle import data as room
 from jeagle import targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
+from jeagle.run.claim import check_folder, claimed, new_rows
 from jeagle.runtime.manifest import (
-    atomic_folder,
     differences,
     fingerprint,
     finished_manifest,
@@ -52,13 +52,15 @@ def load_tokenizer(config: RunConfig, files: targets.TargetFiles) -> Any:
 
 def prepare(config: RunConfig) -> Prepared:
     """Makes the run's data and tables, or finds them made from the same inputs."""
+    check_folder(config)
     files = targets.resolve(config.target.ref)
     tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source)
     made = made_from(config, tokenizer, targets.open_weights(files).config, parts)
     data = config.folder / "data"
+    _given_vocabulary(config, made)  # refused before the rows are made, where it does not fit
     reused = found(data, made)
     if not reused:
-        _make_rows(config, parts, tokenizer, made, data)
+        _make_rows(config, parts, tokenizer, made)
     return finish(config, made, reused=reused)
 
 
@@ -133,7 +135,7 @@ def found(data: Path, made_from: dict[str, Any]) -> bool:
     return not fields
 
 
-def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[str, Any], data: Path) -> None:
+def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[str, Any]) -> None:
     rules = rules_of(config, made_from["end_token_ids"])
     shape = room.Shape(
         row_length=config.data.row_length,
@@ -149,7 +151,7 @@ def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[s
     for part in parts:
         print(f"prepare: reading {part}", flush=True)
     total = config.data.max_conversations
-    with Progress(total, "conversations", "prepare") as progress, atomic_folder(data) as aside:
+    with Progress(total, "conversations", "prepare") as progress, new_rows(config) as aside:
         statistics = room.build(parts, tokenizer, rules, shape, aside, progress.update)
         tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone
         statistics["template_reads_date"] = room.reads_date(tokenizer.chat_template)
@@ -162,17 +164,7 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
     UserError where a trained draft would find its head's rows meaning other tokens.
     """
     tables, size, ends = config.folder / "tables", config.draft.vocab, made_from["end_token_ids"]
-    given = None
-    source = config.data.vocabulary or config.draft.start  # a draft to start from brings its head's rows' meaning
-    if source and not (size <= 0 and config.draft.start):  # the whole vocabulary needs no map
-        given = room.given_map(Path(source), size, made_from["target_vocab"], ends)
-    if given is not None and config.data.vocabulary and config.draft.start:
-        begun = room.given_map(Path(config.draft.start), size, made_from["target_vocab"], ends)
-        if not np.array_equal(given, begun):
-            raise UserError(
-                f"--data.vocabulary {source} is not the vocabulary of the draft to start from, {config.draft.start}: "
-                "its head's rows would mean other tokens. Leave --data.vocabulary out."
-            )
+    given = _given_vocabulary(config, made_from)
     wanted: dict[str, Any] = {"data": fingerprint(made_from), "draft_vocab": size, "end_token_ids": list(ends)}
     if given is not None:
         wanted["given"] = fingerprint(given.tolist())
@@ -189,8 +181,29 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
         )
     if fields:
         print(f"prepare: {', '.join(fields)} changed since {tables} was made; making it anew", flush=True)
-    room.save_tables(tables, counts, ids, wanted)
+    with claimed(config, shared=True):
+        room.save_tables(tables, counts, ids, wanted)
     return tables
+
+
+def _given_vocabulary(config: RunConfig, made_from: dict[str, Any]) -> np.ndarray | None:
+    """The draft vocabulary that --data.vocabulary or --draft.start brings, [D] token ids; None where rows choose it.
+
+    UserError where it does not fit the target, or the two contradict each other.
+    """
+    size, ends = config.draft.vocab, made_from["end_token_ids"]
+    given = None
+    source = config.data.vocabulary or config.draft.start  # a draft to start from brings its head's rows' meaning
+    if source and not (size <= 0 and config.draft.start):  # the whole vocabulary needs no map
+        given = room.given_map(Path(source), size, made_from["target_vocab"], ends)
+    if given is not None and config.data.vocabulary and config.draft.start:
+        begun = room.given_map(Path(config.draft.start), size, made_from["target_vocab"], ends)
+        if not np.array_equal(given, begun):
+            raise UserError(
+                f"--data.vocabulary {source} is not the vocabulary of the draft to start from, {config.draft.start}: "
+                "its head's rows would mean other tokens. Leave --data.vocabulary out."
+            )
+    return given
 
 
 def _trained(folder: Path) -> bool:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jeagle.runtime.manifest import atomic_write, differences, fingerprint
+from jeagle.runtime.outputs import check_replaceable, json_file
+
+NOTE = json_file("note of a stage", "made_from", "seconds", "result")
 
 
 class Stages:
@@ -22,6 +25,7 @@ class Stages:
     def __call__(self, name: str, made_from: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         note = self.folder / f"{name.replace(' ', '_')}.json"
         made_from = {"version": self.version, "from": fingerprint(made_from)}
+        check_replaceable(note, NOTE)
         old = _read(note)
         if old and not differences(old["made_from"], made_from):
             print(f"[{name}] as before", flush=True)
@@ -32,7 +36,7 @@ class Stages:
         result = make()
         self.seconds[name] = round(time.monotonic() - started, 1)
         tree = {"made_from": made_from, "seconds": self.seconds[name], "result": result}
-        atomic_write(note, json.dumps(tree, indent=1) + "\n")
+        atomic_write(note, json.dumps(tree, indent=1) + "\n", NOTE)
         gc.collect()  # a model that the stage held must not stay beside the next one's
         return result
 

@@ -21,9 +21,10 @@ from jeagle.extraction.fill import extract
 from jeagle.extraction.plan import check_serves, template_settings
 from jeagle.interfaces import Batch, Tables
 from jeagle.run import assemble, dataset
+from jeagle.run.claim import check_folder, new_rows
 from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
-from jeagle.runtime.manifest import atomic_folder, fingerprint, finished_manifest, write_manifest
+from jeagle.runtime.manifest import fingerprint, finished_manifest, write_manifest
 from jeagle.runtime.mesh import row_parts
 from jeagle.targets import TargetFiles, TargetSpec
 
@@ -133,6 +134,7 @@ def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prep
     conversations."""
     if mixture is None or isinstance(mixture, features.Partial):
         return dataset.prepare(config)
+    check_folder(config)
     abouts = [store.about for store in mixture.stores]
     made = dict(abouts[0]["made_from"]["data"])
     if len(abouts) > 1:
@@ -140,7 +142,7 @@ def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prep
     folder = config.folder / "data"
     reused = dataset.found(folder, made)
     if not reused:
-        with atomic_folder(folder) as aside:
+        with new_rows(config) as aside:
             statistics = {split: _write_rows(mixture, split, aside / split, made) for split in ("train", "held_out")}
             for name in ("tokenizer.json", "held_out.jsonl", "set_aside.jsonl"):
                 _copy(mixture, name, aside)
