@@ -44,9 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="export-") as made:
         run = Path(made) / "run"
         arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in _SIZES]
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.export", "--write", str(run), *arguments], check=True, cwd=ROOT
-        )
+        subprocess.run([sys.executable, "-m", "benchmarks.export", f"--write={run}", *arguments], check=True, cwd=ROOT)
         trained = json.loads((run / "bytes.json").read_text())
         found: dict[str, Any] = {"draft_bytes_float32": trained}
         _export(run, Path(made) / "out", "to_vllm.py")
@@ -68,7 +66,7 @@ def _options() -> argparse.Namespace:
 
 
 def _export(run: Path, out: Path, converter: str, *options: str) -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "converters" / converter), "--checkpoint", str(run), "--out", str(out)]
+    command = [sys.executable, str(ROOT / "converters" / converter), f"--checkpoint={run}", f"--out={out}"]
     shutil.rmtree(out, ignore_errors=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()

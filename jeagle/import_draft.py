@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +25,7 @@ from jeagle.interfaces import DraftSpec
 from jeagle.run import assemble
 from jeagle.run.draft_init import EMBEDDING_FILE
 from jeagle.runtime.checkpoints import Checkpoints
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import run, shell_word
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_folder, fingerprint
 from jeagle.runtime.mesh import make_mesh
@@ -195,7 +194,7 @@ def _question(draft: OpenDraft, readings: list[Reading]) -> str:
 
 def _what_next(args: Arguments, spec: DraftSpec) -> list[str]:
     size = sum(int(np.prod(shape)) for shape in exchange.expected_shapes(spec).values())
-    run = shlex.quote(str(args.out))
+    run = shell_word(args.out)
     target = "" if args.target else " --target TARGET"
     lines = [
         f"{args.out}: {size:,} parameters, vocabulary of {spec.draft_vocab:,} of {spec.target_vocab:,}, taps after "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def render(report: Report, metrics: list[dict[str, Any]], sample: dict[str, Any]
     """The page, which asks for nothing from outside it."""
     loader, undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.ChainableUndefined
     page = jinja2.Environment(loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"shown": shown, "duration": _duration, "shell": shlex.quote, "json": json.dumps}
+    page.filters |= {"shown": shown, "duration": _duration, "shell": cli.shell_word, "json": json.dumps}
     page.tests["known"] = is_number
     positions = sorted({int(k[9:]) for row in metrics for k in row if k.startswith("accuracy_")})
     return page.get_template("report.html.jinja").render(
