@@ -27,7 +27,7 @@ from jeagle.interfaces import Batch, Features
 from jeagle.run import assemble, dataset
 from jeagle.run.claim import check_folder, new_rows
 from jeagle.runtime.host import prepare_host
-from jeagle.runtime.manifest import fingerprint, write_manifest
+from jeagle.runtime.manifest import fingerprint
 from jeagle.runtime.progress import Progress
 
 _CHECKED = 2  # samples that are compared with the target
@@ -182,7 +182,7 @@ def _prepare(
             statistics[split] = {"rows": len(rows), "supervised_tokens": int(counts.sum())}
         loaded.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))
         (aside / "held_out.jsonl").write_text("")
-        write_manifest(aside, {"made_from": made, "target": config.target.ref, "statistics": statistics})
+        dataset.write_rows_manifest(aside, config, made, statistics)
     return dataset.Prepared(folder, config.folder / "tables", statistics), plan
 
 

@@ -93,7 +93,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     checkpoints.close()
     if int(state.step) < run.steps:
         raise KeyboardInterrupt
-    return log.last
+    return log.last | {"step": int(state.step)}
 
 
 class Run(NamedTuple):

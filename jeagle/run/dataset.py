@@ -125,14 +125,27 @@ def rules_of(config: RunConfig, end_token_ids: tuple[int, ...]) -> room.Rules:
 
 
 def found(data: Path, made_from: dict[str, Any]) -> bool:
-    """Whether rows made from the same inputs lie there."""
+    """Whether rows made from the same inputs lie there, all files as long as they were made."""
     old = read_manifest(data)
     if old is None:
         return False
-    fields = differences(old["made_from"], made_from)
+    fields, sizes = differences(old["made_from"], made_from), _sizes(data)
+    wrong = [name for name, size in old.get("files", {}).items() if sizes.get(name) != size]
     if fields:
         print(f"prepare: {', '.join(fields)} changed since {data} was made; making it anew")
-    return not fields
+    elif wrong:
+        print(f"prepare: {', '.join(wrong)} in {data} has gone or has another length; making it anew", flush=True)
+    return not (fields or wrong)
+
+
+def write_rows_manifest(folder: Path, config: RunConfig, made_from: dict[str, Any], statistics: dict[str, Any]) -> None:
+    """The manifest of a folder of rows, all of whose files are there; it names them with their lengths in bytes."""
+    tree = {"made_from": made_from, "target": config.target.ref, "statistics": statistics, "files": _sizes(folder)}
+    write_manifest(folder, tree)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[str, Any]) -> None:
@@ -155,7 +168,7 @@ def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[s
         statistics = room.build(parts, tokenizer, rules, shape, aside, progress.update)
         tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone
         statistics["template_reads_date"] = room.reads_date(tokenizer.chat_template)
-        write_manifest(aside, {"made_from": made_from, "target": config.target.ref, "statistics": statistics})
+        write_rows_manifest(aside, config, made_from, statistics)
 
 
 def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Path:
@@ -170,9 +183,11 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
         wanted["given"] = fingerprint(given.tolist())
     old = read_manifest(tables)
     fields = [] if old is None else differences({n: v for n, v in old.items() if n != "ids"}, wanted)
-    if old is not None and not fields:
-        return tables
     counts = np.load(data / "train" / "counts.npy")
+    if old is not None and not fields:
+        if _whole(tables, counts):
+            return tables
+        print(f"prepare: {tables} lacks a file or has a damaged one; making it anew", flush=True)
     ids = room.choose(counts, size, ends) if given is None else given
     if fields and _trained(config.folder) and not np.array_equal(ids, room.load_tables(tables)):
         raise UserError(
@@ -204,6 +219,15 @@ def _given_vocabulary(config: RunConfig, made_from: dict[str, Any]) -> np.ndarra
                 "its head's rows would mean other tokens. Leave --data.vocabulary out."
             )
     return given
+
+
+def _whole(tables: Path, counts_V: np.ndarray) -> bool:
+    """Whether a folder of vocabulary tables has its three files, which agree with one another and with the counts."""
+    try:
+        room.load_tables(tables)
+        return (tables / "t2d.npy").is_file() and np.array_equal(np.load(tables / "counts.npy"), counts_V)
+    except (UserError, OSError, ValueError, EOFError):
+        return False
 
 
 def _trained(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from jeagle.run import assemble, dataset
 from jeagle.run.claim import check_folder, new_rows
 from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
-from jeagle.runtime.manifest import fingerprint, finished_manifest, write_manifest
+from jeagle.runtime.manifest import fingerprint, finished_manifest
 from jeagle.runtime.mesh import row_parts
 from jeagle.targets import TargetFiles, TargetSpec
 
@@ -148,7 +148,7 @@ def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prep
                 _copy(mixture, name, aside)
             manifest = json.loads(mixture.stores[0].data_file("manifest.json") or b"{}")
             statistics = manifest.get("statistics", {}) | statistics if len(abouts) > 1 else manifest["statistics"]
-            write_manifest(aside, {"made_from": made, "target": config.target.ref, "statistics": statistics})
+            dataset.write_rows_manifest(aside, config, made, statistics)
     return dataset.finish(config, made, reused=reused)
 
 
