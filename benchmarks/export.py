@@ -106,6 +106,7 @@ def write_run(folder: Path, options: argparse.Namespace) -> None:
     from jeagle.run import assemble
     from jeagle.runtime.checkpoints import Checkpoints
     from jeagle.runtime.mesh import make_mesh
+    from jeagle.training.step import TrainState
 
     heads = options.width // 128
     spec = DraftSpec(
@@ -133,7 +134,7 @@ def write_run(folder: Path, options: argparse.Namespace) -> None:
     params = {n: rng.standard_normal(s, np.float32) * 0.02 for n, s in exchange.expected_shapes(spec).items()}
     _, draft = assemble.draft_from_flat(spec, "float32", params, make_mesh())
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(1, assemble.TrainState(draft, None, np.int32(1), np.int32(0)))
+    checkpoints.save(1, TrainState(draft, None, np.int32(1), np.int32(0)))
     checkpoints.close()
     (folder / "bytes.json").write_text(str(sum(array.nbytes for array in params.values())))
 

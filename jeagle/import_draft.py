@@ -30,6 +30,7 @@ from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_folder, fingerprint
 from jeagle.runtime.mesh import make_mesh
 from jeagle.runtime.outputs import NEW_FOLDER, check_replaceable
+from jeagle.training.step import TrainState
 
 STEP = 0
 """The checkpoint's: nothing has been trained here."""
@@ -181,7 +182,7 @@ def _describe(folder: Path, args: Arguments, spec: DraftSpec, files: targets.Tar
 def _save(folder: Path, spec: DraftSpec, params: dict[str, np.ndarray]) -> None:
     _, state = assemble.draft_from_flat(spec, "float32", params, make_mesh())
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(STEP, assemble.TrainState(state, None, np.int32(STEP), np.int32(0)))
+    checkpoints.save(STEP, TrainState(state, None, np.int32(STEP), np.int32(0)))
     checkpoints.close()
 
 

@@ -86,10 +86,16 @@ def _layout(config: RunConfig, mesh: Mesh) -> tuple[features.Layout, Callable[[n
     return features.Layout(processes, shards, {"train": config.train.accumulate}), distributed.everywhere
 
 
-def filled_stores(config: RunConfig, mesh: Mesh) -> features.Mixture | None:
-    """As `open_stores`; with --features auto the run's own store, which is filled first as far as it is not yet."""
+def complete_stores(config: RunConfig, stores: features.Mixture | None, mesh: Mesh) -> features.Mixture | None:
+    """The stores that the run's features are read from, once its processes have joined.
+
+    With --features auto, that is the run's own store, which is filled first as far as it is not yet.
+
+    Args:
+      stores: of `open_stores`.
+    """
     if config.features != "auto":
-        return open_stores(config, mesh)
+        return open_stores(config, mesh) if isinstance(stores, features.Partial) else stores
     store = extract(config, str(config.folder / "features"))
     gc.collect()  # the target must not stay beside the draft's training
     return open_stores(dataclasses.replace(config, features=store))
@@ -172,7 +178,7 @@ def _copy(mixture: features.Mixture, name: str, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def teacher(config: RunConfig, mixture: features.Mixture | None, mesh: Mesh) -> Teacher:
+def open_teacher(config: RunConfig, mixture: features.Mixture | None, mesh: Mesh) -> Teacher:
     """The target itself, or what the stores keep of it. UserError for a store that contradicts itself or its target."""
     if mixture is not None and not isinstance(mixture, features.Partial):
         recheck(config, mixture, mesh)
@@ -245,3 +251,8 @@ def shares(mixture: features.Mixture | None) -> list[tuple[int, float]] | None:
     if mixture is None or mixture.weights is None:
         return None
     return list(zip(mixture.counts("train"), mixture.weights, strict=True))
+
+
+def top_k(stores: features.Mixture | None) -> int:
+    """How many of the likeliest tokens the stores hold of each distribution; 0 where the teacher is whole."""
+    return stores.stores[0].form.top_k if stores else 0
