@@ -29,12 +29,8 @@ _CHUNK = 256  # conversations rendered together
 _T = TypeVar("_T")
 
 _FILES = ("train", "held_out", "held_out.jsonl", "set_aside.jsonl", "tokenizer.json")
-ROWS = marked_folder(
-    "folder of rows that jeagle prepared",
-    "manifest.json",
-    json_file("manifest of rows", "made_from", "statistics"),
-    _FILES,
-)
+_MANIFEST = json_file("manifest of rows", "made_from", "statistics")
+ROWS = marked_folder("folder of rows that jeagle prepared", "manifest.json", _MANIFEST, _FILES)
 
 
 def build(

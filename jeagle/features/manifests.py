@@ -108,11 +108,9 @@ def check_place(place: Place) -> None:
     if place.path is not None:
         check_replaceable(place.path, STORE_FOLDER)
     opened = read_store(place)  # damaged, or another program's: that is said here
-    if (
-        opened is None
-        and place.path is None
-        and (taken := [n for n in (SEGMENTS, CLAIMS, MANIFESTS, DATA) if place.names(n)])
-    ):
+    if opened is not None or place.path is not None:
+        return
+    if taken := [name for name in (SEGMENTS, CLAIMS, MANIFESTS, DATA) if place.names(name)]:
         raise UserError(f"{place} is no store of jeagle's (it holds {listed(taken)} and no {STORE}): give another.")
 
 

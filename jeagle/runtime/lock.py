@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.runtime.outputs import check_replaceable, json_file, parents_made
+from jeagle.runtime.outputs import parents_made
 
-LOCK = json_file("lock of jeagle's", "pid", "host", "since")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
 _held: set[Path] = set()
 
@@ -41,7 +40,6 @@ def only_writer(lock: Path, what: str, advice: str, *, shared: bool = False) -> 
     if key in _held:
         yield
         return
-    check_replaceable(lock, LOCK)
     with parents_made(lock, keep=False):
         descriptor = _taken(lock, what, advice, shared)
         _held.add(key)
@@ -54,7 +52,10 @@ def only_writer(lock: Path, what: str, advice: str, *, shared: bool = False) -> 
 
 def _taken(lock: Path, what: str, advice: str, shared: bool) -> int:
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except IsADirectoryError:
+            raise _not_ours(lock) from None
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
@@ -66,10 +67,17 @@ def _taken(lock: Path, what: str, advice: str, shared: bool) -> int:
         if _is_file(descriptor, lock):
             break
         os.close(descriptor)  # its holder removed it between the two calls: the name is another file's by now, or free
+    if os.fstat(descriptor).st_size and "pid" not in _holder(descriptor):
+        os.close(descriptor)
+        raise _not_ours(lock)
     told = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now(), "command": os.path.basename(sys.argv[0])}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, (json.dumps(told) + "\n").encode(), 0)
     return descriptor
+
+
+def _not_ours(lock: Path) -> UserError:
+    return UserError(f"{lock} is there already and is no lock of jeagle's: nothing has been changed. Move it away.")
 
 
 def _release(descriptor: int, lock: Path, shared: bool) -> None:

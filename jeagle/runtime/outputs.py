@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from jeagle.errors import UserError
 
 _SIGN_BYTES = 1 << 16  # of a page, in which its sign must stand
 _SHOWN = 3  # names of a message
+_MOMENT = 0.05  # seconds, far longer than two renames take
 
 
 class Output(NamedTuple):
@@ -106,6 +108,8 @@ NEW_FOLDER = Output("empty folder", True, lambda path: f"it holds {listed(sorted
 def check_replaceable(path: str | Path, kind: Output) -> None:
     """UserError unless `path` is absent, empty, or of this kind, so that writing there loses nothing of a user's."""
     path = Path(path)
+    if _reason(path, kind):
+        time.sleep(_MOMENT)  # another writer may just have been replacing it
     if reason := _reason(path, kind):
         raise UserError(
             f"{path} is there already and is no {kind.what} ({reason}): nothing has been changed. "

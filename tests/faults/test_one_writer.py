@@ -181,8 +181,8 @@ def test_where_files_cannot_be_locked_their_content_decides(tmp_path, monkeypatc
     told = {"pid": process.pid, "host": socket.gethostname() if host == "here" else host, "since": "then"}
     (tmp_path / "lock").write_text(json.dumps(told))
     try:
-        refused = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
-        with refused as error, only_writer(tmp_path / "lock", "it", "wait."):
+        expected = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+        with expected as error, only_writer(tmp_path / "lock", "it", "wait."):
             assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
         assert (tmp_path / "lock").exists() == bool(said)
         assert not said or f"remove {tmp_path / 'lock'}" in str(error.value)

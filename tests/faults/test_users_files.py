@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -27,8 +28,9 @@ from jeagle import (
 from jeagle import flags as configs
 from jeagle.errors import UserError
 from jeagle.run import dataset
+from jeagle.run.claim import CONFIG
 from jeagle.runtime import manifest
-from jeagle.runtime.outputs import check_replaceable, json_file, jsonl_file, marked_folder
+from jeagle.runtime.outputs import Output, check_replaceable, json_file, jsonl_file, marked_folder
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -177,7 +179,7 @@ def test_the_source_itself_may_lie_in_the_run(inputs, tmp_path):
     source = runs / "mine" / "data" / "chats.jsonl"
     source.parent.mkdir(parents=True)
     shutil.copy(inputs / "chats.jsonl", source)
-    assert "chats.jsonl" in refused(inputs, tmp_path, WRITE_RUNS["prepare"](inputs, runs, source)) or True
+    assert str(runs / "mine") in refused(inputs, tmp_path, WRITE_RUNS["prepare"](inputs, runs, source))
     shutil.rmtree(runs)
     shutil.copytree(inputs / "runs" / "mine", runs / "mine")
     shutil.copy(inputs / "chats.jsonl", runs / "mine" / "own.jsonl")
@@ -290,11 +292,9 @@ def test_what_jeagle_wrote_it_replaces(inputs, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(inputs / "runs" / "mine", runs / "mine")
     (runs / "mine" / "my notes.txt").write_text("mine")
-    changed = run_config(inputs, runs)
-    changed = configs.from_json(
-        configs.to_json(changed) | {"data": configs.to_json(changed)["data"] | {"held_out": 0.2}}
-    )
-    assert not dataset.prepare(changed).reused
+    config = run_config(inputs, runs)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=0.2))
+    assert not dataset.prepare(config).reused
     assert (runs / "mine" / "my notes.txt").read_text() == "mine"
     for _ in range(2):
         preview.main([str(runs / "mine"), "--html", str(tmp_path / "page.html")])
@@ -307,16 +307,16 @@ def test_what_jeagle_wrote_it_replaces(inputs, tmp_path):
         check_replaceable(tmp_path / "rows", rows)
 
 
+def _replace_meanwhile(path: Path, kind: Output) -> None:
+    with manifest.atomic_folder(path, kind) as aside:
+        manifest.write_manifest(aside, {})
+        users_notes(path, path)
+
+
 def test_a_users_folder_that_comes_while_the_work_is_done_stays(tmp_path):
     kind = marked_folder("folder of a test", "manifest.json", json_file("manifest"), ("rows",))
-
-    def write():
-        with manifest.atomic_folder(tmp_path / "f", kind) as aside:
-            manifest.write_manifest(aside, {})
-            users_notes(tmp_path, tmp_path / "f")
-
     with pytest.raises(UserError, match="no folder of a test"):
-        write()
+        _replace_meanwhile(tmp_path / "f", kind)
     assert [path.name for path in tmp_path.rglob("*")] == ["f", "notes.txt"]
 
 
@@ -328,8 +328,6 @@ def test_folders_made_for_a_write_that_fails_go_again(tmp_path):
 
 def test_settings_of_a_run_are_known_by_their_fields(inputs):
     """Those that training writes, so that a run of which only config.json is left is one."""
-    from jeagle.run.claim import CONFIG
-
     path = inputs / "settings.json"
     path.write_text(json.dumps(configs.to_json(run_config(inputs, inputs / "runs"))))
     check_replaceable(path, CONFIG)
