@@ -73,7 +73,7 @@ def signed_file(what: str, *signs: bytes) -> Output:
 def marked_folder(what: str, mark: str, kind: Output, names: tuple[str, ...]) -> Output:
     """A folder that holds the file `mark`, of this kind, and nothing but `names`: it is replaced whole.
 
-    An empty `mark` is what a full disk or a power failure leaves; it counts where all names are those that jeagle writes.
+    An empty `mark`, as a full disk or a power failure leaves it, counts too.
     """
 
     def foreign(path: Path) -> str:
