@@ -19,6 +19,7 @@ from jeagle.data import display
 from jeagle.errors import UserError
 from jeagle.runtime.cli import run
 from jeagle.runtime.manifest import atomic_write, finished_manifest, read_manifest
+from jeagle.runtime.outputs import check_replaceable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class PreviewArguments:
 
 def main(arguments: list[str]) -> None:
     args = tyro.cli(PreviewArguments, args=arguments, prog="python -m jeagle.preview", description=__doc__)
+    if args.html is not None:
+        check_replaceable(args.html, display.PAGE)
     folder = args.data / "data" if (args.data / "data").is_dir() else args.data
     if read_manifest(folder) is None:
         raise UserError(f"{args.data} has no prepared data: run python -m jeagle.prepare, and give the run's folder.")
@@ -56,7 +59,9 @@ def main(arguments: list[str]) -> None:
         coverage = room.coverage(counts, room.load_tables(folder.parent / "tables"))
     statistics = display.statistics_table(finished_manifest(folder), folder, tables, coverage)
     if args.html is not None:
-        atomic_write(args.html, display.html_page(str(args.data), args.part, list(numbers), shown, statistics))
+        atomic_write(
+            args.html, display.html_page(str(args.data), args.part, list(numbers), shown, statistics), display.PAGE
+        )
         print(f"{len(shown)} rows in {args.html}")
         return
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ

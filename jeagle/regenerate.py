@@ -30,14 +30,16 @@ from jeagle.run.assemble import LoadedTarget
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
+from jeagle.runtime.outputs import check_replaceable
 
 
 def main(arguments: list[str]) -> None:
     args = tyro.cli(RegenerateArguments, args=arguments, prog="python -m jeagle.regenerate")
     prepare_host()
     load = target_loader(args)
-    prompts = self_instructed(args, load) if args.self_instruct else data.read_prompts(args.prompts)
-    rows = regenerate(args, prompts[: args.limit or None], load)
+    with data.AnswerFile(args.out, answer_settings(args)).alone():
+        prompts = self_instructed(args, load) if args.self_instruct else data.read_prompts(args.prompts)
+        rows = regenerate(args, prompts[: args.limit or None], load)
     cut = sum(row["finish_reason"] == "length" for row in rows)
     print(f"{len(rows)} answers in {args.out}, of which {cut} are cut off at {args.max_new_tokens} tokens")
 
@@ -56,19 +58,20 @@ def regenerate(
       load: `target_loader` of the arguments, if the target is used more than once.
     """
     file = data.AnswerFile(args.out, answer_settings(args))
-    rows = file.finished()
-    waiting = [prompt for prompt in prompts if prompt["id"] not in rows]
-    if waiting and args.server:
-        rows |= answers_from_server(args, waiting, file)
-        prompts = [prompt for prompt in prompts if prompt["id"] in rows]
-    elif waiting:
-        rows |= file.unfinished()
-        waiting = [prompt for prompt in waiting if prompt["id"] not in rows]
-        if waiting:
-            rows |= answers_from_target(args, waiting, file, (load or target_loader(args))())
-    ordered = [rows[prompt["id"]] for prompt in sorted(prompts, key=lambda p: p["id"])]
-    file.finish(ordered)
-    return ordered
+    with file.alone():
+        rows = file.finished()
+        waiting = [prompt for prompt in prompts if prompt["id"] not in rows]
+        if waiting and args.server:
+            rows |= answers_from_server(args, waiting, file)
+            prompts = [prompt for prompt in prompts if prompt["id"] in rows]
+        elif waiting:
+            rows |= file.unfinished()
+            waiting = [prompt for prompt in waiting if prompt["id"] not in rows]
+            if waiting:
+                rows |= answers_from_target(args, waiting, file, (load or target_loader(args))())
+        ordered = [rows[prompt["id"]] for prompt in sorted(prompts, key=lambda p: p["id"])]
+        file.finish(ordered)
+        return ordered
 
 
 def self_instructed(args: RegenerateArguments, load: Callable[[], LoadedTarget] | None = None) -> list[dict[str, Any]]:
@@ -78,6 +81,7 @@ def self_instructed(args: RegenerateArguments, load: Callable[[], LoadedTarget] 
     them are kept follows from the seed alone. OUT.variety.json says how varied they are.
     """
     wanted, out = args.self_instruct, Path(f"{args.out}.turns.jsonl")
+    check_replaceable(f"{args.out}.variety.json", data.VARIETY)
     sampling = SamplingConfig(
         max_new_tokens=args.turn_tokens, temperature=args.turn_temperature, batch=args.batch, seed=args.seed
     )
@@ -104,7 +108,7 @@ def _report_variety(args: RegenerateArguments, written: data.WrittenPrompts) -> 
     texts = [prompt["messages"][0]["content"] for prompt in written.prompts]
     counts = {"unusable": written.unusable, "repeated": written.repeated, "near_duplicates": written.near}
     metrics = {"kept": len(texts)} | counts | data.variety(texts, written.signatures)
-    atomic_write(f"{args.out}.variety.json", json.dumps(metrics, indent=1) + "\n")
+    atomic_write(f"{args.out}.variety.json", json.dumps(metrics, indent=1) + "\n", data.VARIETY)
     print(
         f"{len(texts)} prompts written; dropped: {written.repeated} repetitions, {written.near} near-duplicates, "
         f"{written.unusable} empty or cut off. Variety: "

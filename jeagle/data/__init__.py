@@ -12,13 +12,14 @@ from jeagle.data.chat.texts import (
 from jeagle.data.display import describe_statistics, token_texts
 from jeagle.data.near_duplicates import variety
 from jeagle.data.packing import RowWriter, load_rows, rows_of, unpack
-from jeagle.data.preparation import prepare_rows
+from jeagle.data.preparation import ROWS, prepare_rows
 from jeagle.data.regeneration.openai_client import AnswerServer, ask_server
-from jeagle.data.regeneration.prompts import AnswerFile, read_prompts, read_rows
+from jeagle.data.regeneration.prompts import ANSWER_FILES, VARIETY, AnswerFile, read_prompts, read_rows
 from jeagle.data.regeneration.self_instruct import WrittenPrompts, collect_prompts, prompt_requests
 from jeagle.data.row_stream import RowStream
 from jeagle.data.sources.catalog import parse_source, source_fingerprint, starter_answers
 from jeagle.data.vocabulary import (
+    TABLES,
     choose_vocabulary,
     count_supervised,
     coverage,
@@ -29,6 +30,10 @@ from jeagle.data.vocabulary import (
 )
 
 __all__ = [
+    "ANSWER_FILES",
+    "ROWS",
+    "TABLES",
+    "VARIETY",
     "AnswerFile",
     "AnswerServer",
     "ConversationError",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jeagle.interfaces import Batch
+from jeagle.runtime.outputs import signed_file
 
 _ENOUGH_COVERAGE = 0.95  # of the supervised tokens by the draft vocabulary
 _MANY_CUT_SHORT = 0.05  # share of answers that may be cut short without a warning
@@ -24,6 +25,10 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.6 ui-monospace,monos
 .y{background:#d5f0d8}.s{color:#0a6a7a;opacity:.75}hr{border:0;border-top:2px dashed #999}
 td{padding:.1em 1.5em .1em 0;vertical-align:top}
 @media (prefers-color-scheme:dark){body{color:#ddd;background:#181818}.y{background:#1d4a26}.s{color:#7fd3e0}}"""
+
+_SIGN = '<meta name="generator" content="jeagle preview">'
+# Pages of older versions of jeagle have no such tag, but this sentence.
+PAGE = signed_file("page of jeagle.preview's", _SIGN.encode(), b'<p><span class="y">What is learnt</span>')
 
 TokenTexts = Callable[[np.ndarray], list[tuple[str, bool]]]
 
@@ -256,7 +261,8 @@ def html_page(
         f"<h2>{part} row {number}</h2><pre>{_html_row(row)}</pre>" for number, row in zip(numbers, rows, strict=True)
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{_SIGN}'
+        '<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(name)}</title><style>{_STYLE}</style><h1>{html.escape(name)}</h1>"
         f'<p><span class="y">Supervised tokens</span>, <span class="s">special tokens</span>.</p>'
         f"<table>{table}</table>{shown}</html>\n"

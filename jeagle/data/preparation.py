@@ -21,12 +21,18 @@ from jeagle.data.sources.conversations import Conversation, SourceReport, is_hel
 from jeagle.data.vocabulary import count_supervised
 from jeagle.errors import UserError
 from jeagle.runtime.ahead import read_ahead
+from jeagle.runtime.outputs import json_file, marked_folder
 
 RENDERING_THREADS = 2
 _CHECKED_FIRST, _CHECKED_EVERY = 200, 100  # which conversations' ids are compared with those of apply_chat_template
 _LEAST_SUPERVISED = 0.95  # the work stops if a smaller share of the documents has a supervised token
 _CHUNK = 256  # conversations that are rendered together
 _ROWS = 64  # rows that are written together
+
+# Older versions of jeagle call rejected.jsonl set_aside.jsonl.
+_FILES = ("train", "held_out", "held_out.jsonl", "rejected.jsonl", "set_aside.jsonl", "tokenizer.json")
+_MANIFEST = json_file("manifest of rows", "made_from", "statistics")
+ROWS = marked_folder("folder of rows that jeagle prepared", "manifest.json", _MANIFEST, _FILES)
 
 
 def prepare_rows(

@@ -12,6 +12,11 @@ from jaxtyping import Int, Int32, Int64, Shaped
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch
 from jeagle.runtime.manifest import atomic_folder, differences, fingerprint, read_manifest, write_manifest
+from jeagle.runtime.outputs import json_file, marked_folder
+
+_FILES = ("d2t.npy", "t2d.npy", "counts.npy")
+_MANIFEST = json_file("manifest of vocabulary tables", any_of=("ids", "draft_vocab", "given"))
+TABLES = marked_folder("folder of vocabulary tables of jeagle's", "manifest.json", _MANIFEST, _FILES)
 
 
 def count_supervised(rows: Batch, vocab: int) -> Int64[np.ndarray, " V"]:
@@ -72,7 +77,7 @@ def save_tables(
     """
     in_draft = np.zeros(len(counts_V), bool)
     in_draft[draft_to_target_D] = True
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, TABLES) as partial:
         np.save(partial / "d2t.npy", draft_to_target_D.astype(np.int64) - np.arange(len(draft_to_target_D)))
         np.save(partial / "t2d.npy", in_draft)
         np.save(partial / "counts.npy", counts_V)

@@ -12,12 +12,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jeagle import data
 from jeagle import flags as configs
 from jeagle.config import DataConfig
 from jeagle.data import parse_source, prepare_rows, read_prompts
 from jeagle.errors import UserError
 from jeagle.run import dataset
-from jeagle.runtime.manifest import atomic_folder
+from jeagle.runtime.manifest import atomic_folder, write_manifest
 from tests import tiny
 from tests.data.chats import CHATS, TOOL, TOOL_CHAT, end_ids, tokenizer_for
 from tests.data.helpers import read_conversations
@@ -94,9 +95,10 @@ def spoil_bytes(data: bytes, random_: random.Random) -> bytes:
 def prepare_in(out: Path, source: str, tokenizer, config: DataConfig) -> str:
     """What is said where it is refused; nothing where rows were made."""
     try:
-        with atomic_folder(out) as aside:
+        with atomic_folder(out, data.ROWS) as aside:
             ends, vocab = end_ids(tokenizer), len(tokenizer)
-            prepare_rows(parse_source(source), tokenizer, config, aside, end_token_ids=ends, vocab=vocab)
+            statistics = prepare_rows(parse_source(source), tokenizer, config, aside, end_token_ids=ends, vocab=vocab)
+            write_manifest(aside, {"made_from": {}, "statistics": statistics})
     except UserError as error:
         return str(error)
     return ""

@@ -14,7 +14,9 @@ from jeagle.data.sources.files import Record, expand, records
 from jeagle.data.sources.schema import messages_of, tools_of
 from jeagle.data.starter import starter_prompts
 from jeagle.errors import UserError
+from jeagle.runtime.lock import only_writer
 from jeagle.runtime.manifest import atomic_write, differences, fingerprint
+from jeagle.runtime.outputs import Output, check_replaceable, json_file, jsonl_file
 
 Row = dict[str, Any]
 
@@ -79,6 +81,27 @@ def _parse_prompt(record: Record) -> Row:
     return prompt | {name: row[name] for name in ("thinking",) if isinstance(row.get(name), bool)}
 
 
+def _foreign(out: Path) -> str:
+    """Says why jeagle did not write a file of answers.
+
+    Beside jeagle's answers there is a note, or the unfinished file if the process was stopped before the note.
+    """
+    if any(Path(f"{out}{ending}").is_file() for ending in (_NOTE, ".partial")):
+        return _ANSWERS.foreign(out)
+    return f"there is no {out.name}{_NOTE} beside it"
+
+
+_NOTE = ".made_from.json"
+_ANSWERS = jsonl_file("file of answers that jeagle wrote", "id", "messages", "finish_reason")
+VARIETY = json_file("file of jeagle's on how varied prompts are", "kept", "unusable")
+# The kinds of the files that belong to one file of answers, by the ending that is appended to its name.
+ANSWER_FILES = {
+    "": Output(_ANSWERS.what, False, _foreign),
+    ".partial": jsonl_file("file of answers that jeagle has begun", any_of=("made_from", "key")),
+    _NOTE: json_file("note of jeagle's on answers", "version"),
+}
+
+
 class AnswerFile:
     """A file of answers, one JSON object with an "id" per line, and a note of the settings that they depend on.
 
@@ -88,11 +111,21 @@ class AnswerFile:
     Args:
       out: a .jsonl or .jsonl.gz file.
       made_from: what the answers depend on, apart from their prompts.
+
+    Raises:
+      UserError: if one of these files exists and jeagle did not write it.
     """
 
     def __init__(self, out: Path, made_from: dict[str, Any]):
         self.out, self.made_from = out, made_from
-        self.partial, self._note = Path(f"{out}.partial"), Path(f"{out}.made_from.json")
+        self.partial, self._note = Path(f"{out}.partial"), Path(f"{out}{_NOTE}")
+        for ending, kind in ANSWER_FILES.items():
+            check_replaceable(f"{out}{ending}", kind)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from writing the same file; UserError that names the process which does."""
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        return only_writer(lock, str(self.out), "wait until it ends, stop it, or give another --out.")
 
     def finished(self) -> dict[str, Row]:
         """Returns the rows of a finished file by id, or none if it depends on other settings, which is printed."""
@@ -126,7 +159,7 @@ class AnswerFile:
             raise UserError(
                 f"{self.partial} was begun with other settings ({', '.join(fields)}): delete it to start again."
             )
-        atomic_write(self.partial, b"".join(line + b"\n" for line in lines))
+        atomic_write(self.partial, b"".join(line + b"\n" for line in lines), ANSWER_FILES[".partial"])
         return answers
 
     @contextlib.contextmanager
@@ -146,6 +179,6 @@ class AnswerFile:
     def finish(self, rows: Sequence[Row]) -> None:
         """Writes the finished file and removes the unfinished one."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        atomic_write(self.out, gzip.compress(text, mtime=0) if self.out.suffix == ".gz" else text)
-        atomic_write(self._note, json.dumps(self.made_from, indent=1) + "\n")
+        atomic_write(self.out, gzip.compress(text, mtime=0) if self.out.suffix == ".gz" else text, ANSWER_FILES[""])
+        atomic_write(self._note, json.dumps(self.made_from, indent=1) + "\n", ANSWER_FILES[_NOTE])
         self.partial.unlink(missing_ok=True)

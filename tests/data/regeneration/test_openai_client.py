@@ -211,7 +211,7 @@ def test_a_damaged_file_or_a_wrong_address_is_a_user_error(tmp_path):
     header = json.dumps({"made_from": {"model": "m"}})
     for text in ('{"key": "other"}\n', "garbage\n", header + "\n[1]\n", '{"made_from": {"model": "n"}}\n', "[1]\n"):
         (tmp_path / "a.partial").write_text(text)
-        with pytest.raises(UserError, match="delete it"):
+        with pytest.raises(UserError, match="delete it|move it away"):
             ask_server(server("http://127.0.0.1:9/v1"), PROMPTS, answer_file(tmp_path / "a"))
     with pytest.raises(UserError, match="another character") as raised:
         ask_server(server("http://127.0.0.1:9/v1", key="secret\nkey"), PROMPTS, answer_file(tmp_path / "d"))
