@@ -68,7 +68,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             batch, stored = put_rows(rows, run.mesh), put_rows(kept, run.mesh)
             width = next(b for b in buckets if b >= widest)
             given = run.program, run.optimiser, state, run.frozen, batch, width, stored
-            share = teaching.share_read(run.stores, rows, kept)
+            share = teaching.share_read(run.stores, kept)
             if log.peak and (width, share) not in flops:
                 flops[width, share] = count_flops(train_step.trace(*given).jaxpr)
             with trace:
@@ -100,7 +100,7 @@ class Run(NamedTuple):
     stream: data.RowStream
     steps: int
     mesh: Any
-    stores: features.Mixture | None
+    stores: features.StoreSet | None
 
 
 def due(config: RunConfig, run: Run, step: int) -> bool:
@@ -116,7 +116,7 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     learnt, mesh = assemble.objective_spec(config.objective), assemble.mesh_of(config)
     check_parts(config, learnt, mesh)
     claim_folder(config)
-    stores = teaching.filled_stores(config, mesh)
+    stores = teaching.filled_stores(config)
     prepared = teaching.prepare(config, stores)  # found, or made on a host that does not share the leader's disk
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
     teacher = teaching.teacher(config, stores, mesh)
@@ -128,12 +128,12 @@ def set_up(config: RunConfig) -> tuple[Run, assemble.TrainState]:
     keep_embedding(config.folder, spec, tables)
     graphdef, draft = assemble.draft_state(config, spec, teacher.spec, tables, mesh, older)
 
-    stream = open_stream(config, stores)
+    stream = open_stream(config)
     steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
     rate = learning_rate(config.train, steps)
     optimiser = make_optimiser(config.train, rate, trained=assemble.trained(config.draft))
     state = assemble.train_state(draft, optimiser, mesh, average=config.train.ema)
-    top_k = stores.stores[0].form.top_k if stores else 0
+    top_k = stores.stores[0].format.top_k if stores else 0
     program = program_of(config, spec, graphdef, mesh, teacher.graphdef, teacher.spec.logits, top_k=top_k)
     return Run(program, optimiser, Frozen(teacher.state, tables), stream, steps, mesh, stores), state
 
@@ -206,7 +206,7 @@ def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) 
         atomic_write(path, json.dumps(tree, indent=2) + "\n")
 
 
-def open_stream(config: RunConfig, stores: features.Mixture | None = None) -> data.RowStream:
+def open_stream(config: RunConfig) -> data.RowStream:
     """This process's share of the run's training rows."""
     return data.RowStream(
         config.folder / "data" / "train",
@@ -214,7 +214,6 @@ def open_stream(config: RunConfig, stores: features.Mixture | None = None) -> da
         config.train.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        shares=teaching.shares(stores),
     )
 
 

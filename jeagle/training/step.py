@@ -15,7 +15,6 @@ from jeagle import align, features, objective
 from jeagle.drafts import constrain_draft
 from jeagle.interfaces import Batch, Features
 from jeagle.run.assemble import TrainState
-from jeagle.runtime.mesh import row_parts
 from jeagle.training.forward import Frozen, Live, Program, draft_loss, live_positions, target_features
 from jeagle.training.optimiser import averaged, held
 
@@ -39,12 +38,12 @@ def train_step(
     frozen: Frozen,
     batch: Batch,
     width: int,
-    stored: features.Stored | None = None,
+    stored: features.StoredFeatures | None = None,
 ) -> tuple[TrainState, Report]:
     """One optimiser step; `state` is donated. An update that is not finite is not taken, and counted as skipped.
 
     Args:
-      stored: the batch's features out of a store, or those of the last rows of each device; the others are computed.
+      stored: the batch's features out of a store; None where the target computes them.
     """
     if program.parts == 1:
         found = part_gradient(program, state.draft, frozen, batch, width, None, stored)
@@ -60,11 +59,11 @@ def part_gradient(
     batch: Batch,
     width: int,
     divisor_K: jax.Array | None = None,
-    stored: features.Stored | None = None,
+    stored: features.StoredFeatures | None = None,
 ) -> tuple[tuple[jax.Array, objective.Metrics], Any]:
     """((loss, figures), gradient) of a batch, or of a part of one whose `objective.divisors` are given."""
     live = live_positions(program, batch, width)
-    found = found_features(program, frozen, batch, live, stored)
+    found = batch_features(program, frozen, batch, live, stored)
 
     def loss_of(draft: Any) -> tuple[jax.Array, objective.Metrics]:
         return draft_loss(program, held(draft, program.trained), batch, found, frozen.tables, live, divisor_K)
@@ -72,33 +71,22 @@ def part_gradient(
     return jax.value_and_grad(loss_of, has_aux=True)(draft)
 
 
-def found_features(
-    program: Program, frozen: Frozen, batch: Batch, live: Live, stored: features.Stored | None
+def batch_features(
+    program: Program, frozen: Frozen, batch: Batch, live: Live, stored: features.StoredFeatures | None
 ) -> Features:
-    """The features of a batch: computed, read, or both; then each device computes its first rows and reads the others.
-
-    No row leaves its device for that, and the target runs on no more rows than it must.
-    """
+    """The features of a batch: all of them out of a store, or, without `stored`, all of them computed by the target."""
     if stored is None:
         return target_features(program, frozen, batch, live)
-    read, rows, shards = features.decode(stored), len(batch.tokens_BT), row_parts(program.mesh) if program.mesh else 1
-    if len(stored.greedy_BT) == rows:
-        return read
-    first = (rows - len(stored.greedy_BT)) // shards
-
-    def begin(x: jax.Array) -> jax.Array:
-        return x.reshape(shards, -1, *x.shape[1:])[:, :first].reshape(-1, *x.shape[1:])
-
-    def join(computed: jax.Array, read: jax.Array) -> jax.Array:
-        both = [x.reshape(shards, -1, *x.shape[1:]) for x in (computed.astype(read.dtype), read)]
-        return jnp.concatenate(both, axis=1).reshape(rows, *read.shape[1:])
-
-    some = live._replace(teachers=jax.tree.map(begin, live.teachers))
-    return jax.tree.map(join, target_features(program, frozen, jax.tree.map(begin, batch), some), read)
+    return features.decode_features(stored)
 
 
 def summed_gradient(
-    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: features.Stored | None = None
+    program: Program,
+    draft: Any,
+    frozen: Frozen,
+    batch: Batch,
+    width: int,
+    stored: features.StoredFeatures | None = None,
 ) -> tuple[tuple[jax.Array, objective.Metrics], Any]:
     """As `part_gradient` of the whole batch, a part at a time: each divided by what the whole batch is divided by.
 
@@ -109,7 +97,7 @@ def summed_gradient(
     divisor_K = objective.divisors(spec, counts, batch.segments_BT, batch.tokens_BT.shape)
     parts = jax.tree.map(lambda x: x.reshape(-1, program.parts, *x.shape[1:]).swapaxes(0, 1), (batch, stored))
 
-    def one(part: tuple[Batch, features.Stored | None]) -> Any:
+    def one(part: tuple[Batch, features.StoredFeatures | None]) -> Any:
         return part_gradient(program, draft, frozen, part[0], width, divisor_K, part[1])
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: one(_first(parts))))
@@ -171,9 +159,14 @@ def descend(
 
 @functools.partial(jax.jit, static_argnames=("program", "width"))
 def held_out_step(
-    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: features.Stored | None = None
+    program: Program,
+    draft: Any,
+    frozen: Frozen,
+    batch: Batch,
+    width: int,
+    stored: features.StoredFeatures | None = None,
 ) -> objective.Metrics:
     """What a draft does on rows that it is not trained on; `stored` and `width` as `train_step` has them."""
     live = live_positions(program, batch, width)
-    found = found_features(program, frozen, batch, live, stored)
+    found = batch_features(program, frozen, batch, live, stored)
     return draft_loss(program, draft, batch, found, frozen.tables, live)[1]

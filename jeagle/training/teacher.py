@@ -9,22 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jeagle import data, features, targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.extraction.agreement import at_hand, recheck, spec_of, stored_tables
+from jeagle.extraction.agreement import check_stores, local_target_files, stored_tables, stored_target_spec
 from jeagle.extraction.fill import extract
-from jeagle.extraction.plan import check_serves, template_settings
+from jeagle.extraction.plan import check_teacher_suffices, template_settings
 from jeagle.interfaces import Batch, Tables
 from jeagle.run import assemble, dataset
 from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.manifest import atomic_folder, fingerprint, finished_manifest, write_manifest
-from jeagle.runtime.mesh import row_parts
 from jeagle.targets import TargetFiles, TargetSpec
 
 _ROWS = 256  # read and written at a time
@@ -48,11 +46,11 @@ class Teacher(NamedTuple):
     state: Any = None
 
 
-def open_stores(config: RunConfig, mesh: Mesh | None = None) -> features.Mixture | None:
+def open_stores(config: RunConfig, *, joined: bool = False) -> features.StoreSet | None:
     """The run's stores, which fit its settings; None for a run that computes features.
 
     Args:
-      mesh: over which batches will be split; None where only rows are asked for.
+      joined: the run's processes have joined, and agree on which rows the store has.
 
     Raises:
       UserError: for a store that is missing, was made from something else, or is unfinished; with --features-rest
@@ -60,50 +58,42 @@ def open_stores(config: RunConfig, mesh: Mesh | None = None) -> features.Mixture
     """
     if config.features in ("online", "auto"):
         return None
-    mixture = features.open_stores(config.features, complete=config.features_rest == "refuse")
-    if config.features_rest == "online":
-        if len(mixture.stores) > 1:
-            raise UserError(
-                f"--features-rest online takes the rows of one store: --features {config.features} has more."
-            )
-        mixture = features.Partial(mixture.stores[0], *(_layout(config, mesh) if mesh else ()))
+    partial = config.features_rest == "online"
+    agree = distributed.everywhere if joined else None
+    mixture = features.open_store_set(config.features, partial=partial, agree=agree)
+    if partial and len(mixture.stores) > 1:
+        raise UserError(f"--features-rest online takes the rows of one store: --features {config.features} has more.")
     first = mixture.stores[0]
     for store in mixture.stores:
-        check_serves(store.form, config, f"The store {store}")
+        check_teacher_suffices(store.format, config, f"The store {store}")
         wanted = expected(config, store)
-        features.check_fit(store.place, wanted, store.about["made_from"], _DOING)
+        features.check_fit(store.storage, wanted, store.about["made_from"], _DOING)
         alike = {name: first.about["made_from"][name] for name in ("target", "taps", "arrays")}
         features.check_fit(
-            store.place, alike, store.about["made_from"], f"Stores are mixed with {first} only if alike."
+            store.storage, alike, store.about["made_from"], f"Stores are read beside {first} only if they are alike."
         )
     return mixture
 
 
-def _layout(config: RunConfig, mesh: Mesh) -> tuple[features.Layout, Callable[[np.ndarray], np.ndarray]]:
-    processes = jax.process_count()
-    shards = max(row_parts(mesh) // processes, 1)
-    return features.Layout(processes, shards, {"train": config.train.accumulate}), distributed.everywhere
-
-
-def filled_stores(config: RunConfig, mesh: Mesh) -> features.Mixture | None:
+def filled_stores(config: RunConfig) -> features.StoreSet | None:
     """As `open_stores`; with --features auto the run's own store, which is filled first as far as it is not yet."""
     if config.features != "auto":
-        return open_stores(config, mesh)
+        return open_stores(config, joined=True)
     store = extract(config, str(config.folder / "features"))
     gc.collect()  # the target must not stay beside the draft's training
-    return open_stores(dataclasses.replace(config, features=store))
+    return open_stores(dataclasses.replace(config, features=store), joined=True)
 
 
 def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
     """As much of a store's `made_from` as this run can tell, whether or not target and data are on this machine."""
     target = config.target
     wanted: dict[str, Any] = {name: getattr(target, name) for name in ("dtype", "weights", "family")}
-    files = at_hand(target.ref)
+    files = local_target_files(target.ref)
     if files:
         wanted["fingerprint"] = files.fingerprint
     elif target.ref and not Path(target.ref).expanduser().exists():
         wanted["reference"] = target.ref
-    aux_layers = targets.check_aux_layers(target.aux_layers, spec_of(store.about, target.family).layers)
+    aux_layers = targets.check_aux_layers(target.aux_layers, stored_target_spec(store.about, target.family).layers)
     return {"target": wanted, "taps": list(aux_layers), **_expected_data(config, files)}
 
 
@@ -128,10 +118,10 @@ def _expected_data(config: RunConfig, files: TargetFiles | None) -> dict[str, An
     return {"data": rows | hashes}
 
 
-def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prepared:
+def prepare(config: RunConfig, mixture: features.StoreSet | None) -> dataset.Prepared:
     """The run's rows and vocabulary tables: out of the stores, or without any, or with one that may lack some, from
     conversations."""
-    if mixture is None or isinstance(mixture, features.Partial):
+    if mixture is None or mixture.partial:
         return dataset.prepare(config)
     abouts = [store.about for store in mixture.stores]
     made = dict(abouts[0]["made_from"]["data"])
@@ -150,7 +140,7 @@ def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prep
     return dataset.finish(config, made, reused=reused)
 
 
-def _write_rows(mixture: features.Mixture, split: str, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
+def _write_rows(mixture: features.StoreSet, split: str, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
     counts, tokens = np.zeros(made["target_vocab"], np.int64), 0
     total = mixture.rows(split)
     with data.RowWriter(folder, mixture.stores[0].row_length) as writer:
@@ -163,22 +153,22 @@ def _write_rows(mixture: features.Mixture, split: str, folder: Path, made: dict[
     return {"rows": total, "tokens": tokens, "supervised_tokens": int(counts.sum())}
 
 
-def _copy(mixture: features.Mixture, name: str, folder: Path) -> None:
+def _copy(mixture: features.StoreSet, name: str, folder: Path) -> None:
     found = [store.data_file(name) or b"" for store in mixture.stores]
     content = found[0] if name == "tokenizer.json" else b"".join(found)
     if content or name != "tokenizer.json":
         (folder / name).write_bytes(content)
 
 
-def teacher(config: RunConfig, mixture: features.Mixture | None, mesh: Mesh) -> Teacher:
+def teacher(config: RunConfig, mixture: features.StoreSet | None, mesh: Mesh) -> Teacher:
     """The target itself, or what the stores keep of it. UserError for a store that contradicts itself or its target."""
-    if mixture is not None and not isinstance(mixture, features.Partial):
-        recheck(config, mixture, mesh)
+    if mixture is not None and not mixture.partial:
+        check_stores(config, mixture, mesh)
         return _of_stores(mixture.stores[0], mesh)
     loaded = assemble.load_target(config, mesh)
-    if isinstance(mixture, features.Partial):
+    if mixture is not None:
         _check_same_rows(config, mixture, loaded)
-        recheck(config, mixture, mesh, loaded)
+        check_stores(config, mixture, mesh, loaded)
     return Teacher(
         loaded.target.spec,
         loaded.end_token_ids,
@@ -189,11 +179,11 @@ def teacher(config: RunConfig, mixture: features.Mixture | None, mesh: Mesh) -> 
     )
 
 
-def _check_same_rows(config: RunConfig, partial: features.Partial, loaded: assemble.LoadedTarget) -> None:
+def _check_same_rows(config: RunConfig, partial: features.StoreSet, loaded: assemble.LoadedTarget) -> None:
     """UserError unless the store's rows are, number by number, the run's; says how many of them it has."""
     store, prepared = partial.stores[0], finished_manifest(config.folder / "data")
     wanted = {"target": {"fingerprint": loaded.files.fingerprint}, "data": prepared["made_from"]}
-    features.check_fit(store.place, wanted, store.about["made_from"], _DOING)
+    features.check_fit(store.storage, wanted, store.about["made_from"], _DOING)
     counts = {split: f"{partial.count_present(split)} of {partial.rows(split)}" for split in ("train", "held_out")}
     if distributed.is_leader():
         print(
@@ -207,7 +197,7 @@ def _of_stores(store: features.Store, mesh: Mesh) -> Teacher:
     """All stores of a mixture have the same target."""
     made = store.about["made_from"]
     return Teacher(
-        spec_of(store.about, made["target"]["family"]),
+        stored_target_spec(store.about, made["target"]["family"]),
         tuple(made["data"]["end_token_ids"]),
         made["target"]["fingerprint"],
         lambda vocabulary: stored_tables(store, vocabulary, mesh),
@@ -215,31 +205,21 @@ def _of_stores(store: features.Store, mesh: Mesh) -> Teacher:
 
 
 def with_features(
-    stream: data.RowStream, start: int, stop: int, mixture: features.Mixture | None
-) -> Iterator[tuple[int, int, Batch, features.Stored | None]]:
+    stream: data.RowStream, start: int, stop: int, mixture: features.StoreSet | None
+) -> Iterator[tuple[int, int, Batch, features.StoredFeatures | None]]:
     """(step, widest, rows, their stored features) for start <= step < stop, read ahead on threads."""
-    if mixture is None:
-        for step, widest, rows in stream.from_step(start, stop):
-            yield step, widest, rows, None
-        return
 
-    def read(step: int) -> tuple[int, int, Batch, features.Stored | None]:
-        rows = stream.batch(step)
-        order, stored = mixture.dealt("train", stream.own_row_numbers(step), rows, stream.row_numbers(step))
-        return step, stream.widest(step), Batch(*(array[order] for array in rows)), stored
+    def read(step: int) -> tuple[int, int, Batch, features.StoredFeatures | None]:
+        rows, stored = stream.batch(step), None
+        if mixture is not None and mixture.has_all("train", stream.row_numbers(step)):
+            stored = mixture.stored("train", stream.own_row_numbers(step), rows)
+        return step, stream.widest(step), rows, stored
 
     yield from read_ahead(range(start, stop), read, threads=2, depth=_AHEAD)
 
 
-def share_read(mixture: features.Mixture | None, rows: Batch, stored: features.Stored | None) -> float | None:
-    """The share of a batch's rows that came from a store; None for a run that does not mix."""
-    if not isinstance(mixture, features.Partial):
+def share_read(mixture: features.StoreSet | None, stored: features.StoredFeatures | None) -> float | None:
+    """1.0 where a batch was read from a store and 0.0 where it was computed; None for a run that does not mix."""
+    if mixture is None or not mixture.partial:
         return None
-    return 0.0 if stored is None else len(stored.greedy_BT) / len(rows.tokens_BT)
-
-
-def shares(mixture: features.Mixture | None) -> list[tuple[int, float]] | None:
-    """(rows, weight) of each store that is drawn from in proportion; None where every row counts once."""
-    if mixture is None or mixture.weights is None:
-        return None
-    return list(zip(mixture.counts("train"), mixture.weights, strict=True))
+    return float(stored is not None)

@@ -55,7 +55,7 @@ def test_states_of_vllm_become_a_store(folder):
     store.check_complete()
     assert store.rows("train") == 14 and store.rows("held_out") == 2
     batch = store.batch("train", range(14))
-    got = features.decode(store.stored("train", range(14), batch))
+    got = features.decode_features(store.stored("train", range(14), batch))
     expected = np.load(folder / "expected.npz")
     np.testing.assert_allclose(np.asarray(got.teacher)[:, :40], expected["last"][:14], rtol=0.05, atol=0.05)
     assert (np.asarray(got.greedy_BT)[:, :40] == expected["greedy"][:14]).mean() > 0.97
@@ -72,7 +72,7 @@ def test_what_a_store_keeps_of_others_states_is_the_users_to_say(folder):
     store = features.Store(str(out))
     batch = store.batch("train", range(14))
     got, expected = store.stored("train", range(14), batch), np.load(folder / "expected.npz")
-    assert store.form == features.Form("bfloat16", top_k=5, aux_at="seen")
+    assert store.format == features.StoreFormat("bfloat16", top_k=5, aux_at="seen")
     np.testing.assert_array_equal(got.teacher.ids_BTP[..., 0], got.greedy_BT)
     assert (got.greedy_BT[:, :40] == expected["greedy"][:14]).mean() > 0.97
     assert not got.aux.values[:, 39].any() and got.aux.values[:, 38].any(axis=(1, 2)).all()  # nothing follows the last

@@ -256,7 +256,7 @@ def test_states_from_before_the_norm_are_noticed(folder, stores, tmp_path):
 
 def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, place, capsys):
     """On disk and in object storage alike; what is made again is trained from."""
-    there = features.Place(place)
+    there = features.Storage(place)
     kind = "on disk" if there.path else "in a bucket"
     for path in stores["int8"].rglob("*"):
         if path.is_file():

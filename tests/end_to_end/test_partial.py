@@ -64,7 +64,7 @@ def partial(folder, whole) -> Path:
     """The same without every third segment."""
     shutil.copytree(whole, folder / "store")
     names = [segment.name for segment in features.Store(str(whole)).segments if segment.split]
-    features.prune(features.Place(folder / "store"), names[::3])
+    features.prune_store(features.Storage(folder / "store"), names[::3])
     return folder / "store"
 
 

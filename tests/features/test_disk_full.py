@@ -30,8 +30,8 @@ try:
 except UserError as error:
     print(error)
 store = features.Store(str(folder / "s"))
-assert store.missing() and not list(features.verify(store))
-assert {{s.data for s in store.segments}} == set(store.place.names("segments"))
+assert store.missing() and not list(features.verify_store(store))
+assert {{s.data for s in store.segments}} == set(store.storage.names("segments"))
 (folder / "ballast").unlink()
 made.fill(folder / "s", "float32")
 made.check_whole(folder / "s", "float32")
@@ -53,9 +53,9 @@ def test_a_full_disk_stops_cleanly_and_is_gone_on_from(tmp_path):
 
 
 def test_a_disk_that_fills_up_before_the_manifest(tmp_path, monkeypatch):
-    writer = features.Writer(features.Place(str(tmp_path / "s")), made.about("int8"))
-    unit = features.units_of(made.SPLITS, 3)[0]
-    found = features.ragged(*made.content("train", "int8"), unit.rows)
+    writer = features.Writer(features.Storage(str(tmp_path / "s")), made.about("int8"))
+    unit = features.work_units(made.SPLITS, 3)[0]
+    found = features.ragged_rows(*made.content("train", "int8"), unit.rows)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -63,4 +63,4 @@ def test_a_disk_that_fills_up_before_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr("jeagle.features.storage.os.fsync", full)
     with pytest.raises(UserError, match=r"segment train-000000 needs .* MB are free"):
         writer.commit(unit, found, 8)
-    assert writer.place.names("segments") == []
+    assert writer.storage.names("segments") == []

@@ -37,7 +37,7 @@ def test_killed_writers_leave_nothing_wrong(root, processes):
             pair = [processes.Process(target=fill, args=(dict(os.environ), url)) for _ in range(2)]
             for process in pair:
                 process.start()
-            while features.Place(url).read("store.json") is None and pair[0].is_alive():
+            while features.Storage(url).read("store.json") is None and pair[0].is_alive():
                 time.sleep(0.002)
             time.sleep(rng.random() * (1.5 if slow else 0.5))
             for process in pair:
@@ -51,5 +51,5 @@ def test_killed_writers_leave_nothing_wrong(root, processes):
 
 def check_readable(url: str) -> None:
     """Whatever a kill leaves, what counts as finished is whole."""
-    if features.read_store(features.Place(url)) is not None:
-        assert list(features.verify(features.Store(url))) == []
+    if features.read_store(features.Storage(url)) is not None:
+        assert list(features.verify_store(features.Store(url))) == []

@@ -72,7 +72,7 @@ class Forgetful:
 
 def test_a_writer_whose_answer_was_lost_knows_that_it_was_the_first(bucket):
     """It would remove the segment that its own manifest names."""
-    place = features.Place(f"{bucket}/lost")
+    place = features.Storage(f"{bucket}/lost")
     assert place.read("a") is None
     place._opened = Forgetful(place._opened)
     assert place.write_new("a", b"mine")
@@ -82,17 +82,17 @@ def test_a_writer_whose_answer_was_lost_knows_that_it_was_the_first(bucket):
 def test_a_server_that_goes_away_is_not_taken_for_damage():
     """`prune --damaged` would remove what cannot be read."""
     with object_storage() as (url, server):
-        place = features.Place(f"{url}/s")
+        place = features.Storage(f"{url}/s")
         writer = features.Writer(place, made.about("int8"))
-        unit, other = features.units_of(made.SPLITS, 3)[:2]
-        found = features.ragged(*made.content("train", "int8"), unit.rows)
+        unit, other = features.work_units(made.SPLITS, 3)[:2]
+        found = features.ragged_rows(*made.content("train", "int8"), unit.rows)
         writer.commit(unit, found, 8)
         store = features.Store(str(place))
         server.stop()
         doings = {
             "read": lambda: store.batch("train", [0]),
-            "verify": lambda: list(features.verify(store)),
-            "prune": lambda: features.prune(place, []),
+            "verify": lambda: list(features.verify_store(store)),
+            "prune": lambda: features.prune_store(place, []),
             "write": lambda: writer.commit(other, found, 8),
             "open": lambda: features.Store(str(place)),
         }

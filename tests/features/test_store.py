@@ -36,7 +36,7 @@ def whole(root) -> str:
 @contextlib.contextmanager
 def harmed(url: str, pattern: str, harm: Callable[[bytes], bytes | None]) -> Iterator[None]:
     """A store of which one file is meanwhile another, or gone."""
-    place, key = features.Place(url), made.find(url, pattern)
+    place, key = features.Storage(url), made.find(url, pattern)
     before = place.read(key)
     after = harm(before)
     place.delete(key) if after is None else place.write(key, after)
@@ -94,7 +94,7 @@ def test_writers_at_once_share_the_work(place):
 
 
 def test_of_many_that_write_a_key_one_is_the_first(place):
-    one = features.Place(place)
+    one = features.Storage(place)
     with ThreadPoolExecutor(8) as pool:
         for key in ("claims/a", "an odd name: ü ~+&=%25?#.json"):
             first = list(pool.map(lambda i, key=key: one.write_new(key, bytes([i])), range(8)))
@@ -105,18 +105,18 @@ def test_of_many_that_write_a_key_one_is_the_first(place):
 
 
 def test_two_that_make_the_same_segment_leave_one(place):
-    place = features.Place(place)
+    place = features.Storage(place)
     writers = [features.Writer(place, made.about("int8")) for _ in range(2)]
-    unit = features.units_of(made.SPLITS, 3)[1]
-    found = features.ragged(*made.content("train", "int8"), unit.rows)
+    unit = features.work_units(made.SPLITS, 3)[1]
+    found = features.ragged_rows(*made.content("train", "int8"), unit.rows)
     assert [w.commit(unit, found, 8) for w in writers] == [True, False]
     assert len(place.names("segments")) == 1
 
 
 def test_what_a_dead_writer_left_is_made_again(place):
-    one = features.Place(place)
+    one = features.Storage(place)
     dead = features.Writer(one, made.about("int8"))
-    unit = features.units_of(made.SPLITS, 3)[0]
+    unit = features.work_units(made.SPLITS, 3)[0]
     assert dead.take_one(unit)
     key = f"claims/{unit.name}.json"
     one.write(key, json.dumps(json.loads(one.read(key)) | {"writer": "another", "started": "before"}).encode())
@@ -129,11 +129,11 @@ def test_what_a_dead_writer_left_is_made_again(place):
 
 
 def test_an_unfinished_store_is_not_trained_from(place):
-    writer = features.Writer(features.Place(place), made.about("int8"))
-    unit = features.units_of(made.SPLITS, 3)[0]
-    writer.commit(unit, features.ragged(*made.content("train", "int8"), unit.rows), 8)
+    writer = features.Writer(features.Storage(place), made.about("int8"))
+    unit = features.work_units(made.SPLITS, 3)[0]
+    writer.commit(unit, features.ragged_rows(*made.content("train", "int8"), unit.rows), 8)
     with pytest.raises(UserError, match="22 of 25 rows are missing, and its tables"):
-        features.open_stores(place)
+        features.open_store_set(place)
 
 
 @FOLDER
@@ -150,7 +150,7 @@ def test_another_store_is_not_written_over(whole):
 def faults(folder: Path) -> list:
     """What verify finds, or why the store does not even open."""
     try:
-        return list(features.verify(features.Store(str(folder))))
+        return list(features.verify_store(features.Store(str(folder))))
     except UserError as error:
         return [error]
 
@@ -169,7 +169,7 @@ def test_any_flipped_byte_is_found(whole, tmp_path):
         path.write_bytes(flipped)
         assert len(faults(copy)) == 1, path
         path.write_bytes(data)
-    assert list(features.verify(features.Store(str(copy)))) == []
+    assert list(features.verify_store(features.Store(str(copy)))) == []
 
 
 HARMS = {"flip": lambda data: data[:10] + bytes([data[10] ^ 4]) + data[11:], "cut": lambda data: data[:-7]}
@@ -184,14 +184,14 @@ def test_damage_stops_a_reader(whole, harm):
 
 
 def test_damaged_segments_are_pruned_and_made_again(whole):
-    place = features.Place(whole)
+    place = features.Storage(whole)
     for pattern in ("train-000002.*/last/c/0/0", "held_out-000001.*/tokens/c/0", "tables.*/embed/zarr.json"):
         key = made.find(whole, f"segments/{pattern}")
         place.write(key, place.read(key)[:-1] + b"x")
     place.write("segments/train-000003.leftover/taps/zarr.json", b"{")
-    damaged = [d.segment for d in features.verify(features.Store(whole))]
+    damaged = [d.segment for d in features.verify_store(features.Store(whole))]
     assert damaged == ["held_out-000001", "tables", "train-000002"]
-    gone = features.prune(place, damaged)
+    gone = features.prune_store(place, damaged)
     assert "segments/train-000003.leftover" in gone
     assert features.Store(whole).missing() == 2 + 3
     assert made.fill(whole) == 2
@@ -200,24 +200,24 @@ def test_damaged_segments_are_pruned_and_made_again(whole):
 
 def test_what_is_finished_while_prune_looks_stays(tmp_path, monkeypatch):
     """A writer drops its claim once its manifest is there, which prune may have looked for a moment before."""
-    place = features.Place(tmp_path)
+    place = features.Storage(tmp_path)
     writer = features.Writer(place, made.about("int8"))
-    first, second = features.units_of(made.SPLITS, 3)[:2]
+    first, second = features.work_units(made.SPLITS, 3)[:2]
     batch, found = made.content("train", "int8")
-    writer.commit(first, features.ragged(batch, found, first.rows), 8)
+    writer.commit(first, features.ragged_rows(batch, found, first.rows), 8)
     assert writer.take_one(second)
     place.write(f"segments/{second.name}.{writer.claims.writer}/begun", b"")
     read_segment, left = verify.read_segment, [second]
 
-    def meanwhile(place: features.Place, name: str) -> features.Segment | None:
+    def meanwhile(place: features.Storage, name: str) -> features.Segment | None:
         if left:
-            writer.commit(unit := left.pop(), features.ragged(batch, found, unit.rows), 8)
+            writer.commit(unit := left.pop(), features.ragged_rows(batch, found, unit.rows), 8)
         return read_segment(place, name)
 
     monkeypatch.setattr(verify, "read_segment", meanwhile)
-    assert features.prune(place, []) == []
+    assert features.prune_store(place, []) == []
     store = features.Store(str(tmp_path))
-    assert store.present("train") == [*range(6)] and list(features.verify(store)) == []
+    assert store.present("train") == [*range(6)] and list(features.verify_store(store)) == []
 
 
 @FOLDER
@@ -230,7 +230,7 @@ def test_a_lost_or_stale_index_is_made_anew(whole):
 @FOLDER
 def test_stores_are_mixed_row_by_row(whole, tmp_path):
     made.fill(tmp_path / "b", "int8")
-    both = features.open_stores(f"0.7*{whole},0.3*{tmp_path / 'b'}")
+    both = features.open_store_set(f"0.7*{whole},0.3*{tmp_path / 'b'}")
     assert both.weights == [0.7, 0.3] and both.rows("train") == 40
     order = np.array([31, 2, 19, 20, 39, 0])
     batch, found = made.content("train", "int8")
@@ -245,7 +245,7 @@ def test_stores_are_mixed_row_by_row(whole, tmp_path):
 @pytest.mark.parametrize("source", ["0.7*{a},{a}", ",", "0*{a}", "x*{a}", "{a}/none"])
 def test_sources_that_make_no_sense(whole, source):
     with pytest.raises(UserError):
-        features.open_stores(source.format(a=whole))
+        features.open_store_set(source.format(a=whole))
 
 
 def test_errors_of_a_thread_that_reads_ahead_are_raised():

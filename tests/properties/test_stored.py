@@ -21,7 +21,7 @@ STEPS, CHOSEN = 2, np.arange(0, 40, 2, dtype=np.int32)
 SLOTS = "specforge"  # whose slots need the most
 
 
-def read(url: Path, form: str) -> tuple[Batch, features.Stored]:
+def read(url: Path, form: str) -> tuple[Batch, features.StoredFeatures]:
     """All rows of a store that is made now, and their features."""
     made.fill(url, form)
     store = features.Store(str(url))
