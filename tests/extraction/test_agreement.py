@@ -13,7 +13,7 @@ STORE: Any = SimpleNamespace(about={"made_from": {"arrays": {"taps": "int8"}}})
 
 def test_figures_that_are_not_numbers_do_not_pass():
     agreement.check_agreement(STORE, agreement.Agreement(9, 1.0, 0.05))
-    with pytest.raises(UserError, match="taps are off by nan"):
+    with pytest.raises(UserError, match="aux hidden states are off by nan"):
         agreement.check_agreement(STORE, agreement.Agreement(9, 1.0, float("nan")))
-    with pytest.raises(UserError, match="does not hold this target's features"):
+    with pytest.raises(UserError, match="does not contain this target's features"):
         agreement.check_agreement(STORE, agreement.Agreement(9, float("nan"), 0.05))

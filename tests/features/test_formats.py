@@ -55,7 +55,7 @@ def test_what_is_zero_stays_zero():
 
 def test_bytes_of_an_8b_target():
     assert features.bytes_per_token(4096, 3, BYTES) <= 16.25 * 1024
-    assert features.bytes_per_token(4096, 3, BYTES, kept=0.35) <= 13.5 * 1024
+    assert features.bytes_per_token(4096, 3, BYTES, teachers=0.35) <= 13.5 * 1024
     assert features.bytes_per_token(576, 3, BYTES) <= 0.51 * (4 * 576 * 2 + 16)
     assert DTYPES["int8"].itemsize == DTYPES["fp8"].itemsize == 1
 
@@ -86,8 +86,6 @@ def test_likeliest_tokens_are_smaller_than_states():
     for hidden, kept in ((576, 64), (4096, 256), (8192, 256)):
         ours = features.bytes_per_token(hidden, 3, features.StoreFormat("int8", top_k=kept))
         assert ours < features.bytes_per_token(hidden, 3, BYTES)
-    half = features.bytes_per_token(4096, 3, BYTES, seen=0.5)
-    assert half == features.bytes_per_token(4096, 3, BYTES) - 0.5 * 3 * 4100
 
 
 def test_log_probabilities_in_float16_move_little_mass():

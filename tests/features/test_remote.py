@@ -10,14 +10,14 @@ from moto.core import set_initial_no_auth_action_count
 from jeagle import features
 from jeagle import store as storing
 from jeagle.errors import UserError
-from jeagle.features import remote
+from jeagle.features import storage
 from tests.conftest import object_storage
 from tests.features import made
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch) -> None:
-    for patience in (remote.FIRST, remote.LATER):
+    for patience in (storage.FIRST_RETRIES, storage.LATER_RETRIES):
         for name, value in {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"}.items():
             monkeypatch.setitem(patience, name, value)
 
@@ -27,7 +27,7 @@ def test_a_bucket_that_is_not_there(bucket):
         made.fill("s3://none/s")
     with pytest.raises(UserError, match=r"There is no store at s3://none/s"):
         storing.main(["info", "s3://none/s"])
-    with pytest.raises(UserError, match=r"s3://a/s cannot be used: a is no name of a bucket"):
+    with pytest.raises(UserError, match=r"s3://a/s cannot be used: a is not a valid name of a bucket"):
         storing.main(["info", "s3://a/s"])
     with pytest.raises(UserError, match=r"needs a bucket and a path"):
         storing.main(["info", "s3://none"])
@@ -97,6 +97,6 @@ def test_a_server_that_goes_away_is_not_taken_for_damage():
             "open": lambda: features.Store(str(place)),
         }
         for doing in doings.values():
-            with pytest.raises(remote.Unreachable, match="cannot be reached"):
+            with pytest.raises(storage.StorageUnreachable, match="cannot be reached"):
                 doing()
         server.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import random
 import shutil
@@ -14,13 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jeagle import align, features
+from jeagle import features
 from jeagle.errors import UserError
+from jeagle.features import verify
 from jeagle.features.manifests import sealed
-from jeagle.runtime.ahead import read_ahead
 from tests.features import made
-
-verify = importlib.import_module("jeagle.features.verify")  # the module, whose name a function has too
 
 FOLDER = pytest.mark.parametrize("root", ["a folder"], indirect=True)  # the kind of place makes no difference
 
@@ -50,7 +47,7 @@ def harmed(url: str, pattern: str, harm: Callable[[bytes], bytes | None]) -> Ite
 def test_rows_come_back_as_they_were(tmp_path, form):
     made.fill(tmp_path / "s", form)
     made.check_whole(tmp_path / "s", form)
-    assert features.Store(str(tmp_path / "s")).form == made.FORMS[form]
+    assert features.Store(str(tmp_path / "s")).format == made.FORMS[form]
 
 
 @FOLDER
@@ -62,28 +59,37 @@ def test_padding_and_unneeded_states_cost_nothing(whole):
     assert 0 < sum(s.arrays["last"]["shape"][0] for s in segments) < (batch.segments_BT > 0).sum()
 
 
-def test_taps_that_nothing_sees_cost_nothing(tmp_path):
-    made.fill(tmp_path / "s", "seen")
-    store, (batch, _) = features.Store(str(tmp_path / "s")), made.content("train", "seen")
-    segments = [s for s in store.segments if s.split == "train"]
-    kept = sum(s.arrays["taps"]["shape"][0] for s in segments)
-    assert kept == align.seen_positions(batch, xp=np).sum() == sum(sum(s.aux) for s in segments)
-    assert 0 < kept < 0.8 * (batch.segments_BT > 0).sum()
+ARRAYS = {
+    "of two types": {"taps": "int8", "last": "int8"},
+    "of positions": {"taps": "int8", "taps_at": "all", "teacher": "last", "last": "int8"},
+}
 
 
-def test_a_store_from_before_there_was_a_choice_is_read(tmp_path):
-    """Its store.json names two types, and its segments count no taps."""
+@pytest.mark.parametrize("arrays", ARRAYS.values(), ids=ARRAYS.keys())
+def test_stores_of_earlier_versions_are_read(tmp_path, arrays):
+    """Their store.json has other entries about arrays, and the segments of some count aux hidden states."""
     made.fill(tmp_path / "s")
-    path = tmp_path / "s" / "store.json"
-    tree = json.loads(path.read_text())
-    tree["made_from"]["arrays"] = {"taps": "int8", "last": "int8"}
-    path.write_bytes(sealed({k: v for k, v in tree.items() if k != "checksum"}))
+    rewrite(tmp_path / "s" / "store.json", lambda tree: tree["made_from"].update(arrays=arrays))
     for path in (tmp_path / "s" / "manifests").iterdir():
-        tree = json.loads(path.read_text())
-        path.write_bytes(sealed({k: v for k, v in tree.items() if k not in ("checksum", "seen")}))
+        rewrite(path, lambda tree: tree.update({"seen": []} if "taps_at" in arrays else {}))
     (tmp_path / "s" / "index.json").unlink()
     made.check_whole(tmp_path / "s")
     assert made.fill(tmp_path / "s") == 0  # it is the same store
+
+
+def test_a_store_without_some_aux_hidden_states_is_refused(tmp_path):
+    made.fill(tmp_path / "s")
+    rewrite(tmp_path / "s" / "store.json", lambda tree: tree["made_from"]["arrays"].update(taps_at="seen"))
+    with pytest.raises(UserError, match=r"made with --store.aux-at seen .*: extract the features again"):
+        features.Store(str(tmp_path / "s"))
+
+
+def rewrite(path: Path, change: Callable[[dict], None]) -> None:
+    """Changes a sealed file, and seals it again."""
+    tree = json.loads(path.read_text())
+    del tree["checksum"]
+    change(tree)
+    path.write_bytes(sealed(tree))
 
 
 def test_writers_at_once_share_the_work(place):
@@ -139,9 +145,7 @@ def test_an_unfinished_store_is_not_trained_from(place):
 @FOLDER
 def test_another_store_is_not_written_over(whole):
     with pytest.raises(UserError, match=r"arrays.last, arrays.taps, taps differ .*int8.*fp8"):
-        made.fill(whole, "fp8", aux=[1, 2, 4])
-    with pytest.raises(UserError, match=r"arrays.taps_at differs"):
-        made.fill(whole, "seen")
+        made.fill(whole, "fp8", taps=[1, 2, 4])
     with pytest.raises(UserError, match=r"arrays.taps, arrays.teacher, arrays.top_k differ"):
         made.fill(whole, "top_k")
     made.check_whole(whole)
@@ -230,8 +234,8 @@ def test_a_lost_or_stale_index_is_made_anew(whole):
 @FOLDER
 def test_stores_are_mixed_row_by_row(whole, tmp_path):
     made.fill(tmp_path / "b", "int8")
-    both = features.open_store_set(f"0.7*{whole},0.3*{tmp_path / 'b'}")
-    assert both.weights == [0.7, 0.3] and both.rows("train") == 40
+    both = features.open_store_set(f"{whole},{tmp_path / 'b'}")
+    assert both.rows("train") == 40
     order = np.array([31, 2, 19, 20, 39, 0])
     batch, found = made.content("train", "int8")
     got = both.batch("train", order)
@@ -242,19 +246,7 @@ def test_stores_are_mixed_row_by_row(whole, tmp_path):
 
 
 @FOLDER
-@pytest.mark.parametrize("source", ["0.7*{a},{a}", ",", "0*{a}", "x*{a}", "{a}/none"])
+@pytest.mark.parametrize("source", ["", ",", "0.7*{a},0.3*{a}", "{a}/none"])
 def test_sources_that_make_no_sense(whole, source):
     with pytest.raises(UserError):
         features.open_store_set(source.format(a=whole))
-
-
-def test_errors_of_a_thread_that_reads_ahead_are_raised():
-    def read(number: int) -> int:
-        if number == 3:
-            raise UserError("damaged")
-        return number
-
-    ahead = read_ahead(range(9), read, threads=2, depth=4)
-    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(UserError, match="damaged"):
-        next(ahead)
