@@ -20,9 +20,9 @@ def main(arguments: list[str]) -> None:
     rest = list(arguments)
     for name in ("--source", "--out"):
         if name in rest[:-1]:
-            place = rest.index(name)
-            given[name] = rest[place + 1]
-            del rest[place : place + 2]
+            index = rest.index(name)
+            given[name] = rest[index + 1]
+            del rest[index : index + 2]
     program = "from_speculators.py --source DIR --out STORE"
     config = configs.from_command_line(rest, program=program, description=__doc__)
     if len(given) < 2:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
 
 from jeagle import align, features, targets
 from jeagle.config import RunConfig
@@ -84,7 +85,7 @@ def stored_target_spec(about: dict[str, Any], family: str) -> TargetSpec:
     return targets.read_spec(about["target_config"], targets.own_family(family) if family else None)
 
 
-def stored_tables(store: features.Store, draft_to_target_D: np.ndarray, mesh: Mesh) -> Tables:
+def stored_tables(store: features.Store, draft_to_target_D: Int[np.ndarray, " D"], mesh: Mesh) -> Tables:
     """The frozen rows in a store, embedding [V, H] and head [D, H], on the mesh; a process reads those of its devices.
 
     Args:
@@ -152,7 +153,7 @@ def compare_with_target(store: features.Store, split: str, count: int, target: t
         float(np.median(error_NA, 0).max()) if len(error_NA) else 0.0,
         _moved_mass(stored.teacher, computed.teacher, near_BT),
     )
-    check_agreement(store, agreement)
+    check_agreement(agreement, str(store), store.format.aux)
     return agreement
 
 
@@ -172,9 +173,13 @@ def _moved_mass(stored: Any, computed: Any, near_BT: np.ndarray) -> float:
     return float(moved.mean())
 
 
-def check_agreement(store: features.Store, agreement: Agreement) -> None:
-    """Raises UserError unless the store agrees with the target as closely as its types allow."""
-    kind = store.about["made_from"]["arrays"]["taps"]
+def check_agreement(agreement: Agreement, store: str, kind: str) -> None:
+    """Raises UserError unless a store agrees with the target as closely as its types allow.
+
+    Args:
+      store: its name in the message.
+      kind: the type of its aux hidden states.
+    """
     most = _MOST_AUX_ERROR[kind]
     if not (agreement.argmax >= 0.99 and agreement.aux_error <= most):  # NaN is neither
         raise UserError(

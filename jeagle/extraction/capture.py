@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool
 
 from jeagle import align, features, targets
 from jeagle.errors import UserError
@@ -21,10 +22,10 @@ _EXACT = features.StoreFormat()
 
 
 class Captured(NamedTuple):
-    """Stored features of some rows, and whether those of each row are finite, bool [B]."""
+    """Stored features of some rows, and whether those of each row are finite."""
 
     stored: features.StoredFeatures
-    finite_B: Any
+    finite_B: Bool[Array, " B"]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "aux_layers", "width", "form", "mesh"))

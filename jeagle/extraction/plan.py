@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 import jeagle
 from jeagle import align, data, features, targets
@@ -30,10 +31,10 @@ _ONE_BYTE = ("int8", "fp8")
 
 
 class RowSizes(NamedTuple):
-    """What each row costs: its tokens, and its positions whose teacher is stored, int64 [R] each."""
+    """What each row costs: its tokens, and its positions whose teacher is stored."""
 
-    tokens: np.ndarray
-    teachers: np.ndarray
+    tokens: Int[np.ndarray, " R"]
+    teachers: Int[np.ndarray, " R"]
 
 
 class StorePlan(NamedTuple):
@@ -208,7 +209,7 @@ def _commit_tables(
     Args:
       exact: captures in float32, for the scales.
     """
-    if not distributed.anywhere("tables" in features.finished(writer.storage)):
+    if not distributed.anywhere(features.is_finished(writer.storage, features.TABLES)):
         share = config.train.batch_rows // jax.process_count()
         first = padded_rows(rows, range(min(share, len(rows.tokens_BT))), share)
         stored, model = exact(first), loaded.target.model()

@@ -10,7 +10,7 @@ from jeagle.features.formats import (
     decode_features,
     encode_features,
 )
-from jeagle.features.manifests import DATA, SPLITS, Segment, check_fit, finished, read_store
+from jeagle.features.manifests import DATA, SPLITS, TABLES, Segment, check_fit, is_finished, read_store
 from jeagle.features.reader import Store, StoreSet, open_store_set
 from jeagle.features.rows import RaggedRows, joined_rows, ragged_rows
 from jeagle.features.storage import Storage
@@ -21,6 +21,7 @@ __all__ = [
     "DATA",
     "LOG_PROBS",
     "SPLITS",
+    "TABLES",
     "DamagedSegment",
     "RaggedRows",
     "ScaledVectors",
@@ -37,7 +38,7 @@ __all__ = [
     "check_fit",
     "decode_features",
     "encode_features",
-    "finished",
+    "is_finished",
     "joined_rows",
     "open_store_set",
     "prune_store",

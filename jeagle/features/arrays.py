@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from jaxtyping import Shaped
 
 from jeagle.errors import UserError
 from jeagle.features.storage import Storage, named_faults, unreachable
@@ -21,7 +22,7 @@ _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC = {"name": "crc32c"}
 
 
-def write_array(storage: Storage, key: str, array: np.ndarray, chunk: int) -> dict[str, Any]:
+def write_array(storage: Storage, key: str, array: Shaped[np.ndarray, "N ..."], chunk: int) -> dict[str, Any]:
     """Writes an array [N, ...] at `key`; returns its description for the segment's manifest.
 
     Args:
@@ -44,7 +45,7 @@ def write_array(storage: Storage, key: str, array: np.ndarray, chunk: int) -> di
     }
 
 
-def checksum(array: np.ndarray) -> int:
+def checksum(array: Shaped[np.ndarray, "..."]) -> int:
     """The crc32 of an array's bytes."""
     flat: Any = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
     return zlib.crc32(flat)
@@ -58,7 +59,7 @@ def open_array(storage: Storage, key: str, described: dict[str, Any]) -> Any:
     return ts.open(spec, open=True, assume_metadata=True).result()
 
 
-def read_into(out: np.ndarray, array: Any, start: int, stop: int) -> Any:
+def read_into(out: Shaped[np.ndarray, "N ..."], array: Any, start: int, stop: int) -> Any:
     """Begins to read array[start:stop] into `out`; returns a future that is done when the bytes are there."""
     return ts.array(out).write(array[start:stop][ts.d[0].translate_to[0]])
 

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from jeagle.errors import UserError
 from jeagle.interfaces import Features, TopK
@@ -41,15 +40,14 @@ class ScaledVectors(NamedTuple):
     """Vectors [B, T, ..., H] in one of DTYPES, with the scales of a type of one byte.
 
     Attributes:
-      values: [B, T, ..., H].
-      row: float32 [B, T, ...], a scale for each vector; None for a float type.
-      channel: float32 [B, ..., H], a scale for each coordinate, repeated for each row of the batch; None for a float
-        type.
+      values: the vectors, [B, T, H] or [B, T, A, H].
+      row: float32, a scale for each vector; None for a float type.
+      channel: float32, a scale for each coordinate, repeated for each row of the batch; None for a float type.
     """
 
-    values: Any
-    row: Any = None
-    channel: Any = None
+    values: Shaped[Array, "B T *axes H"]
+    row: Float[Array, "B T *axes"] | None = None
+    channel: Float[Array, "B *axes H"] | None = None
 
 
 class StoredFeatures(NamedTuple):
@@ -63,8 +61,8 @@ class StoredFeatures(NamedTuple):
 
     aux: ScaledVectors
     teacher: ScaledVectors | TopK
-    greedy_BT: Any
-    lse_BT: Any
+    greedy_BT: Int[Array, "B T"]
+    lse_BT: Float[Array, "B T"]
 
 
 class StoreFormat(NamedTuple):
@@ -110,9 +108,9 @@ def decode_features(stored: StoredFeatures) -> Features:
     return Features(_unscale(stored.aux), decoded, stored.greedy_BT, stored.lse_BT)
 
 
-def _unscale(scaled: ScaledVectors) -> jax.Array:
+def _unscale(scaled: ScaledVectors) -> Any:
     values = scaled.values.astype(jnp.float32)
-    if scaled.row is None:
+    if scaled.row is None or scaled.channel is None:
         return values
     return values * scaled.row[..., None] * scaled.channel[:, None]
 
@@ -132,7 +130,7 @@ def encode_features(features: Features, form: StoreFormat, channels: dict[str, A
     return StoredFeatures(aux, encoded, features.greedy_BT, features.lse_BT)
 
 
-def _scale(x: jax.Array, kind: str, channel: jax.Array) -> ScaledVectors:
+def _scale(x: Any, kind: str, channel: Any) -> ScaledVectors:
     dtype = DTYPES[kind]
     if kind not in LARGEST:
         return ScaledVectors(x.astype(dtype))

@@ -104,7 +104,12 @@ def _segment(tree: dict[str, Any]) -> Segment:
     return Segment(**fields)
 
 
-def finished(storage: Storage) -> list[str]:
+def is_finished(storage: Storage, name: str) -> bool:
+    """Whether a segment is finished."""
+    return storage.read(f"{MANIFESTS}/{name}.json") is not None
+
+
+def finished_names(storage: Storage) -> list[str]:
     """Names of the finished segments, the tables included."""
     return [n.removesuffix(".json") for n in storage.names(MANIFESTS) if n.endswith(".json")]
 
@@ -115,7 +120,7 @@ def read_segments(storage: Storage) -> list[Segment]:
     Raises:
       UserError: for a damaged manifest.
     """
-    names = finished(storage)
+    names = finished_names(storage)
     data = storage.read(INDEX)
     known: dict[str, Segment] = {}
     if data is not None:

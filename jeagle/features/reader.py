@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from jeagle import align
 from jeagle.errors import UserError
@@ -20,6 +21,8 @@ from jeagle.features.storage import Storage
 from jeagle.interfaces import Batch
 
 _OPEN_ARRAYS = 4096  # handles that stay open; each is small
+
+RowNumbers = Iterable[int] | Int[np.ndarray, " B"]
 
 
 class RowLocation(NamedTuple):
@@ -105,7 +108,7 @@ class Store:
         if TABLES not in self._by_name and any(self._locations.values()):
             raise UserError(f"The store {self} has lost its {TABLES}: run the extract command that began it again.")
 
-    def batch(self, split: str, rows: Iterable[int]) -> Batch:
+    def batch(self, split: str, rows: RowNumbers) -> Batch:
         """The tokens and loss masks of rows, [B, T], in the order given. UserError for a row that is missing."""
         locations = self._locate(split, rows)
         out, reads = empty_batch(len(locations), self.row_length), _Reads(self)
@@ -115,7 +118,7 @@ class Store:
         reads.wait()
         return out
 
-    def stored(self, split: str, rows: Iterable[int], batch: Batch) -> StoredFeatures:
+    def stored(self, split: str, rows: RowNumbers, batch: Batch) -> StoredFeatures:
         """The features of rows, in the order given; zeros at positions that the store leaves out.
 
         Args:
@@ -170,10 +173,10 @@ class Store:
     def _with_channel(self, name: str, scaled: ScaledVectors) -> ScaledVectors:
         if scaled.row is None:
             return scaled
-        channel = np.broadcast_to(self.channels[name], scaled.channel.shape)
-        return scaled._replace(channel=np.ascontiguousarray(channel))
+        channel = self.channels[name]
+        return scaled._replace(channel=np.repeat(channel[None], len(scaled.row), axis=0))
 
-    def _locate(self, split: str, rows: Iterable[int]) -> list[RowLocation]:
+    def _locate(self, split: str, rows: RowNumbers) -> list[RowLocation]:
         try:
             return [self._locations[split][row] for row in rows]
         except KeyError as error:
@@ -186,7 +189,7 @@ class Store:
         return open_array(self.storage, f"{found.folder}/{name}", found.arrays[name])
 
     def begin_read(self, segment: Segment, name: str, start: int, out: np.ndarray) -> Any:
-        """Begins to read len(out) entries of a segment's array into `out`; returns a future."""
+        """Begins to read entries of a segment's array, from `start` on, into `out` [N, ...]; returns a future."""
         return read_into(out, self._array(segment.name, name), start, start + len(out))
 
 
@@ -251,15 +254,15 @@ class StoreSet:
         """How many rows of a split are present on all processes."""
         return int(self._present[split].sum())
 
-    def has_all(self, split: str, rows: np.ndarray) -> bool:
+    def has_all(self, split: str, rows: Int[np.ndarray, " B"]) -> bool:
         """Whether all of these rows are present: the same on every process that asks for the same rows."""
         return bool(self._present[split][rows].all())
 
-    def batch(self, split: str, rows: Iterable[int]) -> Batch:
+    def batch(self, split: str, rows: RowNumbers) -> Batch:
         """As `Store.batch`."""
         return self._gather(split, rows, lambda store, numbers, _: store.batch(split, numbers))
 
-    def stored(self, split: str, rows: Iterable[int], batch: Batch) -> StoredFeatures:
+    def stored(self, split: str, rows: RowNumbers, batch: Batch) -> StoredFeatures:
         """As `Store.stored`."""
 
         def read(store: Store, numbers: list[int], where: np.ndarray) -> StoredFeatures:
@@ -267,18 +270,18 @@ class StoreSet:
 
         return self._gather(split, rows, read)
 
-    def _gather(self, split: str, rows: Iterable[int], read: Callable[[Store, list[int], np.ndarray], Any]) -> Any:
+    def _gather(self, split: str, rows: RowNumbers, read: Callable[[Store, list[int], np.ndarray], Any]) -> Any:
         numbers, ends = np.asarray(list(rows)), np.cumsum([store.rows(split) for store in self.stores])
         which = np.searchsorted(ends, numbers, side="right")
-        parts, places = [], []
+        parts, positions = [], []
         for i, store in enumerate(self.stores):
             where = np.flatnonzero(which == i)
             if len(where):
                 parts.append(read(store, (numbers[where] - ends[i] + store.rows(split)).tolist(), where))
-                places.append(where)
+                positions.append(where)
         if len(parts) == 1:
             return parts[0]
-        order = np.argsort(np.concatenate(places))
+        order = np.argsort(np.concatenate(positions))
         return jax.tree.map(lambda *arrays: np.concatenate(arrays)[order], *parts)
 
 

@@ -73,7 +73,7 @@ def empty_batch(rows: int, length: int) -> Batch:
 
 
 def empty_stored(rows: int, length: int, described: dict[str, Any]) -> StoredFeatures:
-    """Zeros for `rows` rows of `length` positions, and ones as the scales of channels.
+    """Zeros for `rows` rows of `length` positions, still without the scales of channels.
 
     Args:
       described: a segment's description of its arrays, by their names on disk.
@@ -84,10 +84,7 @@ def empty_stored(rows: int, length: int, described: dict[str, Any]) -> StoredFea
         return np.zeros((rows, length, *described[name]["shape"][1:]), DTYPES["fp8"] if "float8" in dtype else dtype)
 
     def scaled(name: str) -> ScaledVectors:
-        if f"{name}_row" not in described:
-            return ScaledVectors(empty(name))
-        channel = np.ones((rows, *described[name]["shape"][1:]), np.float32)
-        return ScaledVectors(empty(name), empty(f"{name}_row"), channel)
+        return ScaledVectors(empty(name), empty(f"{name}_row") if f"{name}_row" in described else None)
 
     teacher = scaled("last") if "last" in described else TopK(*map(empty, TOP_K_ARRAYS))
     return StoredFeatures(scaled("taps"), teacher, empty("greedy"), empty("lse"))

@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from jeagle.errors import UserError
 from jeagle.features.arrays import checksum, metadata_sha256
-from jeagle.features.manifests import CLAIMS, INDEX, MANIFESTS, SEGMENTS, Segment, finished, read_segment, write_index
+from jeagle.features.manifests import (
+    CLAIMS,
+    INDEX,
+    MANIFESTS,
+    SEGMENTS,
+    Segment,
+    finished_names,
+    read_segment,
+    write_index,
+)
 from jeagle.features.reader import Store
 from jeagle.features.storage import Storage, StorageUnreachable
 from jeagle.features.writer import Claims
@@ -81,7 +90,7 @@ def prune_store(storage: Storage, damaged: list[str]) -> list[str]:
     storage.delete(INDEX)
     for name in damaged:
         remove(f"{MANIFESTS}/{name}.json")
-    for name in finished(storage):
+    for name in finished_names(storage):
         try:
             segment = read_segment(storage, name)
         except StorageUnreachable:

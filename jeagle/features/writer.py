@@ -25,7 +25,8 @@ from jeagle.features.manifests import (
     TABLES,
     Segment,
     check_fit,
-    finished,
+    finished_names,
+    is_finished,
     read_store,
     sealed,
     write_index,
@@ -167,7 +168,7 @@ class Writer:
 
     def pending(self, units: list[WorkUnit]) -> list[WorkUnit]:
         """Those units that nobody has finished."""
-        done = set(finished(self.storage))
+        done = set(finished_names(self.storage))
         return [unit for unit in units if unit.name not in done]
 
     def take(self, units: list[WorkUnit], count: int = 1) -> list[WorkUnit]:
@@ -186,7 +187,7 @@ class Writer:
         """Claims a unit, unless it is finished or another living writer makes it."""
         if not self.claims.take(unit.name):
             return False
-        if unit.name in finished(self.storage):
+        if is_finished(self.storage, unit.name):
             self.claims.drop(unit.name)
             return False
         return True
@@ -206,7 +207,7 @@ class Writer:
 
     def commit_tables(self, make: Callable[[], dict[str, np.ndarray]]) -> None:
         """Writes the arrays that belong to no row, unless they are there."""
-        if TABLES not in finished(self.storage):
+        if not is_finished(self.storage, TABLES):
             self._commit(Segment(TABLES, f"{TABLES}.{self.claims.writer}"), make(), 2**16)
 
     def finish(self) -> None:
@@ -233,15 +234,16 @@ class Writer:
             first = intact and storage.write_new(f"{MANIFESTS}/{segment.name}.json", manifest)
         except StorageFull as error:
             storage.delete(folder)
+            done = len(finished_names(storage))
             self.claims.drop_all()
             raise UserError(
                 f"The disk of {storage} is full: segment {segment.name} needs {size / 1e6:,.3f} MB and "
-                f"{(storage.free_bytes() or 0) / 1e6:,.3f} MB are free. The {len(finished(storage))} finished segments "
-                "are safe: make room, and start the same command again; it continues from them."
+                f"{(storage.free_bytes() or 0) / 1e6:,.3f} MB are free. The {done} finished segments are "
+                "safe: make room, and start the same command again; it continues from them."
             ) from error
         except BaseException:
             storage.delete(folder)
-            if segment.name in finished(storage):  # another writer was first, and has removed these arrays
+            if is_finished(storage, segment.name):  # another writer was first, and has removed these arrays
                 return False
             raise
         if first:
