@@ -31,6 +31,7 @@ def extract(config: RunConfig, out: str) -> str:
       UserError: for a store made from something else, or a disk that is full or too small.
     """
     form = store_format(config)
+    features.check_storage(features.Storage(out))
     prepared, mesh = dataset.prepare(config), assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh)
     aux_layers = targets.check_aux_layers(config.target.aux_layers, loaded.target.spec.layers)

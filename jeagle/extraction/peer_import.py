@@ -21,7 +21,8 @@ from jeagle.extraction.fill import Finish, fill_store
 from jeagle.extraction.plan import plan_store, store_format
 from jeagle.interfaces import Batch, Features
 from jeagle.run import assemble, dataset
-from jeagle.runtime.manifest import atomic_folder, fingerprint, write_manifest
+from jeagle.run.claim import check_folder, new_rows
+from jeagle.runtime.manifest import fingerprint
 
 _COMPARED = 2  # samples that are compared with the target
 _MOST_DISTANT = 0.1  # relative distance up to which hidden states count as those of the same layer
@@ -37,6 +38,8 @@ def import_peer_features(config: RunConfig, source: Path, out: str) -> None:
         disk without room.
     """
     form = store_format(config)
+    check_folder(config)
+    features.check_storage(features.Storage(out))
     peers, mesh = exchange.open_peer_features(source), assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh)
     spec = loaded.target.spec
@@ -114,8 +117,7 @@ def _prepare(
     files = [(str(f.relative_to(source)), f.stat().st_size) for f in peers.files]
     made = dataset.made_from(config, loaded.tokenizer, targets.open_weights(loaded.files).config, [])
     made["source"] = fingerprint([peers.format, files])
-    folder = config.folder / "data"
-    with atomic_folder(folder) as aside:
+    with new_rows(config) as aside:
         statistics: dict[str, Any] = {}
         for split, rows in samples.items():
             counts = np.zeros(made["target_vocab"], np.int64)
@@ -130,8 +132,8 @@ def _prepare(
             statistics[split] = {"rows": len(rows), "supervised_tokens": int(counts.sum())}
         loaded.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))
         (aside / "held_out.jsonl").write_text("")
-        write_manifest(aside, {"made_from": made, "target": config.target.ref, "statistics": statistics})
-    return dataset.Prepared(folder, config.folder / "tables", statistics), samples
+        dataset.write_rows_manifest(aside, config, made, statistics)
+    return dataset.Prepared(config.folder / "data", config.folder / "tables", statistics), samples
 
 
 def _packed(lengths: list[int], numbers: range, length: int) -> SamplesOfRows:

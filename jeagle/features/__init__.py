@@ -10,7 +10,17 @@ from jeagle.features.formats import (
     decode_features,
     encode_features,
 )
-from jeagle.features.manifests import DATA, SPLITS, TABLES, Segment, check_fit, is_finished, read_store
+from jeagle.features.manifests import (
+    DATA,
+    SPLITS,
+    STORE_FOLDER,
+    TABLES,
+    Segment,
+    check_fit,
+    check_storage,
+    is_finished,
+    read_store,
+)
 from jeagle.features.reader import Store, StoreSet, open_store_set
 from jeagle.features.rows import RaggedRows, joined_rows, ragged_rows
 from jeagle.features.storage import Storage
@@ -21,6 +31,7 @@ __all__ = [
     "DATA",
     "LOG_PROBS",
     "SPLITS",
+    "STORE_FOLDER",
     "TABLES",
     "DamagedSegment",
     "RaggedRows",
@@ -36,6 +47,7 @@ __all__ = [
     "bytes_per_token",
     "channel_scales",
     "check_fit",
+    "check_storage",
     "decode_features",
     "encode_features",
     "is_finished",

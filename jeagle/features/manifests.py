@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.features.formats import StoreFormat
 from jeagle.features.storage import Storage
 from jeagle.runtime.manifest import canonical, differences, fingerprint
+from jeagle.runtime.outputs import Output, check_replaceable, listed
 
 FORMAT = 1
 STORE, INDEX, MANIFESTS, SEGMENTS, CLAIMS, DATA = "store.json", "index.json", "manifests", "segments", "claims", "data"
 TABLES = "tables"  # the segment without rows: the target's embedding, final norm and head, and the scales of channels
 SPLITS = ("train", "held_out")
+_LEFTOVERS = (f"{STORE}.__lock", "aside")  # of writers that were killed: tensorstore's, and those of earlier versions
 _IGNORED = ("data.version",)  # fields of made_from that do not change what is stored
 
 
@@ -89,6 +93,27 @@ def read_store(storage: Storage) -> dict[str, Any] | None:
         raise UserError(f"The store {storage} has format {tree.get('format')}, and this jeagle reads format {FORMAT}.")
     made = tree["made_from"]  # its entry about arrays lacks fields in stores of early versions
     return tree | {"made_from": made | {"arrays": StoreFormat.from_json(made["arrays"]).to_json()}}
+
+
+def _foreign(folder: Path) -> str:
+    """Why a folder is not a store; empty where it is one, or where a writer has only begun one."""
+    names = sorted(n for n in os.listdir(folder) if n not in _LEFTOVERS)
+    return "" if STORE in names or not names else f"it holds {listed(names)} and no {STORE}"
+
+
+STORE_FOLDER = Output("store of jeagle's", True, _foreign)
+
+
+def check_storage(storage: Storage) -> None:
+    """Raises UserError unless a storage is empty or contains a store, because writers remove keys there."""
+    if storage.path is not None:
+        check_replaceable(storage.path, STORE_FOLDER)
+    if read_store(storage) is not None or storage.path is not None:
+        return
+    if taken := [name for name in (SEGMENTS, CLAIMS, MANIFESTS, DATA) if storage.names(name)]:
+        raise UserError(
+            f"{storage} is no store of jeagle's (it holds {listed(taken)} and no {STORE}): give another one."
+        )
 
 
 def read_segment(storage: Storage, name: str) -> Segment | None:

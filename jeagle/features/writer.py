@@ -25,6 +25,7 @@ from jeagle.features.manifests import (
     TABLES,
     Segment,
     check_fit,
+    check_storage,
     finished_names,
     is_finished,
     read_store,
@@ -159,6 +160,7 @@ class Writer:
 
     def __init__(self, storage: Storage, about: dict[str, Any]):
         self.storage, self.claims = storage, Claims(storage)
+        check_storage(storage)
         storage.write_new(STORE, sealed({"format": FORMAT} | about))
         self.about = read_store(storage) or about
         advice = "Give another --out, or remove the old store."

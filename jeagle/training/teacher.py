@@ -20,9 +20,10 @@ from jeagle.extraction.fill import extract
 from jeagle.extraction.plan import check_teacher_suffices, template_settings
 from jeagle.interfaces import Batch, Tables
 from jeagle.run import assemble, dataset
+from jeagle.run.claim import check_folder, new_rows
 from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
-from jeagle.runtime.manifest import atomic_folder, fingerprint, finished_manifest, write_manifest
+from jeagle.runtime.manifest import fingerprint, finished_manifest
 from jeagle.targets import TargetFiles, TargetSpec
 
 _ROWS = 256  # read and written at a time
@@ -75,13 +76,19 @@ def open_stores(config: RunConfig, *, joined: bool = False) -> features.StoreSet
     return mixture
 
 
-def filled_stores(config: RunConfig) -> features.StoreSet | None:
-    """As `open_stores`; with --features auto the run's own store, which is filled first as far as it is not yet."""
+def complete_stores(config: RunConfig, stores: features.StoreSet | None) -> features.StoreSet | None:
+    """The stores that the run's features are read from, once its processes have joined.
+
+    With --features auto, that is the run's own store, which is filled first as far as it is not yet.
+
+    Args:
+      stores: of `open_stores`.
+    """
     if config.features != "auto":
-        return open_stores(config, joined=True)
+        return open_stores(config, joined=True) if stores is not None and stores.partial else stores
     store = extract(config, str(config.folder / "features"))
     gc.collect()  # the target must not stay beside the draft's training
-    return open_stores(dataclasses.replace(config, features=store), joined=True)
+    return open_stores(dataclasses.replace(config, features=store))
 
 
 def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
@@ -123,6 +130,7 @@ def prepare(config: RunConfig, mixture: features.StoreSet | None) -> dataset.Pre
     conversations."""
     if mixture is None or mixture.partial:
         return dataset.prepare(config)
+    check_folder(config)
     abouts = [store.about for store in mixture.stores]
     made = dict(abouts[0]["made_from"]["data"])
     if len(abouts) > 1:
@@ -130,13 +138,13 @@ def prepare(config: RunConfig, mixture: features.StoreSet | None) -> dataset.Pre
     folder = config.folder / "data"
     reused = dataset.found(folder, made)
     if not reused:
-        with atomic_folder(folder) as aside:
+        with new_rows(config) as aside:
             statistics = {split: _write_rows(mixture, split, aside / split, made) for split in ("train", "held_out")}
             for name in ("tokenizer.json", "held_out.jsonl", "set_aside.jsonl"):
                 _copy(mixture, name, aside)
             manifest = json.loads(mixture.stores[0].data_file("manifest.json") or b"{}")
             statistics = manifest.get("statistics", {}) | statistics if len(abouts) > 1 else manifest["statistics"]
-            write_manifest(aside, {"made_from": made, "target": config.target.ref, "statistics": statistics})
+            dataset.write_rows_manifest(aside, config, made, statistics)
     return dataset.finish(config, made, reused=reused)
 
 
@@ -160,7 +168,7 @@ def _copy(mixture: features.StoreSet, name: str, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def teacher(config: RunConfig, mixture: features.StoreSet | None, mesh: Mesh) -> Teacher:
+def open_teacher(config: RunConfig, mixture: features.StoreSet | None, mesh: Mesh) -> Teacher:
     """The target itself, or what the stores keep of it. UserError for a store that contradicts itself or its target."""
     if mixture is not None and not mixture.partial:
         check_stores(config, mixture, mesh)
@@ -223,3 +231,8 @@ def share_read(mixture: features.StoreSet | None, stored: features.StoredFeature
     if mixture is None or not mixture.partial:
         return None
     return float(stored is not None)
+
+
+def top_k(stores: features.StoreSet | None) -> int:
+    """How many of the likeliest tokens the stores contain of each distribution; 0 where the teacher is whole."""
+    return stores.stores[0].format.top_k if stores else 0
