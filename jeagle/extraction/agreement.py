@@ -38,7 +38,7 @@ def check_stores(
     Raises:
       UserError: for a store that contradicts itself or the target.
     """
-    for store in stores.stores:
+    for store in stores.members:
         made = store.about["made_from"]
         if not any(store.present(split) for split in features.SPLITS):
             continue  # none of it will be read

@@ -229,21 +229,21 @@ class StoreSet:
     """Several stores that are read as one, their rows one after the other.
 
     Args:
-      stores: made from the same target, in the same format.
+      members: stores made from the same target, in the same format.
       partial: rows may be missing.
       agree: maps a bool array of which rows are present to those that are present on all processes, because a store
         that grows looks different a moment later; None for a single process.
 
     Attributes:
-      stores, partial: as given.
+      members, partial: as given.
     """
 
     def __init__(
-        self, stores: list[Store], *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None
+        self, members: list[Store], *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None
     ):
-        self.stores, self.partial, self._present = stores, partial, {}
+        self.members, self.partial, self._present = members, partial, {}
         for split in SPLITS:
-            present = np.concatenate([np.isin(np.arange(s.rows(split)), s.present(split)) for s in stores])
+            present = np.concatenate([np.isin(np.arange(s.rows(split)), s.present(split)) for s in members])
             self._present[split] = agree(present) if agree else present
 
     def rows(self, split: str) -> int:
@@ -271,10 +271,10 @@ class StoreSet:
         return self._gather(split, rows, read)
 
     def _gather(self, split: str, rows: RowNumbers, read: Callable[[Store, list[int], np.ndarray], Any]) -> Any:
-        numbers, ends = np.asarray(list(rows)), np.cumsum([store.rows(split) for store in self.stores])
+        numbers, ends = np.asarray(list(rows)), np.cumsum([store.rows(split) for store in self.members])
         which = np.searchsorted(ends, numbers, side="right")
         parts, positions = [], []
-        for i, store in enumerate(self.stores):
+        for i, store in enumerate(self.members):
             where = np.flatnonzero(which == i)
             if len(where):
                 parts.append(read(store, (numbers[where] - ends[i] + store.rows(split)).tolist(), where))

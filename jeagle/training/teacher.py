@@ -1,4 +1,4 @@
-"""Training without the target: its rows, tables and features come from stores instead."""
+"""Where a run's features, rows and tables come from: the target and the data, or stores."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ class Teacher(NamedTuple):
 
 
 def open_stores(config: RunConfig, *, joined: bool = False) -> features.StoreSet | None:
-    """The run's stores, which fit its settings; None for a run that computes features.
+    """The run's stores, which fit its settings; None for a run whose features are all computed.
 
     Args:
-      joined: the run's processes have joined, and agree on which rows the store has.
+      joined: whether the run's processes have joined, so that they can agree on which rows a store has.
 
     Raises:
-      UserError: for a store that is missing, was made from something else, or is unfinished; with --features-rest
-        online a store may lack rows.
+      UserError: for a store that does not exist, was made from something else, or lacks rows; with --features-rest
+        online it may lack rows.
     """
     if config.features in ("online", "auto"):
         return None
     partial = config.features_rest == "online"
     agree = distributed.everywhere if joined else None
-    mixture = features.open_store_set(config.features, partial=partial, agree=agree)
-    if partial and len(mixture.stores) > 1:
+    stores = features.open_store_set(config.features, partial=partial, agree=agree)
+    if partial and len(stores.members) > 1:
         raise UserError(f"--features-rest online takes the rows of one store: --features {config.features} has more.")
-    first = mixture.stores[0]
-    for store in mixture.stores:
+    first = stores.members[0]
+    for store in stores.members:
         check_teacher_suffices(store.format, config, f"The store {store}")
         wanted = expected(config, store)
         features.check_fit(store.storage, wanted, store.about["made_from"], _DOING)
@@ -73,7 +73,7 @@ def open_stores(config: RunConfig, *, joined: bool = False) -> features.StoreSet
         features.check_fit(
             store.storage, alike, store.about["made_from"], f"Stores are read beside {first} only if they are alike."
         )
-    return mixture
+    return stores
 
 
 def complete_stores(config: RunConfig, stores: features.StoreSet | None) -> features.StoreSet | None:
@@ -125,13 +125,12 @@ def _expected_data(config: RunConfig, files: TargetFiles | None) -> dict[str, An
     return {"data": rows | hashes}
 
 
-def prepare(config: RunConfig, mixture: features.StoreSet | None) -> dataset.Prepared:
-    """The run's rows and vocabulary tables: out of the stores, or without any, or with one that may lack some, from
-    conversations."""
-    if mixture is None or mixture.partial:
+def prepare(config: RunConfig, stores: features.StoreSet | None) -> dataset.Prepared:
+    """The run's rows and vocabulary tables: from its stores where these have all rows, otherwise from conversations."""
+    if stores is None or stores.partial:
         return dataset.prepare(config)
     check_folder(config)
-    abouts = [store.about for store in mixture.stores]
+    abouts = [store.about for store in stores.members]
     made = dict(abouts[0]["made_from"]["data"])
     if len(abouts) > 1:
         made["source"] = fingerprint([about["made_from"]["data"] for about in abouts])
@@ -139,21 +138,21 @@ def prepare(config: RunConfig, mixture: features.StoreSet | None) -> dataset.Pre
     reused = dataset.found(folder, made)
     if not reused:
         with new_rows(config) as aside:
-            statistics = {split: _write_rows(mixture, split, aside / split, made) for split in ("train", "held_out")}
+            statistics = {split: _write_rows(stores, split, aside / split, made) for split in ("train", "held_out")}
             for name in ("tokenizer.json", "held_out.jsonl", "set_aside.jsonl"):
-                _copy(mixture, name, aside)
-            manifest = json.loads(mixture.stores[0].data_file("manifest.json") or b"{}")
+                _copy(stores, name, aside)
+            manifest = json.loads(stores.members[0].data_file("manifest.json") or b"{}")
             statistics = manifest.get("statistics", {}) | statistics if len(abouts) > 1 else manifest["statistics"]
             dataset.write_rows_manifest(aside, config, made, statistics)
     return dataset.finish(config, made, reused=reused)
 
 
-def _write_rows(mixture: features.StoreSet, split: str, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
+def _write_rows(stores: features.StoreSet, split: str, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
     counts, tokens = np.zeros(made["target_vocab"], np.int64), 0
-    total = mixture.rows(split)
-    with data.RowWriter(folder, mixture.stores[0].row_length) as writer:
+    total = stores.rows(split)
+    with data.RowWriter(folder, stores.members[0].row_length) as writer:
         for start in range(0, total, _ROWS):
-            rows = mixture.batch(split, range(start, min(start + _ROWS, total)))
+            rows = stores.batch(split, range(start, min(start + _ROWS, total)))
             counts += data.count_tokens(rows, len(counts))
             tokens += int((rows.segments_BT > 0).sum())
             writer.write(rows)
@@ -161,22 +160,22 @@ def _write_rows(mixture: features.StoreSet, split: str, folder: Path, made: dict
     return {"rows": total, "tokens": tokens, "supervised_tokens": int(counts.sum())}
 
 
-def _copy(mixture: features.StoreSet, name: str, folder: Path) -> None:
-    found = [store.data_file(name) or b"" for store in mixture.stores]
+def _copy(stores: features.StoreSet, name: str, folder: Path) -> None:
+    found = [store.data_file(name) or b"" for store in stores.members]
     content = found[0] if name == "tokenizer.json" else b"".join(found)
     if content or name != "tokenizer.json":
         (folder / name).write_bytes(content)
 
 
-def open_teacher(config: RunConfig, mixture: features.StoreSet | None, mesh: Mesh) -> Teacher:
-    """The target itself, or what the stores keep of it. UserError for a store that contradicts itself or its target."""
-    if mixture is not None and not mixture.partial:
-        check_stores(config, mixture, mesh)
-        return _of_stores(mixture.stores[0], mesh)
+def open_teacher(config: RunConfig, stores: features.StoreSet | None, mesh: Mesh) -> Teacher:
+    """The target itself, or what the stores contain of it. UserError for a store that contradicts either."""
+    if stores is not None and not stores.partial:
+        check_stores(config, stores, mesh)
+        return _of_stores(stores.members[0], mesh)
     loaded = assemble.load_target(config, mesh)
-    if mixture is not None:
-        _check_same_rows(config, mixture, loaded)
-        check_stores(config, mixture, mesh, loaded)
+    if stores is not None:
+        _check_same_rows(config, stores, loaded)
+        check_stores(config, stores, mesh, loaded)
     return Teacher(
         loaded.target.spec,
         loaded.end_token_ids,
@@ -188,21 +187,21 @@ def open_teacher(config: RunConfig, mixture: features.StoreSet | None, mesh: Mes
 
 
 def _check_same_rows(config: RunConfig, partial: features.StoreSet, loaded: assemble.LoadedTarget) -> None:
-    """UserError unless the store's rows are, number by number, the run's; says how many of them it has."""
-    store, prepared = partial.stores[0], finished_manifest(config.folder / "data")
+    """Raises UserError unless the store's rows are, number by number, the run's; prints how many of them it has."""
+    store, prepared = partial.members[0], finished_manifest(config.folder / "data")
     wanted = {"target": {"fingerprint": loaded.files.fingerprint}, "data": prepared["made_from"]}
     features.check_fit(store.storage, wanted, store.about["made_from"], _DOING)
     counts = {split: f"{partial.count_present(split)} of {partial.rows(split)}" for split in ("train", "held_out")}
     if distributed.is_leader():
         print(
             f"features: {store} has {counts['train']} rows and {counts['held_out']} held-out rows; the target computes "
-            "the others",
+            "the batches that need others",
             flush=True,
         )
 
 
 def _of_stores(store: features.Store, mesh: Mesh) -> Teacher:
-    """All stores of a mixture have the same target."""
+    """What a store contains of its target, which is the same for all stores of a set."""
     made = store.about["made_from"]
     return Teacher(
         stored_target_spec(store.about, made["target"]["family"]),
@@ -213,26 +212,31 @@ def _of_stores(store: features.Store, mesh: Mesh) -> Teacher:
 
 
 def with_features(
-    stream: data.RowStream, start: int, stop: int, mixture: features.StoreSet | None
+    stream: data.RowStream, start: int, stop: int, stores: features.StoreSet | None
 ) -> Iterator[tuple[int, int, Batch, features.StoredFeatures | None]]:
-    """(step, widest, rows, their stored features) for start <= step < stop, read ahead on threads."""
+    """Yields what the steps from `start` to `stop` - 1 read. Threads read ahead.
+
+    Yields:
+      (step, the most live slots of a row of the global batch, this process's rows, their stored features). The features
+      are None, on all processes alike, where the target computes those of the whole batch.
+    """
 
     def read(step: int) -> tuple[int, int, Batch, features.StoredFeatures | None]:
         rows, stored = stream.batch(step), None
-        if mixture is not None and mixture.has_all("train", stream.row_numbers(step)):
-            stored = mixture.stored("train", stream.own_row_numbers(step), rows)
+        if stores is not None and stores.has_all("train", stream.row_numbers(step)):
+            stored = stores.stored("train", stream.own_row_numbers(step), rows)
         return step, stream.widest(step), rows, stored
 
     yield from read_ahead(range(start, stop), read, threads=2, depth=_AHEAD)
 
 
-def share_read(mixture: features.StoreSet | None, stored: features.StoredFeatures | None) -> float | None:
+def share_read(stores: features.StoreSet | None, stored: features.StoredFeatures | None) -> float | None:
     """1.0 where a batch was read from a store and 0.0 where it was computed; None for a run that does not mix."""
-    if mixture is None or not mixture.partial:
+    if stores is None or not stores.partial:
         return None
     return float(stored is not None)
 
 
 def top_k(stores: features.StoreSet | None) -> int:
     """How many of the likeliest tokens the stores contain of each distribution; 0 where the teacher is whole."""
-    return stores.stores[0].format.top_k if stores else 0
+    return stores.members[0].format.top_k if stores else 0

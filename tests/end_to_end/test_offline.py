@@ -22,7 +22,7 @@ from jeagle.features import reader
 from jeagle.train import train
 from jeagle.training.held_out import spread
 from tests import tiny
-from tests.features import made
+from tests.features import random_store
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs" / "llama3_8b.py")
@@ -259,7 +259,7 @@ def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, place
     assert storing.main(["verify", place]) == 0
     with pytest.raises(UserError, match=r"does not fit this run: data.template differs"):
         train(config_of(folder, name="refused", features=place, data__template="llama3"))
-    key = made.find(place, "segments/train-*/taps/c/0/0/0")
+    key = random_store.find(place, "segments/train-*/taps/c/0/0/0")
     data = bytearray(there.read(key))
     data[len(data) // 2] ^= 1
     there.write(key, bytes(data))

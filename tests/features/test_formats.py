@@ -1,4 +1,4 @@
-"""What narrow types lose, and what a token costs."""
+"""What types of one byte lose, and what a token costs."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def error_in_spreads(kind: str, channel: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("fp8", 0.03), ("bfloat16", 0.003), ("float32", 0.0)])
-def test_what_is_lost(kind, most):
+def test_the_error_of_each_type(kind, most):
     channel = features.channel_scales(stream(1).reshape(-1, 3, 128), kind)
     assert error_in_spreads(kind, channel) <= most
 
 
-def test_a_byte_needs_the_scales_of_channels():
+def test_int8_needs_the_scales_of_channels():
     channel = features.channel_scales(stream(1).reshape(-1, 3, 128), "int8")
     assert error_in_spreads("int8", np.ones_like(channel)) > 5 * error_in_spreads("int8", channel)
 
 
-def test_what_is_zero_stays_zero():
+def test_zeros_stay_zeros():
     channel = features.channel_scales(np.zeros((5, 3, 128), np.float32), "int8")
     zero = Features(*(np.zeros(s, np.float32) for s in ((1, 4, 3, 128), (1, 4, 128), (1, 4), (1, 4))))
     back = features.decode_features(features.encode_features(zero, BYTES, {"taps": channel, "last": channel[0]}))
@@ -69,7 +69,7 @@ def packed() -> Batch:
     return Batch(np.ones_like(segments), segments, segments, supervised)
 
 
-def test_every_position_that_teaches_is_kept():
+def test_every_position_that_may_teach_is_stored():
     """By every rule for which slots count, across documents too where that is asked for."""
     batch = packed()
     segments = batch.segments_BT

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from jeagle import features
-from tests.features import made
+from tests.features import random_store
 
 KILLS = int(os.environ.get("JEAGLE_KILLS", "6"))  # make kill-check asks for 50
 
@@ -25,7 +25,7 @@ def processes():
 
 def fill(environment: dict[str, str], url: str) -> None:
     os.environ.update(environment)  # the server of processes may have begun with another one
-    made.fill(url, "int8", 0.02)
+    random_store.fill(url, "int8", 0.02)
 
 
 def test_killed_writers_leave_nothing_wrong(root, processes):
@@ -45,8 +45,8 @@ def test_killed_writers_leave_nothing_wrong(root, processes):
                 process.kill()
                 process.join()
             check_readable(url)
-        made.fill(url)
-        made.check_whole(url)
+        random_store.fill(url)
+        random_store.check_whole(url)
 
 
 def check_readable(url: str) -> None:

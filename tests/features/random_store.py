@@ -92,9 +92,9 @@ def fill(url: str | Path, form: str = "int8", pause: float = 0.0, **made_from: A
     writer.commit_tables(lambda: tables)
     units, written = features.work_units(SPLITS, 3), 0
     while taken := writer.take(units):
-        batch, found = content(taken[0].split, form)
+        batch, expected = content(taken[0].split, form)
         time.sleep(random.random() * pause)
-        written += writer.commit(taken[0], features.ragged_rows(batch, found, taken[0].rows), 8)
+        written += writer.commit(taken[0], features.ragged_rows(batch, expected, taken[0].rows), 8)
     writer.finish()
     return written
 
@@ -122,12 +122,12 @@ def check_whole(url: str | Path, form: str = "int8") -> None:
     assert numbers == sorted((split, row) for split, count in SPLITS.items() for row in range(count))
     for split, count in SPLITS.items():
         order = np.random.default_rng(7).permutation(count)
-        batch, found = content(split, form)
+        batch, expected = content(split, form)
         got = store.batch(split, order)
         for array, wanted in zip(got, batch, strict=True):
             np.testing.assert_array_equal(array, wanted[order])
         back = store.stored(split, order, got)
-        ours, theirs = arrays_by_name(back), arrays_by_name(found)
+        ours, theirs = arrays_by_name(back), arrays_by_name(expected)
         assert list(ours) == list(theirs)
         for name, wanted in theirs.items():
             np.testing.assert_array_equal(ours[name].astype(np.float32), wanted[order].astype(np.float32), err_msg=name)
