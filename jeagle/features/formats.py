@@ -21,7 +21,6 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jeagle.errors import UserError
 from jeagle.interfaces import Features, TopK
 
 DTYPES: dict[str, Any] = {
@@ -85,16 +84,7 @@ class StoreFormat(NamedTuple):
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> StoreFormat:
-        """The format that an entry in store.json describes.
-
-        Raises:
-          UserError: for a store without the aux hidden states of some positions, which earlier versions could make.
-        """
-        if tree.get("taps_at", "all") != "all":
-            raise UserError(
-                "The store was made with --store.aux-at seen and lacks the aux hidden states of some positions, which "
-                "this version of jeagle cannot read: extract the features again, into another folder."
-            )
+        """The format that an entry in store.json describes; those of early versions lack fields."""
         return cls(tree["taps"], tree.get("last", "float32"), tree.get("top_k", 0))
 
 

@@ -84,14 +84,19 @@ def unsealed(storage: Storage, key: str, data: bytes) -> dict[str, Any]:
 
 
 def read_store(storage: Storage) -> dict[str, Any] | None:
-    """store.json; None where there is none. UserError for a damaged one or another format."""
+    """store.json; None where there is none. UserError for a damaged one, or one of a format that cannot be read."""
     data = storage.read(STORE)
     if data is None:
         return None
     tree = unsealed(storage, STORE, data)
     if tree.get("format") != FORMAT:
         raise UserError(f"The store {storage} has format {tree.get('format')}, and this jeagle reads format {FORMAT}.")
-    made = tree["made_from"]  # its entry about arrays lacks fields in stores of early versions
+    made = tree["made_from"]
+    if made["arrays"].get("taps_at", "all") != "all":
+        raise UserError(
+            f"The store {storage} was made with --store.aux-at seen by an earlier version, and lacks aux hidden states "
+            "that this version reads: extract the features again, into another folder."
+        )
     return tree | {"made_from": made | {"arrays": StoreFormat.from_json(made["arrays"]).to_json()}}
 
 

@@ -79,7 +79,7 @@ def test_stores_of_earlier_versions_are_read(tmp_path, arrays):
 def test_a_store_without_some_aux_hidden_states_is_refused(tmp_path):
     random_store.fill(tmp_path / "s")
     rewrite(tmp_path / "s" / "store.json", lambda tree: tree["made_from"]["arrays"].update(taps_at="seen"))
-    with pytest.raises(UserError, match=r"made with --store.aux-at seen .*: extract the features again"):
+    with pytest.raises(UserError, match=r"store .* was made with --store.aux-at seen .*: extract the features again"):
         features.Store(str(tmp_path / "s"))
 
 
