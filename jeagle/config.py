@@ -268,8 +268,6 @@ class StoreConfig:
     """Type of the tapped states on disk. With --target.dtype bfloat16, bfloat16 is exact."""
     last_dtype: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
     """Type of what the target's lm_head reads, kept where something is learnt."""
-    aux_at: Literal["all", "seen"] = "all"
-    """seen: tapped states only where some slot can see them, which spares what follows a document's last answer."""
     teacher: Literal["last", "top_k"] = "last"
     """What is learnt from: what the target's lm_head reads; or the likeliest tokens alone, for less room."""
     top_k: int = 256
@@ -289,9 +287,9 @@ class RunConfig:
     runs: str = "runs"
     """Folder that holds the runs."""
     features: str = "online"
-    """online: at each step; auto: once, into the run's own store; else a store, or several: A,B or 0.7*A,0.3*B."""
+    """online: at each step; auto: once, into the run's own store; else a store, or the rows of several: A,B."""
     features_rest: Literal["refuse", "online"] = "refuse"
-    """Rows that the store lacks: refuse it; or online: the target computes those at each step, beside the ones read."""
+    """For a store that lacks rows: refuse stops; online lets the target compute the batches that need them."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl and the screen."""
     profile: int = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -13,9 +12,7 @@ from jeagle import align
 from jeagle.data.packing import load_rows
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch
-from jeagle.runtime.ahead import read_ahead
 
-_PREFETCH = 2  # batches that are read ahead
 _BLOCK = 1024  # rows whose slots are counted together
 
 
@@ -27,8 +24,6 @@ class RowStream:
       batch_rows: B, rows of the global batch.
       seed: seed of the shuffling.
       process_index, process_count: which share of a global batch this process reads.
-      shares: (rows, weight) of parts that follow one another in the folder and are mixed in this proportion; None
-        reads every row once per epoch.
 
     Attributes:
       rows: B.
@@ -38,16 +33,7 @@ class RowStream:
       UserError: if the folder has no rows, or if B is not a multiple of the number of processes.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        batch_rows: int,
-        seed: int,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
-        shares: Sequence[tuple[int, float]] | None = None,
-    ):
+    def __init__(self, folder: Path, batch_rows: int, seed: int, *, process_index: int = 0, process_count: int = 1):
         self._rows = load_rows(folder)
         total = len(self._rows.tokens_BT)
         if total == 0:
@@ -60,7 +46,7 @@ class RowStream:
         self.rows, self.steps_per_epoch = batch_rows, max(total // batch_rows, 1)
         share = batch_rows // process_count
         self._own = slice(process_index * share, (process_index + 1) * share)
-        self._order = _order(total, seed, shares)
+        self._order = grain.MapDataset.source(np.arange(total)).seed(seed).shuffle().repeat()
         self._live = np.zeros(0, np.int64)  # until count_live is called
 
     def row_numbers(self, step: int) -> Int64[np.ndarray, " B"]:
@@ -79,7 +65,7 @@ class RowStream:
     def count_live(self, steps: int, rule: align.SlotRule, *, cross_documents: bool) -> None:
         """Counts for each row the slots that count at any TTT step, and the positions that teach them.
 
-        Call it once, before `widest`, `most_live` and `from_step`.
+        Call it once, before `widest` and `most_live`.
 
         Args:
           steps: K, TTT steps.
@@ -101,25 +87,3 @@ class RowStream:
     def most_live(self) -> int:
         """Returns the most live slots (or teacher positions) in any row at all."""
         return int(self._live.max())
-
-    def from_step(self, start: int, stop: int) -> Iterator[tuple[int, int, Batch]]:
-        """Yields (step, widest, batch) for start <= step < stop.
-
-        A thread reads ahead; its errors are raised here.
-        """
-        return read_ahead(
-            range(start, stop), lambda step: (step, self.widest(step), self.batch(step)), threads=1, depth=_PREFETCH
-        )
-
-
-def _order(total: int, seed: int, shares: Sequence[tuple[int, float]] | None) -> grain.MapDataset:
-    """Returns row numbers without end: shuffled anew in each epoch, or one shuffle per part, mixed by weight."""
-
-    def shuffled(start: int, stop: int) -> grain.MapDataset:
-        return grain.MapDataset.source(np.arange(start, stop)).seed(seed).shuffle().repeat()
-
-    if shares is None:
-        return shuffled(0, total)
-    ends = np.cumsum([rows for rows, _ in shares])
-    parts = [shuffled(end - rows, end) for (rows, _), end in zip(shares, ends, strict=True)]
-    return grain.MapDataset.mix(parts, [weight for _, weight in shares])

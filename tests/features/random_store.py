@@ -13,16 +13,14 @@ import numpy as np
 import tensorstore as ts
 
 from jeagle import align, features
-from jeagle.features.formats import DTYPES, LARGEST, by_name
+from jeagle.features.formats import DTYPES, LARGEST, arrays_by_name
 from jeagle.interfaces import Batch, TopK
 
 LENGTH, HIDDEN, AUX_LAYERS, VOCAB = 24, 16, 3, 50
 SPLITS = {"train": 20, "held_out": 5}
-FORMS = {kind: features.Form(kind, kind) for kind in DTYPES} | {
-    "top_k": features.Form("bfloat16", top_k=5),
-    "seen": features.Form("int8", "int8", aux_at="seen"),
-    "exact, seen": features.Form(aux_at="seen"),
-    "top_k, seen": features.Form("int8", top_k=1, aux_at="seen"),
+FORMS = {kind: features.StoreFormat(kind, kind) for kind in DTYPES} | {
+    "top_k": features.StoreFormat("bfloat16", top_k=5),
+    "int8 and top_k": features.StoreFormat("int8", top_k=1),
 }
 
 
@@ -45,37 +43,37 @@ def rows(count: int, seed: int) -> Batch:
     return Batch(tokens, segments, positions, supervised)
 
 
-def stored(batch: Batch, form: features.Form, seed: int) -> features.Stored:
+def stored(batch: Batch, form: features.StoreFormat, seed: int) -> features.StoredFeatures:
     """Random features of rows; zero where nothing is kept."""
     rng = np.random.default_rng(seed)
     near = align.near_supervised(batch, xp=np)
-    seen = align.seen_positions(batch, xp=np) if form.aux_at == "seen" else batch.segments_BT > 0
 
-    def one(kind: str, mask: np.ndarray, *shape: int) -> features.Scaled:
+    def one(kind: str, mask: np.ndarray, *shape: int) -> features.ScaledVectors:
         full = (*mask.shape, *shape)
         wide = mask.reshape(*mask.shape, *(1,) * len(shape))
         values = (rng.standard_normal(full) * 20 * wide).astype(DTYPES[kind])
         if kind not in LARGEST:
-            return features.Scaled(values)
+            return features.ScaledVectors(values)
         row = (rng.random(full[:-1]) * wide[..., 0]).astype(np.float32)
-        return features.Scaled(values, row, np.ones((mask.shape[0], *shape), np.float32))
+        return features.ScaledVectors(values, row, np.ones((mask.shape[0], *shape), np.float32))
 
     greedy = (rng.integers(0, VOCAB, near.shape) * near).astype(np.int32)
     lse = (rng.standard_normal(near.shape) * near).astype(np.float32)
-    aux = one(form.aux, seen, AUX_LAYERS, HIDDEN)
+    aux = one(form.aux, batch.segments_BT > 0, AUX_LAYERS, HIDDEN)
     if not form.top_k:
-        return features.Stored(aux, one(form.last, near, HIDDEN), greedy, lse)
+        return features.StoredFeatures(aux, one(form.last, near, HIDDEN), greedy, lse)
     full = (*near.shape, form.top_k)
     ids = (rng.integers(0, VOCAB, full) * near[..., None]).astype(np.int32)
     log_probs = (-10 * rng.random(full) * near[..., None]).astype(np.float16)
-    return features.Stored(aux, TopK(ids, log_probs, (rng.random(near.shape) * near).astype(np.float32)), greedy, lse)
+    return features.StoredFeatures(
+        aux, TopK(ids, log_probs, (rng.random(near.shape) * near).astype(np.float32)), greedy, lse
+    )
 
 
 def about(form: str, **made_from: Any) -> dict[str, Any]:
     data = {"end_token_ids": [1], "target_vocab": VOCAB, "source": "s", "template": "t"}
     return {
-        "format": 1,
-        "made_from": {"data": data, "taps": [1, 2, 3], "arrays": FORMS[form].described()} | made_from,
+        "made_from": {"data": data, "taps": [1, 2, 3], "arrays": FORMS[form].to_json()} | made_from,
         "layout": {"rows_per_segment": 3, "row_length": LENGTH},
         "splits": {split: {"rows": count} for split, count in SPLITS.items()},
         "command": "extract",
@@ -87,21 +85,21 @@ def fill(url: str | Path, form: str = "int8", pause: float = 0.0, **made_from: A
     written."""
     if pause:
         random.seed(os.getpid())
-    writer = features.Writer(features.Place(str(url)), about(form, **made_from))
+    writer = features.Writer(features.Storage(str(url)), about(form, **made_from))
     tables = {"embed": np.ones((VOCAB, HIDDEN), np.float32)}
     for name, shape in (("taps_channel", (AUX_LAYERS, HIDDEN)), ("last_channel", (HIDDEN,))):
         tables[name] = np.random.default_rng(3).random(shape).astype(np.float32)
     writer.commit_tables(lambda: tables)
-    units, written = features.units_of(SPLITS, 3), 0
+    units, written = features.work_units(SPLITS, 3), 0
     while taken := writer.take(units):
-        batch, found = content(taken[0].split, form)
+        batch, expected = content(taken[0].split, form)
         time.sleep(random.random() * pause)
-        written += writer.commit(taken[0], features.ragged(batch, found, taken[0].rows, aux_at=FORMS[form].aux_at), 8)
+        written += writer.commit(taken[0], features.ragged_rows(batch, expected, taken[0].rows), 8)
     writer.finish()
     return written
 
 
-def content(split: str, form: str) -> tuple[Batch, features.Stored]:
+def content(split: str, form: str) -> tuple[Batch, features.StoredFeatures]:
     """All rows of a side, and what a store must give back for them."""
     seed = list(SPLITS).index(split)
     batch = rows(SPLITS[split], seed)
@@ -110,7 +108,7 @@ def content(split: str, form: str) -> tuple[Batch, features.Stored]:
 
 def find(url: str, pattern: str) -> str:
     """The first key of a store that fits a pattern."""
-    place = features.Place(url)
+    place = features.Storage(url)
     keys = sorted(key.decode() for key in ts.KvStore.open(place.kvstore()).result().list().result())
     return next(key for key in keys if fnmatch.fnmatchcase(key, pattern))
 
@@ -119,20 +117,22 @@ def check_whole(url: str | Path, form: str = "int8") -> None:
     """Every row is there once, with its bytes, every checksum is right, and nothing else lies about."""
     store = features.Store(str(url))
     store.check_complete()
-    assert list(features.verify(store)) == []
+    assert list(features.verify_store(store)) == []
     numbers = sorted((s.split, row) for s in store.segments for row in s.rows)
     assert numbers == sorted((split, row) for split, count in SPLITS.items() for row in range(count))
     for split, count in SPLITS.items():
         order = np.random.default_rng(7).permutation(count)
-        batch, found = content(split, form)
+        batch, expected = content(split, form)
         got = store.batch(split, order)
         for array, wanted in zip(got, batch, strict=True):
             np.testing.assert_array_equal(array, wanted[order])
         back = store.stored(split, order, got)
-        ours, theirs = by_name(back), by_name(found)
+        ours, theirs = arrays_by_name(back), arrays_by_name(expected)
         assert list(ours) == list(theirs)
         for name, wanted in theirs.items():
             np.testing.assert_array_equal(ours[name].astype(np.float32), wanted[order].astype(np.float32), err_msg=name)
-    place = store.place
-    assert set(place.names("segments")) == {s.data for s in store.segments}
-    assert place.names("claims") == place.names("aside") == []
+    storage = store.storage
+    assert set(storage.names("segments")) == {s.data for s in store.segments}
+    assert storage.names("claims") == []
+    if storage.path is not None:  # no file beside the keys, such as what a killed process had begun to write
+        assert {p.parent.name for p in storage.path.rglob("*.__lock")} <= {"manifests", "claims"}
