@@ -100,8 +100,7 @@ def _peak(process: int) -> int:
 def write_run(folder: Path, options: argparse.Namespace) -> None:
     """A run's folder with a checkpoint of random parameters, and as much of its target as an export reads."""
     from jeagle import data, exchange
-    from jeagle import flags as configs
-    from jeagle.config import RunConfig, TargetConfig
+    from jeagle.config import RunConfig, TargetConfig, to_json
     from jeagle.interfaces import DraftSpec, Rope
     from jeagle.run import assemble
     from jeagle.runtime.checkpoints import Checkpoints
@@ -125,7 +124,7 @@ def write_run(folder: Path, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True)
     target = _write_target(folder.parent / "target", spec, options.layers)
     config = RunConfig(name=folder.name, runs=str(folder.parent), target=TargetConfig(ref=str(target)))
-    (folder / "config.json").write_text(json.dumps(configs.to_json(config)))
+    (folder / "config.json").write_text(json.dumps(to_json(config)))
     ids = np.sort(np.random.default_rng(0).permutation(options.vocab)[: options.draft_vocab])
     data.save_tables(folder / "tables", np.zeros(options.vocab, np.int64), ids, {})
     tables = json.loads((folder / "tables" / "manifest.json").read_text())

@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from jeagle import flags as configs
+from jeagle.config import from_json
 from jeagle.errors import UserError
 from jeagle.run import acceptance, assemble
 from jeagle.runtime.cli import run
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         check_replaceable(args.out, MEASURED)
     prepare_host()
     folder = assemble.run_folder(args.draft)
-    config = configs.from_json(json.loads((folder / "config.json").read_text()))
+    config = from_json(json.loads((folder / "config.json").read_text()))
     if args.weights != "run":
         config = dataclasses.replace(config, target=dataclasses.replace(config.target, weights=args.weights))
     step, spec, params = assemble.load_draft(folder, args.step)

@@ -15,8 +15,7 @@ import jax
 import tyro
 
 from jeagle import data, exchange, targets
-from jeagle import flags as configs
-from jeagle.config import RunConfig
+from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
 from jeagle.exporting.readback import check_export
 from jeagle.exporting.run_reader import Served, open_served
@@ -202,7 +201,7 @@ def _card(
         run=config.name,
         step=served.step,
         template_hash=data.template_hash(tokenizer),
-        recipe=json.dumps(configs.to_json(config)["train"], sort_keys=True) if served.data else None,
+        recipe=json.dumps(to_json(config)["train"], sort_keys=True) if served.data else None,
         data=served.data,
         acceptance=acceptance,
     )

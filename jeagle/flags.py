@@ -1,56 +1,65 @@
-"""The tree of settings of a run, loading a recipe, and overriding any field of it on the command line.
+"""The command line of the commands that take a run's settings: a recipe, and flags that override its fields.
 
 A recipe is a Python file with `get_config() -> RunConfig`. Every field can be overridden by its dotted path:
-`--train.steps 2000 --target.ref DIR --data.source FILE --draft.ttt-steps 7`.
+`--train.steps 2000 --target.ref DIR --data.source FILE --draft.ttt-steps 7`. Without a recipe the fields have their
+defaults.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from jeagle.config import (
-    BenchConfig,
-    DataConfig,
-    DraftConfig,
-    MeshConfig,
-    ObjectiveConfig,
-    RegenerateConfig,
-    RunConfig,
-    StoreConfig,
-    TargetConfig,
-    TrainConfig,
-)
+from jeagle.config import DraftConfig, RunConfig, TrainConfig
 from jeagle.errors import UserError
 
-__all__ = [
-    "BenchConfig",
-    "DataConfig",
-    "DraftConfig",
-    "MeshConfig",
-    "ObjectiveConfig",
-    "RegenerateConfig",
-    "RunConfig",
-    "StoreConfig",
-    "TargetConfig",
-    "TrainConfig",
-    "check_field",
-    "field_paths",
-    "from_command_line",
-    "from_json",
-    "load_recipe",
-    "parse_overrides",
-    "to_json",
-    "validate",
-]
+SHORT = {"target": "target.ref"}
+"""Spellings that other commands have, and the field that they mean here."""
+
+
+def from_command_line(
+    arguments: Sequence[str], *, program: str, description: str, reads: Sequence[str] = ()
+) -> RunConfig:
+    """The config of a command's arguments: of --config FILE where it is given, with the other flags applied.
+
+    Args:
+      reads: fields and groups of fields that the command reads, which --help shows; empty for all. Every field is
+        accepted, so that the same flags fit every command.
+
+    Raises:
+      UserError: for a recipe or a flag that does not exist, or a value that no run can have.
+    """
+    recipe, rest = take_flag(arguments, "--config", "the path of a recipe, such as configs/llama3_8b.py")
+    config = load_recipe(recipe) if recipe is not None else RunConfig(name="")
+    config = parse_overrides(config, rest, program=f"{program} [--config FILE]", description=description, reads=reads)
+    if not config.name:
+        raise UserError(
+            f"{program} needs --name NAME, the name of the run, or --config FILE with a recipe that has one."
+        )
+    return config
+
+
+def take_flag(arguments: Sequence[str], flag: str, value: str) -> tuple[str | None, list[str]]:
+    """The value of a flag that is no field of RunConfig, None without it; and the other arguments.
+
+    Args:
+      value: what the flag needs, for the message where its value is missing.
+    """
+    rest = list(arguments)
+    for i, argument in enumerate(rest):
+        if argument == flag:
+            if i + 1 == len(rest):
+                raise UserError(f"{flag} needs {value}.")
+            return rest[i + 1], rest[:i] + rest[i + 2 :]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2], rest[:i] + rest[i + 1 :]
+    return None, rest
 
 
 def load_recipe(path: str | Path) -> RunConfig:
@@ -69,15 +78,18 @@ def load_recipe(path: str | Path) -> RunConfig:
     return config
 
 
-def parse_overrides(config: RunConfig, arguments: Sequence[str], *, program: str, description: str) -> RunConfig:
+def parse_overrides(
+    config: RunConfig, arguments: Sequence[str], *, program: str, description: str, reads: Sequence[str] = ()
+) -> RunConfig:
     """`config` with dotted flags applied. Prints help and exits 0 on --help; UserError on an unknown or bad flag."""
-    arguments = [_normal_flag(a) for a in arguments]
+    arguments = [_normal_flag(argument) for argument in arguments]
     for argument in arguments:
-        if argument.startswith("--") and argument not in ("--help",):
+        if argument.startswith("--") and argument != "--help":
             check_field(argument[2:].split("=")[0])
+    kind = _showing(reads) if reads and {"--help", "-h"} & set(arguments) else RunConfig
     changed = tyro.cli(
-        RunConfig,
-        default=config,
+        kind,
+        default=_converted(config, kind),
         args=arguments,
         prog=program,
         description=description,
@@ -87,11 +99,38 @@ def parse_overrides(config: RunConfig, arguments: Sequence[str], *, program: str
     return changed
 
 
+def _showing(reads: Sequence[str], kind: type = RunConfig, prefix: str = "") -> type:
+    """A subclass of `kind` whose help shows the fields in `reads`, a dotted path or a group of fields each."""
+    annotations: dict[str, Any] = {}
+    types = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        path = prefix + field.name
+        shown = any(path == read or path.startswith(f"{read}.") for read in reads)
+        if dataclasses.is_dataclass(field.default) and any(read.startswith(f"{path}.") for read in reads):
+            annotations[field.name] = _showing(reads, type(field.default), f"{path}.")
+        else:
+            annotations[field.name] = types[field.name] if shown else Annotated[types[field.name], tyro.conf.Suppress]
+    body = {"__annotations__": annotations, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type(kind.__name__, (kind,), body))
+
+
+def _converted(config: Any, kind: type) -> Any:
+    """The same values in `kind`, a class that `_showing` made of the config's."""
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
+    return kind(
+        **{
+            name: _converted(value, types[name]) if dataclasses.is_dataclass(types[name]) else value
+            for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+        }
+    )
+
+
 def _normal_flag(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
+    flag, equals, value = argument[2:].partition("=")
+    flag = flag.replace("_", "-")
+    return f"--{SHORT.get(flag, flag)}{equals}{value}"
 
 
 def field_paths(kind: type = RunConfig, prefix: str = "") -> list[str]:
@@ -111,12 +150,17 @@ def check_field(flag: str) -> None:
     paths = field_paths()
     if flag in paths:
         return
-    by_leaf = {p.rsplit(".", 1)[-1]: p for p in paths}
+    if renamed := RENAMED_FLAGS.get(flag):
+        raise UserError(f"--{flag} is called --{renamed} now.")
+    by_leaf = {path.rsplit(".", 1)[-1]: path for path in paths}
     near = difflib.get_close_matches(flag, paths, n=1, cutoff=0.5)
     leaf = difflib.get_close_matches(flag.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)
     guess = near[0] if near else (by_leaf[leaf[0]] if leaf else None)
-    hint = f"did you mean --{guess}?" if guess else "--help lists every field."
+    hint = f"did you mean --{guess}?" if guess else "--help lists the settings."
     raise UserError(f"No setting is called --{flag}: {hint}")
+
+
+RENAMED_FLAGS = {"target.taps": "target.aux-layers", "store.taps": "store.aux-dtype", "store.last": "store.last-dtype"}
 
 
 def validate(config: RunConfig) -> None:
@@ -186,52 +230,3 @@ def _validate_training(train: TrainConfig) -> None:
             raise UserError(f"--{flag} is {share}; it is a share, from 0 up to but not including 1.")
     if train.ema and train.optimizer == "schedule_free":
         raise UserError("--train.ema and --train.optimizer schedule_free both average the parameters: leave one out.")
-
-
-def to_json(config: RunConfig) -> dict[str, Any]:
-    """A JSON tree from which `from_json` makes the same config."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_json(tree: dict[str, Any]) -> RunConfig:
-    """The config that `to_json` wrote; fields that it lacks take their defaults."""
-
-    def build(kind: type, values: dict[str, Any]) -> Any:
-        known = {f.name: f for f in dataclasses.fields(kind)}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise UserError(f"config.json has settings that this jeagle does not know: {', '.join(unknown)}.")
-        parts = {}
-        for name, value in values.items():
-            default = known[name].default
-            if dataclasses.is_dataclass(default):
-                value = build(type(default), value)
-            parts[name] = tuple(value) if isinstance(value, list) else value
-        return kind(**parts)
-
-    return build(RunConfig, tree)
-
-
-def from_command_line(arguments: Sequence[str], *, program: str, description: str) -> RunConfig:
-    """`--config FILE` and overrides, from a command's arguments. Without --config, UserError (or help)."""
-    arguments = list(arguments)
-    recipe = None
-    for i, argument in enumerate(arguments):
-        if argument == "--config":
-            if i + 1 >= len(arguments):
-                raise UserError("--config needs the path of a recipe, such as configs/llama3_8b.py.")
-            recipe, rest = arguments[i + 1], arguments[:i] + arguments[i + 2 :]
-            break
-        if argument.startswith("--config="):
-            recipe, rest = argument.split("=", 1)[1], arguments[:i] + arguments[i + 1 :]
-            break
-    if recipe is None:
-        if "--help" in arguments or "-h" in arguments:
-            recipe_free = RunConfig(name="NAME")
-            return parse_overrides(recipe_free, ["--help"], program=f"{program} --config FILE", description=description)
-        raise UserError(f"{program} needs --config FILE, such as --config configs/smollm2_135m.py.")
-    return parse_overrides(load_recipe(recipe), rest, program=f"{program} --config {recipe}", description=description)
-
-
-if __name__ == "__main__":
-    sys.exit("jeagle.flags is a module, not a command: try python -m jeagle.train --help")

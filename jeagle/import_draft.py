@@ -16,8 +16,7 @@ import tyro
 
 import jeagle
 from jeagle import data, exchange, targets
-from jeagle import flags as configs
-from jeagle.config import DraftConfig, RunConfig, TargetConfig
+from jeagle.config import DraftConfig, RunConfig, TargetConfig, to_json
 from jeagle.errors import UserError
 from jeagle.exchange import OpenDraft, Reading
 from jeagle.exporting.choose_reading import Decoding, label, options, settle
@@ -174,7 +173,7 @@ def _describe(folder: Path, args: Arguments, spec: DraftSpec, files: targets.Tar
         "data": {"imported": str(args.source), "version": jeagle.__version__},
         "tables": json.loads((folder / "tables" / "manifest.json").read_text("utf-8")),
     }
-    config = configs.to_json(_config(args, spec))
+    config = to_json(_config(args, spec))
     for name, tree in {"config.json": config, "draft.json": {"draft": spec.to_json(), "made_from": made_from}}.items():
         (folder / name).write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
 

@@ -6,27 +6,37 @@ are its own, taken after the layers that --target.aux-layers gives. The files ar
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from jeagle import flags as configs
+from jeagle import flags
 from jeagle.errors import UserError
 from jeagle.extraction.peer_import import import_peer_features
 from jeagle.runtime.host import prepare_host
 
+READS = (
+    "name",
+    "runs",
+    "target",
+    "data.row_length",
+    "data.held_out",
+    "data.template",
+    "objective.loss",
+    "train.batch_rows",
+    "mesh",
+    "store",
+)
+"""The settings that this command reads."""
+
 
 def main(arguments: list[str]) -> None:
     """The command of both converters."""
-    given: dict[str, str] = {}
-    rest = list(arguments)
-    for name in ("--source", "--out"):
-        if name in rest[:-1]:
-            index = rest.index(name)
-            given[name] = rest[index + 1]
-            del rest[index : index + 2]
-    program = "from_speculators.py --source DIR --out STORE"
-    config = configs.from_command_line(rest, program=program, description=__doc__)
-    if len(given) < 2:
+    source, rest = flags.take_flag(arguments, "--source", "the folder of the files")
+    out, rest = flags.take_flag(rest, "--out", "the store to write")
+    program = f"{Path(sys.argv[0]).name} --source DIR --out STORE"
+    config = flags.from_command_line(rest, program=program, description=__doc__, reads=READS)
+    if not (source and out):
         raise UserError("Give --source, the folder of the files, and --out, the store to write.")
     prepare_host()
-    import_peer_features(config, Path(given["--source"]), given["--out"])
-    print(f"train from it: python -m jeagle.train --config ... --name {config.name} --features {given['--out']}")
+    import_peer_features(config, Path(source), out)
+    print(f"train from it: python -m jeagle.train --config ... --name {config.name} --features {out}")

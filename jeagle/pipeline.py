@@ -21,9 +21,8 @@ import jax
 import numpy as np
 
 import jeagle
-from jeagle import data, decoding
-from jeagle import flags as configs
-from jeagle.config import RunConfig
+from jeagle import data, decoding, flags
+from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
 from jeagle.export import export
 from jeagle.regenerate import regenerate
@@ -44,7 +43,7 @@ from jeagle.train import train
 def main(arguments: list[str]) -> None:
     live = ("--regenerate.live", "True")
     arguments = [part for argument in arguments for part in (live if argument == "--live" else (argument,))]
-    config = configs.from_command_line(arguments, program="python -m jeagle.pipeline", description=__doc__)
+    config = flags.from_command_line(arguments, program="python -m jeagle.pipeline", description=__doc__)
     prepare_host()
     with claimed(config):
         for line in pipeline(config):
@@ -65,7 +64,7 @@ def pipeline(config: RunConfig) -> list[str]:
     stages.seconds["prepare"] = time.monotonic() - started
     for line in describe(prepared):
         print(line, flush=True)
-    settings = configs.to_json(config)
+    settings = to_json(config)
     trained_from = {name: settings[name] for name in ("target", "draft", "objective", "train")} | {
         "data": finished_manifest(prepared.data)["made_from"],
         "tables": finished_manifest(prepared.tables),
@@ -88,7 +87,7 @@ def pipeline(config: RunConfig) -> list[str]:
 
 
 def _answers_made_from(config: RunConfig) -> dict[str, Any]:
-    settings = configs.to_json(config)
+    settings = to_json(config)
     made_from = {name: settings[name] for name in ("target", "regenerate")}
     return made_from | {"source": config.data.source, "system_prompt": config.data.system_prompt}
 

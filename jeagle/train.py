@@ -23,9 +23,26 @@ from jeagle.training.metrics import MetricsLog
 from jeagle.training.setup import Inputs, open_inputs, set_up
 from jeagle.training.step import train_step
 
+READS = (
+    "name",
+    "runs",
+    "features",
+    "features_rest",
+    "trackers",
+    "profile",
+    "target",
+    "data",
+    "draft",
+    "objective",
+    "train",
+    "mesh",
+    "store",
+)
+"""The settings that this command reads."""
+
 
 def main(arguments: list[str]) -> None:
-    config = flags.from_command_line(arguments, program="python -m jeagle.train", description=__doc__)
+    config = flags.from_command_line(arguments, program="python -m jeagle.train", description=__doc__, reads=READS)
     prepare_host()
     with claimed(config):
         # Before the processes join, because preparing may take longer than they wait for one another.

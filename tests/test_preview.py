@@ -11,6 +11,7 @@ import pytest
 
 from jeagle import flags as configs
 from jeagle import preview
+from jeagle.config import RunConfig
 from jeagle.data import describe_statistics, load_rows
 from jeagle.errors import UserError
 from jeagle.run import dataset
@@ -26,7 +27,7 @@ def run(tmp_path_factory):
     rows = [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
     rows[0]["messages"][1]["content"] = NASTY
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[1]]))
-    config = configs.parse_overrides(configs.RunConfig(name="t"), flags, program="t", description="")
+    config = configs.parse_overrides(RunConfig(name="t"), flags, program="t", description="")
     return dataset.prepare(config).data.parent
 
 

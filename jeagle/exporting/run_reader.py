@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jeagle import drafts, features
-from jeagle import flags as configs
-from jeagle.config import RunConfig
+from jeagle.config import RunConfig, from_json
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec
 from jeagle.run import assemble
@@ -80,7 +79,7 @@ def open_served(checkpoint: str | Path, step: int | str) -> Iterator[Served]:
     """
     with _files(str(checkpoint)) as (folder, checkpoints, where):
         try:
-            config = configs.from_json(json.loads((folder / "config.json").read_text("utf-8")))
+            config = from_json(json.loads((folder / "config.json").read_text("utf-8")))
             spec = assemble.described_draft(folder, where=where)
             own = folder / EMBEDDING_FILE
             embed_VW = np.load(own, mmap_mode="r") if own.is_file() else None

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jeagle import data, drafts, features, flags, targets
-from jeagle.config import RunConfig
+from jeagle import data, drafts, features, targets
+from jeagle.config import RunConfig, from_json, to_json
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch, DraftSpec, LogitShape, Tables
 from jeagle.run import assemble
@@ -206,8 +206,8 @@ def check_settings(config: RunConfig) -> None:
     path = config.folder / "config.json"
     if not (path.is_file() and (config.folder / "checkpoints").is_dir()):
         return
-    begun = flags.to_json(flags.from_json(json.loads(path.read_text())))
-    fields = [field for field in differences(begun, flags.to_json(config)) if field.split(".")[0] in _FIXED_SETTINGS]
+    begun = to_json(from_json(json.loads(path.read_text())))
+    fields = [field for field in differences(begun, to_json(config)) if field.split(".")[0] in _FIXED_SETTINGS]
     if fields:
         raise UserError(
             f"The run {config.folder} was begun with other settings ({', '.join(fields)}): give the same ones "
@@ -267,6 +267,6 @@ def write_folder(config: RunConfig, draft: Draft, target_fingerprint: str) -> No
     """Writes config.json, draft.json and, where the draft has one of its own, its embedding."""
     if distributed.is_leader():
         described = describe_draft(config, draft.spec, target_fingerprint)
-        for name, tree, kind in (("config.json", flags.to_json(config), CONFIG), ("draft.json", described, DRAFT)):
+        for name, tree, kind in (("config.json", to_json(config), CONFIG), ("draft.json", described, DRAFT)):
             atomic_write(config.folder / name, json.dumps(tree, indent=2) + "\n", kind)
     keep_embedding(config.folder, draft.spec, draft.tables)

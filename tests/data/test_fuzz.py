@@ -14,7 +14,7 @@ import pytest
 
 from jeagle import data
 from jeagle import flags as configs
-from jeagle.config import DataConfig
+from jeagle.config import DataConfig, RunConfig
 from jeagle.data import parse_source, prepare_rows, read_prompts
 from jeagle.errors import UserError
 from jeagle.run import dataset
@@ -125,7 +125,7 @@ def test_a_thousand_malformed_files(tmp_path, suffix):
 
 def test_a_malformed_file_does_not_change_finished_data(tmp_path):
     flags = tiny.flags(tmp_path)
-    base = configs.RunConfig(name="t")
+    base = RunConfig(name="t")
     data = dataset.prepare(configs.parse_overrides(base, flags, program="t", description="")).data
     before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
     random_ = random.Random(0)

@@ -10,7 +10,7 @@ import pytest
 
 from jeagle import align
 from jeagle import flags as configs
-from jeagle.config import DataConfig
+from jeagle.config import DataConfig, RunConfig
 from jeagle.data import ConversationError, load_rows, parse_source, prepare_rows, template_hash, use_template
 from jeagle.data.chat.texts import ChatTemplate
 from jeagle.data.preparation import is_same_model
@@ -45,7 +45,7 @@ def chats(count, words=4):
 
 
 def prepare(flags):
-    return dataset.prepare(configs.parse_overrides(configs.RunConfig(name="t"), flags, program="t", description=""))
+    return dataset.prepare(configs.parse_overrides(RunConfig(name="t"), flags, program="t", description=""))
 
 
 # T1: nothing is learnt, and the run ends well.

@@ -26,6 +26,7 @@ from jeagle import (
     train,
 )
 from jeagle import flags as configs
+from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
 from jeagle.run import dataset
 from jeagle.run.claim import CONFIG
@@ -56,7 +57,7 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def run_config(inputs: Path, runs: Path, name: str = "mine") -> configs.RunConfig:
+def run_config(inputs: Path, runs: Path, name: str = "mine") -> RunConfig:
     flags = tiny.flags(inputs, runs=runs, name=name)
     return configs.from_command_line(["--config", RECIPE, *flags], program="", description="")
 
@@ -329,6 +330,6 @@ def test_folders_made_for_a_write_that_fails_go_again(tmp_path):
 def test_settings_of_a_run_are_known_by_their_fields(inputs):
     """Those that training writes, so that a run of which only config.json is left is one."""
     path = inputs / "settings.json"
-    path.write_text(json.dumps(configs.to_json(run_config(inputs, inputs / "runs"))))
+    path.write_text(json.dumps(to_json(run_config(inputs, inputs / "runs"))))
     check_replaceable(path, CONFIG)
     path.unlink()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jeagle import flags as configs
+from jeagle.config import RunConfig
 from jeagle.data import load_rows, load_tables, unpack
 from jeagle.errors import UserError
 from jeagle.run import dataset
@@ -20,7 +21,7 @@ def folder(tmp_path_factory):
 
 
 def prepare(folder, **changes) -> dataset.Prepared:
-    base = configs.RunConfig(name="tiny")
+    base = RunConfig(name="tiny")
     flags = tiny.flags(folder, **changes)
     return dataset.prepare(configs.parse_overrides(base, flags, program="test", description=""))
 

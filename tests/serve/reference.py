@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jeagle import flags as configs
-from jeagle.config import RunConfig
+from jeagle.config import RunConfig, from_json
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec
 from jeagle.run import acceptance, assemble
@@ -92,7 +91,7 @@ def open_run(run: Path) -> tuple[RunConfig, DraftSpec, acceptance.Bench]:
     Raises:
       UserError: for a run without a checkpoint.
     """
-    config = configs.from_json(json.loads((run / "config.json").read_text()))
+    config = from_json(json.loads((run / "config.json").read_text()))
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, weights="dtype"))
     _, spec, params = assemble.load_draft(run, "last")
     return config, spec, acceptance.open_bench(config, spec, run, params)

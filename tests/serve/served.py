@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jeagle import flags as configs
+from jeagle.config import from_json
 from jeagle.errors import UserError
 from jeagle.export import export
 from tests.serve import reference
@@ -40,7 +40,7 @@ def prepare(name: str, run: Path, work: Path, settings: reference.Settings) -> S
     Raises:
       UserError: for a draft that is accepted so seldom or so often that equal counters would prove nothing.
     """
-    config = configs.from_json(json.loads((run / "config.json").read_text()))
+    config = from_json(json.loads((run / "config.json").read_text()))
     decoded = reference.decode(run, settings)
     nothing = says_nothing(decoded.counted())
     if nothing:
