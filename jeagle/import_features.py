@@ -35,8 +35,8 @@ _FAR = 0.1  # relative distance of states that are not the same layer's
 Rows = list[list[int]]  # which samples each row holds
 
 
-def main(arguments: list[str]) -> None:
-    """The command of both converters."""
+def main(arguments: list[str], program: str = "python -m jeagle.import_features") -> None:
+    """The command `jeagle import_features`, and both converters."""
     given: dict[str, str] = {}
     rest = list(arguments)
     for name in ("--source", "--out"):
@@ -44,8 +44,7 @@ def main(arguments: list[str]) -> None:
             place = rest.index(name)
             given[name] = rest[place + 1]
             del rest[place : place + 2]
-    program = "from_speculators.py --source DIR --out STORE"
-    config = configs.from_command_line(rest, program=program, description=__doc__)
+    config = configs.from_command_line(rest, program=f"{program} --source DIR --out STORE", description=__doc__)
     if len(given) < 2:
         raise UserError("Give --source, the folder of the files, and --out, the store to write.")
     prepare_host()

@@ -1,17 +1,174 @@
-"""A draft's configuration without its parameters: the JSON that SpecForge and speculators start training from."""
+"""Opens a draft's config.json: checks the types of its fields, and brings each trainer's form into a common one.
+
+    architectures                     written by                           common form
+    LlamaForCausalLMEagle3,           SpecForge, SGLang, jeagle;           plain
+    Eagle3LlamaForCausalLM            vLLM
+    the same, eagle_config with       NVIDIA Model Optimizer               plain
+    use_last_layernorm
+    LlamaForCausalLM, and tensors     the authors of EAGLE                 plain
+    of EAGLE-3
+    LlamaEagle3DraftModel             NeMo AutoModel                       plain
+    (speculators_model_type eagle3)   speculators                          speculators
+
+Sources: the configurations and export code of SafeAILab/EAGLE (traineagle3), sgl-project/SpecForge,
+NVIDIA/Model-Optimizer (hf_spec_export) and NVIDIA-NeMo/Automodel (speculative/eagle), August 2026; speculators 0.9.0.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.exchange.config_kinds import check_kinds
-from jeagle.exchange.config_read import Hints, NormOutput, layout_of, spec_from_config
-from jeagle.exchange.config_write import LAYER_IDS
+from jeagle.exchange.config_read import (
+    NORM_OUTPUT_MEANS,
+    Hints,
+    NormOutput,
+    check_supported_value,
+    layout_of,
+    spec_from_config,
+)
+from jeagle.exchange.config_write import DECODER_SIZES, LAYER_IDS, NORM_SWITCHES, PLAIN_ARCHITECTURE
 from jeagle.interfaces import DraftSpec
+
+
+def parse_config(path: Path, *, name: str) -> dict[str, Any]:
+    """Returns the content of a config.json whose fields have the types that all of their readers expect.
+
+    Args:
+      name: the file's name in error messages.
+
+    Raises:
+      UserError: for a file that is not a JSON object, or a field of a wrong type; the message names the field.
+    """
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{name} must contain a JSON object, but it contains a {type(config).__name__}.")
+    _check_field_types(config)
+    return config
+
+
+_SECTIONS = ("transformer_layer_config", "eagle_config", "rope_parameters", "rope_scaling")
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(_SECTIONS, ((dict,), "an object")),
+    **dict.fromkeys(
+        (
+            *(*DECODER_SIZES, "draft_vocab_size", "target_hidden_size", "num_aux_hidden_states", "sliding_window"),
+            "original_max_position_embeddings",
+        ),
+        ((int,), "an integer"),
+    ),
+    **dict.fromkeys(
+        (
+            *("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
+            *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attn_factor"),
+        ),
+        ((int, float), "a number"),
+    ),
+    **dict.fromkeys(
+        (
+            *(*NORM_SWITCHES, "norm_output", "use_last_layernorm", "use_aux_hidden_state", "tie_word_embeddings"),
+            *("attention_bias", "mlp_bias", "bias", "use_sliding_window", "truncate"),
+        ),
+        ((bool,), "true or false"),  # the text "false" would count as true
+    ),
+    **dict.fromkeys(("rope_type", "type", "model_type", "hidden_act", "speculators_model_type"), ((str,), "a string")),
+}
+_LISTS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("architectures", "layer_types"), ((str,), "strings")),
+    LAYER_IDS: ((int,), "integers"),
+    **dict.fromkeys(("short_factor", "long_factor"), ((int, float), "numbers")),
+}
+_POSITIVE = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+    *("original_max_position_embeddings", "short_factor", "long_factor"),
+)
+_NOT_NEGATIVE = ("rms_norm_eps", "sliding_window", "attention_factor", "attn_factor", "mscale", "mscale_all_dim")
+
+
+def _check_field_types(config: Mapping[str, Any]) -> None:
+    """Raises UserError for a field of a wrong type or range; null counts as missing."""
+    for name, value in config.items():
+        entries = value if isinstance(value, list) else [value]
+        wanted = ""
+        if value is None:
+            continue
+        if name in _TYPES and not _is(value, _TYPES[name][0]):
+            wanted = _TYPES[name][1]
+        elif name in _LISTS and not (isinstance(value, list) and all(_is(entry, _LISTS[name][0]) for entry in value)):
+            wanted = f"a list of {_LISTS[name][1]}"
+        elif name == "eos_token_id" and not all(_is(entry, (int,)) for entry in entries):
+            wanted = "an integer or a list of integers"
+        elif name in _POSITIVE and not all(0 < entry < math.inf for entry in entries):
+            wanted = "above 0 and finite"
+        elif name in _NOT_NEGATIVE and not all(0 <= entry < math.inf for entry in entries):
+            wanted = "0 or above and finite"
+        if wanted:
+            raise UserError(f"config.json has {name} {value!r}; it must be {wanted}.")
+        if name in _SECTIONS:
+            _check_field_types(value)
+
+
+def _is(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))  # a bool is an int in Python
+
+
+def to_common_form(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Returns a copy of `config` in a common form; `config_read` refuses what no known trainer writes.
+
+    Args:
+      shapes: of the tensors in the same folder, by canonical torch name.
+
+    Raises:
+      UserError: for a draft of a known trainer that jeagle does not support. The message names the field.
+    """
+    architectures = config.get("architectures") or []
+    if config.get("speculators_model_type") is not None:
+        return dict(config)
+    if "LlamaEagle3DraftModel" in architectures:
+        return _from_automodel(config, shapes)
+    if "LlamaForCausalLM" in architectures and "layers.0.hidden_norm.weight" in shapes:
+        return config | {"architectures": [PLAIN_ARCHITECTURE]}
+    if "use_last_layernorm" in (config.get("eagle_config") or {}):
+        return _from_model_optimizer(config)
+    return dict(config)
+
+
+def _from_automodel(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """NeMo AutoModel copies the target's configuration and changes some fields: the other ones are the target's.
+
+    Its draft is one Llama layer, whatever the target's model_type and num_hidden_layers, and attends to the whole
+    sequence. Its `norm_output` means that the normed state is carried.
+    """
+    if config.get("parallel_drafting") or "mask_hidden" in shapes:
+        raise UserError("config.json has parallel_drafting: jeagle does not support such a draft (P-EAGLE).")
+    of_the_target = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+    own = {name: value for name, value in config.items() if name not in of_the_target}
+    as_plain = {"architectures": [PLAIN_ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1}
+    return own | as_plain | {NORM_OUTPUT_MEANS: "carry"}
+
+
+_MODEL_OPTIMIZER_SWITCHES = {
+    "use_input_layernorm_in_first_layer": (True, None),
+    "use_mtp_layernorm": (False, None),
+    "next_layer_regular": (True, None),
+    "parallel_draft_step": (0, 1, None),
+}
+"""The values of Model Optimizer's own switches that jeagle's draft supports."""
+
+
+def _from_model_optimizer(config: dict[str, Any]) -> dict[str, Any]:
+    nested = config["eagle_config"]
+    for name, supported in _MODEL_OPTIMIZER_SWITCHES.items():
+        check_supported_value(f"eagle_config.{name}", nested.get(name), supported)
+    last = nested["use_last_layernorm"]
+    return config | ({} if last is None else {"norm_output": bool(last), NORM_OUTPUT_MEANS: "head"})
 
 
 def read_draft_config(
@@ -22,34 +179,26 @@ def read_draft_config(
     default_aux_layers: Callable[[], tuple[int, ...]],
     norm_output: NormOutput = "head",
 ) -> DraftSpec:
-    """The draft that a configuration file describes, in either form.
-
-    What such a file may leave open: draft_vocab_size and target_hidden_size are then those given, layer ids the
-    default ones, head_dim hidden_size / heads.
+    """Returns the draft that a configuration without tensors describes: SpecForge's or speculators' JSON file.
 
     Args:
-      norm_output: what that field means in SpecForge's form, see `Hints`; its trainer reads it as "head".
+      draft_vocab, target_width, default_aux_layers: the values where the file does not say them. A missing head_dim is
+        hidden_size / heads.
+      norm_output: what the field means in SpecForge's form, see `Hints`; SpecForge reads it as "head".
 
     Raises:
-      UserError: for a file that is missing or no such configuration, or fields that jeagle's draft cannot follow.
+      UserError: for a file that is missing or is no such configuration, or fields that jeagle's draft does not support.
     """
     path = Path(path)
-    try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--draft.json {path} is no file: give a draft's configuration, or leave it out.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"--draft.json {path} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--draft.json {path} holds no configuration, but a {type(config).__name__}.")
-    check_kinds(config)
+    if not path.is_file():
+        raise UserError(f"--draft.json {path} is not a file: give a draft's configuration, or leave the flag out.")
+    config = parse_config(path, name=f"--draft.json {path}")
+    decoder = config
     if layout_of(config) == "speculators":
         decoder = config["transformer_layer_config"] = dict(config.get("transformer_layer_config") or {})
-    else:
-        decoder = config
     if not decoder.get("head_dim") and decoder.get("hidden_size") and decoder.get("num_attention_heads"):
         decoder["head_dim"] = decoder["hidden_size"] // decoder["num_attention_heads"]
     config["draft_vocab_size"] = config.get("draft_vocab_size") or draft_vocab
     config["target_hidden_size"] = config.get("target_hidden_size") or target_width
-    named = config.get(LAYER_IDS) or (config.get("eagle_config") or {}).get(LAYER_IDS)
-    return spec_from_config(config, {}, Hints(None if named else default_aux_layers(), norm_output))
+    has_layer_ids = config.get(LAYER_IDS) or (config.get("eagle_config") or {}).get(LAYER_IDS)
+    return spec_from_config(config, {}, Hints(None if has_layer_ids else default_aux_layers(), norm_output))
