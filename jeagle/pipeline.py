@@ -19,7 +19,8 @@ from jeagle import data, decoding
 from jeagle import flags as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.export import export
+from jeagle.export import ENGINES, export
+from jeagle.exporting.run_reader import ACCEPTANCE_METRICS
 from jeagle.regenerate import Arguments as RegenerateArguments
 from jeagle.regenerate import regenerate
 from jeagle.report import mean_logged, summary_lines, write_report
@@ -165,20 +166,11 @@ def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
 
 
 def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
-    acceptance = {
-        name: after[name]
-        for name in (
-            "acceptance_length",
-            "acceptance_by_position",
-            "prompts_measured",
-            "draft_tokens",
-            "max_new_tokens",
-        )
-    }
+    acceptance = {name: after[name] for name in ACCEPTANCE_METRICS}
     paths, refused = {}, {}
-    for engine in ("sglang", "vllm"):
+    for engine, arguments in ENGINES.items():
         try:
-            print(export(config.folder, engine, acceptance=acceptance), flush=True)
+            print(export(arguments(str(config.folder)), acceptance), flush=True)
             paths[engine] = str(config.folder / "exports" / engine)
         except UserError as error:
             refused[engine] = str(error)

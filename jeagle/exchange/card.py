@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import jeagle
 from jeagle.exchange.limits import ENGINE_VERSIONS, Layout, sglang_jax_limits, sglang_limits, vllm_limits
-from jeagle.exchange.safetensors_writer import ExportDtype
 from jeagle.interfaces import DraftSpec
 
 EXPORT_FILE = "jeagle_export.json"
@@ -57,14 +56,14 @@ class Export:
     """One export of a draft.
 
     Attributes:
-      dtype: of the stored parameters.
+      dtype: of the stored parameters, one of `safetensors_writer.EXPORT_DTYPES`.
       out: the folder, written as it stands in the card's commands.
       target_layers: number of the target's decoder layers.
     """
 
     engine: Literal["SGLang", "vLLM"]
     layout: Layout
-    dtype: ExportDtype
+    dtype: str
     out: str
     spec: DraftSpec
     target_layers: int

@@ -54,69 +54,61 @@ def parse_config(path: Path, *, name: str) -> dict[str, Any]:
     return config
 
 
+def _integer(value: Any) -> bool:
+    return type(value) is int  # a bool, which is an int in Python, is a wrong value
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(holds, value))
+
+
 _SECTIONS = ("transformer_layer_config", "eagle_config", "rope_parameters", "rope_scaling")
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(_SECTIONS, ((dict,), "an object")),
-    **dict.fromkeys(
-        (
-            *(*DECODER_SIZES, "draft_vocab_size", "target_hidden_size", "num_aux_hidden_states", "sliding_window"),
-            "original_max_position_embeddings",
-        ),
-        ((int,), "an integer"),
+_RULES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "an object": (lambda v: isinstance(v, dict), _SECTIONS),
+    "an integer": (_integer, (*DECODER_SIZES, "draft_vocab_size", "target_hidden_size", "num_aux_hidden_states")),
+    "an integer above 0": (lambda v: _integer(v) and v > 0, ("original_max_position_embeddings",)),
+    "an integer of 0 or above": (lambda v: _integer(v) and v >= 0, ("sliding_window",)),
+    "a number above 0": (
+        lambda v: _number(v) and v > 0,
+        ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
     ),
-    **dict.fromkeys(
-        (
-            *("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"),
-            *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attn_factor"),
-        ),
-        ((int, float), "a number"),
+    "a number of 0 or above": (
+        lambda v: _number(v) and v >= 0,
+        ("rms_norm_eps", "attention_factor", "attn_factor", "mscale", "mscale_all_dim"),
     ),
-    **dict.fromkeys(
+    "true or false": (
+        lambda v: isinstance(v, bool),  # the text "false" would count as true
         (
             *(*NORM_SWITCHES, "norm_output", "use_last_layernorm", "use_aux_hidden_state", "tie_word_embeddings"),
             *("attention_bias", "mlp_bias", "bias", "use_sliding_window", "truncate"),
         ),
-        ((bool,), "true or false"),  # the text "false" would count as true
     ),
-    **dict.fromkeys(("rope_type", "type", "model_type", "hidden_act", "speculators_model_type"), ((str,), "a string")),
+    "a string": (
+        lambda v: isinstance(v, str),
+        ("rope_type", "type", "model_type", "hidden_act", "speculators_model_type"),
+    ),
+    "a list of strings": (_list_of(lambda v: isinstance(v, str)), ("architectures", "layer_types")),
+    "a list of integers": (_list_of(_integer), (LAYER_IDS,)),
+    "a list of numbers above 0": (_list_of(lambda v: _number(v) and v > 0), ("short_factor", "long_factor")),
+    "an integer or a list of integers": (lambda v: _integer(v) or _list_of(_integer)(v), ("eos_token_id",)),
 }
-_LISTS: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("architectures", "layer_types"), ((str,), "strings")),
-    LAYER_IDS: ((int,), "integers"),
-    **dict.fromkeys(("short_factor", "long_factor"), ((int, float), "numbers")),
-}
-_POSITIVE = (
-    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
-    *("original_max_position_embeddings", "short_factor", "long_factor"),
-)
-_NOT_NEGATIVE = ("rms_norm_eps", "sliding_window", "attention_factor", "attn_factor", "mscale", "mscale_all_dim")
+"""What the value of a field must be, in words and in code, and the fields."""
 
 
 def _check_field_types(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a field of a wrong type or range; null counts as missing."""
-    for name, value in config.items():
-        entries = value if isinstance(value, list) else [value]
-        wanted = ""
-        if value is None:
-            continue
-        if name in _TYPES and not _is(value, _TYPES[name][0]):
-            wanted = _TYPES[name][1]
-        elif name in _LISTS and not (isinstance(value, list) and all(_is(entry, _LISTS[name][0]) for entry in value)):
-            wanted = f"a list of {_LISTS[name][1]}"
-        elif name == "eos_token_id" and not all(_is(entry, (int,)) for entry in entries):
-            wanted = "an integer or a list of integers"
-        elif name in _POSITIVE and not all(0 < entry < math.inf for entry in entries):
-            wanted = "above 0 and finite"
-        elif name in _NOT_NEGATIVE and not all(0 <= entry < math.inf for entry in entries):
-            wanted = "0 or above and finite"
-        if wanted:
-            raise UserError(f"config.json has {name} {value!r}; it must be {wanted}.")
-        if name in _SECTIONS:
-            _check_field_types(value)
-
-
-def _is(value: Any, types: tuple[type, ...]) -> bool:
-    return isinstance(value, types) and (bool in types or not isinstance(value, bool))  # a bool is an int in Python
+    """Raises UserError for a value that not every reader of the field expects; null counts as a missing field."""
+    for wanted, (holds, fields) in _RULES.items():
+        for name in fields:
+            value = config.get(name)
+            if value is not None and not holds(value):
+                raise UserError(f"config.json has {name} {value!r}; it must be {wanted}.")
+    for name in _SECTIONS:
+        if config.get(name):
+            _check_field_types(config[name])
 
 
 def to_common_form(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -86,8 +86,8 @@ def is_transposed(name: str, shape: TensorShape) -> bool:
     return len(shape) == 2 and name not in ("lm_head", EMBEDDING)
 
 
-def check_params(spec: DraftSpec, params: Mapping[str, Readable]) -> None:
-    """Checks that `params` are exactly the parameters of the spec, by name and shape.
+def check_params(spec: DraftSpec, params: Mapping[str, Any]) -> None:
+    """Checks that `params`, each of them `Readable`, are exactly the parameters of the spec, by name and shape.
 
     Raises:
       UserError: for a missing, unknown or wrongly shaped parameter. The message names it.

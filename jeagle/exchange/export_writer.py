@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Shaped
 
 from jeagle.errors import UserError
 from jeagle.exchange.card import EXPORT_FILE, Export, export_record, limits_of, model_card
@@ -36,8 +36,8 @@ _TOKENIZER_FILES = (
 
 def write_export(
     export: Export,
-    params: Mapping[str, Readable],
-    draft_to_target_D: Integer[np.ndarray, "..."] | None,
+    params: Mapping[str, Any],
+    draft_to_target_D: Shaped[np.ndarray, "..."] | None,
     *,
     embed_VW: Readable | None = None,
     target_embed_VW: Readable | None = None,
@@ -49,8 +49,8 @@ def write_export(
     Args:
       export: the engine, layout, type and folder. An older export of jeagle's in this folder is replaced; a folder with
         other files is refused.
-      params: float32, with the names and shapes of `expected_shapes`. They are read one at a time, so that together
-        they may be larger than memory. They are rounded to nearest.
+      params: float32, with the names and shapes of `expected_shapes`, each of them `Readable`. They are read one at a
+        time, so that together they may be larger than memory, and rounded to nearest.
       draft_to_target_D: the target's token ids, strictly rising; None for a full vocabulary.
       embed_VW: the embedding that the draft reads. A draft of another width than the target's needs its own; the
         speculators library needs one in any case. At equal width SGLang replaces it by the target's.

@@ -40,12 +40,11 @@ class Interpretation(NamedTuple):
 
     def describe(self) -> str:
         """Returns the answers in words."""
-        words = {
-            "aux_layers": lambda layers: f"aux layers {' '.join(map(str, layers))}",
-            "norm_output": lambda means: f"norm_output {means}",
-            "norm_before_residual": lambda value: f"norm_before_residual {str(value).lower()}",
-        }
-        return ", ".join(words[name](value) for name, value in self.answers.items()) or "as its files say"
+        words = []
+        for name, answer in self.answers.items():
+            value = " ".join(map(str, answer)) if isinstance(answer, tuple) else str(answer).lower()
+            words.append(f"{name} {value}")
+        return ", ".join(words) or "as its files say"
 
     def flags(self) -> str:
         """Returns the flags of `jeagle import_draft` that answer the open questions."""

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") a type
 import numpy as np
@@ -22,8 +22,7 @@ from jaxtyping import Shaped
 from jeagle.errors import UserError
 from jeagle.exchange.draft_tensors import Readable, check_finite, is_transposed, torch_name
 
-ExportDtype = Literal["bfloat16", "float16", "float32"]
-EXPORT_DTYPES = get_args(ExportDtype)
+EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "bool": "BOOL"}
 _BLOCK = 1 << 22  # numbers that are converted at a time
@@ -48,7 +47,7 @@ def plan_table(array: Shaped[np.ndarray, "..."]) -> TensorPlan:
     return TensorPlan(array.dtype.name, array.shape, lambda: iter([array]))
 
 
-def plan_parameter(name: str, array: Readable, dtype: ExportDtype) -> TensorPlan:
+def plan_parameter(name: str, array: Readable, dtype: str) -> TensorPlan:
     """Plans a parameter; `name` and `array` are jeagle's, so that a kernel is [in, out].
 
     Raises, while the tensor is written:
@@ -59,7 +58,7 @@ def plan_parameter(name: str, array: Readable, dtype: ExportDtype) -> TensorPlan
     return TensorPlan(dtype, shape, functools.partial(_blocks, name, array, dtype, transposed))
 
 
-def _blocks(name: str, array: Readable, dtype: ExportDtype, transposed: bool) -> Iterator[np.ndarray]:
+def _blocks(name: str, array: Readable, dtype: str, transposed: bool) -> Iterator[np.ndarray]:
     rows = array.shape[-1] if transposed else array.shape[0]
     step = max(_BLOCK * rows // max(math.prod(array.shape), 1), 1)
     if transposed:
@@ -75,7 +74,7 @@ def _blocks(name: str, array: Readable, dtype: ExportDtype, transposed: bool) ->
             yield _rounded(name, piece[start : start + step], dtype)
 
 
-def _rounded(name: str, array: np.ndarray, dtype: ExportDtype) -> np.ndarray:
+def _rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     """Rounds to nearest, ties to even, as IEEE arithmetic does."""
     with np.errstate(over="ignore"):
         stored = array.astype(np.dtype(dtype), order="C")

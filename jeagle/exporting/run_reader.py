@@ -36,7 +36,14 @@ _SMALL_FILES = (
     f"{HELD_OUT}/metrics.jsonl",
 )
 """The files that are read besides the checkpoints."""
-_ACCEPTANCE = ("acceptance_length", "acceptance_by_position", "prompts_measured", "draft_tokens", "max_new_tokens")
+ACCEPTANCE_METRICS = (
+    "acceptance_length",
+    "acceptance_by_position",
+    "prompts_measured",
+    "draft_tokens",
+    "max_new_tokens",
+)
+"""The measured values that the model card shows."""
 _TENSORSTORE_ERRORS = (ValueError, RuntimeError, OSError)
 
 KvStore = dict[str, Any]
@@ -175,7 +182,7 @@ class RunDraft(NamedTuple):
                 _read_json(self.folder / "stages/measure_after.json"),
             )
             measured = (stage or {}).get("result") or {} if report and report.get("steps") == self.step else {}
-        return {name: measured[name] for name in _ACCEPTANCE if name in measured} or None
+        return {name: measured[name] for name in ACCEPTANCE_METRICS if name in measured} or None
 
     @property
     def data(self) -> dict[str, Any] | None:

@@ -274,15 +274,15 @@ ROPES = {
         "partial_rotary_factor",
     ),
     "of an unknown kind": ({"rope_type": "spiral", "rope_theta": 1e4}, "RoPE scaling 'spiral'"),
-    "with factor 0": ({"rope_type": "linear", "factor": 0, "rope_theta": 1e4}, "factor 0; it must be above 0"),
+    "with factor 0": ({"rope_type": "linear", "factor": 0, "rope_theta": 1e4}, "factor 0; it must be a number above 0"),
     "with length 0": (
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0, "rope_theta": 1e4},
-        "original_max_position_embeddings 0; it must be above 0",
+        "original_max_position_embeddings 0; it must be an integer above 0",
     ),
-    "with base 0": ({"rope_type": "default", "rope_theta": 0}, "rope_theta 0; it must be above 0"),
+    "with base 0": ({"rope_type": "default", "rope_theta": 0}, "rope_theta 0; it must be a number above 0"),
     "with a factor 0 in a list": (
         {"rope_type": "longrope", "short_factor": [1, 1, 1], "long_factor": [1, 0, 2], "rope_theta": 1e4},
-        "long_factor .* must be above 0",
+        "long_factor .* must be a list of numbers above 0",
     ),
 }
 

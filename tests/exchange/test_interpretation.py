@@ -64,6 +64,6 @@ def test_two_lists_that_contradict_each_other_are_two_interpretations(tmp_path):
 def test_an_interpretation_is_described_in_words_and_flags():
     answers = {"aux_layers": (2, 4, 5), "norm_output": "head", "norm_before_residual": True}
     interpretation = Interpretation(answers, PLAIN)
-    assert interpretation.describe() == "aux layers 2 4 5, norm_output head, norm_before_residual true"
+    assert interpretation.describe() == "aux_layers 2 4 5, norm_output head, norm_before_residual true"
     assert interpretation.flags() == "--aux-layers and --norm-output and --norm-before-residual"
     assert Interpretation({}, PLAIN).describe() == "as its files say"

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from jeagle import flags as configs
 from jeagle.errors import UserError
-from jeagle.export import export
+from jeagle.export import ExportArguments, VllmExportArguments, export
 from tests.serve import reference
 from tests.serve.check import says_nothing
 from tests.serve.float32_target import write_float32
@@ -47,14 +47,15 @@ def prepare(name: str, run: Path, work: Path, settings: reference.Settings) -> S
         raise UserError(f"{name}: {nothing}. Train it longer, or give more prompts.")
     exports: dict[Layout, Path] = {"speculators": work / "exports" / "vllm", "plain": work / "exports" / "plain"}
     for layout, out in exports.items():
-        print(f"{name}: {export(run, 'vllm', out=out, dtype='float32', layout=layout)}", flush=True)
+        args = VllmExportArguments(str(run), out, dtype="float32", layout=layout)
+        print(f"{name}: {export(args)}", flush=True)
     target = write_float32(config.target.ref, work / "float32")
     return Served(name, run, decoded, target, exports, for_sglang(run, work / "exports" / "sglang"))
 
 
 def for_sglang(run: Path, out: Path) -> Path | str:
     try:
-        export(run, "sglang", out=out, dtype="float32")
+        export(ExportArguments(str(run), out, dtype="float32"))
     except UserError as refused:
         return str(refused)
     return out
