@@ -1,4 +1,4 @@
-"""Writes a `DraftSpec` as the config.json that engines read, in one of two layouts.
+"""Makes the config.json that engines read, in one of two layouts.
 
 plain: one flat configuration like Llama's, which SGLang and vLLM load from the same folder.
 speculators: a configuration of the speculators library that contains that of the decoder layers; only vLLM loads it.
@@ -10,10 +10,10 @@ engines collect the same hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jeagle
+from jeagle.exchange.card import Export
 from jeagle.interfaces import DraftSpec
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -36,53 +36,38 @@ NORM_SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm")
 _SPECULATORS_FORMAT = "0.9.0"
 
 
-def plain_config(spec: DraftSpec, *, dtype: str) -> dict[str, Any]:
-    """Returns the config.json of the plain layout.
+def config_json(export: Export) -> dict[str, Any]:
+    """Returns the config.json of an export, in its layout.
 
-    `norm_output` is written only where the normed state is carried: engines read a missing one as false, while
+    plain: `norm_output` is written only where the normed state is carried. Engines read a missing one as false, while
     SpecForge would read false as "no norm before lm_head".
 
-    Args:
-      spec: a draft that `limits` allows for the engine.
-      dtype: of the stored tensors, as torch names it; engines compute in their own.
+    speculators: the number of aux layers stands in `transformer_layer_config`. vLLM's Llama draft looks for it there,
+    and otherwise assumes three, whatever the list of layer ids contains. The verifier is the target that vLLM loads
+    when it is given the draft's folder as the model.
     """
-    return {
-        "architectures": [PLAIN_ARCHITECTURE],
-        "model_type": "llama",
-        WRITTEN_BY: jeagle.__version__,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        **_decoder(spec),
-        **(_window(spec) if spec.sliding_window else {}),
-        **_fusion(spec),
-        **({"norm_output": True} if spec.carry_normed else {}),
-        "eagle_config": {LAYER_IDS: [layer - 1 for layer in spec.aux_layers], "use_aux_hidden_state": True},
-    }
-
-
-def speculators_config(
-    spec: DraftSpec, *, dtype: str, verifier: str, architectures: Sequence[str], speculative_tokens: int
-) -> dict[str, Any]:
-    """Returns the config.json of the speculators library's layout.
-
-    The number of aux layers stands in `transformer_layer_config`: vLLM's Llama draft looks for it there, and otherwise
-    assumes three, whatever the list of layer ids contains.
-
-    Args:
-      spec: a draft that `limits` allows for vLLM.
-      dtype: of the stored tensors, as torch names it; vLLM computes in the target's.
-      verifier: the target that vLLM loads when it is given the draft's folder as the model.
-      architectures: of the target; may be empty.
-      speculative_tokens: tokens drafted before each verification, unless vLLM's command sets another number.
-    """
+    spec, card = export.spec, export.card
+    if export.layout == "plain":
+        return {
+            "architectures": [PLAIN_ARCHITECTURE],
+            "model_type": "llama",
+            WRITTEN_BY: jeagle.__version__,
+            "dtype": export.dtype,
+            "torch_dtype": export.dtype,
+            **_decoder(spec),
+            **(_window(spec) if spec.sliding_window else {}),
+            **_fusion(spec),
+            **({"norm_output": True} if spec.carry_normed else {}),
+            "eagle_config": {LAYER_IDS: [layer - 1 for layer in spec.aux_layers], "use_aux_hidden_state": True},
+        }
     model_type = "qwen3" if spec.qk_norm else "llama"
-    proposal = {"proposal_type": "greedy", "speculative_tokens": speculative_tokens}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": card.speculative_tokens}
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "speculators_version": _SPECULATORS_FORMAT,
         WRITTEN_BY: jeagle.__version__,
-        "dtype": dtype,
+        "dtype": export.dtype,
         **_fusion(spec),
         "norm_output": spec.carry_normed,
         "transformer_layer_config": {"model_type": model_type, **_decoder(spec), **_window(spec)},
@@ -90,7 +75,7 @@ def speculators_config(
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [{**proposal, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
-            "verifier": {"name_or_path": verifier, "architectures": list(architectures)},
+            "verifier": {"name_or_path": card.target_ref, "architectures": list(card.target_architectures)},
         },
     }
 

@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 
 from jeagle.errors import UserError
 from jeagle.exchange.card import EXPORT_FILE, Export, export_record, limits_of, model_card
-from jeagle.exchange.config_write import plain_config, speculators_config
+from jeagle.exchange.config_write import config_json
 from jeagle.exchange.draft_tensors import (
     EMBEDDING,
     FirstLayer,
@@ -87,7 +87,7 @@ def write_export(
             _write_tokenizer(tokenizer, folder)
             write_safetensors(folder / "model.safetensors", tensors)
             (folder / "README.md").write_text(model_card(export), "utf-8")
-            for name, tree in {"config.json": _config(export), EXPORT_FILE: export_record(export)}.items():
+            for name, tree in {"config.json": config_json(export), EXPORT_FILE: export_record(export)}.items():
                 (folder / name).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", "utf-8")
             if check is not None:
                 check(folder)
@@ -105,18 +105,6 @@ def _check_served(export: Export) -> None:
         raise UserError(f"{export.engine} cannot serve this draft as it was trained: {'; '.join(reasons)}.{hint}")
     if export.layout == "speculators" and not export.card.target_ref:
         raise UserError('The layout "speculators" names the target: give the target, or choose the layout "plain".')
-
-
-def _config(export: Export) -> dict[str, Any]:
-    if export.layout == "plain":
-        return plain_config(export.spec, dtype=export.dtype)
-    return speculators_config(
-        export.spec,
-        dtype=export.dtype,
-        verifier=export.card.target_ref or "",
-        architectures=export.card.target_architectures,
-        speculative_tokens=export.card.speculative_tokens,
-    )
 
 
 def _check_place(out: Path) -> None:

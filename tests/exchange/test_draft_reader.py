@@ -223,7 +223,7 @@ def test_nested_ids_alone_count_one_layer_less(tmp_path):
         read_draft(folder, Hints(aux_layers=(1, 3, 4)))
 
 
-def test_of_two_sets_of_taps_only_one_of_them_can_be_told(tmp_path):
+def test_a_hint_must_be_one_of_two_contradicting_lists_of_aux_layers(tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, _nested(eagle_aux_hidden_state_layer_ids=[2, 4, 5]))
     assert read_draft(folder, Hints(aux_layers=(2, 4, 5))).spec.aux_layers == (2, 4, 5)
