@@ -82,7 +82,7 @@ PLAIN_CONFIG_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", PLAIN_CONFIG_FAULTS)
-def test_a_plain_config_at_fault_is_refused_by_field(fault, tmp_path):
+def test_a_faulty_plain_config_is_refused_by_field(fault, tmp_path):
     change, named = PLAIN_CONFIG_FAULTS[fault]
     folder = to_sglang(dataclasses.replace(PLAIN, rope=LLAMA3), tmp_path / "draft")
     edit_config(folder, change)
@@ -103,7 +103,7 @@ SPECULATORS_CONFIG_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", SPECULATORS_CONFIG_FAULTS)
-def test_a_speculators_config_at_fault_is_refused_by_field(fault, tmp_path):
+def test_a_faulty_speculators_config_is_refused_by_field(fault, tmp_path):
     change, named = SPECULATORS_CONFIG_FAULTS[fault]
     folder = to_vllm(SPECULATORS_ONLY["qk_norm"], tmp_path / "draft")
     edit_config(folder, change)
@@ -144,7 +144,7 @@ TENSOR_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", TENSOR_FAULTS)
-def test_tensors_at_fault_are_refused_by_name(fault, tmp_path):
+def test_faulty_tensors_are_refused_by_name(fault, tmp_path):
     change, named = TENSOR_FAULTS[fault]
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_tensors(folder, change)
@@ -152,7 +152,7 @@ def test_tensors_at_fault_are_refused_by_name(fault, tmp_path):
         read_draft(folder)
 
 
-def test_a_folder_without_a_draft_or_with_half_of_one_is_refused(tmp_path):
+def test_a_folder_without_a_complete_draft_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         read_draft(tmp_path / "nowhere")
     folder = to_sglang(PLAIN, tmp_path / "draft")
@@ -233,7 +233,7 @@ def test_a_hint_must_be_one_of_two_contradicting_lists_of_aux_layers(tmp_path):
 
 
 @pytest.mark.parametrize("written", [True, False])
-def test_norm_output_of_a_foreign_plain_folder_has_two_meanings(written, tmp_path):
+def test_norm_output_has_two_meanings_in_a_plain_folder_of_another_trainer(written, tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, lambda c: (c.pop("jeagle_version"), c.update(norm_output=written)))
     with pytest.raises(UserError, match="norm_output"):
@@ -244,14 +244,14 @@ def test_norm_output_of_a_foreign_plain_folder_has_two_meanings(written, tmp_pat
     assert (head.carry_normed, head.head_norm) == (False, written)
 
 
-def test_what_a_config_is_silent_about_comes_from_the_tensors(tmp_path):
+def test_fields_that_a_config_lacks_come_from_the_tensors(tmp_path):
     spec = dataclasses.replace(PLAIN, head_dim=10)
     folder = to_sglang(spec, tmp_path / "draft")
     edit_config(folder, _drop("head_dim", "draft_vocab_size", "target_hidden_size"))
     assert read_draft(folder).spec == spec
 
 
-def test_an_older_ropes_type_is_its_rope_type(tmp_path):
+def test_the_type_of_an_older_rope_scaling_is_read(tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, _drop("rope_parameters"))
     edit_config(folder, _set(rope_scaling={"type": "linear", "factor": 2.0}))

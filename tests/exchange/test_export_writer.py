@@ -137,7 +137,7 @@ def test_another_width_needs_an_embedding_that_fits(tmp_path):
             to_sglang(narrow, tmp_path / "draft", embed_VW=wrong)
 
 
-def test_an_embedding_of_its_own_that_sglang_would_replace_is_refused(tmp_path):
+def test_an_own_embedding_that_sglang_would_replace_is_refused(tmp_path):
     rows = np.zeros((40, 24), np.float32)
     with pytest.raises(UserError, match="SGLang.*embedding"):
         to_sglang(PLAIN, tmp_path / "draft", embed_VW=rows, target_embed_VW=rows + 1)

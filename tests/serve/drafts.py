@@ -47,7 +47,7 @@ class Case:
 
 OTHER_LAYERS = ("--target.aux-layers", "1", "3", "6")
 CASES = {
-    # Every fault can be planted here: it has a reduced vocabulary, aux layers other than the default, and a scaled RoPE.
+    # Every fault can be planted here: a reduced vocabulary, aux layers other than the default, and a scaled RoPE.
     "small": Case(config={"rope_scaling": LLAMA3}, flags=OTHER_LAYERS),
     "full_vocabulary": Case(flags=("--draft.vocab", "0")),
     "norm_before_residual": Case(flags=("--draft.norm-before-residual", "True", "--draft.engines", "vllm")),
