@@ -24,6 +24,7 @@ from jeagle.exporting.target_files import OpenTarget, open_target
 from jeagle.run import dataset
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import keep_freed_memory
+from jeagle.runtime.outputs import check_replaceable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> s
         raise UserError(f"--out {args.out} is not a folder of this machine: write the export here, then copy it.")
     out = args.out or Path(args.checkpoint) / "exports" / ("vllm" if vllm else "sglang")
     layout = vllm.layout if vllm else "plain"
+    check_replaceable(out, exchange.EXPORT_FOLDER)
     with open_run_draft(args.checkpoint, args.step) as draft:
         config = draft.config.target
         config = dataclasses.replace(config, ref=args.target) if args.target else config

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +27,12 @@ from jeagle.interfaces import DraftSpec
 from jeagle.run import assemble
 from jeagle.run.draft_init import EMBEDDING_FILE
 from jeagle.runtime.checkpoints import Checkpoints
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import run, shell_word
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_folder, fingerprint
 from jeagle.runtime.mesh import make_mesh
+from jeagle.runtime.outputs import NEW_FOLDER, check_replaceable
+from jeagle.training.step import TrainState
 
 STEP = 0
 """The checkpoint's step: jeagle has not trained the draft."""
@@ -83,8 +84,7 @@ def import_draft(args: ImportDraftArguments) -> list[str]:
       UserError: for a folder without a draft, an open question without an answer, a target that the draft was not made
         for, or an output folder that exists. Nothing is written then.
     """
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise UserError(f"{args.out} exists already: choose another place with --out, or remove it first.")
+    check_replaceable(args.out, NEW_FOLDER)
     draft = exchange.open_draft(args.source)
     target = open_target(TargetConfig(ref=args.target, family=args.family)) if args.target else None
     hints = exchange.Hints(args.aux_layers or None, args.norm_output, args.norm_before_residual)
@@ -102,7 +102,7 @@ def import_draft(args: ImportDraftArguments) -> list[str]:
         )
     params = {name: parameter[...] for name, parameter in draft.params(spec).items()}
     lines: list[str] = []
-    with atomic_folder(args.out) as folder:
+    with atomic_folder(args.out, NEW_FOLDER) as folder:
         _write_tables(folder, draft, spec)
         _describe(folder, args, spec, target)
         if target:
@@ -112,7 +112,7 @@ def import_draft(args: ImportDraftArguments) -> list[str]:
             _describe(folder, args, spec, target)
         _, state = assemble.draft_from_flat(spec, "float32", params, make_mesh())
         checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-        checkpoints.save(STEP, assemble.TrainState(state, None, np.int32(STEP), np.int32(0)))
+        checkpoints.save(STEP, TrainState(state, None, np.int32(STEP), np.int32(0)))
         checkpoints.close()
     return [*lines, *_next_steps(args, spec)]
 
@@ -171,7 +171,7 @@ def _describe(folder: Path, args: ImportDraftArguments, spec: DraftSpec, target:
 
 def _next_steps(args: ImportDraftArguments, spec: DraftSpec) -> list[str]:
     size = sum(int(np.prod(shape)) for shape in exchange.expected_shapes(spec).values())
-    run = shlex.quote(str(args.out))
+    run = shell_word(args.out)
     target = "" if args.target else " --target TARGET"
     lines = [
         f"{args.out}: {size:,} parameters, draft vocabulary {spec.draft_vocab:,} of {spec.target_vocab:,}, aux layers "

@@ -81,7 +81,7 @@ def test_an_export_that_would_replace_other_files_is_refused(imported, tmp_path)
     known = blank_target(tmp_path / "target", PLAIN)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="not an export of jeagle's"):
+    with pytest.raises(UserError, match="no export of jeagle's"):
         convert(export.to_sglang, imported[0], tmp_path / "out", "--target", known)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 

@@ -361,6 +361,6 @@ def test_an_existing_run_is_not_changed(tmp_path):
     run = import_run(source, tmp_path / "runs" / "draft")
     before = sorted(p.name for p in run.rglob("*"))
     for _ in range(2):
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="is there already"):
             import_run(source, run)
     assert sorted(p.name for p in run.rglob("*")) == before

@@ -3,7 +3,7 @@
 In jeagle a draft is a `DraftSpec` and a flat dict of float32 arrays with the names of `expected_shapes(spec)`.
 """
 
-from jeagle.exchange.card import Export, ExportCard, model_card
+from jeagle.exchange.card import EXPORT_FOLDER, Export, ExportCard, model_card
 from jeagle.exchange.config_file import read_draft_config
 from jeagle.exchange.config_read import Hints
 from jeagle.exchange.draft_reader import FileArray, ImportedDraft, OpenDraft, open_draft, read_draft
@@ -14,6 +14,7 @@ from jeagle.exchange.limits import check_spec, sglang_jax_limits, sglang_limits,
 from jeagle.exchange.peer_features import PeerFeatures, Sample, open_peer_features
 
 __all__ = [
+    "EXPORT_FOLDER",
     "Export",
     "ExportCard",
     "FileArray",

@@ -13,8 +13,22 @@ from typing import Any, Literal
 import jeagle
 from jeagle.exchange.limits import ENGINE_VERSIONS, Layout, sglang_jax_limits, sglang_limits, vllm_limits
 from jeagle.interfaces import DraftSpec
+from jeagle.runtime.cli import shell_word
+from jeagle.runtime.outputs import json_file, marked_folder
 
 EXPORT_FILE = "jeagle_export.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
+)
+_OTHER_TOKENIZERS = ("additional_chat_templates", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+EXPORT_FOLDER = marked_folder(
+    "export of jeagle's",
+    EXPORT_FILE,
+    json_file("record of an export", "engine", "layout"),
+    ("config.json", "model.safetensors", "README.md", *TOKENIZER_FILES, *_OTHER_TOKENIZERS),
+)
+"""What an export may replace: an older export of jeagle's that contains only the files of one."""
 _PACKAGES = ("jax", "flax", "numpy", "ml_dtypes", "safetensors")
 
 
@@ -141,11 +155,11 @@ def _acceptance(card: ExportCard) -> str:
 
 
 def _serving(export: Export, target: str) -> str:
-    where, tokens, reasons = shlex.quote(export.out), export.card.speculative_tokens, limits_of(export)
+    where, tokens, reasons = shell_word(export.out), export.card.speculative_tokens, limits_of(export)
     settings = {"method": "eagle3", "model": export.out, "num_speculative_tokens": tokens}
-    vllm = f"vllm serve {shlex.quote(target)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
+    vllm = f"vllm serve {shell_word(target)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
     chain = (
-        f"--model-path {shlex.quote(target)} \\\n"
+        f"--model-path {shell_word(target)} \\\n"
         f"  --speculative-algorithm EAGLE3 --speculative-draft-model-path {where} \\\n"
         f"  --speculative-num-steps {tokens} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
     )
@@ -170,7 +184,7 @@ def _command(engine: str, command: str, reasons: list[str]) -> str:
 def _sharing(export: Export) -> str:
     """Returns the command that uploads the folder, whose hub id then replaces it in the commands above."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", export.card.name or export.card.run or "eagle3-draft").strip("-.")
-    command = f"hf upload YOUR-NAME/{name} {shlex.quote(export.out)} ."
+    command = f"hf upload YOUR-NAME/{name} {shell_word(export.out)} ."
     return f"```bash\n{command}\n```\n\nThen write YOUR-NAME/{name} instead of the folder in the commands above."
 
 

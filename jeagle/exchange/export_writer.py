@@ -12,7 +12,15 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jeagle.errors import UserError
-from jeagle.exchange.card import EXPORT_FILE, Export, export_record, limits_of, model_card
+from jeagle.exchange.card import (
+    EXPORT_FILE,
+    EXPORT_FOLDER,
+    TOKENIZER_FILES,
+    Export,
+    export_record,
+    limits_of,
+    model_card,
+)
 from jeagle.exchange.config_write import config_json
 from jeagle.exchange.draft_tensors import (
     EMBEDDING,
@@ -27,11 +35,6 @@ from jeagle.exchange.draft_tensors import (
 from jeagle.exchange.limits import check_spec, vllm_limits
 from jeagle.exchange.safetensors_writer import EXPORT_DTYPES, plan_parameter, plan_table, write_safetensors
 from jeagle.runtime.manifest import atomic_folder
-
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
-)
 
 
 def write_export(
@@ -81,9 +84,8 @@ def write_export(
         tensors[EMBEDDING] = plan_parameter(EMBEDDING, embed_VW, export.dtype)
     tensors |= {name: plan_table(table) for name, table in vocabulary_tables(spec, draft_to_target_D).items()}
     out = Path(export.out)
-    _check_place(out)
     try:
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, EXPORT_FOLDER) as folder:
             _write_tokenizer(tokenizer, folder)
             write_safetensors(folder / "model.safetensors", tensors)
             (folder / "README.md").write_text(model_card(export), "utf-8")
@@ -107,22 +109,13 @@ def _check_served(export: Export) -> None:
         raise UserError('The layout "speculators" names the target: give the target, or choose the layout "plain".')
 
 
-def _check_place(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file, but an export is a folder: choose another place.")
-    if out.is_dir() and any(out.iterdir()) and not (out / EXPORT_FILE).is_file():
-        raise UserError(
-            f"{out} holds files and is not an export of jeagle's: choose another place, or empty the folder first."
-        )
-
-
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer is None:
         return
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(str(folder))
         return
-    files = [path for name in _TOKENIZER_FILES if (path := Path(tokenizer) / name).is_file()]
+    files = [path for name in TOKENIZER_FILES if (path := Path(tokenizer) / name).is_file()]
     if not files:
         raise UserError(f"{tokenizer} does not contain a tokenizer: expected tokenizer.json or tokenizer.model there.")
     for file in files:

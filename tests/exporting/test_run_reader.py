@@ -10,9 +10,9 @@ import pytest
 
 from jeagle import drafts
 from jeagle.exporting.run_reader import _draft_params, local_store, open_checkpoint
-from jeagle.run.assemble import TrainState
 from jeagle.run.parameters import served_params
 from jeagle.runtime.checkpoints import Checkpoints, load_named
+from jeagle.training.step import TrainState
 
 
 class Averaging(NamedTuple):
