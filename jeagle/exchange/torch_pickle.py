@@ -63,10 +63,6 @@ def read_torch(path: Path) -> Any:
         raise UserError(f"{path} is not a complete file of torch.save ({type(error).__name__}: {error}).") from error
 
 
-class _Storage(str):
-    """The name of a storage class, in the place of the class itself."""
-
-
 class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, prefix: str, data: bytes):
         super().__init__(io.BytesIO(data))
@@ -81,16 +77,16 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
         if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _Storage(name)
+            return np.dtype(_STORAGES[name])  # in the place of the storage class
         raise _Refused(f"{module}.{name}")
 
     def persistent_load(self, key: Any) -> np.ndarray:
         kind, storage, name, _, count = key
-        if kind != "storage" or not isinstance(storage, _Storage):
+        if kind != "storage" or not isinstance(storage, np.dtype):
             raise _Refused(str(kind))
         if name not in self._loaded:
             data = self._archive.read(f"{self._prefix}data/{name}")
-            self._loaded[name] = np.frombuffer(data, _STORAGES[storage])[:count]
+            self._loaded[name] = np.frombuffer(data, storage)[:count]
         return self._loaded[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,30 +55,29 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, str, StoredTensor]]:
-    try:
-        with safe_open(path, "numpy") as file:
-            for name in sorted(file.keys()):
-                view = file.get_slice(name)
-                dtype = view.get_dtype()
-                dtype = _FLOATS.get(dtype, dtype.replace("I", "int") if dtype.startswith("I") else dtype)
-                yield name, dtype, StoredTensor(tuple(view.get_shape()), functools.partial(_read, path, name))
-    except (SafetensorError, OSError, AttributeError, TypeError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        for name in sorted(file.keys()):
+            view = file.get_slice(name)
+            dtype = view.get_dtype()
+            dtype = _FLOATS.get(dtype, dtype.replace("I", "int") if dtype.startswith("I") else dtype)
+            yield name, dtype, StoredTensor(tuple(view.get_shape()), functools.partial(_read, path, name))
 
 
 def _read(path: Path, name: str, index: Any) -> np.ndarray:
+    with _opened(path) as file:
+        if index is ...:
+            return file.get_tensor(name)
+        view = file.get_slice(name)
+        return view[slice(*index.indices(view.get_shape()[0]))]  # unlike numpy, it refuses an end beyond the array
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "numpy") as file:
-            if index is ...:
-                return file.get_tensor(name)
-            view = file.get_slice(name)
-            return view[slice(*index.indices(view.get_shape()[0]))]  # unlike numpy, it refuses an end beyond the array
+            yield file
     except (SafetensorError, OSError, AttributeError, TypeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read: {error}. Was the copy of the file complete?")
+        raise UserError(f"{path} cannot be read: {error}. Was the copy of the file complete?") from error
 
 
 def _torch(path: Path) -> Iterator[tuple[str, str, StoredTensor]]:

@@ -7,6 +7,7 @@ tensorstore opens them itself, so that a draft larger than memory can be exporte
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import tempfile
@@ -61,7 +62,6 @@ class CheckpointArray:
 
     def __init__(self, store: KvStore, driver: str, where: str):
         self._spec, self._where = {"driver": driver, "kvstore": store}, where
-        self._opened: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,14 +89,12 @@ class CheckpointArray:
             piece = tuple(slice(*edges) for edges in zip(corner, ends, strict=True))
             out[piece] = self[piece]
 
-    @property
+    @functools.cached_property
     def _array(self) -> Any:
-        if self._opened is None:
-            try:
-                self._opened = ts.open(self._spec, open=True).result()
-            except _TENSORSTORE_ERRORS as error:
-                raise _damaged(self._where, error) from error
-        return self._opened
+        try:
+            return ts.open(self._spec, open=True).result()
+        except _TENSORSTORE_ERRORS as error:
+            raise _damaged(self._where, error) from error
 
 
 def local_store(folder: Path) -> KvStore:
