@@ -175,7 +175,7 @@ def _prepare(
             with data.RowWriter(aside / split, length) as writer:
                 for row in rows:
                     batch = data.rows_of([[_document(peers.read(i), length) for i in row]], length)
-                    counts += data.count_tokens(batch, len(counts))
+                    counts += data.count_supervised(batch, len(counts))
                     writer.write(batch)
             np.save(aside / split / "counts.npy", counts)
             statistics[split] = {"rows": len(rows), "supervised_tokens": int(counts.sum())}

@@ -71,14 +71,17 @@ def signed_file(what: str, *signs: bytes) -> Output:
 
 
 def marked_folder(what: str, mark: str, kind: Output, names: tuple[str, ...]) -> Output:
-    """A folder that holds the file `mark`, of this kind, and nothing but `names`: it is replaced whole."""
+    """A folder that holds the file `mark`, of this kind, and nothing but `names`: it is replaced whole.
+
+    An empty `mark`, as a full disk or a power failure leaves it, counts too.
+    """
 
     def foreign(path: Path) -> str:
         found = sorted(os.listdir(path))
         others = [name for name in found if name not in (mark, *names)]
         if others or mark not in found:
             return f"it holds {listed(others or found)}"
-        return f"its {mark} is another's" if kind.foreign(path / mark) else ""
+        return f"its {mark} is no {kind.what}" if _reason(path / mark, kind) else ""
 
     return Output(what, True, foreign)
 

@@ -250,9 +250,11 @@ def accumulated(
     parts = jax.tree.map(lambda x: x.reshape(-1, program.parts, *x.shape[1:]).swapaxes(0, 1), (batch, stored))
 
     def add(total: LossAndGradient, part: tuple[Batch, Stored | None]) -> tuple[LossAndGradient, None]:
-        return jax.tree.map(jnp.add, total, gradient(*part, divisor_K)), None
+        batch, stored = part
+        return jax.tree.map(jnp.add, total, gradient(batch, stored, divisor_K)), None
 
-    shapes = jax.eval_shape(lambda: gradient(*jax.tree.map(lambda x: x[0], parts), divisor_K))
+    first_batch, first_stored = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda: gradient(first_batch, first_stored, divisor_K))
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)[0]
 
 

@@ -150,7 +150,7 @@ def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prep
     if not reused:
         with new_rows(config) as aside:
             statistics = {split: _write_rows(mixture, split, aside / split, made) for split in ("train", "held_out")}
-            for name in ("tokenizer.json", "held_out.jsonl", "set_aside.jsonl"):
+            for name in ("tokenizer.json", "held_out.jsonl", "rejected.jsonl"):
                 _copy(mixture, name, aside)
             manifest = json.loads(mixture.stores[0].data_file("manifest.json") or b"{}")
             statistics = manifest.get("statistics", {}) | statistics if len(abouts) > 1 else manifest["statistics"]
@@ -164,7 +164,7 @@ def _write_rows(mixture: features.Mixture, split: str, folder: Path, made: dict[
     with data.RowWriter(folder, mixture.stores[0].row_length) as writer:
         for start in range(0, total, _ROWS):
             rows = mixture.batch(split, range(start, min(start + _ROWS, total)))
-            counts += data.count_tokens(rows, len(counts))
+            counts += data.count_supervised(rows, len(counts))
             tokens += int((rows.segments_BT > 0).sum())
             writer.write(rows)
     np.save(folder / "counts.npy", counts)

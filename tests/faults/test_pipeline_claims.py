@@ -17,6 +17,8 @@ import pytest
 from jeagle import flags as configs
 from jeagle import pipeline
 from jeagle.data import AnswerFile
+from jeagle.errors import UserError
+from jeagle.export import VllmExportArguments
 from jeagle.runtime.checkpoints import Checkpoints, load_named
 from tests import tiny
 
@@ -34,11 +36,19 @@ FIGURES = (
 )
 
 
+FILES = {  # as much of them as tells that jeagle wrote them
+    "config.json": dict.fromkeys(("name", "target", "data", "draft", "train")),
+    "draft.json": {"draft": {}, "made_from": {}},
+}
+
+
 def answer(args, prompts):
     rows = [
-        {"id": p["id"], "messages": [*p["messages"], {"role": "assistant", "content": "a cat"}]} for p in prompts[:40]
+        {"id": p["id"], "messages": [*p["messages"], {"role": "assistant", "content": "a cat"}]}
+        | {"finish_reason": "stop"}
+        for p in prompts[:40]
     ]
-    AnswerFile(args.out, {"max_new_tokens": args.max_new_tokens}).finish(rows)
+    AnswerFile(args.out, {"version": "0", "max_new_tokens": args.max_new_tokens}).finish(rows)
     return rows
 
 
@@ -48,7 +58,7 @@ def train(config):
         path = config.folder / name
         if path.is_file():
             json.loads(path.read_text())  # training reads what is there
-        path.write_text("{}\n")
+        path.write_text(json.dumps(FILES[name]) + "\n")
     np.save(config.folder / "embedding.npy", np.ones((4, 2), np.float32))
     checkpoints = Checkpoints(config.folder / "checkpoints", keep=2)
     for step in range((checkpoints.latest() or 0) + 1, STEP + 1):
@@ -65,10 +75,12 @@ def measure(config, prepared, *, trained):
     return metrics | by_position | {"lossless": True, "prompts_hash": "", "ngram": ngram, "sample": sample}
 
 
-def export(folder, engine, *, acceptance):
+def export(args, acceptance):
+    folder, engine = Path(args.checkpoint), "vllm" if isinstance(args, VllmExportArguments) else "sglang"
     place = folder / "exports" / engine
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
+    (place / "jeagle_export.json").write_text(json.dumps({"engine": engine, "layout": "plain"}))
     (place / "config.json").write_text(json.dumps(acceptance))
     (place / "model.safetensors").write_bytes(load_named(folder / "checkpoints", "last")[1]["['fc']"].tobytes())
     return f"{place}: written"
@@ -208,10 +220,19 @@ def test_results_of_another_configuration_are_made_again(run, capsys, other):
     assert again(config_of(run.folder.parents[1], **settings), capsys) == stages
 
 
-def test_a_note_of_another_shape_counts_as_none(run, capsys):
-    for number, tree in enumerate(("[]", "{}", "null", '{"made_from": 1, "result": [], "files": {}}')):
-        (run.folder / "stages" / "export.json").write_text(tree)
-        assert again(run, capsys) == {"export"}, number
+def test_a_note_with_values_of_another_kind_counts_as_none(run, capsys):
+    note = run.folder / "stages" / "export.json"
+    note.write_text('{"made_from": 1, "seconds": 0, "result": [], "files": {}}')
+    assert again(run, capsys) == {"export"}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "not JSON"])
+def test_a_file_that_is_no_note_is_refused_and_stays(run, text):
+    note = run.folder / "stages" / "export.json"
+    note.write_text(text)
+    with pytest.raises(UserError, match=r"stages/export\.json is no note of a stage"):
+        pipeline.pipeline(run)
+    assert note.read_text() == text
 
 
 def test_a_copied_run_reports_its_own_folder(run, capsys):
