@@ -1,7 +1,9 @@
-"""Hidden states of SpecForge into a store: python converters/from_specforge.py --source DIR --out STORE --config C."""
+"""Imports hidden states of SpecForge into a store: from_specforge.py --source DIR --out STORE --config C."""
+
+import functools
 
 from jeagle.import_features import main
 from jeagle.runtime.cli import run
 
 if __name__ == "__main__":
-    run(main)
+    run(functools.partial(main, program="from_specforge.py"))

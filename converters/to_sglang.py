@@ -1,4 +1,4 @@
-"""A run's draft as SGLang loads it: python converters/to_sglang.py --checkpoint runs/NAME --out DIR."""
+"""Exports a run's draft for SGLang: python converters/to_sglang.py --checkpoint runs/NAME --out DIR."""
 
 from jeagle.export import to_sglang
 from jeagle.runtime.cli import run

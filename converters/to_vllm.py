@@ -1,4 +1,4 @@
-"""A run's draft as vLLM loads it: python converters/to_vllm.py --checkpoint runs/NAME --out DIR."""
+"""Exports a run's draft for vLLM: python converters/to_vllm.py --checkpoint runs/NAME --out DIR."""
 
 from jeagle.export import to_vllm
 from jeagle.runtime.cli import run

@@ -18,7 +18,9 @@ COMMANDS = {
     "store": "info, verify, sample or prune a store of hidden states",
     "train": "train a draft against its frozen target; an existing run goes on",
     "bench": "acceptance length of a trained draft, by really decoding",
-    "export": "a trained draft in the layouts that SGLang and vLLM load",
+    "export": "write a trained draft in the layouts that SGLang and vLLM load",
+    "import_draft": "import a published EAGLE-3 draft as a run, to measure, export or train further",
+    "import_features": "import hidden states of SpecForge, speculators or vLLM into a store",
     "report": "report.html and report.json of a run",
     "doctor": "a target's hidden states and logits against transformers', layer by layer",
 }
@@ -42,7 +44,7 @@ def console() -> NoReturn:
 
 
 def _help() -> str:
-    lines = [f"  {name:<12}{purpose}" for name, purpose in COMMANDS.items()]
+    lines = [f"  {name:<17}{purpose}" for name, purpose in COMMANDS.items()]
     return "\n".join(["Usage: jeagle COMMAND ...", "", *lines, "", "jeagle COMMAND --help explains each."])
 
 

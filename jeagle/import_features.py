@@ -6,7 +6,6 @@ are its own, taken after the layers that --target.aux-layers gives. The files ar
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from jeagle import flags
@@ -29,12 +28,13 @@ READS = (
 """The settings that this command reads."""
 
 
-def main(arguments: list[str]) -> None:
-    """The command of both converters."""
+def main(arguments: list[str], program: str = "python -m jeagle.import_features") -> None:
+    """The command `jeagle import_features`, and both converters."""
     source, rest = flags.take_flag(arguments, "--source", "the folder of the files")
     out, rest = flags.take_flag(rest, "--out", "the store to write")
-    program = f"{Path(sys.argv[0]).name} --source DIR --out STORE"
-    config = flags.from_command_line(rest, program=program, description=__doc__, reads=READS)
+    config = flags.from_command_line(
+        rest, program=f"{program} --source DIR --out STORE", description=__doc__, reads=READS
+    )
     if not (source and out):
         raise UserError("Give --source, the folder of the files, and --out, the store to write.")
     prepare_host()

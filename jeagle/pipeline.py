@@ -24,7 +24,8 @@ import jeagle
 from jeagle import data, decoding, flags
 from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
-from jeagle.export import export
+from jeagle.export import ENGINES, export
+from jeagle.exporting.run_reader import ACCEPTANCE_METRICS
 from jeagle.regenerate import regenerate
 from jeagle.report import mean_logged, summary_lines, write_report
 from jeagle.run import acceptance, assemble
@@ -249,20 +250,11 @@ def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
 
 
 def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
-    acceptance = {
-        name: after[name]
-        for name in (
-            "acceptance_length",
-            "acceptance_by_position",
-            "prompts_measured",
-            "draft_tokens",
-            "max_new_tokens",
-        )
-    }
+    acceptance = {name: after[name] for name in ACCEPTANCE_METRICS}
     engines, refused = [], {}
-    for engine in ("sglang", "vllm"):
+    for engine, arguments in ENGINES.items():
         try:
-            print(export(config.folder, engine, acceptance=acceptance), flush=True)
+            print(export(arguments(str(config.folder)), acceptance), flush=True)
             engines.append(engine)
         except UserError as error:
             refused[engine] = str(error)

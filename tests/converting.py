@@ -1,4 +1,4 @@
-"""The converters as commands, in this process, and targets of which only what an export reads is there."""
+"""Runs the converters in this process, and writes targets that contain only what an export reads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests import tiny
 from tests.exchange.drafts import LAYERS
 
 
-def take_in(source, out, *more):
+def import_run(source, out, *more):
     import_draft.main([str(source), "--out", str(out), *map(str, more)])
     return out
 
 
 def target(folder: Path, embed_VW: np.ndarray, layers: int = LAYERS) -> Path:
-    """As much of a target as an export reads: its configuration, its tokenizer, and its embedding."""
+    """Writes as much of a target as an export reads: its configuration, its tokenizer, and its embedding."""
     folder.mkdir(parents=True)
     words = Tokenizer(models.WordLevel({"a": 0, "?": 1, "<end>": 2}, unk_token="?"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")

@@ -1,4 +1,4 @@
-"""A run's draft on its way out: byte for byte what came in; what is wrong is one sentence and leaves nothing behind."""
+"""An imported draft is exported byte for byte; a fault gives one sentence and leaves no files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from jeagle import exchange, export, features, import_draft
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import make_mesh
-from tests.converting import blank_target, convert, take_in
+from tests.converting import blank_target, convert, import_run
 from tests.exchange.drafts import PLAIN, to_sglang
 
 
@@ -26,7 +26,7 @@ def imported(tmp_path_factory) -> tuple[Path, Path]:
     source = to_sglang(PLAIN, folder / "source")
     patch = pytest.MonkeyPatch()
     patch.setattr(import_draft, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
-    run = take_in(source, folder / "runs" / "draft")
+    run = import_run(source, folder / "runs" / "draft")
     patch.undo()
     return run, source
 
@@ -53,14 +53,14 @@ RUNS = {
         [],
         "incomplete or damaged",
     ),
-    "a torn config": (lambda run: (run / "config.json").write_text("{"), [], "is damaged"),
-    "a torn description": (lambda run: (run / "draft.json").write_text('{"draft": {}}'), [], "is damaged"),
+    "a damaged config": (lambda run: (run / "config.json").write_text("{"), [], "is damaged"),
+    "a damaged description": (lambda run: (run / "draft.json").write_text('{"draft": {}}'), [], "is damaged"),
     "no target": (lambda run: None, [], "names no target: give --target"),
 }
 
 
 @pytest.mark.parametrize("fault", RUNS)
-def test_a_run_at_fault_is_one_sentence_and_no_export(fault, imported, tmp_path):
+def test_a_faulty_run_gives_one_sentence_and_no_export(fault, imported, tmp_path):
     change, more, named = RUNS[fault]
     run, known = copied(imported, tmp_path), blank_target(tmp_path / "target", PLAIN)
     change(run)
@@ -71,13 +71,13 @@ def test_a_run_at_fault_is_one_sentence_and_no_export(fault, imported, tmp_path)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_a_target_that_the_draft_is_not_for_is_refused(imported, tmp_path):
+def test_a_target_that_the_draft_was_not_made_for_is_refused(imported, tmp_path):
     other = blank_target(tmp_path / "target", dataclasses.replace(PLAIN, target_vocab=41))
     with pytest.raises(UserError, match=r"vocabulary 40; .* has 24 and 41: give --target"):
         convert(export.to_sglang, imported[0], tmp_path / "out", "--target", other)
 
 
-def test_an_export_that_would_replace_something_else_is_refused(imported, tmp_path):
+def test_an_export_that_would_replace_other_files_is_refused(imported, tmp_path):
     known = blank_target(tmp_path / "target", PLAIN)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
@@ -98,21 +98,21 @@ def test_a_copy_in_object_storage_is_exported_as_the_run_is(imported, tmp_path, 
     assert (out / "model.safetensors").read_bytes() == (imported[1] / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="--out"):
         export.to_sglang(["--checkpoint", url])
-    with pytest.raises(UserError, match="no folder of this machine"):
+    with pytest.raises(UserError, match="not a folder of this machine"):
         convert(export.to_sglang, imported[0], "s3://bucket/out", *more)
-    with pytest.raises(UserError, match="s3://.*/runs/none is no run"):
+    with pytest.raises(UserError, match="s3://.*/runs/none is not a run"):
         convert(export.to_sglang, f"{bucket}/runs/none", tmp_path / "other", *more)
 
 
-def test_an_export_that_does_not_read_back_is_not_left(imported, tmp_path, monkeypatch):
+def test_an_export_that_does_not_read_back_is_removed(imported, tmp_path, monkeypatch):
     known = blank_target(tmp_path / "target", PLAIN)
-    write = exchange.layouts.write_safetensors
+    write = exchange.export_writer.write_safetensors
 
     def swapped(path, tensors):
         first, second = "midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight"
         write(path, tensors | {first: tensors[second], second: tensors[first]})
 
-    monkeypatch.setattr(exchange.layouts, "write_safetensors", swapped)
+    monkeypatch.setattr(exchange.export_writer, "write_safetensors", swapped)
     with pytest.raises(UserError, match="does not give the trained draft's logits"):
         convert(export.to_sglang, imported[0], tmp_path / "out", "--target", known)
     assert not (tmp_path / "out").exists()
@@ -120,15 +120,15 @@ def test_an_export_that_does_not_read_back_is_not_left(imported, tmp_path, monke
 
 def test_a_wrong_row_of_the_embedding_does_not_read_back(imported, tmp_path, monkeypatch):
     known = blank_target(tmp_path / "target", PLAIN)
-    write = exchange.layouts.write_safetensors
+    write = exchange.export_writer.write_safetensors
 
     def moved(path, tensors):
         name = "embed_tokens.weight"
         rows = np.zeros(tensors[name].shape, np.float32)
         rows[-1, -1] = 1e-3
-        write(path, tensors | {name: exchange.stream.whole(rows)})
+        write(path, tensors | {name: exchange.safetensors_writer.plan_table(rows)})
 
-    monkeypatch.setattr(exchange.layouts, "write_safetensors", moved)
+    monkeypatch.setattr(exchange.export_writer, "write_safetensors", moved)
     more = ("--target", known, "--dtype", "float32")
     with pytest.raises(UserError, match="embedding"):
         convert(export.to_vllm, imported[0], tmp_path / "out", *more)
@@ -136,7 +136,7 @@ def test_a_wrong_row_of_the_embedding_does_not_read_back(imported, tmp_path, mon
     convert(export.to_vllm, imported[0], tmp_path / "out", *more, "--no-check")
 
 
-def test_a_target_without_its_embedding_is_one_sentence_and_can_be_done_without(imported, tmp_path):
+def test_a_target_without_its_embedding_gives_one_sentence_and_vllm_needs_none(imported, tmp_path):
     known = blank_target(tmp_path / "target", PLAIN)
     save_file({"model.norm.weight": np.ones(24, np.float32)}, known / "model.safetensors")
     more = ("--target", known, "--dtype", "float32")

@@ -1,4 +1,4 @@
-"""Published drafts become runs and come out again, bit for bit, whoever wrote them; faults leave nothing behind."""
+"""Published drafts of all trainers are imported and exported bit for bit; a fault leaves no files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from safetensors.numpy import save_file
 
 from jeagle import export, import_draft
 from jeagle.errors import UserError
-from jeagle.exchange import Reading
-from jeagle.exporting import choose_reading
+from jeagle.exporting import choose_interpretation
 from jeagle.objective import resolve
 from jeagle.run import assemble
 from jeagle.runtime.mesh import make_mesh
 from tests import tiny
-from tests.converting import blank_target, convert, take_in, target
+from tests.converting import blank_target, convert, import_run, target
 from tests.exchange.drafts import (
     BOTH_ENGINES,
     CARD,
@@ -37,15 +36,14 @@ from tests.exchange.drafts import (
     to_sglang,
     to_vllm,
 )
-from tests.exchange.peers import PEERS, write_peer
-from tests.exchange.test_dialects import CONFIG, SPEC, weights
+from tests.exchange.peers import CONFIG, PEERS, SPEC, weights, write_peer
 from tests.exchange.test_peer_features import torch_file
 from tests.goldens import cases
 from tests.goldens.test_goldens import _speculators_loss as speculators_loss
 from tests.goldens.test_goldens import loss_function
 
 SAMPLES = Path(__file__).parent / "exchange" / "samples"
-AUX_LAYERS = {"eagle": ("--taps", "2", "4", "5"), "automodel": ("--taps", "2", "4", "5")}
+AUX_LAYERS = {"eagle": ("--aux-layers", "2", "4", "5"), "automodel": ("--aux-layers", "2", "4", "5")}
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +67,7 @@ def test_a_draft_goes_in_and_out_bit_for_bit(layout, name, tmp_path):
     }[layout]
     options = {} if layout == "sglang" else {"layout": layout}
     first = write(spec, tmp_path / "first", embed_VW=embedding(spec), card=CARD, **options)
-    run = take_in(first, tmp_path / "runs" / "draft")
+    run = import_run(first, tmp_path / "runs" / "draft")
     known = blank_target(tmp_path / "target", spec)
     second = convert(to, run, tmp_path / "second", "--target", known, "--dtype", "float32", "--no-check", *more)
     ours, theirs = tensors_in(second), tensors_in(first)
@@ -83,10 +81,10 @@ def test_a_draft_goes_in_and_out_bit_for_bit(layout, name, tmp_path):
 def test_speculators_layout_brings_the_targets_embedding_and_comes_back_bit_for_bit(tmp_path):
     rows = np.random.default_rng(2).normal(size=(PLAIN.target_vocab, PLAIN.target_width)).astype(np.float32)
     known = target(tmp_path / "target", rows)
-    run = take_in(to_vllm(PLAIN, tmp_path / "first"), tmp_path / "runs" / "draft")
+    run = import_run(to_vllm(PLAIN, tmp_path / "first"), tmp_path / "runs" / "draft")
     written = convert(export.to_vllm, run, tmp_path / "written", "--target", known, "--dtype", "float32")
     np.testing.assert_array_equal(tensors_in(written)["embed_tokens.weight"], rows)
-    again = take_in(written, tmp_path / "runs" / "again")
+    again = import_run(written, tmp_path / "runs" / "again")
     second = convert(export.to_vllm, again, tmp_path / "second", "--target", known, "--dtype", "float32")
     assert (second / "model.safetensors").read_bytes() == (written / "model.safetensors").read_bytes()
     loose = ("--target", known, "--no-check")  # a random draft amplifies the rounding to bfloat16
@@ -101,18 +99,18 @@ def test_speculators_layout_brings_the_targets_embedding_and_comes_back_bit_for_
 @pytest.mark.parametrize("peer", PEERS)
 def test_each_trainers_draft_becomes_the_same_run(peer, tmp_path, capsys):
     source = write_peer(peer, tmp_path / "source", weights(tmp_path), CONFIG)
-    run = take_in(source, tmp_path / "runs" / "draft", *AUX_LAYERS.get(peer, ()))
+    run = import_run(source, tmp_path / "runs" / "draft", *AUX_LAYERS.get(peer, ()))
     step, spec, params = assemble.load_draft(run, "last")
     assert (step, spec) == (0, SPEC)
     for name, array in parameters(SPEC).items():
         np.testing.assert_array_equal(params[name], array, err_msg=name)
     np.testing.assert_array_equal(assemble.trained_vocabulary(run), target_ids(SPEC))
-    assert "taps after 2 4 5 layers" in capsys.readouterr().out
+    assert "aux layers 2 4 5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("ckpt_a_default_bf16", "bfloat16"), ("ckpt_b_qwen3_fp32", "float32")])
 def test_speculators_own_drafts_come_out_byte_for_byte(name, dtype, tmp_path):
-    run = take_in(SAMPLES / name, tmp_path / "runs" / "draft")
+    run = import_run(SAMPLES / name, tmp_path / "runs" / "draft")
     known = target(tmp_path / "target", np.zeros((96, 32), np.float32))
     out = convert(export.to_vllm, run, tmp_path / "out", "--target", known, "--dtype", dtype, "--no-check")
     ours, theirs = tensors_in(out), tensors_in(SAMPLES / name)
@@ -122,7 +120,7 @@ def test_speculators_own_drafts_come_out_byte_for_byte(name, dtype, tmp_path):
         assert ours[tensor].tobytes() == theirs[tensor].tobytes(), tensor
 
 
-# The goldens' weights, published by each peer, taken in.
+# The goldens' weights as each peer publishes them.
 
 
 def golden_config(path: Path) -> dict:
@@ -143,7 +141,7 @@ def test_specforges_own_checkpoint_comes_out_byte_for_byte(path, tmp_path):
     source.mkdir()
     (source / "config.json").write_text(json.dumps(golden_config(path)))
     save_file(named, source / "model.safetensors")
-    run = take_in(source, tmp_path / "runs" / "draft", "--taps", 2, 4, 5)
+    run = import_run(source, tmp_path / "runs" / "draft", "--aux-layers", 2, 4, 5)
     known = target(tmp_path / "target", named["embed_tokens.weight"])
     more = ("--target", known, "--dtype", "float32", "--no-check")
     ours = tensors_in(convert(export.to_sglang, run, tmp_path / "out", *more))
@@ -184,12 +182,12 @@ def test_a_goldens_weights_as_each_peers_draft_give_its_loss(path, tmp_path):
     loss = golden_loss(case, resolve("specforge", **case.switches))
     for peer in PEERS:
         source = write_peer(peer, tmp_path / peer, named, config)
-        run = take_in(source, tmp_path / "runs" / peer, *AUX_LAYERS.get(peer, ()))
+        run = import_run(source, tmp_path / "runs" / peer, *AUX_LAYERS.get(peer, ()))
         assert loss(run) == pytest.approx(float(case.arrays["total_loss"]), abs=1e-5), peer
 
 
 @pytest.mark.parametrize("path", cases.case_files("speculators"), ids=lambda p: p.stem)
-def test_speculators_weights_taken_in_give_its_loss(path, tmp_path):
+def test_imported_weights_of_speculators_give_its_loss(path, tmp_path):
     """As speculators and as vLLM write them. No other trainer's form has norm_before_residual, which all of these were
     trained with; and none but speculators' has c6's norms on queries and keys."""
     source = tmp_path / "source"
@@ -200,7 +198,7 @@ def test_speculators_weights_taken_in_give_its_loss(path, tmp_path):
     case = cases.speculators(path)
     switches = case.switches | {"loss": speculators_loss(case.switches["loss"])}
     loss = golden_loss(case, resolve("speculators", **switches))
-    run = take_in(source, tmp_path / "runs" / "draft")
+    run = import_run(source, tmp_path / "runs" / "draft")
     assert loss(run) == pytest.approx(float(case.arrays["loss"]), abs=1e-5)
     if case.spec.qk_norm or len(case.spec.aux_layers) != 3:
         return
@@ -208,16 +206,16 @@ def test_speculators_weights_taken_in_give_its_loss(path, tmp_path):
     flags = ("draft_vocab_size", "norm_before_residual", "norm_before_fc", "norm_output")
     config = form["transformer_layer_config"] | {flag: form[flag] for flag in flags}
     source = write_peer("vllm", tmp_path / "plain", named, config)
-    run = take_in(source, tmp_path / "runs" / "plain", "--norm-output", "carry")
+    run = import_run(source, tmp_path / "runs" / "plain", "--norm-output", "carry")
     assert loss(run) == pytest.approx(float(case.arrays["loss"]), abs=1e-5)
 
 
-# What a target settles.
+# What a target decides.
 
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory) -> Path:
-    return tiny.write_target(tmp_path_factory.mktemp("settled") / "target")
+    return tiny.write_target(tmp_path_factory.mktemp("target") / "target")
 
 
 def fitting(known: Path, **changes):
@@ -228,7 +226,7 @@ def fitting(known: Path, **changes):
 
 
 def ambiguous(known: Path, folder: Path) -> Path:
-    """SpecForge's form, with a norm_output that nobody can tell the meaning of."""
+    """SpecForge's form, with a norm_output of unknown meaning."""
     to_sglang(fitting(known), folder)
     config = config_in(folder)
     del config["jeagle_version"]
@@ -236,16 +234,23 @@ def ambiguous(known: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_target_settles_what_is_open_and_the_run_can_be_measured(known, tmp_path, capsys):
+def test_a_target_answers_open_questions_and_the_run_can_be_measured(known, tmp_path, capsys):
     source = ambiguous(known, tmp_path / "source")
-    with pytest.raises(UserError, match=r"2 ways \(norm_output head; or norm_output carry\).*--norm-output.*--target"):
-        take_in(source, tmp_path / "runs" / "draft")
+    with pytest.raises(
+        UserError,
+        match=r"2 possible interpretations \(norm_output head; or norm_output carry\).*--norm-output.*--target",
+    ):
+        import_run(source, tmp_path / "runs" / "draft")
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
     more = ("--target", known, "--max-prompts", 2, "--max-new-tokens", 6, "--draft-tokens", 2)
-    run = take_in(source, tmp_path / "runs" / "draft", *more)
-    said = capsys.readouterr().out
-    assert re.search(r"^norm_output head +1\.\d", said, re.M) and re.search(r"^norm_output carry +1\.\d", said, re.M)
-    assert "no reading clearly wins" in said and "hardly anything is accepted" in said  # its weights are noise
+    run = import_run(source, tmp_path / "runs" / "draft", *more)
+    printed = capsys.readouterr().out
+    assert re.search(r"^norm_output head +1\.\d", printed, re.M) and re.search(
+        r"^norm_output carry +1\.\d", printed, re.M
+    )
+    assert (
+        "no interpretation is clearly the best one" in printed and "hardly any token is accepted" in printed
+    )  # its weights are noise
     measured = json.loads((run / "bench.json").read_text())
     assert (measured["step"], measured["prompts_measured"], measured["draft_tokens"]) == (0, 2, 2)
     out = convert(export.to_vllm, run, tmp_path / "out", "--no-check")
@@ -253,54 +258,61 @@ def test_a_target_settles_what_is_open_and_the_run_can_be_measured(known, tmp_pa
     assert "acceptance_length" in (out / "README.md").read_text()
 
 
-def test_the_most_accepted_reading_is_taken_and_a_clear_lead_is_told(known, tmp_path, monkeypatch, capsys):
-    def measure(config, how, folder, reading, params, loaded):
-        rounds = [[3, 2, 3], [2, 3, 3], [3, 3, 3]] if reading.spec.carry_normed else [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+def test_the_most_accepted_interpretation_is_chosen_and_a_clear_lead_gives_no_warning(
+    known, tmp_path, monkeypatch, capsys
+):
+    def measure(config, settings, folder, interpretation, params, target):
+        rounds = (
+            [[3, 2, 3], [2, 3, 3], [3, 3, 3]] if interpretation.spec.carry_normed else [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+        )
         length = 1 + float(np.mean(rounds))
-        return choose_reading.Measured(reading, rounds, {"acceptance_length": length, "acceptance_by_position": [0.5]})
+        return choose_interpretation.MeasuredInterpretation(
+            interpretation, rounds, {"acceptance_length": length, "acceptance_by_position": [0.5]}
+        )
 
-    monkeypatch.setattr(choose_reading, "_measure", measure)
-    run = take_in(ambiguous(known, tmp_path / "source"), tmp_path / "runs" / "draft", "--target", known)
+    monkeypatch.setattr(choose_interpretation, "_measure", measure)
+    run = import_run(ambiguous(known, tmp_path / "source"), tmp_path / "runs" / "draft", "--target", known)
     assert assemble.load_draft(run, "last")[1] == fitting(known, carry_normed=True)
-    said = capsys.readouterr().out
-    assert "taken: norm_output carry\n" in said and "clearly" not in said and "warning" not in said
+    printed = capsys.readouterr().out
+    assert "chosen: norm_output carry\n" in printed and "clearly" not in printed and "warning" not in printed
 
 
 def test_a_lead_is_counted_in_standard_errors_over_prompts():
-    assert choose_reading.surely_ahead([[1, 1], [2, 2]], [[1, 1], [2, 2]]) == 0
-    assert choose_reading.surely_ahead([[3], [0]], [[0], [3]]) == 0
-    assert choose_reading.surely_ahead([[2], [3], [2], [3]], [[1], [1], [1], [1]]) == pytest.approx(
+    assert choose_interpretation.lead_in_standard_errors([[1, 1], [2, 2]], [[1, 1], [2, 2]]) == 0
+    assert choose_interpretation.lead_in_standard_errors([[3], [0]], [[0], [3]]) == 0
+    assert choose_interpretation.lead_in_standard_errors([[2], [3], [2], [3]], [[1], [1], [1], [1]]) == pytest.approx(
         1.5 / (0.57735 / 2), rel=1e-4
     )
 
 
 def test_a_draft_for_another_target_is_refused(known, tmp_path):
     with pytest.raises(UserError, match=r"width 24 and vocabulary 40.*--target"):
-        take_in(to_sglang(PLAIN, tmp_path / "source"), tmp_path / "run", "--target", known)
+        import_run(to_sglang(PLAIN, tmp_path / "source"), tmp_path / "run", "--target", known)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("draft_vocab", [40, 0], ids=["reduced", "full"])
 def test_a_head_that_is_missing_is_the_targets(draft_vocab, known, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_draft, "settle", lambda config, how, folder, readings, *_: (readings[0].spec, []))
+    choose = lambda config, settings, folder, interpretations, *_, **__: (interpretations[0].spec, [])  # noqa: E731
+    monkeypatch.setattr(import_draft, "choose_interpretation", choose)
     spec = fitting(known)
     spec = dataclasses.replace(spec, draft_vocab=draft_vocab or spec.target_vocab)
     source = to_sglang(spec, tmp_path / "source")
     without("lm_head.weight")(source)
     (source / "config.json").write_text(json.dumps(config_in(source) | {"draft_vocab_size": None}))
     with pytest.raises(UserError, match=r"lm_head\.weight is missing.*--target"):
-        take_in(source, tmp_path / "runs" / "draft")
-    run = take_in(source, tmp_path / "runs" / "draft", "--target", known)
+        import_run(source, tmp_path / "runs" / "draft")
+    run = import_run(source, tmp_path / "runs" / "draft", "--target", known)
     _, found, params = assemble.load_draft(run, "last")
     assert found == spec
     rows = tensors_in(known)["lm_head.weight"]
     np.testing.assert_array_equal(params["lm_head"], rows[assemble.trained_vocabulary(run)])
 
 
-# What is wrong leaves nothing behind.
+# A fault leaves no files.
 
 
-def torn(folder):
+def truncated(folder):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
 
@@ -325,7 +337,7 @@ def other_dialect(folder):
 SOURCES = {
     "no folder": (shutil.rmtree, "no config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
-    "torn": (torn, "cannot be read"),
+    "truncated": (truncated, "cannot be read"),
     "code": (with_code, "might run code"),
     "a tensor short": (without("fc.weight"), r"fc\.weight is missing"),
     "no map": (without("d2t"), "d2t"),
@@ -334,28 +346,21 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("fault", SOURCES)
-def test_a_source_at_fault_is_one_sentence_and_no_run(fault, tmp_path):
+def test_a_faulty_source_gives_one_sentence_and_no_run(fault, tmp_path):
     change, named = SOURCES[fault]
     source = to_sglang(PLAIN, tmp_path / "source")
     change(source)
     with pytest.raises(UserError, match=named) as error:
-        take_in(source, tmp_path / "runs" / "draft")
+        import_run(source, tmp_path / "runs" / "draft")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
-def test_a_place_that_is_taken_stays_as_it_is(tmp_path):
+def test_an_existing_run_is_not_changed(tmp_path):
     source = to_sglang(PLAIN, tmp_path / "source")
-    run = take_in(source, tmp_path / "runs" / "draft")
+    run = import_run(source, tmp_path / "runs" / "draft")
     before = sorted(p.name for p in run.rglob("*"))
     for _ in range(2):
         with pytest.raises(UserError, match="is there already"):
-            take_in(source, run)
+            import_run(source, run)
     assert sorted(p.name for p in run.rglob("*")) == before
-
-
-def test_readings_are_told_in_words():
-    reading = Reading({"aux_layers": (2, 4, 5), "norm_output": "head", "norm_before_residual": True}, PLAIN)
-    assert choose_reading.label(reading) == "taps 2 4 5, norm_output head, norm_before_residual true"
-    assert choose_reading.options(reading) == "--aux-layers and --norm-output and --norm-before-residual"
-    assert choose_reading.label(Reading({}, PLAIN)) == "as its files say"

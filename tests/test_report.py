@@ -9,7 +9,7 @@ import pytest
 
 from jeagle import report as command
 from jeagle.errors import UserError
-from jeagle.exchange.card import Export, ExportCard, readme
+from jeagle.exchange import Export, ExportCard, model_card
 from jeagle.interfaces import DraftSpec
 from jeagle.report import headline, mean_logged, read_metrics, shortfalls, summary_lines, write_report
 
@@ -194,7 +194,7 @@ def test_excused_ties_are_not_called_identical_without_a_word():
     assert "but for 2 near-ties" in words
 
 
-def test_serve_commands_are_those_of_the_exports_readme(tmp_path):
+def test_serve_commands_are_those_of_the_exports_model_card(tmp_path):
     spec = DraftSpec(
         target_width=8,
         width=8,
@@ -211,7 +211,7 @@ def test_serve_commands_are_those_of_the_exports_readme(tmp_path):
         page = html.unescape(page_of(tmp_path, REPORT | {"target": target, "exports": exports}))
         for engine, folder in (("SGLang", exports["sglang"]), ("vLLM", exports["vllm"])):
             export = Export(engine, "plain", "bfloat16", folder, spec, 8, ExportCard(target_ref=target))
-            told = re.findall(r"```bash\n(.*?)\n```", readme(export), re.S)[0]
+            told = re.findall(r"```bash\n(.*?)\n```", model_card(export), re.S)[0]
             assert f"<pre>{told}</pre>" in page
 
 

@@ -1,39 +1,41 @@
-"""Drafts in and out of torch's world: the folders that SGLang, vLLM, SpecForge and speculators read and write.
+"""Imports and exports drafts: the folders that SGLang, vLLM, SpecForge and speculators read and write.
 
-jeagle's side is a `DraftSpec` and a flat dict of float32 arrays, `expected_shapes(spec)`.
+In jeagle a draft is a `DraftSpec` and a flat dict of float32 arrays with the names of `expected_shapes(spec)`.
 """
 
-from jeagle.exchange.ambiguities import Reading, readings
-from jeagle.exchange.card import EXPORT, ExportCard
+from jeagle.exchange.card import EXPORT_FOLDER, Export, ExportCard, model_card
 from jeagle.exchange.config_file import read_draft_config
 from jeagle.exchange.config_read import Hints
+from jeagle.exchange.draft_reader import FileArray, ImportedDraft, OpenDraft, open_draft, read_draft
+from jeagle.exchange.draft_tensors import check_params, expected_shapes, same_embedding
+from jeagle.exchange.export_writer import write_export
+from jeagle.exchange.interpretation import Interpretation, interpretations
 from jeagle.exchange.limits import check_spec, sglang_jax_limits, sglang_limits, vllm_limits
-from jeagle.exchange.names import check_params, expected_shapes
-from jeagle.exchange.open_draft import ImportedDraft, Lazy, OpenDraft, open_draft, read_export
 from jeagle.exchange.peer_features import PeerFeatures, Sample, open_peer_features
-from jeagle.exchange.write_export import export_sglang, export_vllm
 
 __all__ = [
-    "EXPORT",
+    "EXPORT_FOLDER",
+    "Export",
     "ExportCard",
+    "FileArray",
     "Hints",
     "ImportedDraft",
-    "Lazy",
+    "Interpretation",
     "OpenDraft",
     "PeerFeatures",
-    "Reading",
     "Sample",
     "check_params",
     "check_spec",
     "expected_shapes",
-    "export_sglang",
-    "export_vllm",
+    "interpretations",
+    "model_card",
     "open_draft",
     "open_peer_features",
+    "read_draft",
     "read_draft_config",
-    "read_export",
-    "readings",
+    "same_embedding",
     "sglang_jax_limits",
     "sglang_limits",
     "vllm_limits",
+    "write_export",
 ]

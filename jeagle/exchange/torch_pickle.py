@@ -1,6 +1,6 @@
-"""Reading what torch.save wrote, without torch and without running any code: tensors, numbers, texts, dicts and lists.
+"""Reads files of torch.save without torch and without running code: tensors, numbers, strings, dicts and lists.
 
-A pickle may ask for any function to be called. This reader knows a few names and refuses every other one.
+A pickle may ask for any function to be called. This reader knows a few names and refuses all others.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _STORAGES: dict[str, Any] = {
 
 
 class _Refused(Exception):
-    """The pickle asks for something that is no tensor."""
+    """The pickle asks for something other than a tensor."""
 
 
 def read_torch(path: Path) -> Any:
-    """The tree in a file of torch.save (its zip form, or that gzipped), tensors as numpy arrays.
+    """Returns the tree in a file of torch.save (its zip form, which may be gzipped) with tensors as numpy arrays.
 
     Raises:
-      UserError: for a file of another form, a damaged one, or one that asks for anything but tensors.
+      UserError: for a file of another form, a damaged file, or one that asks for anything but tensors.
     """
     try:
         data = path.read_bytes()
@@ -52,27 +52,15 @@ def read_torch(path: Path) -> Any:
             pickled = next(name for name in names if name.endswith("/data.pkl") or name == "data.pkl")
             prefix = pickled.removesuffix("data.pkl")
             if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
-                raise UserError(f"{path} was written on a big-endian machine, which this reader does not know.")
+                raise UserError(f"{path} was written on a big-endian machine, which this reader does not support.")
             return _Unpickler(archive, prefix, archive.read(pickled)).load()
     except _Refused as error:
         raise UserError(
-            f"{path} asks for {error} to be called: reading it might run code, so it is not read. Only tensors, "
-            "numbers, texts, dicts and lists are."
+            f"{path} asks for {error} to be called: reading it might run code, so jeagle does not read it. It may "
+            "contain only tensors, numbers, strings, dicts and lists."
         ) from error
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        StopIteration,
-        ValueError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
-        raise UserError(f"{path} is not a whole file of torch.save ({type(error).__name__}: {error}).") from error
-
-
-class _Storage(str):
-    """The name of a kind of storage, where the pickle expects the class."""
+    except (OSError, EOFError, LookupError, StopIteration, ValueError, zipfile.BadZipFile, pickle.PickleError) as error:
+        raise UserError(f"{path} is not a complete file of torch.save ({type(error).__name__}: {error}).") from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -87,27 +75,23 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _parameter
+            return lambda tensor, *_: tensor
         if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _Storage(name)
+            return np.dtype(_STORAGES[name])  # in the place of the storage class
         raise _Refused(f"{module}.{name}")
 
     def persistent_load(self, key: Any) -> np.ndarray:
         kind, storage, name, _, count = key
-        if kind != "storage" or not isinstance(storage, _Storage):
+        if kind != "storage" or not isinstance(storage, np.dtype):
             raise _Refused(str(kind))
         if name not in self._loaded:
             data = self._archive.read(f"{self._prefix}data/{name}")
-            self._loaded[name] = np.frombuffer(data, _STORAGES[storage])[:count]
+            self._loaded[name] = np.frombuffer(data, storage)[:count]
         return self._loaded[name]
 
 
-def _parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:
-    return tensor
-
-
 def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
-    """A copy of a view into a storage, which must hold it."""
+    """Returns a copy of a view of a storage, which must lie inside it."""
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min((offset, *size, *stride), default=0) < 0 or (0 not in size and last >= len(storage)):
         raise ValueError("a tensor reaches beyond its storage")

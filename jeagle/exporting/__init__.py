@@ -1,1 +1,1 @@
-"""A run out as servers read it, and a published draft in."""
+"""Exports a run's draft for servers, and imports a published draft as a run."""

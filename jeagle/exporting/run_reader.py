@@ -1,15 +1,23 @@
-"""A finished run as exports read it, from a disk or object storage: parameters are read when they are asked for."""
+"""Reads a finished run for an export, from a disk or from object storage, one parameter at a time.
+
+`runtime/checkpoints.py` writes with Orbax: zarr arrays in an OCDBT store, and a `_METADATA` file with their names. Here
+tensorstore opens them itself, so that a draft larger than memory can be exported.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorstore as ts
+from jaxtyping import Float, Int, Shaped
 
 from jeagle import drafts, features
 from jeagle.config import RunConfig, from_json
@@ -18,27 +26,139 @@ from jeagle.interfaces import DraftSpec
 from jeagle.run import assemble
 from jeagle.run.draft_init import EMBEDDING_FILE, HELD_OUT, held_out_scores
 from jeagle.run.parameters import served_from, served_params
-from jeagle.runtime.saved import SavedArray, Spec, local, open_saved
+from jeagle.runtime.checkpoints import chosen_step
 
 MEASURED_FILE = "bench.json"
-"""In a run's folder: what `jeagle.bench --out` measured, or from_eagle3.py."""
-_SMALL = (
+"""In a run's folder: what `jeagle.bench --out` or the import of a draft has measured."""
+_SMALL_FILES = (
     *("config.json", "draft.json", "report.json", MEASURED_FILE, EMBEDDING_FILE, "stages/measure_after.json"),
     *("data/manifest.json", "tables/manifest.json", "tables/d2t.npy", "tables/t2d.npy"),
     f"{HELD_OUT}/metrics.jsonl",
 )
-"""What is read of a run beside its checkpoints."""
-_TOLD = ("acceptance_length", "acceptance_by_position", "prompts_measured", "draft_tokens", "max_new_tokens")
+"""The files that are read besides the checkpoints."""
+ACCEPTANCE_METRICS = (
+    "acceptance_length",
+    "acceptance_by_position",
+    "prompts_measured",
+    "draft_tokens",
+    "max_new_tokens",
+)
+"""The measured values that the model card shows."""
+_TENSORSTORE_ERRORS = (ValueError, RuntimeError, OSError)
+
+KvStore = dict[str, Any]
+"""A tensorstore key-value store; its path ends in a slash."""
 
 
-class Served(NamedTuple):
+class CheckpointArray:
+    """An array of a checkpoint: indexing it with `...` or a slice of rows reads it from storage each time.
+
+    Args:
+      store: that contains the array alone.
+      driver: zarr or zarr3.
+      where: the checkpoint's name in error messages.
+    """
+
+    def __init__(self, store: KvStore, driver: str, where: str):
+        self._spec, self._where = {"driver": driver, "kvstore": store}, where
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._array.shape)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that are stored together: reading fewer at a time decodes them more than once."""
+        return int(self._array.chunk_layout.read_chunk.shape[0])
+
+    def __getitem__(self, index: Any) -> Shaped[np.ndarray, "..."]:
+        if isinstance(index, slice):  # unlike numpy, tensorstore refuses an end beyond the array
+            index = slice(*index.indices(self.shape[0]))
+        try:
+            return self._array[index].read().result()
+        except _TENSORSTORE_ERRORS as error:
+            raise _damaged(self._where, error) from error
+
+    def read_into(self, out: Shaped[np.ndarray, "..."]) -> None:
+        """Fills `out` with the array, one stored block after the other, so that only one more block is in memory."""
+        blocks = self._array.chunk_layout.read_chunk.shape
+        starts = (range(0, size, block) for size, block in zip(self.shape, blocks, strict=True))
+        for corner in itertools.product(*starts):
+            ends = (min(c + b, n) for c, b, n in zip(corner, blocks, self.shape, strict=True))
+            piece = tuple(slice(*edges) for edges in zip(corner, ends, strict=True))
+            out[piece] = self[piece]
+
+    @functools.cached_property
+    def _array(self) -> Any:
+        try:
+            return ts.open(self._spec, open=True).result()
+        except _TENSORSTORE_ERRORS as error:
+            raise _damaged(self._where, error) from error
+
+
+def local_store(folder: Path) -> KvStore:
+    """Returns the tensorstore of a folder on this machine."""
+    return {"driver": "file", "path": f"{folder.absolute()}/"}
+
+
+def open_checkpoint(
+    folder: KvStore, step: int | str, *, where: str, scores: Mapping[int, float] | None = None
+) -> tuple[int, dict[str, CheckpointArray]]:
+    """Opens a checkpoint; nothing but the names of its arrays is read.
+
+    Args:
+      folder: of the checkpoints, with one folder for each step.
+      step, scores: see `chosen_step`.
+      where: the folder's name in error messages.
+
+    Returns:
+      (step, arrays by their path in the saved tree).
+
+    Raises:
+      UserError: where there is no such step, or its checkpoint is not complete.
+    """
+    try:
+        keys = {key.decode() for key in ts.KvStore.open(folder).result().list().result()}
+    except _TENSORSTORE_ERRORS as error:
+        raise UserError(f"{where} cannot be listed: {_first_line(error)}.") from error
+    if not keys:
+        raise UserError(f"{where} does not exist: the run has saved no checkpoint yet.")
+    names = {key.split("/")[0] for key in keys}
+    steps = [int(name) for name in names if name.isdigit() and f"{name}/default/_METADATA" in keys]
+    chosen = chosen_step(steps, step, where=where, scores=scores)
+    inside = folder | {"path": f"{folder['path']}{chosen}/default/"}
+    metadata = ts.KvStore.open(inside).result().read("_METADATA").result()
+    try:
+        tree = json.loads(bytes(metadata.value))
+        paths = [entry["key_metadata"][0]["key"] for entry in tree["tree_metadata"].values()]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _damaged(f"{where}/{chosen}", error) from error
+    driver = "zarr3" if tree.get("use_zarr3") else "zarr"
+    arrays = {}
+    for path in paths:
+        store = inside | {"path": f"{inside['path']}{path}/"}
+        if tree.get("use_ocdbt", True):
+            store = {"driver": "ocdbt", "base": inside, "path": f"{path}/"}
+        arrays[path] = CheckpointArray(store, driver, f"{where}/{chosen}")
+    return chosen, arrays
+
+
+def _damaged(where: str, error: Exception) -> UserError:
+    return UserError(f"The checkpoint {where} is incomplete or damaged ({_first_line(error)}): use another step.")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+class RunDraft(NamedTuple):
     """A run's draft at one step.
 
     Attributes:
-      folder: of the run's small files, on this machine.
-      params: by name, float32; each is read when it is indexed.
-      vocabulary: target ids [D].
-      embed_VW: the draft's own embedding, mapped from its file; None where the target's serves.
+      folder: the run's small files, on this machine.
+      params: by name, float32; each one is read when it is indexed.
+      vocabulary: the target's token ids [D].
+      embed_VW: the draft's own embedding, mapped from its file; None where the draft uses the target's.
     """
 
     folder: Path
@@ -46,36 +166,42 @@ class Served(NamedTuple):
     step: int
     spec: DraftSpec
     params: Mapping[str, Any]
-    vocabulary: np.ndarray
-    embed_VW: np.ndarray | None
+    vocabulary: Int[np.ndarray, " D"]
+    embed_VW: Float[np.ndarray, "V W"] | None
 
     @property
     def acceptance(self) -> dict[str, Any] | None:
-        """What was measured of this very step, by the run's own report or by `jeagle.bench --out RUN/bench.json`."""
-        told = _json(self.folder / MEASURED_FILE)
-        if told is None or told.get("step") != self.step:
-            report, stage = _json(self.folder / "report.json"), _json(self.folder / "stages" / "measure_after.json")
-            told = (stage or {}).get("result") or {} if report and report.get("steps") == self.step else {}
-        return {name: told[name] for name in _TOLD if name in told} or None
+        """What the run's report or `jeagle.bench --out RUN/bench.json` has measured at this step; None without it."""
+        measured = _read_json(self.folder / MEASURED_FILE)
+        if measured is None or measured.get("step") != self.step:
+            report, stage = (
+                _read_json(self.folder / "report.json"),
+                _read_json(self.folder / "stages/measure_after.json"),
+            )
+            measured = (stage or {}).get("result") or {} if report and report.get("steps") == self.step else {}
+        return {name: measured[name] for name in ACCEPTANCE_METRICS if name in measured} or None
 
     @property
     def data(self) -> dict[str, Any] | None:
-        """What the draft was trained on, as the data's manifest tells it; None for a draft from elsewhere."""
-        manifest = _json(self.folder / "data" / "manifest.json") or {}
+        """What the draft was trained on, from the data's manifest; None for an imported draft."""
+        manifest = _read_json(self.folder / "data" / "manifest.json") or {}
         made_from, train = manifest.get("made_from", {}), manifest.get("statistics", {}).get("train")
         if not train:
             return None
-        named = {"source": self.config.data.source, "fingerprint": made_from.get("source")}
-        counted = {name: train.get(name) for name in ("documents", "rows", "tokens", "supervised_tokens")}
-        return {name: value for name, value in (named | counted).items() if value is not None}
+        source = {"source": self.config.data.source, "fingerprint": made_from.get("source")}
+        counts = {name: train.get(name) for name in ("documents", "rows", "tokens", "supervised_tokens")}
+        return {name: value for name, value in (source | counts).items() if value is not None}
 
 
 @contextlib.contextmanager
-def open_served(checkpoint: str | Path, step: int | str) -> Iterator[Served]:
-    """A run's draft at `step`; `checkpoint` is its folder, or gs://BUCKET/PATH or s3://BUCKET/PATH of a copy.
+def open_run_draft(checkpoint: str | Path, step: int | str) -> Iterator[RunDraft]:
+    """Opens a run's draft at `step`.
+
+    Args:
+      checkpoint: the run's folder, or gs://BUCKET/PATH or s3://BUCKET/PATH of a copy.
 
     Raises:
-      UserError: for no run, no such step, or files that do not belong together.
+      UserError: where there is no run or no such step, or its files do not belong together.
     """
     with _files(str(checkpoint)) as (folder, checkpoints, where):
         try:
@@ -85,36 +211,39 @@ def open_served(checkpoint: str | Path, step: int | str) -> Iterator[Served]:
             embed_VW = np.load(own, mmap_mode="r") if own.is_file() else None
         except (ValueError, KeyError, OSError, EOFError) as error:
             raise UserError(f"{where} is damaged ({str(error).splitlines()[0]}): copy the run again.") from error
-        found, arrays = open_saved(checkpoints, step, where=f"{where}/checkpoints", scores=held_out_scores(folder))
-        yield Served(folder, config, found, spec, _params(arrays), assemble.trained_vocabulary(folder), embed_VW)
+        scores = held_out_scores(folder)
+        chosen, arrays = open_checkpoint(checkpoints, step, where=f"{where}/checkpoints", scores=scores)
+        vocabulary = assemble.trained_vocabulary(folder)
+        yield RunDraft(folder, config, chosen, spec, _draft_params(arrays), vocabulary, embed_VW)
 
 
 @contextlib.contextmanager
-def _files(checkpoint: str) -> Iterator[tuple[Path, Spec, str]]:
-    """(folder of the small files, place of the checkpoints, how to name the run)."""
+def _files(checkpoint: str) -> Iterator[tuple[Path, KvStore, str]]:
+    """Yields (folder of the small files, store of the checkpoints, the run's name in error messages)."""
     if "://" not in checkpoint:
         folder = assemble.run_folder(checkpoint)
-        yield folder, local(folder / "checkpoints"), str(folder)
+        yield folder, local_store(folder / "checkpoints"), str(folder)
         return
     place = features.Storage(checkpoint)
-    with tempfile.TemporaryDirectory(prefix="jeagle-") as made:
-        for name in _SMALL:
+    with tempfile.TemporaryDirectory(prefix="jeagle-") as temporary:
+        folder = Path(temporary)
+        for name in _SMALL_FILES:
             try:
                 data = place.read(name)
-            except (ValueError, RuntimeError, OSError) as error:
+            except _TENSORSTORE_ERRORS as error:
                 raise UserError(f"{checkpoint}/{name} cannot be read: {str(error).splitlines()[0]}.") from error
             if data is not None:
-                (Path(made) / name).parent.mkdir(exist_ok=True)
-                (Path(made) / name).write_bytes(data)
-        if not (Path(made) / "config.json").is_file():
-            raise UserError(f"{checkpoint} is no run: it has no config.json. Name the copy of a folder runs/NAME.")
-        yield Path(made), place.kvstore("checkpoints/"), checkpoint
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(data)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{checkpoint} is not a run, it has no config.json: give the copy of a folder runs/NAME.")
+        yield folder, place.kvstore("checkpoints/"), checkpoint
 
 
-class _Made:
+class _ComputedParameter:
     """A parameter that is computed from several arrays of a checkpoint (adapters, an averaged iterate)."""
 
-    def __init__(self, name: str, arrays: Mapping[str, SavedArray], shape: tuple[int, ...]):
+    def __init__(self, name: str, arrays: Mapping[str, CheckpointArray], shape: tuple[int, ...]):
         self._name, self._arrays, self.shape = name, arrays, shape
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -122,27 +251,22 @@ class _Made:
         return np.asarray(drafts.merge_adapters(tree)[self._name])[index]
 
 
-def _params(arrays: Mapping[str, SavedArray]) -> dict[str, Any]:
-    """The draft's parameters as `assemble.load_draft` gives them, unread."""
+def _draft_params(arrays: Mapping[str, CheckpointArray]) -> dict[str, Any]:
+    """Returns the draft's parameters as `assemble.load_draft` does, without reading them."""
     sources = served_from(arrays)
     adapted = {name.removeprefix("base.") for name in sources if name.startswith("base.")}
-    if not adapted:
-        return {name: _one(name, paths, arrays, paths[0]) for name, paths in sources.items()}
-    found = {}
-    for name in adapted:
-        parts = [part for part in (f"base.{name}", f"lora.{name}.down", f"lora.{name}.up") if part in sources]
-        paths = [path for part in parts for path in sources[part]]
-        found[name] = _one(name, paths, arrays, sources[f"base.{name}"][0])
-    return found
+    params: dict[str, Any] = {}
+    for name in adapted or sources:
+        parts = (f"base.{name}", f"lora.{name}.down", f"lora.{name}.up") if adapted else (name,)
+        paths = [path for part in parts for path in sources.get(part, ())]
+        if len(paths) == 1:
+            params[name] = arrays[paths[0]]
+        else:
+            params[name] = _ComputedParameter(name, {path: arrays[path] for path in paths}, arrays[paths[0]].shape)
+    return params
 
 
-def _one(name: str, paths: Sequence[str], arrays: Mapping[str, SavedArray], shaped: str) -> Any:
-    if len(paths) == 1 and not name.startswith("base."):
-        return arrays[paths[0]]
-    return _Made(name, {path: arrays[path] for path in paths}, arrays[shaped].shape)
-
-
-def _json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         tree = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):

@@ -174,7 +174,7 @@ def open_start(config: RunConfig) -> Start | None:
         _, spec, params = load_draft(folder, "last")
         own = folder / EMBEDDING_FILE
         return Start(spec, params, np.load(own) if own.is_file() else None)
-    read = exchange.read_export(folder, exchange.Hints(config.target.aux_layers or None, config.draft.norm_output))
+    read = exchange.read_draft(folder, exchange.Hints(config.target.aux_layers or None, config.draft.norm_output))
     return Start(read.spec, read.params, read.embed_VW)
 
 

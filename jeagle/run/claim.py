@@ -38,8 +38,8 @@ RUN = folder_of(
         "data": data.ROWS,
         "tables": data.TABLES,
         "features": features.STORE_FOLDER,
-        "exports/sglang": exchange.EXPORT,
-        "exports/vllm": exchange.EXPORT,
+        "exports/sglang": exchange.EXPORT_FOLDER,
+        "exports/vllm": exchange.EXPORT_FOLDER,
         **{
             f"{answers}.jsonl{ending}": kind
             for answers in ("answers", "answers_check")

@@ -9,8 +9,8 @@ import pytest
 from jeagle import data
 from jeagle import flags as configs
 from jeagle.config import RunConfig
-from jeagle.exchange import read_export
-from jeagle.export import export
+from jeagle.exchange import read_draft
+from jeagle.export import ENGINES, export
 from jeagle.run import assemble, dataset
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.mesh import make_mesh
@@ -56,9 +56,9 @@ def test_the_average_is_what_is_measured_and_exported(first):
 
 def test_an_own_embedding_is_kept_and_exported(first):
     kept = np.load(first.folder / "embedding.npy")
-    for engine in ("sglang", "vllm"):
-        export(first.folder, engine, dtype="float32")  # reads back, and compares
-        read = read_export(first.folder / "exports" / engine)
+    for engine, arguments in ENGINES.items():
+        export(arguments(str(first.folder), dtype="float32"))  # reads back, and compares
+        read = read_draft(first.folder / "exports" / engine)
         np.testing.assert_array_equal(read.embed_VW, kept)
 
 

@@ -1,17 +1,20 @@
-"""Small drafts of every shape that the exchange must carry, and their random parameters."""
+"""Small drafts of every kind that the exchange supports, their random parameters, and helpers that write them."""
 
 import dataclasses
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jeagle.exchange import ExportCard, expected_shapes, export_sglang, export_vllm
+from jeagle.exchange import Export, ExportCard, expected_shapes, write_export
 from jeagle.interfaces import DraftSpec, Rope
 
 LAYERS = 8
+NO_CARD = ExportCard()
 CARD = ExportCard(target_ref="someone/tiny-llama", target_architectures=("LlamaForCausalLM",))
 
 LLAMA3 = Rope(
@@ -58,7 +61,7 @@ BOTH_ENGINES = {
     "fc_norm": dataclasses.replace(PLAIN, fc_norm=True, norm_eps=1e-6),
     "carry_normed": dataclasses.replace(PLAIN, carry_normed=True),
     "own_width": dataclasses.replace(PLAIN, target_width=20),
-    "four_taps": dataclasses.replace(PLAIN, aux_layers=(1, 3, 5, 7)),
+    "four_aux_layers": dataclasses.replace(PLAIN, aux_layers=(1, 3, 5, 7)),
     "two_ends": dataclasses.replace(PLAIN, end_token_ids=(2, 7)),
     "no_end": dataclasses.replace(PLAIN, end_token_ids=()),
 }
@@ -87,21 +90,37 @@ def target_ids(spec, seed=0):
 
 
 def embedding(spec, seed=1):
-    """None where the target's serves."""
+    """None where the draft uses the target's."""
     if spec.width == spec.target_width:
         return None
     return np.random.default_rng(seed).normal(size=(spec.target_vocab, spec.width)).astype(np.float32)
 
 
-def to_sglang(spec, out, *, params=None, ids="right", **settings):
+def write(
+    engine,
+    layout,
+    spec,
+    out,
+    *,
+    params=None,
+    ids="matching",
+    target_layers=LAYERS,
+    dtype="float32",
+    card=NO_CARD,
+    **more,
+):
+    """Writes an export of random parameters, or of those given; `more` is for `write_export`."""
     params = parameters(spec) if params is None else params
     ids = target_ids(spec) if isinstance(ids, str) else ids
-    return export_sglang(spec, params, ids, out, **({"target_layers": LAYERS, "dtype": "float32"} | settings))
+    return write_export(Export(engine, layout, dtype, str(out), spec, target_layers, card), params, ids, **more)
 
 
-def to_vllm(spec, out, **settings):
-    settings = {"target_layers": LAYERS, "dtype": "float32", "card": CARD} | settings
-    return export_vllm(spec, parameters(spec), target_ids(spec), out, **settings)
+def to_sglang(spec, out, **settings):
+    return write("SGLang", "plain", spec, out, **settings)
+
+
+def to_vllm(spec, out, *, layout="speculators", **settings):
+    return write("vLLM", layout, spec, out, **({"card": CARD} | settings))
 
 
 def tensors_in(folder):
@@ -125,3 +144,9 @@ def edit_config(folder, change):
     config = config_in(folder)
     change(config)
     (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
+
+
+def card_commands(folder):
+    """The shell commands of an export's model card, as lists of arguments."""
+    text = (Path(folder) / "README.md").read_text("utf-8")
+    return [shlex.split(block.replace("\\\n", " ")) for block in re.findall(r"```bash\n(.*?)```", text, re.S)]

@@ -1,4 +1,4 @@
-"""Drafts as each trainer publishes them: folders with its names and its config.json, written from one set of weights.
+"""Folders with a draft as each trainer publishes it: its own names and config.json, written from the same weights.
 
 Tensor names and configuration fields are those of the export code of SafeAILab/EAGLE, sgl-project/SpecForge,
 NVIDIA/Model-Optimizer and NVIDIA-NeMo/Automodel (August 2026), and of speculators 0.9.0.
@@ -6,6 +6,7 @@ NVIDIA/Model-Optimizer and NVIDIA-NeMo/Automodel (August 2026), and of speculato
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,39 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from jeagle.interfaces import Rope
+from tests.exchange.drafts import PLAIN, tensors_in, to_vllm
 from tests.exchange.test_peer_features import torch_file
 
 Arrays = dict[str, np.ndarray]
 PEERS = ("eagle", "specforge", "sglang", "vllm", "speculators", "model_optimizer", "automodel")
 
+SPEC = dataclasses.replace(PLAIN, rope=Rope(500000.0), max_positions=4096, norm_eps=1e-6)
+CONFIG = {
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 40,
+    "draft_vocab_size": 16,
+    "max_position_embeddings": 4096,
+    "rope_theta": 500000.0,
+    "eos_token_id": 2,
+}
+
+
+def weights(tmp_path, spec=SPEC):
+    """The tensors that every peer publishes in its own form."""
+    tensors = tensors_in(to_vllm(spec, tmp_path / "weights"))
+    return {name.replace("midlayer.", "layers.0."): array for name, array in tensors.items()}
+
 
 def write_peer(peer: str, folder: Path, weights: Arrays, config: dict[str, Any], **more: Any) -> Path:
-    """A folder of `peer`'s.
+    """Writes the draft as `peer` does.
 
     Args:
       weights: torch names with `layers.0.` for the first layer, and d2t and t2d where the vocabulary is reduced.

@@ -156,7 +156,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 @pytest.mark.parametrize("cut", [10, 2000, 4000])
 def test_a_cut_file_is_refused(tmp_path, cut):
     (tmp_path / "data_0.pt").write_bytes((SAMPLES / "data_v1" / "data_0.pt").read_bytes()[:cut])
-    with pytest.raises(UserError, match="not a whole file"):
+    with pytest.raises(UserError, match="not a complete file"):
         read_torch(tmp_path / "data_0.pt")
 
 

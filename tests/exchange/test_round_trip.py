@@ -1,4 +1,4 @@
-"""Laws of the exchange: what goes out comes back, and what lies in the folder is what engines read."""
+"""Laws of the exchange: an export reads back as the same draft, and its files are what engines read."""
 
 import dataclasses
 import json
@@ -10,11 +10,10 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, LlamaConfig
 
 from jeagle.drafts import Eagle3
-from jeagle.exchange import expected_shapes, export_sglang, export_vllm, read_export
+from jeagle.exchange import expected_shapes, read_draft
 from tests.exchange.drafts import (
     BOTH_ENGINES,
     CARD,
-    LAYERS,
     LLAMA3,
     LONG,
     PLAIN,
@@ -26,6 +25,8 @@ from tests.exchange.drafts import (
     parameters,
     target_ids,
     tensors_in,
+    to_sglang,
+    write,
 )
 
 CASES = [("sglang", name) for name in BOTH_ENGINES]
@@ -35,17 +36,15 @@ SPECS = BOTH_ENGINES | VLLM_ONLY | SPECULATORS_ONLY
 
 
 def export(how, spec, out, **settings):
-    settings = {"target_layers": LAYERS, "dtype": "float32", "card": CARD, "embed_VW": embedding(spec)} | settings
     engine, _, layout = how.partition("-")
-    if engine == "sglang":
-        return export_sglang(spec, parameters(spec), target_ids(spec), out, **settings)
-    return export_vllm(spec, parameters(spec), target_ids(spec), out, layout=layout, **settings)
+    settings = {"card": CARD, "embed_VW": embedding(spec)} | settings
+    return write({"sglang": "SGLang", "vllm": "vLLM"}[engine], layout or "plain", spec, out, **settings)
 
 
 @pytest.mark.parametrize(("how", "name"), CASES)
 def test_an_export_reads_back_bit_for_bit(how, name, tmp_path):
     spec = SPECS[name]
-    draft = read_export(export(how, spec, tmp_path / "draft"))
+    draft = read_draft(export(how, spec, tmp_path / "draft"))
     assert draft.spec == spec
     assert draft.params.keys() == parameters(spec).keys()
     for name, array in parameters(spec).items():
@@ -92,12 +91,12 @@ def test_the_plain_layout_has_the_names_and_shapes_that_both_engines_load(tmp_pa
     np.testing.assert_array_equal(np.flatnonzero(tensors["t2d"]), target_ids(spec))
     for name, array in parameters(spec).items():
         torch_name = name.replace("layers.0", "midlayer") + ".weight"
-        turned = array.T if array.ndim == 2 and name != "lm_head" else array
-        np.testing.assert_array_equal(tensors[torch_name], turned, err_msg=name)
+        stored = array.T if array.ndim == 2 and name != "lm_head" else array
+        np.testing.assert_array_equal(tensors[torch_name], stored, err_msg=name)
 
 
-def test_square_kernels_are_turned_too(tmp_path):
-    """24 x 24: a shape check alone would not see it."""
+def test_square_kernels_are_transposed_too(tmp_path):
+    """24 x 24: a check of shapes alone would not notice it."""
     spec = dataclasses.replace(PLAIN, aux_layers=(4,))
     params, tensors = parameters(spec), tensors_in(export("sglang", spec, tmp_path / "draft"))
     for name, torch_name in {"fc": "fc", "layers.0.self_attn.o_proj": "midlayer.self_attn.o_proj"}.items():
@@ -106,7 +105,7 @@ def test_square_kernels_are_turned_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", BOTH_ENGINES)
-def test_one_plain_folder_gives_both_engines_the_same_taps(name, tmp_path):
+def test_one_plain_folder_gives_both_engines_the_same_aux_layers(name, tmp_path):
     spec = BOTH_ENGINES[name]
     sglang, vllm = export("sglang", spec, tmp_path / "s"), export("vllm-plain", spec, tmp_path / "v")
     config = config_in(sglang)
@@ -119,7 +118,7 @@ def test_one_plain_folder_gives_both_engines_the_same_taps(name, tmp_path):
 
 @pytest.mark.parametrize(("how", "name"), CASES)
 def test_an_engine_sizes_its_modules_as_the_tensors_are(how, name, tmp_path):
-    """Sums that the engines make from config.json alone, against what lies in the file."""
+    """The sizes that engines compute from config.json alone are those of the tensors in the file."""
     folder = export(how, SPECS[name], tmp_path / "draft")
     config, tensors = config_in(folder), tensors_in(folder)
     decoder = config.get("transformer_layer_config", config)
@@ -139,7 +138,7 @@ def test_an_engine_sizes_its_modules_as_the_tensors_are(how, name, tmp_path):
     assert isinstance(config["norm_before_residual"], bool)
 
 
-def test_vllm_is_told_of_the_normed_state_in_both_layouts_and_specforge_never_misled(tmp_path):
+def test_norm_output_means_the_same_to_vllm_in_both_layouts_and_never_misleads_specforge(tmp_path):
     carried = BOTH_ENGINES["carry_normed"]
     assert config_in(export("vllm-plain", carried, tmp_path / "a"))["norm_output"] is True
     assert config_in(export("vllm-speculators", carried, tmp_path / "b"))["norm_output"] is True
@@ -161,14 +160,14 @@ def test_transformers_reads_the_rope_that_was_trained_from_either_schema(rope, s
     assert parameters.pop("rope_theta") == rope.theta
     wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in rope.scaling} or {"rope_type": "default"}
     assert wanted.items() <= parameters.items()
-    assert read_export(folder).spec.rope == rope
+    assert read_draft(folder).spec.rope == rope
 
 
 def test_bfloat16_rounds_to_nearest_and_ties_to_even(tmp_path):
     bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF818000, 0x00000001, 0x3F800000], np.uint32)
     params = parameters(PLAIN)
     params["norm"][: len(bits)] = bits.view(np.float32)
-    out = export_sglang(PLAIN, params, target_ids(PLAIN), tmp_path / "draft", target_layers=LAYERS, dtype="bfloat16")
+    out = to_sglang(PLAIN, tmp_path / "draft", params=params, dtype="bfloat16")
     tensors = tensors_in(out)
     assert [hex(b) for b in tensors["norm.weight"].view(np.uint16)[: len(bits)]] == [
         "0x3f80",
@@ -182,7 +181,7 @@ def test_bfloat16_rounds_to_nearest_and_ties_to_even(tmp_path):
     exact = params["lm_head"].view(np.uint32).astype(np.uint64)
     nearest = (exact + 0x7FFF + ((exact >> 16) & 1)) >> 16
     np.testing.assert_array_equal(tensors["lm_head.weight"].view(np.uint16), nearest)
-    read = read_export(out).params["lm_head"]
+    read = read_draft(out).params["lm_head"]
     np.testing.assert_array_equal(read.view(np.uint32), nearest.astype(np.uint32) << 16)
 
 
@@ -199,7 +198,7 @@ def test_parameters_are_stored_in_the_type_asked_for_and_tables_never(dtype, tmp
 def test_an_embedding_of_the_targets_width_is_stored_only_on_request(tmp_path):
     rows = np.random.default_rng(3).normal(size=(40, 24)).astype(np.float32)
     asked = export("sglang", PLAIN, tmp_path / "a", embed_VW=rows, target_embed_VW=rows)
-    np.testing.assert_array_equal(read_export(asked).embed_VW, rows)
+    np.testing.assert_array_equal(read_draft(asked).embed_VW, rows)
     assert "embed_tokens.weight" not in tensors_in(export("sglang", PLAIN, tmp_path / "b"))
 
 
@@ -207,7 +206,7 @@ def test_a_full_vocabulary_also_reads_from_zero_offsets_and_a_full_mask(tmp_path
     spec = BOTH_ENGINES["full_vocabulary"]
     folder = export("sglang", spec, tmp_path / "draft")
     edit_tensors(folder, lambda t: t.update(d2t=np.zeros(40, np.int64), t2d=np.ones(40, bool)))
-    np.testing.assert_array_equal(read_export(folder).draft_to_target_D, np.arange(40))
+    np.testing.assert_array_equal(read_draft(folder).draft_to_target_D, np.arange(40))
 
 
 def test_the_first_layer_reads_under_either_of_its_names(tmp_path):
@@ -219,7 +218,7 @@ def test_the_first_layer_reads_under_either_of_its_names(tmp_path):
 
     edit_tensors(folder, rename)
     np.testing.assert_array_equal(
-        read_export(folder).params["layers.0.mlp.up_proj"], parameters(PLAIN)["layers.0.mlp.up_proj"]
+        read_draft(folder).params["layers.0.mlp.up_proj"], parameters(PLAIN)["layers.0.mlp.up_proj"]
     )
 
 
@@ -229,4 +228,4 @@ def test_shards_read_as_one_file(tmp_path):
     (folder / "model.safetensors").unlink()
     for i, names in enumerate([sorted(tensors)[:7], sorted(tensors)[7:]], start=1):
         save_file({name: tensors[name] for name in names}, folder / f"model-0000{i}-of-00002.safetensors")
-    assert read_export(folder).spec == PLAIN
+    assert read_draft(folder).spec == PLAIN

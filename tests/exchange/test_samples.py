@@ -1,13 +1,13 @@
-"""Drafts that speculators itself wrote: read whole, written back tensor for tensor."""
+"""Drafts that speculators itself wrote are read, and written back with equal tensors."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jeagle.exchange import ExportCard, export_vllm, read_export
+from jeagle.exchange import ExportCard, read_draft
 from jeagle.interfaces import DraftSpec
-from tests.exchange.drafts import config_in, tensors_in
+from tests.exchange.drafts import config_in, tensors_in, to_vllm
 
 SAMPLES = Path(__file__).parent / "samples"
 SHARED = {
@@ -39,9 +39,14 @@ DRAFTS = {
 CARD = ExportCard(target_ref="tiny-llama-verifier", target_architectures=("LlamaForCausalLM",))
 
 
+def write_again(draft, out, **settings):
+    ids = draft.draft_to_target_D
+    return to_vllm(draft.spec, out, params=draft.params, ids=ids, target_layers=8, card=CARD, **settings)
+
+
 @pytest.mark.parametrize("name", DRAFTS)
 def test_a_draft_of_speculators_is_read_as_its_config_says(name):
-    draft = read_export(SAMPLES / name)
+    draft = read_draft(SAMPLES / name)
     assert draft.spec == DRAFTS[name][1]
     assert draft.embed_VW.shape == (96, 32)
     assert (np.diff(draft.draft_to_target_D) > 0).all()
@@ -49,17 +54,8 @@ def test_a_draft_of_speculators_is_read_as_its_config_says(name):
 
 @pytest.mark.parametrize("name", DRAFTS)
 def test_a_draft_of_speculators_is_written_back_byte_for_byte(name, tmp_path):
-    draft, (dtype, _) = read_export(SAMPLES / name), DRAFTS[name]
-    out = export_vllm(
-        draft.spec,
-        draft.params,
-        draft.draft_to_target_D,
-        tmp_path / "draft",
-        target_layers=8,
-        dtype=dtype,
-        embed_VW=draft.embed_VW,
-        card=CARD,
-    )
+    draft, (dtype, _) = read_draft(SAMPLES / name), DRAFTS[name]
+    out = write_again(draft, tmp_path / "draft", dtype=dtype, embed_VW=draft.embed_VW)
     ours, theirs = tensors_in(out), tensors_in(SAMPLES / name)
     assert ours.keys() == theirs.keys()
     for tensor in theirs:
@@ -71,9 +67,8 @@ def test_a_draft_of_speculators_is_written_back_byte_for_byte(name, tmp_path):
 @pytest.mark.parametrize("name", DRAFTS)
 def test_our_config_says_what_speculators_own_says(name, tmp_path):
     """Every field that shapes the draft has the value that the library wrote."""
-    draft, theirs = read_export(SAMPLES / name), config_in(SAMPLES / name)
-    out = export_vllm(draft.spec, draft.params, draft.draft_to_target_D, tmp_path / "draft", target_layers=8, card=CARD)
-    ours = config_in(out)
+    draft, theirs = read_draft(SAMPLES / name), config_in(SAMPLES / name)
+    ours = config_in(write_again(draft, tmp_path / "draft", dtype="bfloat16"))
     flags = [
         "draft_vocab_size",
         "eagle_aux_hidden_state_layer_ids",

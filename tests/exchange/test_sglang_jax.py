@@ -1,8 +1,8 @@
-"""sglang-jax, SGLang's server for TPUs: what its EAGLE-3 draft reads, and that an export for SGLang has it.
+"""An export for SGLang contains what the EAGLE-3 draft of sglang-jax, SGLang's server for TPUs, reads.
 
 Read in sgl-project/sglang-jax, commit cddbf6f of 21 August 2026: srt/models/llama_eagle3.py (the names that its loader
 maps, each with the shape of the parameter behind it), srt/models/llama.py and srt/utils/weight_utils.py (what it reads
-of config.json; d2t are offsets), srt/model_executor/model_runner.py (which layers of the target are tapped).
+of config.json; d2t are offsets), srt/model_executor/model_runner.py (which aux layers of the target are used).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ MAPPED = {  # name in the file -> its axes there; W hidden_size, H target_hidden
     "midlayer.self_attn.o_proj.weight": "W QC",
 }
 NOT_READ = {"t2d"}
-"""Nothing else may be in the file: a name that is not mapped is left out without a word."""
+"""Nothing else may be in the file: sglang-jax drops a name that it does not map, without a message."""
 READ = {  # fields of config.json; those that it cannot do without, and what they must be
     "architectures": lambda c: c["architectures"][0] == "LlamaForCausalLMEagle3",
     "model_type": lambda c: c["model_type"] == "llama",
@@ -76,8 +76,8 @@ def test_the_offsets_become_the_targets_ids(tmp_path):
 
 
 UNSERVED = {
-    "always taps": {"aux_layers": (1, 4, 5)},
-    "always taps [2, 4, 5] of 8": {"aux_layers": (2, 4, 5, 6)},
+    "always uses": {"aux_layers": (1, 4, 5)},
+    "always uses [2, 4, 5] of 8": {"aux_layers": (2, 4, 5, 6)},
     "norm_before_fc": {"norm_before_fc": True},
     "fc_norm": {"fc_norm": True},
     "carry_normed": {"carry_normed": True},
@@ -92,11 +92,11 @@ UNSERVED = {
 
 
 @pytest.mark.parametrize("named", UNSERVED)
-def test_what_sglang_jax_would_serve_wrongly_is_known(named):
+def test_a_draft_that_sglang_jax_would_serve_wrongly_has_a_reason(named):
     reasons = sglang_jax_limits(dataclasses.replace(PLAIN, **UNSERVED[named]), LAYERS, ("LlamaForCausalLM",))
     assert any(named in reason for reason in reasons), reasons
 
 
-def test_targets_that_it_does_not_tap_are_known():
+def test_a_target_without_aux_hidden_states_in_sglang_jax_has_a_reason():
     assert sglang_jax_limits(PLAIN, LAYERS, ("Qwen3ForCausalLM",)) == []
     assert "GptOssForCausalLM" in sglang_jax_limits(PLAIN, LAYERS, ("GptOssForCausalLM",))[0]

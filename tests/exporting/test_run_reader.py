@@ -1,4 +1,4 @@
-"""Parameters read one at a time from a checkpoint are those read all at once, whatever training kept beside them."""
+"""Parameters read one at a time from a checkpoint equal those read all at once, whatever else training saved."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 from jeagle import drafts
-from jeagle.exporting.run_reader import _params
+from jeagle.exporting.run_reader import _draft_params, local_store, open_checkpoint
 from jeagle.run.parameters import served_params
 from jeagle.runtime.checkpoints import Checkpoints, load_named
-from jeagle.runtime.saved import local, open_saved
 from jeagle.training.step import TrainState
 
 
 class Averaging(NamedTuple):
-    """As optax's schedule_free keeps it: the iterate that takes the steps."""
+    """The state of optax's schedule_free: z is the iterate that takes the steps."""
 
     z: Any
     count: Any
@@ -46,23 +45,23 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("kept", STATES)
-def test_one_at_a_time_is_all_at_once(kept, tmp_path):
+@pytest.mark.parametrize("state", STATES)
+def test_parameters_read_one_at_a_time_are_those_read_all_at_once(state, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(2, STATES["trained"])
-    checkpoints.save(3, STATES[kept])
+    checkpoints.save(3, STATES[state])
     checkpoints.close()
     _, named = load_named(tmp_path, 3)
     wanted = drafts.merge_adapters(served_params(named))
-    step, arrays = open_saved(local(tmp_path), "last", where="here")
-    found = _params(arrays)
-    assert step == 3 and found.keys() == wanted.keys() and len(wanted) == 4
+    step, arrays = open_checkpoint(local_store(tmp_path), "last", where="here")
+    params = _draft_params(arrays)
+    assert step == 3 and params.keys() == wanted.keys() and len(wanted) == 4
     for name, array in wanted.items():
-        assert found[name].shape == array.shape
-        np.testing.assert_array_equal(found[name][...], array, err_msg=name)
-        np.testing.assert_array_equal(found[name][1:3], array[1:3], err_msg=name)
-        np.testing.assert_array_equal(found[name][1:99], array[1:99], err_msg=name)
-    assert kept == "trained" or not np.array_equal(found["fc"][...], STATES["trained"].draft["fc"])
+        assert params[name].shape == array.shape
+        np.testing.assert_array_equal(params[name][...], array, err_msg=name)
+        np.testing.assert_array_equal(params[name][1:3], array[1:3], err_msg=name)
+        np.testing.assert_array_equal(params[name][1:99], array[1:99], err_msg=name)
+    assert state == "trained" or not np.array_equal(params["fc"][...], STATES["trained"].draft["fc"])
 
 
 def test_another_step_is_another_draft(tmp_path):
@@ -71,7 +70,7 @@ def test_another_step_is_another_draft(tmp_path):
         checkpoints.save(step, TrainState(tree(step), None, jnp.int32(step), jnp.int32(0)))
     checkpoints.close()
     for step in (1, 2, "1", "2", "best"):
-        found, arrays = open_saved(local(tmp_path), step, where="here", scores={1: 1.4, 2: 1.3, 3: 9.0})
-        assert found == (1 if step == "best" else int(step))
-        np.testing.assert_array_equal(_params(arrays)["fc"][...], tree(found)["fc"])
-        assert load_named(tmp_path, step, {1: 1.4, 2: 1.3})[0] == found
+        opened, arrays = open_checkpoint(local_store(tmp_path), step, where="here", scores={1: 1.4, 2: 1.3, 3: 9.0})
+        assert opened == (1 if step == "best" else int(step))
+        np.testing.assert_array_equal(_draft_params(arrays)["fc"][...], tree(opened)["fc"])
+        assert load_named(tmp_path, step, {1: 1.4, 2: 1.3})[0] == opened

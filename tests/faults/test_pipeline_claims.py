@@ -18,6 +18,7 @@ from jeagle import flags as configs
 from jeagle import pipeline
 from jeagle.data import AnswerFile
 from jeagle.errors import UserError
+from jeagle.export import VllmExportArguments
 from jeagle.runtime.checkpoints import Checkpoints, load_named
 from tests import tiny
 
@@ -74,7 +75,8 @@ def measure(config, prepared, *, trained):
     return metrics | by_position | {"lossless": True, "prompts_hash": "", "ngram": ngram, "sample": sample}
 
 
-def export(folder, engine, *, acceptance):
+def export(args, acceptance):
+    folder, engine = Path(args.checkpoint), "vllm" if isinstance(args, VllmExportArguments) else "sglang"
     place = folder / "exports" / engine
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)

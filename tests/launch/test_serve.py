@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from tests.exchange.drafts import CARD, PLAIN, to_sglang, to_vllm
-from tests.exchange.test_folder import commands
+from tests.exchange.drafts import CARD, PLAIN, card_commands, to_sglang, to_vllm
 from tests.launch.test_launch import LAUNCH, launch
 
 KNOWN = dataclasses.replace(CARD, target_ref="someone/a model")
@@ -35,7 +34,7 @@ def printed(script, *arguments):
 @pytest.mark.parametrize("script", WRITERS)
 def test_the_command_is_the_one_on_the_exports_card(script, tmp_path):
     run = run_with(script, tmp_path)
-    on_card = commands(run / "exports" / WRITERS[script][1])[0]
+    on_card = card_commands(run / "exports" / WRITERS[script][1])[0]
     assert same(printed(script, "--run", run), on_card)
 
 

@@ -28,7 +28,7 @@ from jeagle.run.draft_init import (
     starting_head,
 )
 from jeagle.runtime.manifest import write_manifest
-from tests.exchange.drafts import CARD, LAYERS, PLAIN, parameters
+from tests.exchange.drafts import CARD, LAYERS, PLAIN, parameters, to_sglang
 
 TARGET = type("Target", (), {})()
 for name, value in {
@@ -167,9 +167,7 @@ def exported(tmp_path):
     spec = dataclasses.replace(PLAIN, width=16, fc_norm=True)
     params, ids = parameters(spec), np.arange(0, 32, 2)
     embed = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
-    out = exchange.export_sglang(
-        spec, params, ids, tmp_path / "old", target_layers=LAYERS, dtype="float32", card=CARD, embed_VW=embed
-    )
+    out = to_sglang(spec, tmp_path / "old", params=params, ids=ids, card=CARD, embed_VW=embed)
     return out, spec, params, ids, embed
 
 

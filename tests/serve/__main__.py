@@ -1,13 +1,14 @@
-"""`python -m tests.serve`: do engines do with a draft exactly what jeagle does with it?
+"""`python -m tests.serve` checks that engines do exactly what jeagle does with a draft.
 
-A draft is trained here (or a run of yours taken, --run), decoded by jeagle from its checkpoint, and exported.
+A draft is trained here (or --run names a run of yours), decoded by jeagle from its checkpoint, and exported.
 
-- vLLM serves it beside its target, greedily, in float32: texts, and how many drafts are accepted at each position, are
-  jeagle's, prompt by prompt; and are not with a fault planted in the export.
-- The speculators library loads it, and its forward gives jeagle's loss on the same row.
-- SGLang's draft class loads it on a CPU: every parameter from a tensor, every tensor used, layers and RoPE as trained.
+- vLLM serves it beside its target, greedily and in float32. The texts, and the number of tokens accepted at each
+  position, must be jeagle's for every prompt, and must differ from them when a fault is planted in the export.
+- The speculators library loads it, and its forward pass gives jeagle's loss on the same row.
+- SGLang's draft class loads it on a CPU: every parameter comes from a tensor, every tensor is used, and aux layers and
+  RoPE are those of training.
 
-`make serve-check` installs what it needs and calls it.
+`make serve-check` installs what this needs and runs it.
 """
 
 from __future__ import annotations
@@ -30,50 +31,50 @@ from tests.serve import drafts, peers, with_vllm
 from tests.serve.reference import Settings
 from tests.serve.served import Layout, Served, prepare
 
-FOUND = signed_file("file of serve-check's findings", b'"as_it_should"')
+FINDINGS_FILE = signed_file("file of serve-check's findings", b'"as_it_should"')
 QUICKSTART = Path("runs/quickstart")
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Serves drafts and compares what engines do with what jeagle does."""
+class ServeCheckArguments:
+    """Serves drafts, and compares what engines do with what jeagle does."""
 
     run: Path | None = None
     """A run of your own, runs/NAME, instead of the drafts made here."""
     drafts: tuple[str, ...] = ("small",)
-    """Which drafts are made and served; `all` for every one, and runs/quickstart where it is."""
+    """The drafts that are trained and served; `all` means every one, and runs/quickstart if it exists."""
     engines: tuple[Literal["vllm", "speculators", "sglang"], ...] = ("vllm", "speculators", "sglang")
-    """Who is asked."""
+    """The engines that are checked."""
     faults: tuple[Layout, ...] = ("speculators",)
-    """Layouts in which faults are planted in the first draft's export: each must make vLLM's counters differ. With
-    --drafts all in every layout."""
+    """The layouts in which faults are planted in the first draft's export. Each fault must change vLLM's counters. With
+    --drafts all, faults are planted in every layout."""
     venv: Path = Path(".venv-serve")
-    """The environment that has vLLM, with folders speculators and sglang of what those need besides."""
+    """The environment of vLLM, with the further packages of speculators and sglang in folders of these names."""
     out: Path | None = None
-    """File for the findings, JSON."""
+    """A JSON file for the findings."""
     settings: Settings = dataclasses.field(default_factory=Settings)
 
 
 def main(arguments: list[str]) -> int:
-    args = tyro.cli(Arguments, args=arguments, prog="python -m tests.serve")
+    args = tyro.cli(ServeCheckArguments, args=arguments, prog="python -m tests.serve")
     if not (args.venv / "bin" / "python").is_file():
-        raise UserError(f"{args.venv} has no interpreter: make serve-check installs vLLM there.")
+        raise UserError(f"{args.venv} has no Python interpreter: make serve-check installs vLLM there.")
     if args.out:
-        check_replaceable(args.out, FOUND)
+        check_replaceable(args.out, FINDINGS_FILE)
     prepare_host()
     found = []
     with tempfile.TemporaryDirectory(prefix="serve-check-") as work:
         for finding in findings(args, Path(work)):
-            say(finding)
+            print_finding(finding)
             found.append(finding)
     if args.out:
-        atomic_write(args.out, json.dumps(found, indent=2) + "\n", FOUND)
+        atomic_write(args.out, json.dumps(found, indent=2) + "\n", FINDINGS_FILE)
     wrong = [finding for finding in found if not finding["as_it_should"]]
-    print(f"serve-check: {len(found) - len(wrong)} of {len(found)} as they should be")
+    print(f"serve-check: {len(found) - len(wrong)} of {len(found)} as expected")
     return 1 if wrong else 0
 
 
-def findings(args: Arguments, work: Path) -> Iterator[dict[str, Any]]:
+def findings(args: ServeCheckArguments, work: Path) -> Iterator[dict[str, Any]]:
     python = args.venv / "bin" / "python"
     served = [prepare(name, run, work / name, args.settings) for name, run in runs(args, work)]
     if "vllm" in args.engines:
@@ -82,33 +83,33 @@ def findings(args: Arguments, work: Path) -> Iterator[dict[str, Any]]:
         yield from peer_findings(args, python, one, work)
 
 
-def faulty(args: Arguments) -> tuple[Layout, ...]:
+def faulty(args: ServeCheckArguments) -> tuple[Layout, ...]:
     return get_args(Layout) if args.drafts == ("all",) and not args.run and args.faults else args.faults
 
 
-def peer_findings(args: Arguments, python: Path, served: Served, work: Path) -> Iterator[dict[str, Any]]:
+def peer_findings(args: ServeCheckArguments, python: Path, served: Served, work: Path) -> Iterator[dict[str, Any]]:
     if "speculators" in args.engines:
         yield peers.speculators(python, args.venv / "speculators", served, work)
     if "sglang" in args.engines:
         yield peers.sglang(python, args.venv / "sglang", served)
 
 
-def runs(args: Arguments, work: Path) -> Iterator[tuple[str, Path]]:
-    """Names and folders; tiny drafts are trained here."""
+def runs(args: ServeCheckArguments, work: Path) -> Iterator[tuple[str, Path]]:
+    """Yields the names and folders of the runs; tiny drafts are trained here."""
     if args.run:
         yield args.run.resolve().name, args.run
         return
     names = tuple(drafts.CASES) if args.drafts == ("all",) else args.drafts
     unknown = set(names) - set(drafts.CASES)
     if unknown:
-        raise UserError(f"There is no draft {', '.join(unknown)}: there are {', '.join(drafts.CASES)}, and all.")
+        raise UserError(f"There is no draft {', '.join(unknown)}: choose from {', '.join(drafts.CASES)}, and all.")
     for name in names:
         yield name, drafts.make_run(drafts.CASES[name], work / name)
     if args.drafts == ("all",) and (QUICKSTART / "checkpoints").is_dir():
         yield "quickstart", QUICKSTART
 
 
-def say(finding: dict[str, Any]) -> None:
+def print_finding(finding: dict[str, Any]) -> None:
     what = ", ".join(part for part in (finding["draft"], finding["layout"], finding["fault"]) if part)
     print(
         f"{'ok  ' if finding['as_it_should'] else 'FAIL'} {finding['engine']}, {what}: {finding['found']}", flush=True

@@ -1,4 +1,4 @@
-"""Compares what vLLM counted with what jeagle's decoding says."""
+"""Compares vLLM's counters with those of jeagle's decoding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.serve.reference import Counted, Reference
 
 
 def differences(reference: Reference, answer: dict[str, Any]) -> list[str]:
-    """Every way in which the engine's answer is not the reference's; empty where it is."""
+    """Returns every difference between the engine's answer and the reference; empty where they are equal."""
     if "failed" in answer:
         return [f"vLLM could not serve it: {answer['failed']}"]
     found = []
@@ -26,11 +26,11 @@ def differences(reference: Reference, answer: dict[str, Any]) -> list[str]:
     return found
 
 
-def says_nothing(counted: Counted) -> str:
-    """Why equal counters would prove nothing; empty where they prove something."""
+def why_uninformative(counted: Counted) -> str:
+    """Returns the reason why equal counters would prove nothing; empty where they are informative."""
     shares = [accepted / max(counted.drafts, 1) for accepted in counted.by_position]
     if sum(0.02 < share < 0.98 for share in shares) < 2:
-        return f"accepted at {shares} of all positions: too seldom or too often for the counters to tell drafts apart"
+        return f"accepted at {shares} of all positions: too rarely or too often for the counters to distinguish drafts"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The tiny drafts that are served: targets made here, drafts trained by jeagle's own commands, in this process."""
+"""Makes the tiny drafts that are served: random targets, and drafts that jeagle's own commands train."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests import tiny
 ROOT = Path(__file__).parents[2]
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER = 8, 64, 2, 1, 32, 96  # 32 is the least that vLLM's CPU attention has
 MAX_POSITIONS = 256
-# How much a layer adds to the stream: enough that the context decides, and little enough that a draft learns it.
+# How much a layer adds to the residual stream: enough that the context matters, and little enough for a draft to learn.
 BEND = 0.4
 
-# The frequencies of every pair of dimensions but the fastest change, and few positions do for it to show.
+# All frequencies but the highest one change, so that the effect is visible after a few positions.
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -36,8 +36,8 @@ class Case:
 
     Attributes:
       family: of the target, llama or qwen3.
-      config: what the target's config.json says otherwise than `config_json`.
-      flags: of training.
+      config: fields of the target's config.json that differ from `config_json`.
+      flags: for training.
     """
 
     family: str = "llama"
@@ -47,7 +47,7 @@ class Case:
 
 OTHER_LAYERS = ("--target.aux-layers", "1", "3", "6")
 CASES = {
-    # Everything that a fault can be planted in: a reduced vocabulary, layers of its own, a scaled RoPE.
+    # Every fault can be planted here: a reduced vocabulary, aux layers other than the default, and a scaled RoPE.
     "small": Case(config={"rope_scaling": LLAMA3}, flags=OTHER_LAYERS),
     "full_vocabulary": Case(flags=("--draft.vocab", "0")),
     "norm_before_residual": Case(flags=("--draft.norm-before-residual", "True", "--draft.engines", "vllm")),
@@ -58,7 +58,7 @@ CASES = {
 
 
 def make_run(case: Case, folder: Path) -> Path:
-    """The run's folder, runs/tiny under `folder`, its draft trained."""
+    """Trains the draft, and returns the run's folder, runs/tiny under `folder`."""
     write_target(folder / "target", case)
     tiny.write_chats(folder / "chats.jsonl", 200)
     flags = tiny.flags(
@@ -76,7 +76,7 @@ def make_run(case: Case, folder: Path) -> Path:
 
 
 def write_target(folder: Path, case: Case) -> None:
-    """A random target in Hugging Face's form, with the tokenizer and template of `tests.tiny`."""
+    """Writes a random target in Hugging Face's form, with the tokenizer and template of `tests.tiny`."""
     folder.mkdir(parents=True)
     vocab = tiny.write_tokenizer(folder)
     config = config_json(case.family, vocab) | case.config
@@ -108,7 +108,7 @@ def weights(family: str, vocab: int, spoken: list[int]) -> dict[str, np.ndarray]
         return (scale * rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
 
     def norm(size: int) -> np.ndarray:
-        return rng.uniform(0.5, 1.5, size).astype(np.float32)  # away from one, so that a lost norm shows
+        return rng.uniform(0.5, 1.5, size).astype(np.float32)  # far from one, so that a lost norm is visible
 
     tensors = {
         "model.embed_tokens.weight": normal(vocab, WIDTH, scale=8),

@@ -1,4 +1,4 @@
-"""Faults of an export that vLLM loads without a word: each must change what it accepts."""
+"""Faults of an export that vLLM loads without a message: each must change what it accepts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def missing_fc(config: Tree, tensors: dict[str, np.ndarray]) -> bool:
 def layer_ids_off_by_one(config: Tree, tensors: dict[str, np.ndarray]) -> bool:
     for tree in (config, config.get("eagle_config", {})):
         if LAYER_IDS in tree:
-            tree[LAYER_IDS] = [tap + 1 for tap in tree[LAYER_IDS]]
+            tree[LAYER_IDS] = [layer + 1 for layer in tree[LAYER_IDS]]
     return True
 
 
@@ -46,7 +46,7 @@ def swapped_norms(config: Tree, tensors: dict[str, np.ndarray]) -> bool:
 
 
 def transposed_weight(config: Tree, tensors: dict[str, np.ndarray]) -> bool:
-    """Of a square matrix, so that the shape tells nothing."""
+    """The matrix is square, so that its shape does not show the fault."""
     name = first_layer(tensors, "self_attn.o_proj")
     square = len(set(tensors[name].shape)) == 1
     if square:
@@ -55,7 +55,7 @@ def transposed_weight(config: Tree, tensors: dict[str, np.ndarray]) -> bool:
 
 
 def first_layer(tensors: dict[str, np.ndarray], part: str) -> str:
-    """The name of a tensor of the first layer, which the plain layout calls midlayer."""
+    """Returns the name of a tensor of the first layer, which the plain layout calls midlayer."""
     return next(f"{layer}.{part}.weight" for layer in ("layers.0", "midlayer") if f"{layer}.{part}.weight" in tensors)
 
 
@@ -70,7 +70,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def plant(fault: str, export: Path, out: Path) -> bool:
-    """Copies an export with one fault; False where this draft cannot have it."""
+    """Copies an export with one fault; returns False where this draft cannot have the fault."""
     shutil.copytree(export, out)
     config = json.loads((out / "config.json").read_text())
     with safe_open(out / "model.safetensors", "numpy") as file:

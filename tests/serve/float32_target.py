@@ -1,4 +1,4 @@
-"""Any target that jeagle reads, as a float32 Hugging Face folder, which engines read."""
+"""Writes any target that jeagle reads as a float32 Hugging Face folder, which engines can read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SHARD_BYTES = 2**31
 
 
 def write_float32(ref: str, out: Path) -> Path:
-    """Writes config.json and safetensors of the target `ref`, its weights multiplied out; returns `out`.
+    """Writes config.json and safetensors of the target `ref`, its weights dequantised; returns `out`.
 
-    The tokenizer is left out: engines are asked in token ids. At most a shard is held in memory.
+    The tokenizer is left out, because engines are given token ids. At most one shard is in memory.
 
     Raises:
       UserError: for a target that cannot be found or read.
@@ -37,7 +37,7 @@ def write_float32(ref: str, out: Path) -> Path:
 
 
 def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """Names in their order, as many together as fit a shard in float32."""
+    """Groups the names, in their order, into shards of at most SHARD_BYTES in float32."""
     found: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name, shape in shapes.items():

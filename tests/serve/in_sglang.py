@@ -1,8 +1,8 @@
 """Runs in vLLM's environment with SGLang beside it: python in_sglang.py EXPORT TARGET; prints JSON.
 
 SGLang's own draft class is built from the export's config.json on a CPU, filled with NaN, and loaded from its tensors
-with SGLang's own `load_weights`. Every parameter must then be a tensor of the file, and every tensor be used: SGLang
-reports neither. TARGET is the target's folder, of which config.json is read. No forward is run.
+with SGLang's own `load_weights`. Every parameter must then equal a tensor of the file, and every tensor must be used;
+SGLang reports neither fault. TARGET is the target's folder, of which only config.json is read. No forward pass is run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands for packages that SGLang imports and this check does not need; nothing of SGLang's is replaced."""
+    """Replaces packages that SGLang imports and this check does not need; nothing of SGLang itself is replaced."""
 
     PACKAGES = ("IPython", "gguf", "torchvision")
 
@@ -89,7 +89,7 @@ def build(export: Path) -> tuple[Any, Any]:
 
 
 def compare(parameters: dict[str, Any], tensors: dict[str, Any]) -> tuple[list[str], set[str]]:
-    """-> (parameters that are not what the file holds, the tensors that were found in a parameter)."""
+    """Returns (parameters that differ from the file, tensors of the file that a parameter uses)."""
     parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     file = {name.replace("midlayer.", "layers.0."): name for name in tensors}
     wrong, used = [], set()
@@ -98,20 +98,20 @@ def compare(parameters: dict[str, Any], tensors: dict[str, Any]) -> tuple[list[s
         fused = next((key for key in parts if f".{key}." in plain), "")
         names = [plain.replace(fused, part) for part in parts[fused]] if fused else [plain]
         if names == ["embed_tokens.weight"] and names[0] not in file:
-            continue  # the target's is put there
+            continue  # SGLang puts the target's there
         if not all(each in file for each in names):
             wrong.append(f"{name}: not in the file")
             continue
         used |= {file[each] for each in names}
         expected = torch.cat([tensors[file[each]] for each in names])
-        held = parameter[: len(expected)]  # vocabularies are padded
-        if held.shape != expected.shape or not torch.equal(held, expected.to(held.dtype)):
+        loaded = parameter[: len(expected)]  # vocabularies are padded
+        if loaded.shape != expected.shape or not torch.equal(loaded, expected.to(loaded.dtype)):
             wrong.append(f"{name}: differs")
     return wrong, used
 
 
 def captured(config: Any, target: dict[str, Any]) -> list[int]:
-    """Layers that SGLang's target of this kind would capture, counted as decoder layers that have run."""
+    """Returns the layer boundaries that SGLang's target of this kind would capture."""
     module = importlib.import_module(f"sglang.srt.models.{target['model_type']}")
     model = getattr(module, target["architectures"][0])
     ids = (getattr(config, "eagle_config", None) or {}).get("eagle_aux_hidden_state_layer_ids")
@@ -123,7 +123,7 @@ def captured(config: Any, target: dict[str, Any]) -> list[int]:
 
 
 def rope(model: Any) -> list[float]:
-    """Cosines at position 100: what SGLang's rotary embedding makes of the configuration."""
+    """Returns the cosines at position 100 of the rotary embedding that SGLang builds from the configuration."""
     table = model.model.layers[0].self_attn.rotary_emb.cos_sin_cache
     return table[100, : table.shape[1] // 2].tolist()
 

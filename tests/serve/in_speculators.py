@@ -1,7 +1,7 @@
 """Runs in vLLM's environment with speculators beside it: python in_speculators.py EXPORT ARRAYS; prints JSON.
 
 EXPORT is a draft in the speculators layout, ARRAYS an npz of `loss.raw`. The library's own classes load the export, cut
-and pack the documents, and compute the loss. Imports nothing of jeagle.
+and pack the documents, and compute the loss. This script imports nothing of jeagle.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(export: Path, arrays: Path) -> dict[str, Any]:
 
 
 def samples(arrays: dict[str, np.ndarray]) -> list[dict[str, torch.Tensor]]:
-    """The documents one by one."""
+    """Returns the documents one by one."""
     lengths = arrays.pop("lengths")
     ends = np.cumsum(lengths)
     found = []
@@ -60,12 +60,12 @@ def samples(arrays: dict[str, np.ndarray]) -> list[dict[str, torch.Tensor]]:
 
 
 def not_loaded(model: torch.nn.Module, export: Path) -> list[str]:
-    """Tensors of the file that the model does not hold as they are, and parameters that hold NaN."""
-    held = model.state_dict()
-    wrong = [f"{name} holds NaN" for name, tensor in held.items() if tensor.isnan().any()]
+    """Returns the tensors of the file that differ in the model, and the parameters that contain NaN."""
+    loaded = model.state_dict()
+    wrong = [f"{name} contains NaN" for name, tensor in loaded.items() if tensor.isnan().any()]
     with safe_open(export / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118
-            if name not in held or not torch.equal(held[name], file.get_tensor(name)):
+            if name not in loaded or not torch.equal(loaded[name], file.get_tensor(name)):
                 wrong.append(name)
     return wrong
 

@@ -1,10 +1,10 @@
 """Runs in vLLM's environment: python in_vllm.py JOBS, one JSON job a line; prints one JSON answer a line.
 
 Job: target, draft (folders), draft_tokens, max_new_tokens, max_model_len, prompts (lists of token ids).
-Answer: tokens of each prompt, what vLLM counted for each prompt served alone, and for all of them served together; or
-`failed`, with what vLLM said. Imports nothing of jeagle.
+Answer: tokens of each prompt, vLLM's counters for each prompt served alone and for all of them served together; or
+`failed`, with vLLM's message. This script imports nothing of jeagle.
 
-Each job is a fork of one process that has imported vLLM, so that nothing is left over from the job before.
+Each job runs in a fork of one process that has imported vLLM, so that no job leaves anything behind for the next one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def in_a_fork(job: dict[str, Any]) -> dict[str, Any]:
                 answer.write_text(json.dumps(serve(job)))
             except BaseException as error:
                 answer.write_text(json.dumps({"failed": f"{type(error).__name__}: {error}"}))
-            os._exit(0)  # no finalisers: the parent still uses what the fork shares with it
+            os._exit(0)  # without finalisers, because the parent still uses what the fork shares with it
         _, status = os.waitpid(child, 0)
         if not answer.is_file():
             return {"failed": f"vLLM's process ended with status {status}"}
@@ -70,7 +70,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         skip_tokenizer_init=True,
         dtype="float32",
         enforce_eager=True,
-        disable_log_stats=False,  # else nothing is counted
+        disable_log_stats=False,  # otherwise nothing is counted
         enable_prefix_caching=False,
         max_model_len=job["max_model_len"],
         max_num_seqs=SIDE_BY_SIDE,
@@ -100,7 +100,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def counters(model: Any) -> dict[str, Any]:
-    """What vLLM has counted since it was started; nothing is zero."""
+    """Returns vLLM's counters since its start."""
     found = {metric.name: metric for metric in model.get_metrics()}
     counted: dict[str, Any] = {}
     for name, theirs in COUNTERS.items():

@@ -1,4 +1,4 @@
-"""jeagle's loss of a trained draft on a row of its data, and that row as the speculators library reads it."""
+"""Computes jeagle's loss of a trained draft on a row of its data, and the row as the speculators library reads it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class SameLoss(NamedTuple):
     """A row's loss in the dialect of speculators.
 
     Attributes:
-      loss: all steps' together. by_step: each step's. counting: how many slots each step counts.
-      arrays: the row's documents one after the other, and their lengths: what speculators' data set hands out.
+      loss: over all TTT steps.
+      by_step: of each step.
+      counting: number of slots that count at each step.
+      arrays: the row's documents one after the other, and their lengths, as speculators' data set returns them.
     """
 
     loss: float
@@ -33,7 +35,7 @@ class SameLoss(NamedTuple):
 
 
 def on_first_row(run: Path) -> SameLoss:
-    """Of the first training row, in float32."""
+    """Returns the loss of the first training row, in float32."""
     _, spec, opened = open_run(run)
     batch = Batch(*(jnp.asarray(array[:1]) for array in data.load_rows(run / "data" / "train")))
     graphdef, _ = assemble.draft_from_flat(spec, "float32", assemble.flat_draft(opened.weights.draft), opened.mesh)
@@ -50,7 +52,7 @@ def on_first_row(run: Path) -> SameLoss:
 
 
 def raw(target: Target, spec: DraftSpec, batch: Batch) -> dict[str, np.ndarray]:
-    """The row in speculators' form: tapped streams side by side, and the last one before the final norm."""
+    """Returns the row in speculators' form: aux hidden states side by side, and the last one before the final norm."""
     layers = (*spec.aux_layers, target.spec.layers)
     aux_BTAH, _ = target.model().forward(batch.tokens_BT, batch.positions_BT, batch.segments_BT, layers)
     tokens, segments, _, supervised = (np.asarray(array[0]) for array in batch)

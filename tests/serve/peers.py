@@ -1,4 +1,4 @@
-"""The speculators library and SGLang beside jeagle: their own classes load the exports."""
+"""Compares the speculators library and SGLang with jeagle: their own classes load the exports."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tests.serve.served import Served
 
 HERE = Path(__file__).parent
 LOSS_TOLERANCE = 1e-5
-ROPE_TOLERANCE = 1e-4  # of a float32 cosine a hundred positions on
+ROPE_TOLERANCE = 1e-4  # of a float32 cosine at ROPE_POSITION
 ROPE_POSITION = 100
 
 
 def speculators(python: Path, site: Path, served: Served, work: Path) -> dict[str, Any]:
-    """The library loads the speculators layout, and its forward gives jeagle's loss on the same row."""
+    """Checks that the library loads the speculators layout, and that its forward pass gives jeagle's loss."""
     ours = loss.on_first_row(served.run)
     arrays = work / f"{served.name}.npz"
     np.savez(arrays, **ours.arrays)
     export = loadable(served.exports["speculators"], served.target, work / f"{served.name}-speculators")
     found = call(python, site, "in_speculators.py", export, arrays)
-    wrong = [f"{name} was not loaded as it is" for name in found["not_loaded"]]
+    wrong = [f"{name} was not loaded unchanged" for name in found["not_loaded"]]
     if found["counting"] != [round(c) for c in ours.counting]:
         wrong.append(f"slots that count: speculators {found['counting']}, jeagle {ours.counting}")
     if not abs(found["loss"] - ours.loss) <= LOSS_TOLERANCE * max(1.0, ours.loss):
@@ -41,8 +41,8 @@ def speculators(python: Path, site: Path, served: Served, work: Path) -> dict[st
 
 
 def loadable(export: Path, target: Path, out: Path) -> Path:
-    """The export itself where it names a folder that the library can read its target from. Where the run has its target
-    from elsewhere (a package, a GGUF file), a copy that names the target's float32 folder."""
+    """Returns the export itself where it names a target's folder that the library can read. Where the run's target is a
+    package or a GGUF file, returns a copy that names the target's float32 folder."""
     config = json.loads((export / "config.json").read_text())
     verifier = config["speculators_config"]["verifier"]
     if (Path(verifier["name_or_path"]) / "config.json").is_file():
@@ -54,7 +54,7 @@ def loadable(export: Path, target: Path, out: Path) -> Path:
 
 
 def sglang(python: Path, site: Path, served: Served) -> dict[str, Any]:
-    """SGLang's draft class loads every tensor, and reads layers, vocabulary and RoPE as they were trained."""
+    """Checks that SGLang's draft class loads every tensor, and reads aux layers, vocabulary and RoPE as trained."""
     if isinstance(served.sglang, str):
         return finding("sglang", served, "plain", [], f"refused by jeagle: {served.sglang}", None)
     _, spec, _ = assemble.load_draft(served.run, "last")
@@ -73,12 +73,12 @@ def sglang(python: Path, site: Path, served: Served) -> dict[str, Any]:
 
 
 def cosines(spec: DraftSpec) -> np.ndarray:
-    """Of every rotated pair at `ROPE_POSITION`."""
+    """Returns the cosine of every pair of dimensions at `ROPE_POSITION`."""
     return np.cos(ROPE_POSITION * inverse_frequencies(spec.rope, spec.head_dim)) * attention_factor(spec.rope)
 
 
 def call(python: Path, site: Path, program: str, *arguments: Path) -> dict[str, Any]:
-    """The last line that a program of this folder prints, in an environment with `site` beside vLLM's."""
+    """Runs a script of this folder with `site` beside vLLM's packages, and returns its last line, parsed."""
     command = [python, "-P", HERE / program, *arguments]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
     if done.returncode:

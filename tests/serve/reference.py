@@ -1,4 +1,4 @@
-"""What jeagle's own decoding says of a trained run: the texts, and what was accepted in each round."""
+"""Decodes a trained run with jeagle: the texts, and how many tokens each verification accepted."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec
 from jeagle.run import acceptance, assemble
 
-# Two float32 programs may choose otherwise where the best two logits lie closer than this.
+# Two float32 programs may choose different tokens where the best two logits are closer than this.
 LEAST_GAP = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How both sides decode: greedily, without heeding end tokens."""
+    """How both sides decode: greedily, ignoring end tokens."""
 
     draft_tokens: int = 4
     """Tokens drafted before each verification."""
     max_new_tokens: int = 48
     """Tokens of each answer."""
     max_prompts: int = 8
-    """Held-out prompts that are asked."""
+    """Number of held-out prompts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Counted:
 
     @classmethod
     def of_rounds(cls, rounds: Sequence[int], draft_tokens: int) -> Counted:
-        """rounds: for each verification, how many drafts were accepted."""
+        """rounds: for each verification, how many drafted tokens were accepted."""
         by_position = tuple(sum(r > place for r in rounds) for place in range(draft_tokens))
         return cls(len(rounds), len(rounds) * draft_tokens, sum(rounds), by_position)
 
     @classmethod
     def of_json(cls, tree: dict[str, Any]) -> Counted:
-        whole = {name: int(tree[name]) for name in ("drafts", "drafted", "accepted")}
-        return cls(**whole, by_position=tuple(map(int, tree["by_position"])))
+        counts = {name: int(tree[name]) for name in ("drafts", "drafted", "accepted")}
+        return cls(**counts, by_position=tuple(map(int, tree["by_position"])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Reference:
 
     Attributes:
       prompts, answers: token ids.
-      rounds: of each answer, how many drafts each verification accepted.
+      rounds: for each answer, how many drafted tokens each verification accepted.
       least_gap: between the best two of the target's logits, over all answers.
     """
 
@@ -67,12 +67,12 @@ class Reference:
     least_gap: float
 
     def counted(self, prompt: int | None = None) -> Counted:
-        """Of one prompt, or of all."""
+        """Returns the counters of one prompt, or of all."""
         rounds = [r for each in self.rounds for r in each] if prompt is None else self.rounds[prompt]
         return Counted.of_rounds(rounds, self.settings.draft_tokens)
 
     def job(self, target: Path, draft: Path) -> dict[str, Any]:
-        """What `in_vllm` is asked to do."""
+        """Returns a job for `in_vllm`."""
         longest = max(map(len, self.prompts))
         room = longest + self.settings.max_new_tokens + 2 * self.settings.draft_tokens
         return {
@@ -86,7 +86,7 @@ class Reference:
 
 
 def open_run(run: Path) -> tuple[RunConfig, DraftSpec, acceptance.Bench]:
-    """A run's last checkpoint and its target, both in float32, the target's weights as they are stored.
+    """Opens a run's last checkpoint and its target, both in float32, with the target's weights as they are stored.
 
     Raises:
       UserError: for a run without a checkpoint.
@@ -100,7 +100,7 @@ def open_run(run: Path) -> tuple[RunConfig, DraftSpec, acceptance.Bench]:
 def decode(run: Path, settings: Settings) -> Reference:
     """Decodes held-out prompts of the run with its last checkpoint, as `jeagle.bench` does.
 
-    Prompts on whose answer the target nearly hesitates are left out.
+    Prompts are left out where the target's best two tokens nearly tie somewhere in the answer.
 
     Raises:
       UserError: for a run without a checkpoint, or without held-out prompts.
@@ -118,13 +118,13 @@ def decode(run: Path, settings: Settings) -> Reference:
     if report["different"]:
         raise UserError(f"{run}: jeagle's own speculative and plain decoding differ in {report['different']} prompts.")
     gaps = [float(plain.gaps[: settings.max_new_tokens].min()) for plain in decoded.plain]
-    kept = [i for i, gap in enumerate(gaps) if gap > LEAST_GAP]
-    if not kept:
-        raise UserError(f"{run}: in every prompt's answer the best two tokens nearly tie; ask more prompts.")
+    clear = [i for i, gap in enumerate(gaps) if gap > LEAST_GAP]
+    if not clear:
+        raise UserError(f"{run}: in every prompt's answer the best two tokens nearly tie; use more prompts.")
     return Reference(
         settings,
-        prompts=[prompts[i].tolist() for i in kept],
-        answers=[decoded.speculative[i].tokens for i in kept],
-        rounds=[decoded.speculative[i].rounds for i in kept],
-        least_gap=min(gaps[i] for i in kept),
+        prompts=[prompts[i].tolist() for i in clear],
+        answers=[decoded.speculative[i].tokens for i in clear],
+        rounds=[decoded.speculative[i].rounds for i in clear],
+        least_gap=min(gaps[i] for i in clear),
     )

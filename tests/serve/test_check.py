@@ -1,4 +1,4 @@
-"""The comparison itself, without an engine: what differs is found, and a fault is one fault."""
+"""Tests the comparison without an engine: every difference is found, and a fault changes nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jeagle import targets
 from tests.exchange import drafts
 from tests.serve import faults, float32_target
-from tests.serve.check import differences, says_nothing
+from tests.serve.check import differences, why_uninformative
 from tests.serve.reference import Counted, Reference, Settings
 
 GOLDENS = Path(__file__).parents[1] / "targets" / "goldens"
@@ -59,8 +59,8 @@ def test_an_engine_that_fails_is_a_difference():
 
 
 @pytest.mark.parametrize(("rounds", "tells"), [([0] * 50, False), ([3] * 50, False), ([0, 1, 2, 3] * 5, True)])
-def test_counters_that_cannot_tell_drafts_apart_are_refused(rounds, tells):
-    assert bool(says_nothing(Counted.of_rounds(rounds, 3))) != tells
+def test_counters_that_cannot_distinguish_drafts_are_refused(rounds, tells):
+    assert bool(why_uninformative(Counted.of_rounds(rounds, 3))) != tells
 
 
 @pytest.mark.parametrize("layout", ["speculators", "plain"])

@@ -1,4 +1,4 @@
-"""vLLM beside jeagle: the same drafts, sound and with faults, and what each of the two accepts."""
+"""Compares what vLLM and jeagle accept of the same drafts, with and without faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Trial(NamedTuple):
 
 
 def check(python: Path, served: list[Served], work: Path, *, faulty: Sequence[Layout]) -> Iterator[dict[str, Any]]:
-    """A finding for each draft in each layout, and for each fault of the first draft in the layouts `faulty`."""
+    """Yields a finding for each draft in each layout, and for each fault of the first draft in the layouts `faulty`."""
     trials = [Trial(one, layout, "", folder) for one in served for layout, folder in one.exports.items()]
     for layout in faulty:
         trials += planted(served[0], layout, work / "faults" / layout)
@@ -36,7 +36,7 @@ def check(python: Path, served: list[Served], work: Path, *, faulty: Sequence[La
 
 
 def planted(served: Served, layout: Layout, work: Path) -> Iterator[Trial]:
-    """An export once with each fault that this draft can have."""
+    """Yields copies of an export, each with one fault that this draft can have."""
     for fault in faults.FAULTS:
         out = work / fault.replace(" ", "_")
         if faults.plant(fault, served.exports[layout], out):
@@ -46,7 +46,7 @@ def planted(served: Served, layout: Layout, work: Path) -> Iterator[Trial]:
 
 
 def answers(python: Path, trials: list[Trial], work: Path) -> Iterator[dict[str, Any]]:
-    """vLLM's answers, as they come."""
+    """Yields vLLM's answers as they arrive."""
     jobs, log = work / "jobs.jsonl", work / "vllm.log"
     jobs.write_text("".join(json.dumps(t.served.reference.job(t.served.target, t.folder)) + "\n" for t in trials))
     with log.open("w") as errors:
@@ -59,7 +59,7 @@ def answers(python: Path, trials: list[Trial], work: Path) -> Iterator[dict[str,
 
 
 def judged(trial: Trial, answer: dict[str, Any]) -> dict[str, Any]:
-    """A sound draft must agree with jeagle's decoding, one with a fault must not."""
+    """Returns the finding of a trial: a draft must agree with jeagle's decoding, and one with a fault must not."""
     reference = trial.served.reference
     wrong = differences(reference, answer)
     return {

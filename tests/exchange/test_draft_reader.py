@@ -1,4 +1,4 @@
-"""What another program, or a slip, may have left in a folder: refused by name, or settled by a hint."""
+"""Faults in a published draft are refused by name; open questions are answered by a hint."""
 
 import copy
 import dataclasses
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jeagle.errors import UserError
-from jeagle.exchange import Hints, read_export
+from jeagle.exchange import Hints, read_draft
 from tests.exchange.drafts import (
     LLAMA3,
     PLAIN,
@@ -44,7 +44,7 @@ PLAIN_CONFIG_FAULTS = {
     "no hidden_size": (_drop("hidden_size"), "hidden_size"),
     "hidden_size is text": (_set(hidden_size="24"), "hidden_size"),
     "no vocab_size": (_drop("vocab_size"), "vocab_size"),
-    "a switch is text, which is true": (_set(norm_before_residual="false"), "it is true or false"),
+    "a switch is text, which is true": (_set(norm_before_residual="false"), "it must be true or false"),
     "an end is text": (_set(eos_token_id="</s>"), "eos_token_id"),
     "an end is a list of lists": (_set(eos_token_id=[[2]]), "eos_token_id"),
     "epsilon below 0": (_set(rms_norm_eps=-1e-5), "rms_norm_eps"),
@@ -56,12 +56,12 @@ PLAIN_CONFIG_FAULTS = {
     "tied head": (_set(tie_word_embeddings=True), "tie_word_embeddings"),
     "part of a head rotated": (_set(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "no target layers read": (_nested(use_aux_hidden_state=False), "use_aux_hidden_state"),
-    "two sets of taps": (_nested(eagle_aux_hidden_state_layer_ids=[2, 4, 5]), "two sets of target layers"),
-    "taps in falling order": (
+    "two sets of aux layers": (_nested(eagle_aux_hidden_state_layer_ids=[2, 4, 5]), "two sets of target layers"),
+    "aux layers in falling order": (
         lambda c: (c.update(eagle_aux_hidden_state_layer_ids=[5, 4, 2]), c.pop("eagle_config")),
         "rising",
     ),
-    "number of taps": (_set(num_aux_hidden_states=4), "num_aux_hidden_states"),
+    "number of aux layers": (_set(num_aux_hidden_states=4), "num_aux_hidden_states"),
     "misspelt flag": (_set(norm_ouput=True), "norm_output"),
     "another theta": (_set(rope_theta=9.0), "rope_theta"),
     "scaling lost": (_set(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}), "rope_scaling"),
@@ -74,7 +74,7 @@ PLAIN_CONFIG_FAULTS = {
     "other head_dim": (_set(head_dim=8), "o_proj|q_proj|k_proj"),
     "other draft vocabulary": (_set(draft_vocab_size=17), r"lm_head|d2t"),
     "other target width": (_set(target_hidden_size=20), "embed_tokens"),
-    "other taps": (
+    "other aux layers": (
         lambda c: (_set(eagle_aux_hidden_state_layer_ids=[2, 4], num_aux_hidden_states=2)(c), c.pop("eagle_config")),
         r"fc\.weight",
     ),
@@ -82,12 +82,12 @@ PLAIN_CONFIG_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", PLAIN_CONFIG_FAULTS)
-def test_a_plain_config_at_fault_is_refused_by_field(fault, tmp_path):
+def test_a_faulty_plain_config_is_refused_by_field(fault, tmp_path):
     change, named = PLAIN_CONFIG_FAULTS[fault]
     folder = to_sglang(dataclasses.replace(PLAIN, rope=LLAMA3), tmp_path / "draft")
     edit_config(folder, change)
     with pytest.raises(UserError, match=named):
-        read_export(folder)
+        read_draft(folder)
 
 
 SPECULATORS_CONFIG_FAULTS = {
@@ -95,20 +95,20 @@ SPECULATORS_CONFIG_FAULTS = {
     "no decoder": (_drop("transformer_layer_config"), "transformer_layer_config"),
     "no model_type": (lambda c: c["transformer_layer_config"].pop("model_type"), "model_type"),
     "no norm_before_residual": (_drop("norm_before_residual"), "norm_before_residual"),
-    "no taps": (_drop("eagle_aux_hidden_state_layer_ids"), "eagle_aux_hidden_state_layer_ids"),
+    "no aux layers": (_drop("eagle_aux_hidden_state_layer_ids"), "eagle_aux_hidden_state_layer_ids"),
     "llama for qwen3": (_inner(model_type="llama"), "q_norm|k_norm"),
     "part of a head rotated": (_inner(partial_rotary_factor=0.5), "partial_rotary_factor"),
-    "taps uncounted": (_inner(num_aux_hidden_states=4), "num_aux_hidden_states"),
+    "wrong number of aux layers": (_inner(num_aux_hidden_states=4), "num_aux_hidden_states"),
 }
 
 
 @pytest.mark.parametrize("fault", SPECULATORS_CONFIG_FAULTS)
-def test_a_speculators_config_at_fault_is_refused_by_field(fault, tmp_path):
+def test_a_faulty_speculators_config_is_refused_by_field(fault, tmp_path):
     change, named = SPECULATORS_CONFIG_FAULTS[fault]
     folder = to_vllm(SPECULATORS_ONLY["qk_norm"], tmp_path / "draft")
     edit_config(folder, change)
     with pytest.raises(UserError, match=named):
-        read_export(folder)
+        read_draft(folder)
 
 
 def _absolute(tensors):
@@ -144,31 +144,31 @@ TENSOR_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", TENSOR_FAULTS)
-def test_tensors_at_fault_are_refused_by_name(fault, tmp_path):
+def test_faulty_tensors_are_refused_by_name(fault, tmp_path):
     change, named = TENSOR_FAULTS[fault]
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_tensors(folder, change)
     with pytest.raises(UserError, match=named):
-        read_export(folder)
+        read_draft(folder)
 
 
-def test_a_folder_without_a_draft_or_with_half_of_one_is_refused(tmp_path):
+def test_a_folder_without_a_complete_draft_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
-        read_export(tmp_path / "nowhere")
+        read_draft(tmp_path / "nowhere")
     folder = to_sglang(PLAIN, tmp_path / "draft")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     for cut in (0, 5, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:cut])
         with pytest.raises(UserError, match="cannot be read"):
-            read_export(folder)
+            read_draft(folder)
     weights.rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin is not a whole file"):
-        read_export(folder)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is not a complete file"):
+        read_draft(folder)
     for text in ("{", "[]"):
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"config\.json"):
-            read_export(folder)
+            read_draft(folder)
 
 
 def _fields(tree, at=()):
@@ -180,7 +180,7 @@ def _fields(tree, at=()):
 
 @pytest.mark.parametrize("layout", ["plain", "speculators"])
 @pytest.mark.parametrize("value", [..., None, "text", [1], -3], ids=["missing", "null", "text", "list", "negative"])
-def test_no_field_however_wrong_is_more_than_one_sentence(layout, value, tmp_path):
+def test_a_wrong_value_of_any_field_gives_at_most_one_sentence(layout, value, tmp_path):
     """Either the draft is read without the field, or it is refused."""
     folder = to_vllm(dataclasses.replace(PLAIN, rope=LLAMA3), tmp_path / "draft", layout=layout)
     whole = config_in(folder)
@@ -197,68 +197,110 @@ def test_no_field_however_wrong_is_more_than_one_sentence(layout, value, tmp_pat
 def refusal(folder) -> str:
     """Empty where the draft is read."""
     try:
-        read_export(folder)
+        read_draft(folder)
     except UserError as error:
         return str(error)
     return ""
 
 
-# Where a foreign folder leaves a question open, the answer is asked for, and one that contradicts it is refused.
+# Where a published folder leaves a question open, an answer is required; an answer that contradicts it is refused.
 
 
-def test_taps_that_a_config_leaves_out_must_be_told(tmp_path):
+def test_missing_aux_layers_must_be_given(tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, _drop("eagle_aux_hidden_state_layer_ids", "eagle_config"))
     with pytest.raises(UserError, match="eagle_aux_hidden_state_layer_ids"):
-        read_export(folder)
-    assert read_export(folder, Hints(aux_layers=(1, 2, 3))).spec.aux_layers == (1, 2, 3)
+        read_draft(folder)
+    assert read_draft(folder, Hints(aux_layers=(1, 2, 3))).spec.aux_layers == (1, 2, 3)
 
 
-def test_nested_ids_alone_mean_the_layer_below(tmp_path):
+def test_nested_ids_alone_count_one_layer_less(tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, _drop("eagle_aux_hidden_state_layer_ids"))
     assert config_in(folder)["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
-    assert read_export(folder).spec.aux_layers == (2, 4, 5)
+    assert read_draft(folder).spec.aux_layers == (2, 4, 5)
     with pytest.raises(UserError, match=r"\[2, 4, 5\], not \[1, 3, 4\]"):
-        read_export(folder, Hints(aux_layers=(1, 3, 4)))
+        read_draft(folder, Hints(aux_layers=(1, 3, 4)))
 
 
-def test_of_two_sets_of_taps_only_one_of_them_can_be_told(tmp_path):
+def test_a_hint_must_be_one_of_two_contradicting_lists_of_aux_layers(tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, _nested(eagle_aux_hidden_state_layer_ids=[2, 4, 5]))
-    assert read_export(folder, Hints(aux_layers=(2, 4, 5))).spec.aux_layers == (2, 4, 5)
-    assert read_export(folder, Hints(aux_layers=(3, 5, 6))).spec.aux_layers == (3, 5, 6)
+    assert read_draft(folder, Hints(aux_layers=(2, 4, 5))).spec.aux_layers == (2, 4, 5)
+    assert read_draft(folder, Hints(aux_layers=(3, 5, 6))).spec.aux_layers == (3, 5, 6)
     with pytest.raises(UserError, match="two sets"):
-        read_export(folder, Hints(aux_layers=(1, 2, 3)))
+        read_draft(folder, Hints(aux_layers=(1, 2, 3)))
 
 
 @pytest.mark.parametrize("written", [True, False])
-def test_norm_output_of_a_foreign_plain_folder_has_two_meanings(written, tmp_path):
+def test_norm_output_has_two_meanings_in_a_plain_folder_of_another_trainer(written, tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, lambda c: (c.pop("jeagle_version"), c.update(norm_output=written)))
     with pytest.raises(UserError, match="norm_output"):
-        read_export(folder)
-    carried = read_export(folder, Hints(norm_output="carry")).spec
+        read_draft(folder)
+    carried = read_draft(folder, Hints(norm_output="carry")).spec
     assert (carried.carry_normed, carried.head_norm) == (written, True)
-    head = read_export(folder, Hints(norm_output="head")).spec
+    head = read_draft(folder, Hints(norm_output="head")).spec
     assert (head.carry_normed, head.head_norm) == (False, written)
 
 
-def test_what_a_config_is_silent_about_comes_from_the_tensors(tmp_path):
+def test_fields_that_a_config_lacks_come_from_the_tensors(tmp_path):
     spec = dataclasses.replace(PLAIN, head_dim=10)
     folder = to_sglang(spec, tmp_path / "draft")
     edit_config(folder, _drop("head_dim", "draft_vocab_size", "target_hidden_size"))
-    assert read_export(folder).spec == spec
+    assert read_draft(folder).spec == spec
 
 
-def test_an_older_ropes_type_is_its_rope_type(tmp_path):
+def test_the_type_of_an_older_rope_scaling_is_read(tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft")
     edit_config(folder, _drop("rope_parameters"))
     edit_config(folder, _set(rope_scaling={"type": "linear", "factor": 2.0}))
-    assert read_export(folder).spec.rope.scaling == (("factor", 2.0), ("rope_type", "linear"))
+    assert read_draft(folder).spec.rope.scaling == (("factor", 2.0), ("rope_type", "linear"))
 
 
 def test_bfloat16_is_read_exactly(tmp_path):
     folder = to_sglang(PLAIN, tmp_path / "draft", dtype="bfloat16")
     rounded = parameters(PLAIN)["fc"].astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(read_export(folder).params["fc"], rounded.astype(np.float32))
+    np.testing.assert_array_equal(read_draft(folder).params["fc"], rounded.astype(np.float32))
+
+
+ROPES = {
+    "for each kind of layer": (
+        {"full_attention": {"rope_theta": 9e5}, "sliding_attention": {"rope_theta": 1e4}},
+        r"RoPE for each kind of layer \(full_attention, sliding_attention\)",
+    ),
+    "for a part of each head": (
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor",
+    ),
+    "of an unknown kind": ({"rope_type": "spiral", "rope_theta": 1e4}, "RoPE scaling 'spiral'"),
+    "with factor 0": ({"rope_type": "linear", "factor": 0, "rope_theta": 1e4}, "factor 0; it must be a number above 0"),
+    "with length 0": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0, "rope_theta": 1e4},
+        "original_max_position_embeddings 0; it must be an integer above 0",
+    ),
+    "with base 0": ({"rope_type": "default", "rope_theta": 0}, "rope_theta 0; it must be a number above 0"),
+    "with a factor 0 in a list": (
+        {"rope_type": "longrope", "short_factor": [1, 1, 1], "long_factor": [1, 0, 2], "rope_theta": 1e4},
+        "long_factor .* must be a list of numbers above 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])  # of transformers 5, and of 4
+@pytest.mark.parametrize("write", [to_sglang, to_vllm])
+def test_an_unsupported_rope_is_refused_in_both_schemas_and_layouts(rope, field, write, tmp_path):
+    """Read as plain RoPE, it would rotate every key by other angles than the draft was trained with."""
+    parameters, named = ROPES[rope]
+
+    def change(config):
+        decoder = config.get("transformer_layer_config", config)
+        for name in ("rope_theta", "rope_scaling", "rope_parameters"):
+            decoder.pop(name, None)
+        decoder[field] = parameters
+
+    folder = write(PLAIN, tmp_path / "draft")
+    edit_config(folder, change)
+    with pytest.raises(UserError, match=named):
+        read_draft(folder)

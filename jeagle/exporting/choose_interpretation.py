@@ -1,0 +1,147 @@
+"""Measures the interpretations of a published draft by decoding a few prompts, and chooses the most accepted one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jeagle import decoding
+from jeagle.config import RunConfig
+from jeagle.exchange import Interpretation, same_embedding
+from jeagle.exporting.run_reader import MEASURED_FILE
+from jeagle.interfaces import DraftSpec
+from jeagle.run import acceptance, assemble
+from jeagle.run.draft_init import EMBEDDING_FILE
+from jeagle.runtime.progress import Progress
+
+_CLEAR_LEAD = 2.0  # standard errors between the best interpretation and the next
+_HARDLY_ACCEPTED = 1.1  # a draft for another target, or a wrong interpretation, has a shorter acceptance length
+
+
+class MeasureSettings(NamedTuple):
+    """How the interpretations are measured. `prompts` is a file, or None for the run's own prompts."""
+
+    prompts: Path | None
+    max_prompts: int
+    max_new_tokens: int
+    draft_tokens: int
+
+
+class MeasuredInterpretation(NamedTuple):
+    """An interpretation and its acceptance.
+
+    Attributes:
+      rounds: for each prompt, how many drafted tokens each verification accepted.
+      counters: those of `decoding.counters`.
+    """
+
+    interpretation: Interpretation
+    rounds: list[list[int]]
+    counters: dict[str, Any]
+
+
+def choose_interpretation(
+    config: RunConfig,
+    settings: MeasureSettings,
+    folder: Path,
+    interpretations: Sequence[Interpretation],
+    params: dict[str, np.ndarray],
+    *,
+    step: int,
+) -> tuple[DraftSpec, list[str]]:
+    """Chooses the interpretation whose draft has the longest acceptance, and writes its metrics into the run's folder.
+
+    Args:
+      folder: of the run, with its tables and its draft.json.
+      params: the draft's parameters by name, float32.
+      step: of the run's checkpoint, for the metrics.
+
+    Returns:
+      (the chosen spec, lines for the user: the table of all interpretations, and how clear the choice is).
+    """
+    target = assemble.load_target(config, assemble.mesh_of(config), dtype="float32")
+    measured = []
+    with Progress(len(interpretations), "interpretations", "measure") as progress:
+        for number, interpretation in enumerate(interpretations, 1):
+            measured.append(_measure(config, settings, folder, interpretation, params, target))
+            progress.update(number)
+    ranked = sorted(measured, key=lambda m: -m.counters["acceptance_length"])
+    best = ranked[0]
+    metrics = best.counters | {"prompts_measured": len(best.rounds), "draft_tokens": settings.draft_tokens}
+    metrics |= {"step": step, "max_new_tokens": settings.max_new_tokens, "dtype": "float32", "temperature": 0}
+    (folder / MEASURED_FILE).write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
+    lines = [*_table(measured), *_verdict(ranked)]
+    spec, own = best.interpretation.spec, folder / EMBEDDING_FILE
+    if spec.width == spec.target_width and own.is_file():
+        target_embed_VW = target.target.model().embed_tokens[...]
+        if not same_embedding(np.load(own, mmap_mode="r"), target_embed_VW, spec.target_vocab):
+            lines.append("note: the draft has its own embedding and was measured with it; SGLang would replace it")
+    return spec, lines
+
+
+def _measure(
+    config: RunConfig,
+    settings: MeasureSettings,
+    folder: Path,
+    interpretation: Interpretation,
+    params: dict[str, np.ndarray],
+    target: assemble.LoadedTarget,
+) -> MeasuredInterpretation:
+    bench = acceptance.open_bench(config, interpretation.spec, folder, params, loaded=target)
+    prompts = acceptance.prompt_ids(bench, config, folder, settings.prompts, settings.max_prompts)
+    decoded = decoding.decode(
+        bench.models,
+        bench.weights,
+        prompts,
+        draft_tokens=settings.draft_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        end_token_ids=target.end_token_ids,
+        batch=min(len(prompts), 16),
+    )
+    rounds = [list(answer.rounds) for answer in decoded]
+    return MeasuredInterpretation(interpretation, rounds, decoding.counters(decoded, settings.draft_tokens))
+
+
+def _table(measured: list[MeasuredInterpretation]) -> list[str]:
+    labels = [m.interpretation.describe() for m in measured]
+    width = max(len(text) for text in [*labels, "interpretation"])
+    lines = [f"{'interpretation':<{width}}  acceptance length  by position"]
+    for text, m in zip(labels, measured, strict=True):
+        by_position = " ".join(f"{share:.3f}" for share in m.counters["acceptance_by_position"])
+        lines.append(f"{text:<{width}}  {m.counters['acceptance_length']:<17.3f}  {by_position}")
+    return lines
+
+
+def _verdict(ranked: list[MeasuredInterpretation]) -> list[str]:
+    """Says which interpretation is chosen, and how certain the choice is."""
+    best, lines = ranked[0], []
+    if best.counters["acceptance_length"] < _HARDLY_ACCEPTED:
+        lines.append("warning: hardly any token is accepted in any interpretation: is this the draft's target?")
+    if len(ranked) == 1:
+        return lines
+    chosen = best.interpretation
+    lead = lead_in_standard_errors(best.rounds, ranked[1].rounds)
+    if lead >= _CLEAR_LEAD:
+        return [*lines, f"chosen: {chosen.describe()}"]
+    return [
+        *lines,
+        f"chosen: {chosen.describe()}, but no interpretation is clearly the best one: it is {lead:.1f} standard errors "
+        f"ahead of {ranked[1].interpretation.describe()}. Measure more prompts with --max-prompts, or answer the "
+        f"question yourself with {chosen.flags()}.",
+    ]
+
+
+def lead_in_standard_errors(rounds: list[list[int]], other_rounds: list[list[int]]) -> float:
+    """Returns the mean difference, over prompts, of the tokens accepted in a verification, in its standard errors.
+
+    Args:
+      rounds, other_rounds: as in `MeasuredInterpretation`, of the same prompts.
+    """
+    gain = np.array([np.mean(a or [0]) - np.mean(b or [0]) for a, b in zip(rounds, other_rounds, strict=True)])
+    if len(gain) < 2 or not gain.any():
+        return 0.0
+    return float(gain.mean() / max(gain.std(ddof=1) / np.sqrt(len(gain)), 1e-9))
