@@ -74,7 +74,7 @@ def attention(bench: Bench, backend: str) -> Op:
         if backend == "reference":
             out = ttt_attention.reference(*args)
         else:
-            out, _ = ttt_attention.attend(*args, dtype=dtype, mirror=None, backend=backend)  # type: ignore[arg-type]
+            out, _ = ttt_attention.attend_ttt(*args, dtype=dtype, backward_carry=None, backend=backend)  # type: ignore[arg-type]
         return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
     return Op(f"attention, {backend}", function, 5, make)

@@ -40,8 +40,8 @@ from jeagle import objective
 from jeagle.drafts import Eagle3, draft_sharding
 from jeagle.interfaces import Features, Tables
 from jeagle.run.assemble import TrainState
-from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.mesh import row_axes
+from jeagle.runtime.xla_workarounds import clip_by_global_norm
 from jeagle.targets import abstract_target, check_aux_layers
 from jeagle.targets.families import read_spec
 from jeagle.training.forward import Frozen, Program, draft_loss, live_positions

@@ -118,6 +118,8 @@ class DraftConfig:
     """Biases on q, k, v and o (vLLM can serve them, SGLang cannot)."""
     sliding_window: int = 0
     """Keys further back are not attended to (vLLM can serve it, SGLang cannot); 0: all are."""
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
+    """Attention of each decoder layer, where only some have the sliding window. Empty: all have it, if there is one."""
     head_start: Literal["target", "random"] = "target"
     """Where the draft's lm_head starts: the target's own rows (noise at another width), or noise."""
     train_head: bool = True

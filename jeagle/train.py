@@ -160,8 +160,8 @@ _SHAPING = ("target", "data", "draft", "objective", "train")
 def check_parts(config: RunConfig, learnt: ObjectiveSpec, mesh: Any) -> None:
     """UserError where --train.accumulate would change the loss, or its parts do not divide over the devices."""
     parts, rows = config.train.accumulate, config.train.batch_rows
-    if parts > 1 and learnt.whole_batch:
-        raise UserError(f"--train.accumulate {parts} would change the loss: {learnt.whole_batch}. Leave it at 1.")
+    if parts > 1 and learnt.needs_whole_batch:
+        raise UserError(f"--train.accumulate {parts} would change the loss: {learnt.needs_whole_batch}. Leave it at 1.")
     if rows % (parts * row_parts(mesh)):
         raise UserError(
             f"--train.batch-rows {rows} must be a multiple of {parts * row_parts(mesh)}: {parts} parts of "

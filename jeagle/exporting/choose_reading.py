@@ -82,7 +82,7 @@ def _measure(
 ) -> Measured:
     opened = acceptance.open_bench(config, reading.spec, folder, params, loaded=loaded)
     prompts = acceptance.prompt_ids(opened, config, folder, how.prompts, how.max_prompts)
-    decoded = decoding.decode(
+    decoded = decoding.decode_speculative(
         opened.models,
         opened.weights,
         prompts,
@@ -91,7 +91,7 @@ def _measure(
         end_token_ids=loaded.end_token_ids,
         batch=min(len(prompts), 16),
     )
-    return Measured(reading, [list(m.rounds) for m in decoded], decoding.counters(decoded, how.draft_tokens))
+    return Measured(reading, [list(m.rounds) for m in decoded], decoding.acceptance_counters(decoded, how.draft_tokens))
 
 
 def _table(measured: list[Measured]) -> list[str]:

@@ -57,10 +57,10 @@ def form_of(config: RunConfig) -> features.Form:
 def check_serves(form: features.Form, config: RunConfig, where: str) -> None:
     """UserError unless what a store of this form keeps is enough for the run's objective."""
     spec = assemble.objective_spec(config.objective)
-    if form.top_k and spec.whole_teacher:
+    if form.top_k and spec.needs_full_teacher:
         raise UserError(
-            f"{where} keeps the {form.top_k} likeliest tokens of each distribution, and {spec.whole_teacher}: give "
-            "another --objective.loss, or --store.teacher last when the store is made."
+            f"{where} keeps the {form.top_k} likeliest tokens of each distribution, and {spec.needs_full_teacher}: "
+            "give another --objective.loss, or --store.teacher last when the store is made."
         )
     if form.aux_at == "seen" and spec.cross_documents:
         raise UserError(

@@ -81,7 +81,7 @@ def trusted_attention(mesh: Mesh, spec: DraftSpec, dtype: Any) -> drafts.Backend
     if backend == "chunked":
         return backend
     heads = {"heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
-    wrong = drafts.disproof(backend, dtype, **heads)
+    wrong = drafts.kernel_fault(backend, dtype, **heads)
     if wrong:
         print(f"note: the {backend} kernel of the TTT attention is not used: {wrong}; slower, not wrong", flush=True)
     return "chunked" if distributed.anywhere(bool(wrong)) else backend
@@ -190,7 +190,7 @@ def _loss_of_rows(
         cross_documents=spec.cross_documents,
         fixed_window=spec.fixed_window,
         remat=program.remat,
-        lean=mesh is None or mesh.shape["tensor"] == 1,
+        chunk_mlp=mesh is None or mesh.shape["tensor"] == 1,
         backend=program.attention or attention_of(mesh),
     )
     return objective.objective(

@@ -12,7 +12,7 @@ from flax import nnx
 from jeagle import align, features
 from jeagle.drafts import Eagle3
 from jeagle.interfaces import Batch, DraftSpec, Tables
-from jeagle.objective import resolve
+from jeagle.objective import resolve_objective
 from jeagle.training import step
 from tests.features import made
 
@@ -40,7 +40,9 @@ def test_taps_that_nothing_sees_change_nothing(tmp_path):
     rows = (rng.standard_normal((n, 16), np.float32) for n in (made.VOCAB, len(CHOSEN)))
     frozen = step.Frozen(None, jax.tree.map(jnp.asarray, Tables(*rows, CHOSEN)))
     graphdef, draft = nnx.split(Eagle3(SPEC, jnp.float32, nnx.Rngs(0)))
-    program = step.Program(None, graphdef, SPEC.aux_layers, resolve("jeagle", slots=SLOTS), STEPS, jnp.dtype("float32"))
+    program = step.Program(
+        None, graphdef, SPEC.aux_layers, resolve_objective("jeagle", slots=SLOTS), STEPS, jnp.dtype("float32")
+    )
 
     @jax.jit
     def run(batch, stored):

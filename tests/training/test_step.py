@@ -163,10 +163,10 @@ def test_one_changed_bit_is_seen():
 def test_parts_that_would_change_the_loss_are_refused():
     config = configs.parse_overrides(RunConfig(name="x"), ["--train.accumulate", "2"], program="x", description="x")
     mesh = make_mesh(devices=jax.devices()[:4])
-    check_parts(config, objective.resolve("jeagle"), mesh)
+    check_parts(config, objective.resolve_objective("jeagle"), mesh)
     for wrong in ({"loss": "lk_step"}, {"mask_out_of_vocab": True}):
         with pytest.raises(UserError, match="--train.accumulate 2 would change"):
-            check_parts(config, objective.resolve("jeagle", **wrong), mesh)
-    check_parts(config, objective.resolve("specforge"), mesh)
+            check_parts(config, objective.resolve_objective("jeagle", **wrong), mesh)
+    check_parts(config, objective.resolve_objective("specforge"), mesh)
     with pytest.raises(UserError, match="multiple of 16"):
-        check_parts(config, objective.resolve("jeagle"), make_mesh(devices=jax.devices()[:8]))
+        check_parts(config, objective.resolve_objective("jeagle"), make_mesh(devices=jax.devices()[:8]))

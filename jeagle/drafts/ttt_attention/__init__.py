@@ -1,8 +1,23 @@
-"""Attention of the TTT steps: step-0 keys of the past, and the slot's own keys of later steps, in one softmax."""
+"""Attention of the TTT steps as an op: a plain reference, faster backends, and a check of a backend on its device."""
 
-from jeagle.drafts.ttt_attention.mirror import Mirror, reflect
-from jeagle.drafts.ttt_attention.op import BY_PLATFORM, Backend, attend
+from jeagle.drafts.ttt_attention.op import (
+    ATTENTION,
+    BY_PLATFORM,
+    Backend,
+    BackwardCarry,
+    attend_ttt,
+    deliver_to_backward,
+)
 from jeagle.drafts.ttt_attention.reference import reference
-from jeagle.drafts.ttt_attention.self_check import disproof
+from jeagle.drafts.ttt_attention.self_check import kernel_fault
 
-__all__ = ["BY_PLATFORM", "Backend", "Mirror", "attend", "disproof", "reference", "reflect"]
+__all__ = [
+    "ATTENTION",
+    "BY_PLATFORM",
+    "Backend",
+    "BackwardCarry",
+    "attend_ttt",
+    "deliver_to_backward",
+    "kernel_fault",
+    "reference",
+]
