@@ -224,7 +224,7 @@ def _own_scores(args: AttentionArgs, queries: jax.Array) -> jax.Array:
     return jnp.where(allowed, _own_dots(queries, args.own_keys_JBGNC), MASKED)
 
 
-def _own_sum(weights: jax.Array, own_JBGNC: jax.Array) -> jax.Array:
+def _own_sum(weights: jax.Array, own_JBGNC: jax.Array) -> jax.Array | float:
     return sum((w * own[:, :, None].astype(w.dtype) for w, own in zip(weights, own_JBGNC, strict=True)), start=0.0)
 
 
