@@ -103,7 +103,7 @@ def _by_transformers(
     try:
         if files.format == "safetensors":
             settings |= _dequantising(transformers, json.loads((files.path / "config.json").read_text()))
-            model = getattr(transformers, name).from_pretrained(files.path, **settings)
+            model = getattr(transformers, name).from_pretrained(files.path, trust_remote_code=False, **settings)
             torch.nn.Module.to(model, settings["dtype"])  # what was fp8 comes as bfloat16, whatever is asked for
         else:
             model = _filled(torch, transformers, source, settings)
@@ -119,7 +119,8 @@ def _by_transformers(
 def _filled(torch: Any, transformers: Any, source: Any, settings: dict[str, Any]) -> Any:
     """transformers' model with the weights of `source`: of a GGUF, whose reading is thus not compared."""
     kind = getattr(transformers, source.config["architectures"][0]).config_class
-    model = transformers.AutoModelForCausalLM.from_config(kind(**source.config), **settings)
+    config = kind(**source.config)
+    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
     weights = {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in source.names()}
     model.load_state_dict(weights, strict=not model.config.tie_word_embeddings)  # which leaves lm_head out
     return model

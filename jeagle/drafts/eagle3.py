@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jeagle.drafts.trained_products import linear, scaled_linear
+from jeagle.drafts.trained_products import scaled_linear, trained_linear
 from jeagle.interfaces import DraftSpec
 from jeagle.layers import rms_norm, rotate_by
 from jeagle.runtime.xla_workarounds import flat_matmul, save_residual
@@ -80,7 +80,7 @@ class DraftAttention(nnx.Module):
 
     def out(self, mixed: Float[Array, "*rows Q C"]) -> Float[Array, "*rows W"]:
         """The output projection of the heads' mixed values."""
-        y = linear(mixed.reshape(*mixed.shape[:-2], -1).astype(self.dtype), self.o_proj[...])
+        y = trained_linear(mixed.reshape(*mixed.shape[:-2], -1).astype(self.dtype), self.o_proj[...])
         return y + self.o_bias[...] if self.spec.attention_bias else y
 
     def _rotated(self, read: AttentionInput, positions: jax.Array, which: str) -> jax.Array:
@@ -92,7 +92,7 @@ class DraftAttention(nnx.Module):
 
     def _project(self, read: AttentionInput, which: str) -> jax.Array:
         kernel, width = getattr(self, f"{which}_proj")[...], read.hidden.shape[-1]
-        y = linear(read.hidden, kernel[-width:])
+        y = trained_linear(read.hidden, kernel[-width:])
         if read.embedded is not None:
             y = y + scaled_linear(read.embedded, read.scale, kernel[:width])
         if self.spec.attention_bias:
@@ -116,12 +116,12 @@ class DraftMLP(nnx.Module):
 
     def __call__(self, normed: Float[Array, "*rows W"]) -> Float[Array, "*rows W"]:
         gate, up = (
-            save_residual(linear(normed, kernel[...]).astype(self.dtype), PRODUCT)
+            save_residual(trained_linear(normed, kernel[...]).astype(self.dtype), PRODUCT)
             for kernel in (self.gate_proj, self.up_proj)
         )
         sum_type = jnp.promote_types(self.dtype, jnp.float32)
         inner = jax.nn.silu(gate.astype(sum_type)) * up.astype(sum_type)
-        return linear(inner.astype(self.dtype), self.down_proj[...])
+        return trained_linear(inner.astype(self.dtype), self.down_proj[...])
 
 
 class DraftLayer(nnx.Module):
@@ -191,7 +191,7 @@ class Eagle3(nnx.Module):
         concatenated = aux.reshape(*aux.shape[:-2], -1)
         if self.spec.norm_before_fc:
             concatenated = rms_norm(concatenated, self.input_norm[...], self.spec.norm_eps)
-        return linear(concatenated.astype(self.dtype), self.fc[...])
+        return trained_linear(concatenated.astype(self.dtype), self.fc[...])
 
     def finish(self, stream: ResidualStream) -> tuple[Float[Array, "*rows W"], Float[Array, "*rows W"]]:
         """The last layer's output -> (what lm_head reads, the hidden state that the next TTT step starts from)."""

@@ -1,6 +1,6 @@
 """Products with trained weights whose backward passes are written by hand, to save memory or time.
 
-`linear(x, kernel)` is x @ kernel, `scaled_linear(x, scale, kernel)` is (x * scale) @ kernel, and `chunked_mlp` is
+`trained_linear(x, kernel)` is x @ kernel, `scaled_linear(x, scale, kernel)` is (x * scale) @ kernel, and `chunked_mlp` is
 down(silu(gate(x)) * up(x)). tests/drafts/test_trained_products.py proves them equal to these plain forms.
 """
 
@@ -17,7 +17,7 @@ from jeagle.runtime.xla_workarounds import add_in_place, contract_rows, flat_mat
 
 
 @jax.custom_vjp
-def linear(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
+def trained_linear(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
     """x @ kernel, multiplied in x's type and summed and returned in float32 or better.
 
     The backward pass multiplies in x's type too, and returns the kernel's gradient in the kernel's type. JAX's own rule
@@ -28,7 +28,7 @@ def linear(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Arr
 
 
 def _linear_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return linear(x, kernel), (x, kernel)
+    return trained_linear(x, kernel), (x, kernel)
 
 
 def _linear_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,7 +38,7 @@ def _linear_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> t
     return dx.astype(x.dtype), kernel_gradient(x, dy).astype(kernel.dtype)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+trained_linear.defvjp(_linear_forward, _linear_backward)
 
 
 @jax.custom_vjp

@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jeagle.drafts import trained_products
-from jeagle.drafts.trained_products import MLPKernels, chunked_mlp, linear, scaled_linear
+from jeagle.drafts.trained_products import MLPKernels, chunked_mlp, scaled_linear, trained_linear
 
 STEPS, ROWS, SLOTS, WIDTH, INNER = 3, 2, 5, 6, 24
 
@@ -57,7 +57,7 @@ def test_linear_is_the_plain_product(outputs):
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
         x, scale, kernel = (jnp.asarray(rng.standard_normal(shape)) for shape in ((2, 5, 6), (6,), (6, outputs)))
-        ours = jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(linear(x, kernel))), (0, 1))(x, kernel)
+        ours = jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(trained_linear(x, kernel))), (0, 1))(x, kernel)
         plain = jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(x @ kernel)), (0, 1))(x, kernel)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, plain)
         ours = jax.value_and_grad(lambda s, kernel: jnp.sum(jnp.sin(scaled_linear(x, s, kernel))), (0, 1))

@@ -1,23 +1,17 @@
 """Attention of the TTT steps as an op: a plain reference, faster backends, and a check of a backend on its device."""
 
-from jeagle.drafts.ttt_attention.op import (
-    ATTENTION,
-    BY_PLATFORM,
-    Backend,
-    BackwardCarry,
-    attend_ttt,
-    deliver_to_backward,
-)
+from jeagle.drafts.ttt_attention.op import ATTENTION, Backend, BackwardCarry, attend_ttt, deliver_to_backward
 from jeagle.drafts.ttt_attention.reference import reference
-from jeagle.drafts.ttt_attention.self_check import kernel_fault
+from jeagle.drafts.ttt_attention.self_check import attention_backend, kernel_fault, trusted_backend
 
 __all__ = [
     "ATTENTION",
-    "BY_PLATFORM",
     "Backend",
     "BackwardCarry",
     "attend_ttt",
+    "attention_backend",
     "deliver_to_backward",
     "kernel_fault",
     "reference",
+    "trusted_backend",
 ]

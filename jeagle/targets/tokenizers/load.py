@@ -150,12 +150,40 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
         return sentencepiece_folder(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for files that are missing or broken
-        raise UserError(
-            f"The target's tokenizer in {folder} cannot be loaded ({error}): copy the model's own tokenizer.json and "
-            "tokenizer_config.json there."
-        ) from error
+        if _brings_code(folder):
+            return _without_its_code(folder)
+        raise _unreadable(folder, error) from error
     if not tokenizer.is_fast:
         raise UserError(f"The target {folder} has no tokenizer.json: copy the model's own there.")
     return tokenizer
+
+
+def _brings_code(folder: Path) -> bool:
+    """Whether the folder names a tokenizer class of its own, which would have to be run."""
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(read_json(path).get("auto_map"))
+
+
+def _without_its_code(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that tokenizer.json and tokenizer_config.json describe. UserError where there is no tokenizer.json,
+    so that only the folder's Python code says how it splits a text."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"The target's tokenizer in {folder} needs Python code of that folder, which jeagle never runs: put the "
+            "tokenizer.json of the same model there."
+        )
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"The target's tokenizer in {folder} cannot be loaded ({error}): copy the model's own tokenizer.json and "
+        "tokenizer_config.json there."
+    )
