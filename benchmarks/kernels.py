@@ -54,7 +54,7 @@ def _compile_seconds(
 
     def loss(queries, keys, values, own_keys, own_values, first, last, happened):
         given = (queries, keys, values, first, last, own_keys, own_values, happened)
-        out, _ = ttt_attention.attend(*given, dtype=DTYPE, mirror=None, backend=backend)
+        out, _ = ttt_attention.attend_ttt(*given, dtype=DTYPE, backward_carry=None, backend=backend)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     seen = shape(*place_BN, kind=jnp.int32)

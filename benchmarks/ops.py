@@ -74,7 +74,7 @@ def attention(bench: Bench, backend: str) -> Op:
         if backend == "reference":
             out = ttt_attention.reference(*args)
         else:
-            out, _ = ttt_attention.attend(*args, dtype=dtype, mirror=None, backend=backend)  # type: ignore[arg-type]
+            out, _ = ttt_attention.attend_ttt(*args, dtype=dtype, backward_carry=None, backend=backend)  # type: ignore[arg-type]
         return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
     return Op(f"attention, {backend}", function, 5, make)
@@ -125,7 +125,7 @@ def main() -> None:
     args = begin(parser)
     work = dataclasses.replace(WORKS[args.work], length=args.length or WORKS[args.work].length)
     bench = bench_of(work, make_batch(work), args.dtype or work.dtype, remat=False)
-    own = ttt_attention.BY_PLATFORM[jax.default_backend()]
+    own = ttt_attention.attention_backend(None)
     backends = [args.backend] if args.backend else list(dict.fromkeys(["reference", "chunked", own]))
     found = []
     for op in ops(bench, backends):

@@ -32,9 +32,8 @@ from benchmarks.works import W4_LENGTHS, WORKS, Arrays, Work, array_shapes, make
 from jeagle import align, objective
 from jeagle.drafts import Eagle3
 from jeagle.interfaces import Batch, Features, Tables
-from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.flops import flops_of
-from jeagle.runtime.numerics import rows_product
+from jeagle.runtime.xla_workarounds import clip_by_global_norm, flat_matmul
 from jeagle.targets.model.features import greedy_and_lse
 from jeagle.training.step import Program, StepReport, TrainState, draft_loss, live_slots, update
 
@@ -72,7 +71,7 @@ class FullHead(NamedTuple):
     dtype: Any
 
     def logits(self, last: jax.Array) -> jax.Array:
-        return rows_product(last.astype(self.dtype), self.head_VH.astype(self.dtype), rows=True)
+        return flat_matmul(last.astype(self.dtype), self.head_VH.astype(self.dtype), transposed=True)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "optimiser", "width"), donate_argnames=("state",))

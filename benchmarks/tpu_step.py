@@ -39,8 +39,8 @@ from benchmarks.works import WORKS
 from jeagle import objective
 from jeagle.drafts import Eagle3, draft_sharding
 from jeagle.interfaces import Features, Tables
-from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.mesh import row_axes
+from jeagle.runtime.xla_workarounds import clip_by_global_norm
 from jeagle.targets import abstract_target, check_aux_layers
 from jeagle.targets.families import read_spec
 from jeagle.training.step import Frozen, Program, TrainState, draft_loss, live_slots, train_step, update

@@ -168,7 +168,7 @@ def array_shapes(work: Work) -> dict[str, Any]:
     return {
         "batch": Batch(*(like(shape, kind) for kind in (np.int32, np.int32, np.int32, bool))),
         "params": {name: like(s) for name, s in param_shapes(work).items()},
-        "taps_BTAH": like((*shape, 3, work.width)),
+        "aux_BTAH": like((*shape, 3, work.width)),
         "last_BTH": like((*shape, work.width)),
         "head_VH": like(table),
         "embed_VW": like(table),

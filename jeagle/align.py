@@ -4,14 +4,14 @@ Tokens x_0 .. x_{T-1}; f_t is the target's feature at position t, which has read
 
     slot                      t
     feature it starts from    f_t
-    token it reads            x_{t+1+k}      its `read` position, which is also the position that teaches it
-    taught by                 the target's distribution after x_{t+1+k}
+    token it reads            x_{t+1+k}, at its `read` position
+    teacher                   the target's distribution after x_{t+1+k}, at the same position
     label                     x_{t+2+k}
 
-All functions take and return arrays with the time axis last, work on numpy and JAX arrays alike (pass `xp`), and never
-let a slot reach into another document unless `cross_documents` says so.
+All functions take and return arrays with the time axis last. They accept NumPy and JAX arrays (pass `xp`), and a slot
+never reads from another document unless `cross_documents` is true.
 
-Source: EAGLE-3 (arXiv 2503.01840), section 3; the peers' conventions are named at each rule.
+Source: EAGLE-3 (arXiv 2503.01840), section 3; each rule names the trainer whose convention it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
 
 from jeagle.interfaces import Batch
 
@@ -29,7 +30,7 @@ SLOT_RULES: tuple[SlotRule, ...] = ("served", "predicted", "specforge", "specula
 
 
 def shift_left(array_BT: Any, by: int, *, fill: Any = 0, xp: ModuleType = jnp) -> Any:
-    """array[t] becomes array[t + by]; the places that run out hold `fill`.
+    """array[t] becomes array[t + by]; the last `by` entries become `fill`.
 
     by=2:  a b c d e  ->  c d e . .
     """
@@ -49,11 +50,21 @@ def same_document(segments_BT: Any, ahead: int, *, xp: ModuleType = jnp) -> Any:
     return (shift_left(segments_BT, ahead, xp=xp) == segments_BT) & (segments_BT != 0)
 
 
-def read_positions(segments_BT: Any, steps: int, *, cross_documents: bool = False, xp: ModuleType = jnp) -> Any:
-    """Position of the token that slot t reads at each step: int32 [K,B,T], T where there is none.
+def document_starts(segments_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of the first token of each position's document; a row's padding counts as a document. JAX arrays only.
 
-    Within documents this is t + 1 + k. With `cross_documents` (speculators) the shift runs over the slots that have a
-    next token, so that it steps from a document's last token to the next document's second:
+    segments 1 1 2 2 0  ->  0 0 2 2 4
+    """
+    here_T = jnp.arange(segments_BT.shape[1])
+    starts_BT = jnp.diff(segments_BT, axis=1, prepend=-1) != 0
+    return jax.lax.cummax(jnp.where(starts_BT, here_T, 0), axis=1)
+
+
+def read_positions(segments_BT: Any, steps: int, *, cross_documents: bool = False, xp: ModuleType = jnp) -> Any:
+    """Position of the token that slot t reads at each step: int32 [K,B,T]; T where it reads none.
+
+    Within documents this is t + 1 + k. With `cross_documents` (speculators) the shift counts only slots that have a
+    next token, so that it goes from a document's last token to the next document's second one:
 
         tokens      a0 a1 a2 b0 b1 b2        slots that exist: a0 a1 b0 b1
         step 0      a1 a2  . b1 b2  .
@@ -85,7 +96,7 @@ def counting_slots(
         slot t            0 1 2 3 4 5
         reads x_{t+1}     p A A A A .
         label x_{t+2}     A A A A . .
-        served            . T T T . .     x_{t+1} .. x_{t+2+k} all of one answer
+        served            . T T T . .     x_{t+1} .. x_{t+2+k} are all tokens of one answer
         predicted         T T T T . .     the label is an answer token
         specforge         . . T T T .     the mask bit of token t + k, never the last one
         speculators       . T T T T .     the mask bit of the token read
@@ -102,8 +113,8 @@ def counting_slots(
             for k in range(steps)
         ]
         return xp.stack(counts)
-    if rule not in ("specforge", "speculators"):
-        raise ValueError(f"unknown slot rule {rule!r}: one of {', '.join(SLOT_RULES)}")
+    if rule not in SLOT_RULES:
+        raise ValueError(f"The slot rule {rule!r} is unknown; the rules are {', '.join(SLOT_RULES)}.")
     length = segments_BT.shape[-1]
     reads_KBT = read_positions(segments_BT, steps, cross_documents=cross_documents, xp=xp)
     bit_KBT = xp.clip(reads_KBT - (1 if rule == "specforge" else 0), 0, length - 1)
@@ -121,10 +132,10 @@ def _served(supervised_BT: Any, segments_BT: Any, steps: int, xp: ModuleType) ->
 
 
 def near_supervised(batch: Batch, *, xp: ModuleType = jnp) -> Any:
-    """The positions that may teach a slot, whatever the rule: bool [B, T].
+    """The positions that may be a slot's teacher under any rule: bool [B, T].
 
-    A position teaches by the target's distribution after its token; every rule of `SLOT_RULES` asks that this token,
-    the one before or the one after be supervised, in one document.
+    A position teaches with the target's distribution after its token. Every rule of `SLOT_RULES` requires that this
+    token, the one before it or the one after it is supervised, in the same document.
 
     supervised . . A A . .  ->  . T T T T .
     """
@@ -136,16 +147,16 @@ def near_supervised(batch: Batch, *, xp: ModuleType = jnp) -> Any:
 
 
 class Selected(NamedTuple):
-    """Positions [B, N], rising along a row; `live` is false on those that only fill the width up."""
+    """Positions [B, N], rising along a row; `live` is false for those that only pad the row to N."""
 
-    positions_BN: jax.Array
-    live_BN: jax.Array
+    positions_BN: Int[Array, "B N"]
+    live_BN: Bool[Array, "B N"]
 
 
-def select(wanted_BT: jax.Array, width: int) -> Selected:
-    """The positions where `wanted` holds, first `width` of each row.
+def select(wanted_BT: Bool[Array, "B T"], width: int) -> Selected:
+    """The positions where `wanted` is true, gathered to N = `width` per row.
 
-    The caller guarantees that `width` suffices; rows with fewer are filled up with their first unwanted positions.
+    The caller guarantees that `width` suffices; rows with fewer are padded with their first other positions.
     """
     if width >= wanted_BT.shape[1]:
         positions = jnp.broadcast_to(jnp.arange(wanted_BT.shape[1]), wanted_BT.shape)
@@ -154,20 +165,20 @@ def select(wanted_BT: jax.Array, width: int) -> Selected:
     return Selected(order.astype(jnp.int32), jnp.take_along_axis(wanted_BT, order, axis=1))
 
 
-def take_rows(array_BTX: jax.Array, positions_BN: jax.Array) -> jax.Array:
-    """array[b, positions[b, n]]: [B, T, ...] -> [B, N, ...]."""
+def take_rows(array_BTX: Shaped[Array, "B T ..."], positions_BN: Int[Array, "B N"]) -> Shaped[Array, "B N ..."]:
+    """array[b, positions[b, n]] for all b and n: [B, T, ...] -> [B, N, ...]."""
     rows = jnp.arange(array_BTX.shape[0])[:, None]
     return array_BTX[rows, positions_BN]
 
 
 def teacher_positions(counts_KBT: Any, reads_KBT: Any, *, xp: ModuleType = jnp) -> Any:
-    """The positions that teach some counting slot: bool [B, T]."""
+    """The positions that teach a slot that counts, at any step: bool [B, T]."""
     length = counts_KBT.shape[-1]
-    places = xp.where(counts_KBT, reads_KBT, length)
+    at_KBT = xp.where(counts_KBT, reads_KBT, length)
     if xp is jnp:
-        rows = jnp.arange(places.shape[1])[None, :, None]
-        return jnp.zeros(places.shape[1:], bool).at[rows, places].set(True, mode="drop")
-    taught = xp.zeros((places.shape[1], length + 1), bool)
-    for places_BT in places:
-        xp.put_along_axis(taught, places_BT, True, axis=1)
-    return taught[:, :length]
+        rows = jnp.arange(at_KBT.shape[1])[None, :, None]
+        return jnp.zeros(at_KBT.shape[1:], bool).at[rows, at_KBT].set(True, mode="drop")
+    teaches = xp.zeros((at_KBT.shape[1], length + 1), bool)
+    for at_BT in at_KBT:
+        xp.put_along_axis(teaches, at_BT, True, axis=1)
+    return teaches[:, :length]

@@ -127,6 +127,8 @@ class DraftConfig:
     """Biases on q, k, v and o. vLLM can serve them, SGLang cannot."""
     sliding_window: int = 0
     """Number of most recent keys that are attended to; 0 attends to all. vLLM can serve it, SGLang cannot."""
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
+    """Attention of each decoder layer, where only some have the sliding window. Empty: all have it, if there is one."""
     head_start: Literal["target", "random"] = "target"
     """Initial lm_head of the draft: the rows of the target's, or random."""
     train_head: bool = True

@@ -16,6 +16,7 @@ import jax
 import tyro
 
 from jeagle import data, exchange, targets
+from jeagle.config import to_json
 from jeagle.errors import UserError
 from jeagle.exporting.readback import check_export
 from jeagle.exporting.run_reader import RunDraft, open_run_draft

@@ -8,7 +8,7 @@ teacher.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -125,6 +125,9 @@ class Rope:
         return dict(self.scaling)
 
 
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DraftSpec:
     """Everything that shapes an EAGLE-3 draft; what is trained, saved, exported and served agree on it.
@@ -146,7 +149,8 @@ class DraftSpec:
       head_norm: the final norm stands before lm_head (SpecForge's `norm_output`); true in the plain form.
       qk_norm: RMSNorm over each query and key head.
       attention_bias: biases on q, k, v (and o).
-      sliding_window: keys further back than this are not attended to; 0 = all are.
+      sliding_window: keys further back than this are not attended to by layers that slide; 0 = no layer slides.
+      layer_types: attention of each layer; empty: all layers slide if there is a sliding window, else none does.
       end_token_ids: ids that end an answer.
     """
 
@@ -172,6 +176,14 @@ class DraftSpec:
     attention_bias: bool = False
     sliding_window: int = 0
     end_token_ids: tuple[int, ...] = ()
+    layer_types: tuple[LayerType, ...] = ()
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of each layer; 0 where it attends to all earlier keys."""
+        if not self.layer_types:
+            return (self.sliding_window,) * self.layers
+        return tuple(self.sliding_window if kind == "sliding_attention" else 0 for kind in self.layer_types)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

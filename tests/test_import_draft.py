@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from jeagle import export, import_draft
 from jeagle.errors import UserError
 from jeagle.exporting import choose_interpretation
-from jeagle.objective import resolve
+from jeagle.objective import resolve_objective
 from jeagle.run import assemble
 from jeagle.runtime.mesh import make_mesh
 from tests import tiny
@@ -179,7 +179,7 @@ def test_a_goldens_weights_as_each_peers_draft_give_its_loss(path, tmp_path):
     config = {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
     tables = {} if case.spec.draft_vocab == case.spec.target_vocab else golden_weights(path, "draft/")
     named = case.weights | {name: tables[name] for name in ("d2t", "t2d") if name in tables}
-    loss = golden_loss(case, resolve("specforge", **case.switches))
+    loss = golden_loss(case, resolve_objective("specforge", **case.switches))
     for peer in PEERS:
         source = write_peer(peer, tmp_path / peer, named, config)
         run = import_run(source, tmp_path / "runs" / peer, *AUX_LAYERS.get(peer, ()))
@@ -197,7 +197,7 @@ def test_imported_weights_of_speculators_give_its_loss(path, tmp_path):
     (source / "config.json").write_text(json.dumps(cases.load_json(np.load(path)["info_json"])["config"]))
     case = cases.speculators(path)
     switches = case.switches | {"loss": speculators_loss(case.switches["loss"])}
-    loss = golden_loss(case, resolve("speculators", **switches))
+    loss = golden_loss(case, resolve_objective("speculators", **switches))
     run = import_run(source, tmp_path / "runs" / "draft")
     assert loss(run) == pytest.approx(float(case.arrays["loss"]), abs=1e-5)
     if case.spec.qk_norm or len(case.spec.aux_layers) != 3:

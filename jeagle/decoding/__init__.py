@@ -1,19 +1,23 @@
-"""Speculative and plain decoding over two step functions, and what drafts got accepted."""
+"""Speculative and greedy decoding with two models as step functions, and how many drafted tokens were accepted."""
 
-from jeagle.decoding.chain import Measured, Models, counters, decode, padded_width
-from jeagle.decoding.ngram import NGramTable
-from jeagle.decoding.ngram import measure as measure_ngram
-from jeagle.decoding.plain import Plain, compare, decode_plain
+from jeagle.decoding.baselines import (
+    GreedyAnswer,
+    NGramTable,
+    compare_answers,
+    decode_greedy,
+    decode_ngram,
+)
+from jeagle.decoding.chain import Models, SpeculativeAnswer, acceptance_counters, decode_speculative, padded_width
 
 __all__ = [
-    "Measured",
+    "GreedyAnswer",
     "Models",
     "NGramTable",
-    "Plain",
-    "compare",
-    "counters",
-    "decode",
-    "decode_plain",
-    "measure_ngram",
+    "SpeculativeAnswer",
+    "acceptance_counters",
+    "compare_answers",
+    "decode_greedy",
+    "decode_ngram",
+    "decode_speculative",
     "padded_width",
 ]

@@ -1,64 +1,71 @@
-"""The draft as it runs at serving: a KV cache, one state after another."""
+"""The draft as it runs at serving: with a KV cache, from one hidden state to the next."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from jeagle.drafts.eagle3 import Eagle3, Stream
+from jeagle.drafts.eagle3 import Eagle3, ResidualStream
 from jeagle.interfaces import Tables
 from jeagle.layers import Sight, attend
 
 
-class Cache(NamedTuple):
-    """One layer's keys and values of all slots so far."""
+class DraftCache(NamedTuple):
+    """One layer's keys and values of S slots."""
 
-    keys_BTGC: jax.Array
-    values_BTGC: jax.Array
+    keys_BSGC: Float[Array, "B S G C"]
+    values_BSGC: Float[Array, "B S G C"]
 
 
-def empty_cache(draft: Eagle3, rows: int, length: int) -> tuple[Cache, ...]:
-    """Room for `length` slots of `rows` sequences, for each layer."""
+def empty_cache(draft: Eagle3, rows: int, length: int) -> tuple[DraftCache, ...]:
+    """A cache of `length` slots for each of `rows` sequences, one entry per layer."""
     shape = (rows, length, draft.spec.kv_heads, draft.spec.head_dim)
-    kind = jnp.promote_types(draft.dtype, jnp.float32)
-    return tuple(Cache(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in draft.layers)
+    dtype = jnp.promote_types(draft.dtype, jnp.float32)
+    return tuple(DraftCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in draft.layers)
 
 
 def advance(
     draft: Eagle3,
     tables: Tables,
-    hidden_BTW: jax.Array,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    cache: tuple[Cache, ...],
-) -> tuple[jax.Array, jax.Array, tuple[Cache, ...]]:
-    """Slots at `positions_BT` read a state and a token -> (what lm_head reads, the states to go on from, cache).
+    hidden_BTW: Float[Array, "B T W"],
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    cache: tuple[DraftCache, ...],
+) -> tuple[Float[Array, "B T W"], Float[Array, "B T W"], tuple[DraftCache, ...]]:
+    """The slots at `positions_BT` each read a hidden state and a token.
 
-    A state is `draft.fuse(taps)` where the target has been, and the draft's own last state where it has not. Keys are
-    written at the positions; a slot sees every cached slot up to its own, so slots written for rejected tokens are
-    seen by nobody before they are written anew.
+    Keys and values are written at the positions. A slot attends to the cached slots up to its own position, so that
+    slots written for rejected tokens are overwritten before any slot attends to them.
 
-    Source: EAGLE-3 (arXiv 2503.01840), section 3.1; positions as in vLLM and SGLang (slot t rotates by t).
+    Args:
+      hidden_BTW: `draft.fuse(aux)` where the target has read the position; else the draft's own previous state.
+      tokens_BT: the token after each position.
+      positions_BT: slot t has position t, by which it rotates, as in vLLM and SGLang.
+
+    Returns:
+      (what lm_head reads, the hidden states to continue from, the cache with the new slots).
+
+    Source: EAGLE-3 (arXiv 2503.01840), section 3.1.
     """
     rows = jnp.arange(tokens_BT.shape[0])[:, None]
-    length = cache[0].keys_BTGC.shape[1]
-    sight = Sight(positions_BT, jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length)))
+    length = cache[0].keys_BSGC.shape[1]
+    visible = Sight(positions_BT, jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length)))
     embedded = tables.embed_VW[tokens_BT].astype(jnp.float32)
-    hidden, kept = hidden_BTW, []
-    for layer, past in zip(draft.layers, cache, strict=True):
-        read, residual = layer.inputs(embedded, Stream.of(hidden, draft.dtype))
-        fresh = layer.self_attn.keys_values(read, positions_BT)
-        past = Cache(*(room.at[rows, positions_BT].set(new) for room, new in zip(past, fresh, strict=True)))
+    stream, new_cache = ResidualStream.of(hidden_BTW, draft.dtype), []
+    for layer, past, window in zip(draft.layers, cache, draft.spec.windows, strict=True):
+        read, residual = layer.inputs(embedded, stream)
+        new = layer.self_attn.keys_values(read, positions_BT)
+        past = DraftCache(*(cached.at[rows, positions_BT].set(x) for cached, x in zip(past, new, strict=True)))
         queries = layer.self_attn.queries(read, positions_BT)
-        mixed = attend(queries, *past, sight, draft.dtype, window=draft.spec.sliding_window)
-        hidden = layer.finish(residual, mixed)
-        kept.append(past)
-    for_head, state = draft.finish(Stream.of(hidden, draft.dtype))
-    return for_head, state, tuple(kept)
+        mixed = attend(queries, *past, visible, draft.dtype, window=window)
+        stream = ResidualStream.of(layer.finish(residual, mixed), draft.dtype)
+        new_cache.append(past)
+    for_head, next_hidden = draft.finish(stream)
+    return for_head, next_hidden, tuple(new_cache)
 
 
-def choose(draft: Eagle3, tables: Tables, for_head: Any) -> jax.Array:
-    """The draft's greedy token as a target id."""
+def greedy_token(draft: Eagle3, tables: Tables, for_head: Float[Array, "*rows W"]) -> Int[Array, "*rows"]:
+    """The draft's most likely token for what lm_head reads, as an id of the target's vocabulary."""
     return tables.draft_to_target_D[jnp.argmax(draft.logits(for_head), axis=-1)]

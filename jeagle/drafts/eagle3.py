@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft: fused taps and a token's embedding through one (or more) decoder layers."""
+"""The EAGLE-3 draft: fused aux hidden states and a token's embedding through one decoder layer, or several."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
-from jeagle.drafts.dense import dense, scaled_dense
-from jeagle.drafts.remat import STATE, kept
+from jeagle.drafts.trained_products import scaled_linear, trained_linear
 from jeagle.interfaces import DraftSpec
-from jeagle.layers import GatedMLP, rms_norm, rotate_by
-from jeagle.runtime.numerics import rows_product
+from jeagle.layers import rms_norm, rotate_by
+from jeagle.runtime.xla_workarounds import flat_matmul, save_residual
+
+PRODUCT, RESIDUAL_STREAM = "product", "residual_stream"
+"""Names under which rematerialisation saves results of a TTT step (see `ttt.unroll`)."""
 
 
-class Read(NamedTuple):
-    """What a layer's attention projects: the state, in the first layer beside a token's embedding.
+class AttentionInput(NamedTuple):
+    """What a layer's attention projects: the hidden state, in the first layer beside a token's embedding.
 
     Attributes:
-      hidden: normed state [..., W], in the type of the products.
-      embedded: embedding of the token [..., W], divided by its root mean square but not scaled; None past layer 0.
-      scale: weight [W] of the embedding's norm; None past layer 0.
+      hidden: normed hidden state [..., W], in the type of the products.
+      embedded: the token's embedding [..., W] divided by its root mean square, not scaled; None past the first layer.
+      scale: weight [W] of the embedding's norm; None past the first layer.
     """
 
     hidden: jax.Array
@@ -29,22 +32,24 @@ class Read(NamedTuple):
     scale: jax.Array | None = None
 
 
-class Stream(NamedTuple):
-    """The residual stream between layers, [..., W]: as it is summed, and in the type of the products for norms to read.
+class ResidualStream(NamedTuple):
+    """The residual stream [..., W] between layers.
 
-    A step keeps the second for its backward pass, once for all who read it.
+    Attributes:
+      summed: float32 or better; layers add to it.
+      rounded: the same in the type of the products, for norms to read. A TTT step saves it once for all its readers.
     """
 
-    whole: jax.Array
-    read: jax.Array
+    summed: jax.Array
+    rounded: jax.Array
 
     @classmethod
-    def of(cls, hidden: jax.Array, dtype: Any) -> Stream:
-        return cls(hidden, kept(hidden, dtype, STATE))
+    def of(cls, hidden: Float[Array, "*rows W"], dtype: Any) -> ResidualStream:
+        return cls(hidden, save_residual(hidden.astype(dtype), RESIDUAL_STREAM))
 
 
-class Attention(nnx.Module):
-    """Projections and rotation; who attends to whom is the caller's to say."""
+class DraftAttention(nnx.Module):
+    """Projections, norms and rotation of an attention layer; the callers decide which keys a query attends to."""
 
     def __init__(self, spec: DraftSpec, inputs: int, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
@@ -63,107 +68,136 @@ class Attention(nnx.Module):
             self.k_norm = nnx.Param(jnp.ones(spec.head_dim))
         self.spec, self.dtype = spec, dtype
 
-    def queries(self, read: Read, positions: jax.Array) -> jax.Array:
-        """Rotated [..., Q, C]."""
+    def queries(self, read: AttentionInput, positions: Int[Array, "*rows"]) -> Float[Array, "*rows Q C"]:
+        """Queries, rotated by their positions."""
         return self._rotated(read, positions, "q")
 
-    def keys_values(self, read: Read, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rotated keys and plain values, [..., G, C] each."""
+    def keys_values(
+        self, read: AttentionInput, positions: Int[Array, "*rows"]
+    ) -> tuple[Float[Array, "*rows G C"], Float[Array, "*rows G C"]]:
+        """Keys, rotated by their positions, and values."""
         return self._rotated(read, positions, "k"), self._project(read, "v")
 
-    def out(self, mixed: jax.Array) -> jax.Array:
-        y = dense(mixed.reshape(*mixed.shape[:-2], -1).astype(self.dtype), self.o_proj[...])
+    def out(self, mixed: Float[Array, "*rows Q C"]) -> Float[Array, "*rows W"]:
+        """The output projection of the heads' mixed values."""
+        y = trained_linear(mixed.reshape(*mixed.shape[:-2], -1).astype(self.dtype), self.o_proj[...])
         return y + self.o_bias[...] if self.spec.attention_bias else y
 
-    def _rotated(self, read: Read, positions: jax.Array, which: str) -> jax.Array:
+    def _rotated(self, read: AttentionInput, positions: jax.Array, which: str) -> jax.Array:
         heads = self._project(read, which)
         if self.spec.qk_norm:
             heads = rms_norm(heads, getattr(self, f"{which}_norm")[...], self.spec.norm_eps)
-        # What turns with the length (LongRoPE, dynamic) turns by that of the text so far, as in decoding with a cache.
+        # A rotation that depends on the length (LongRoPE, dynamic) takes that of the text so far, as a KV cache does.
         return rotate_by(self.spec.rope, heads, positions, positions + 1)
 
-    def _project(self, read: Read, which: str) -> jax.Array:
+    def _project(self, read: AttentionInput, which: str) -> jax.Array:
         kernel, width = getattr(self, f"{which}_proj")[...], read.hidden.shape[-1]
-        y = dense(read.hidden, kernel[-width:])
+        y = trained_linear(read.hidden, kernel[-width:])
         if read.embedded is not None:
-            y = y + scaled_dense(read.embedded, read.scale, kernel[:width])
+            y = y + scaled_linear(read.embedded, read.scale, kernel[:width])
         if self.spec.attention_bias:
             y = y + getattr(self, f"{which}_bias")[...]
-        y = kept(y, self.dtype)
+        y = save_residual(y.astype(self.dtype), PRODUCT)
         return y.reshape(*y.shape[:-1], -1, self.spec.head_dim)
 
 
-class Layer(nnx.Module):
-    """One decoder layer. The first reads the normed embedding beside the normed state, twice the width."""
+class DraftMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)), without biases.
+
+    Source: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202).
+    """
+
+    def __init__(self, spec: DraftSpec, dtype: Any, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.gate_proj = nnx.Param(init(rngs.params(), (spec.width, spec.mlp_width)))
+        self.up_proj = nnx.Param(init(rngs.params(), (spec.width, spec.mlp_width)))
+        self.down_proj = nnx.Param(init(rngs.params(), (spec.mlp_width, spec.width)))
+        self.dtype = dtype
+
+    def __call__(self, normed: Float[Array, "*rows W"]) -> Float[Array, "*rows W"]:
+        gate, up = (
+            save_residual(trained_linear(normed, kernel[...]).astype(self.dtype), PRODUCT)
+            for kernel in (self.gate_proj, self.up_proj)
+        )
+        sum_type = jnp.promote_types(self.dtype, jnp.float32)
+        inner = jax.nn.silu(gate.astype(sum_type)) * up.astype(sum_type)
+        return trained_linear(inner.astype(self.dtype), self.down_proj[...])
+
+
+class DraftLayer(nnx.Module):
+    """One decoder layer. The first layer reads the normed embedding beside the normed state: twice the width."""
 
     def __init__(self, spec: DraftSpec, first: bool, dtype: Any, rngs: nnx.Rngs):
         self.input_layernorm = nnx.Param(jnp.ones(spec.width))
         if first:
             self.hidden_norm = nnx.Param(jnp.ones(spec.width))
         self.post_attention_layernorm = nnx.Param(jnp.ones(spec.width))
-        self.self_attn = Attention(spec, 2 * spec.width if first else spec.width, dtype, rngs)
-        self.mlp = GatedMLP(spec.width, spec.mlp_width, dtype, rngs)
+        self.self_attn = DraftAttention(spec, 2 * spec.width if first else spec.width, dtype, rngs)
+        self.mlp = DraftMLP(spec, dtype, rngs)
         self.spec, self.first, self.dtype = spec, first, dtype
 
-    def inputs(self, embedded: jax.Array, stream: Stream) -> tuple[Read, jax.Array]:
-        """-> (what attention reads, the residual)."""
+    def inputs(
+        self, embedded: Float[Array, "*rows W"], stream: ResidualStream
+    ) -> tuple[AttentionInput, Float[Array, "*rows W"]]:
+        """(What attention projects, the residual that its output is added to)."""
         eps = self.spec.norm_eps
         if not self.first:
-            return Read(rms_norm(stream.read, self.input_layernorm[...], eps).astype(self.dtype)), stream.whole
-        normed = rms_norm(stream.read, self.hidden_norm[...], eps)
-        plain = jax.lax.stop_gradient(rms_norm(embedded, jnp.ones(()), eps)).astype(self.dtype)
-        read = Read(normed.astype(self.dtype), plain, self.input_layernorm[...])
-        return read, normed if self.spec.norm_before_residual else stream.whole
+            normed = rms_norm(stream.rounded, self.input_layernorm[...], eps)
+            return AttentionInput(normed.astype(self.dtype)), stream.summed
+        normed = rms_norm(stream.rounded, self.hidden_norm[...], eps)
+        unscaled = jax.lax.stop_gradient(rms_norm(embedded, jnp.ones(()), eps)).astype(self.dtype)
+        read = AttentionInput(normed.astype(self.dtype), unscaled, self.input_layernorm[...])
+        return read, normed if self.spec.norm_before_residual else stream.summed
 
-    def finish(self, residual: jax.Array, mixed: jax.Array) -> jax.Array:
-        """Output projection, residual, MLP: the layer's output."""
-        x, normed = self.attended(residual, mixed)
-        gate, up = (kept(dense(normed, kernel[...]), self.dtype) for kernel in (self.mlp.gate_proj, self.mlp.up_proj))
-        total = jnp.promote_types(self.dtype, jnp.float32)
-        inner = jax.nn.silu(gate.astype(total)) * up.astype(total)
-        return x + dense(inner.astype(self.dtype), self.mlp.down_proj[...])
-
-    def attended(self, residual: jax.Array, mixed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Output projection and residual: (the stream, what the MLP reads of it)."""
+    def attended(
+        self, residual: Float[Array, "*rows W"], mixed: Float[Array, "*rows Q C"]
+    ) -> tuple[Float[Array, "*rows W"], Float[Array, "*rows W"]]:
+        """(The residual stream after attention, the normed stream that the MLP reads)."""
         x = residual + self.self_attn.out(mixed)
-        normed = rms_norm(kept(x, self.dtype, STATE), self.post_attention_layernorm[...], self.spec.norm_eps)
+        rounded = save_residual(x.astype(self.dtype), RESIDUAL_STREAM)
+        normed = rms_norm(rounded, self.post_attention_layernorm[...], self.spec.norm_eps)
         return x, normed.astype(self.dtype)
+
+    def finish(self, residual: Float[Array, "*rows W"], mixed: Float[Array, "*rows Q C"]) -> Float[Array, "*rows W"]:
+        """The layer's output from the heads' mixed values: output projection, residual, MLP, residual."""
+        x, normed = self.attended(residual, mixed)
+        return x + self.mlp(normed)
 
 
 class Eagle3(nnx.Module):
-    """The draft's parameters and its pieces; `ttt.unroll` trains with them, `chain.ChainDraft` decodes.
+    """The draft's parameters and its parts; `ttt.unroll` trains with them and `decode.advance` decodes with them.
 
-    Source: EAGLE-3 (arXiv 2503.01840), section 3.1; the switches of `DraftSpec` are the dialects of its reproductions.
+    Source: EAGLE-3 (arXiv 2503.01840), section 3.1; the switches of `DraftSpec` are where its reproductions differ.
     """
 
     def __init__(self, spec: DraftSpec, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        fused = len(spec.aux_layers) * spec.target_width
-        self.fc = nnx.Param(init(rngs.params(), (fused, spec.width)))
+        aux_width = len(spec.aux_layers) * spec.target_width
+        self.fc = nnx.Param(init(rngs.params(), (aux_width, spec.width)))
         if spec.norm_before_fc:
-            self.input_norm = nnx.Param(jnp.ones(fused))
+            self.input_norm = nnx.Param(jnp.ones(aux_width))
         if spec.fc_norm:
             self.fc_norm = nnx.List([nnx.Param(jnp.ones(spec.target_width)) for _ in spec.aux_layers])
-        self.layers = nnx.List([Layer(spec, i == 0, dtype, rngs) for i in range(spec.layers)])
+        self.layers = nnx.List([DraftLayer(spec, i == 0, dtype, rngs) for i in range(spec.layers)])
         self.norm = nnx.Param(jnp.ones(spec.width))
         self.lm_head = nnx.Param(init(rngs.params(), (spec.draft_vocab, spec.width)))
         self.spec, self.dtype = spec, dtype
 
-    def fuse(self, aux: jax.Array) -> jax.Array:
-        """Taps [..., A, H] -> the first state g [..., W]."""
+    def fuse(self, aux: Float[Array, "*rows A H"]) -> Float[Array, "*rows W"]:
+        """The aux hidden states of a position -> the first hidden state g of its slot."""
         if self.spec.fc_norm:
             parts = [rms_norm(aux[..., a, :], w[...], self.spec.norm_eps) for a, w in enumerate(self.fc_norm)]
             aux = jnp.stack(parts, axis=-2)
-        fused = aux.reshape(*aux.shape[:-2], -1)
+        concatenated = aux.reshape(*aux.shape[:-2], -1)
         if self.spec.norm_before_fc:
-            fused = rms_norm(fused, self.input_norm[...], self.spec.norm_eps)
-        return dense(fused.astype(self.dtype), self.fc[...])
+            concatenated = rms_norm(concatenated, self.input_norm[...], self.spec.norm_eps)
+        return trained_linear(concatenated.astype(self.dtype), self.fc[...])
 
-    def finish(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
-        """The last layer's output -> (what lm_head reads, the state that the next step starts from)."""
-        normed = rms_norm(stream.read, self.norm[...], self.spec.norm_eps)
-        return normed if self.spec.head_norm else stream.whole, normed if self.spec.carry_normed else stream.whole
+    def finish(self, stream: ResidualStream) -> tuple[Float[Array, "*rows W"], Float[Array, "*rows W"]]:
+        """The last layer's output -> (what lm_head reads, the hidden state that the next TTT step starts from)."""
+        normed = rms_norm(stream.rounded, self.norm[...], self.spec.norm_eps)
+        return normed if self.spec.head_norm else stream.summed, normed if self.spec.carry_normed else stream.summed
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """What lm_head reads [..., W] -> float32 logits [..., D] over the draft vocabulary."""
-        return rows_product(hidden.astype(self.dtype), self.lm_head[...].astype(self.dtype), rows=True)
+    def logits(self, hidden: Float[Array, "*rows W"]) -> Float[Array, "*rows D"]:
+        """What lm_head reads -> logits over the draft vocabulary, float32 or better."""
+        return flat_matmul(hidden.astype(self.dtype), self.lm_head[...].astype(self.dtype), transposed=True)

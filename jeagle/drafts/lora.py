@@ -1,4 +1,4 @@
-"""Low-rank adapters: a kernel W [I, O] is trained as W + down [I, R] up [R, O], W staying as it is.
+"""Low-rank adapters: instead of a kernel W [I, O], down [I, R] and up [R, O] are trained, and W + down up is used.
 
 Source: Hu et al., LoRA (arXiv 2106.09685), with a scale of 1.
 """
@@ -13,22 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-KEEP_WHOLE = ("lm_head",)  # a row for each token: no map between features
+WITHOUT_ADAPTER = ("lm_head",)
+"""Matrices with a row for each token, which are no maps between features."""
 
 
 def add_adapters(draft: Any, rank: int, key: jax.Array) -> dict[str, Any]:
-    """{"base": the draft's state, "lora": adapters of its kernels}, which starts as the same draft."""
+    """{"base": the draft's state, "lora": adapters of its kernels}. It starts as the same draft, since `up` is 0."""
     pairs: dict[tuple[Any, ...], jax.Array] = {}
     for number, (path, leaf) in enumerate(nnx.to_flat_state(draft)):
         value = leaf.get_value()
-        if value.ndim == 2 and path[-1] not in KEEP_WHOLE:
+        if value.ndim == 2 and path[-1] not in WITHOUT_ADAPTER:
             down = jax.random.normal(jax.random.fold_in(key, number), (value.shape[0], rank)) / value.shape[0] ** 0.5
             pairs[(*path, "down")], pairs[(*path, "up")] = down, jnp.zeros((rank, value.shape[1]))
     return {"base": draft, "lora": traverse_util.unflatten_dict(pairs)}
 
 
 def with_adapters(draft: Any) -> Any:
-    """The state that a draft with adapters stands for, gradients reaching the adapters alone; any other as it is."""
+    """The draft's state with its adapters added, where only they get gradients; a state without adapters unchanged."""
     if not (isinstance(draft, dict) and "lora" in draft):
         return draft
     pairs = traverse_util.flatten_dict(draft["lora"])
@@ -43,7 +44,7 @@ def with_adapters(draft: Any) -> Any:
 
 
 def merge_adapters(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same for named arrays: base.X, lora.X.down and lora.X.up -> X. Without adapters, those given."""
+    """`with_adapters` for arrays by name: base.X, lora.X.down and lora.X.up become X; other arrays unchanged."""
     base = {name.removeprefix("base."): array for name, array in params.items() if name.startswith("base.")}
     if not base:
         return dict(params)

@@ -1,4 +1,4 @@
-"""Training-time test: K steps in which a draft reads its own states, at the live slots only."""
+"""Training-time test (TTT): K steps in which a draft reads its own hidden states, at the live slots only."""
 
 from __future__ import annotations
 
@@ -8,88 +8,96 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from jeagle import align
 from jeagle.align import Selected, take_rows
-from jeagle.drafts import ttt_attention
-from jeagle.drafts.chunked_mlp import Kernels, lean_mlp
-from jeagle.drafts.eagle3 import Eagle3, Layer, Read, Stream
-from jeagle.drafts.remat import ATTENTION, PRODUCT, STATE
+from jeagle.drafts.eagle3 import PRODUCT, RESIDUAL_STREAM, DraftLayer, DraftMLP, Eagle3, ResidualStream
+from jeagle.drafts.trained_products import MLPKernels, chunked_mlp
+from jeagle.drafts.ttt_attention import ATTENTION, Backend, BackwardCarry, attend_ttt, deliver_to_backward
 from jeagle.interfaces import Batch, Predictions
-from jeagle.layers import GatedMLP
 
 
-class Past(NamedTuple):
-    """Keys and values of step 0 at every position, of one layer."""
-
-    keys_BGTC: jax.Array
-    values_BGTC: jax.Array
-
-
-class Own(NamedTuple):
-    """What a layer hands from step to step.
+class LayerContext(NamedTuple):
+    """What all TTT steps of a layer share.
 
     Attributes:
-      keys_JBGNC, values_JBGNC: the slots' own keys and values of steps 1..K-1.
-      mirror: what brings them along on the way back.
-      kernels: of a lean MLP, on the way back their gradient; None for another.
+      keys_BGTC, values_BGTC: of step 0, at every position.
+      first_BN: the first position whose step-0 key a slot attends to at step 0; the last one is its own.
+      window: the sliding window that moves on with the steps; 0 where it stays as at step 0, or there is none.
+      mlp: the kernels of the MLP without gradient, where `chunked_mlp` computes it; else None.
     """
 
-    keys_JBGNC: jax.Array
-    values_JBGNC: jax.Array
-    mirror: ttt_attention.Mirror
-    kernels: Kernels | None = None
+    keys_BGTC: Float[Array, "B G T C"]
+    values_BGTC: Float[Array, "B G T C"]
+    first_BN: Int[Array, "B N"]
+    window: int
+    mlp: MLPKernels | None
 
-
-class Context(NamedTuple):
-    """Of every layer, the step-0 keys and values; and the first and last of them that a slot sees."""
-
-    past: tuple[Past, ...]
-    first_BN: jax.Array
-    last_BN: jax.Array
-    window: int  # that moves on with k; 0: none does
-
-    def seen(self, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The first and the last step-0 key that slots see at step k."""
+    def visible(self, k: jax.Array, last_BN: jax.Array, own_steps: int) -> tuple[jax.Array, jax.Array]:
+        """At step k: (the first position [B, N] of the step-0 keys that a slot attends to, bool [J] which of its own
+        keys of steps 1 to J)."""
+        step_J = jnp.arange(1, own_steps + 1)
         if not self.window:
-            return self.first_BN, self.last_BN
-        return jnp.maximum(self.first_BN, self.last_BN + k - self.window + 1), self.last_BN
+            return self.first_BN, step_J <= k
+        first_BN = jnp.maximum(self.first_BN, last_BN + k - self.window + 1)
+        return first_BN, (step_J <= k) & (step_J > k - self.window)
 
-    def own(self, k: jax.Array, steps: int) -> jax.Array:
-        """[J]: which of the slots' own keys, of steps 1 to J, they see at step k."""
-        step_J = jnp.arange(1, steps + 1)
-        return (step_J <= k) & (step_J > k - self.window) if self.window else step_J <= k
+
+class LayerState(NamedTuple):
+    """What a layer hands from one TTT step to the next.
+
+    Attributes:
+      keys_JBGNC, values_JBGNC: the slots' own keys and values of steps 1..J.
+      backward_carry: hands those of the last step to every step's backward pass.
+      mlp: the kernels that `chunked_mlp` passes on to collect their gradient, where it computes the MLP; else None.
+    """
+
+    keys_JBGNC: Float[Array, "J B G N C"]
+    values_JBGNC: Float[Array, "J B G N C"]
+    backward_carry: BackwardCarry
+    mlp: MLPKernels | None = None
+
+    def with_step(self, k: jax.Array, keys_BNGC: jax.Array, values_BNGC: jax.Array) -> LayerState:
+        """With the slots' own keys and values of step k. Those of step 0 are in the context: step 1 overwrites them."""
+        if not len(self.keys_JBGNC):
+            return self
+        keys, values = (
+            jax.lax.dynamic_update_index_in_dim(own, _swap_heads(new).astype(own.dtype), jnp.maximum(k - 1, 0), 0)
+            for own, new in ((self.keys_JBGNC, keys_BNGC), (self.values_JBGNC, values_BNGC))
+        )
+        return self._replace(keys_JBGNC=keys, values_JBGNC=values)
 
 
 def unroll(
     graphdef: Any,
     state: Any,
     batch: Batch,
-    aux_BTAH: jax.Array,
-    embedded_BTW: jax.Array,
+    aux_BTAH: Float[Array, "B T A H"],
+    embedded_BTW: Float[Array, "B T W"],
     slots: Selected,
-    counts_KBT: jax.Array,
+    counts_KBT: Bool[Array, "K B T"],
     *,
     cross_documents: bool = False,
     fixed_window: bool = False,
     remat: bool = False,
-    lean: bool = True,
-    backend: ttt_attention.Backend = "chunked",
+    chunk_mlp: bool = True,
+    backend: Backend = "chunked",
 ) -> Predictions:
-    """All K steps of TTT -> what the objective needs.
+    """All K TTT steps of the draft -> what the objective needs.
 
-    Step 0 makes keys and values at every position, since later slots attend to them; everything else is made at the N
-    live slots. Positions rotate by t + k, keys are kept rotated, and gradients flow through all steps.
+    Step 0 computes keys and values at every position, since later slots attend to them; everything else is computed at
+    the N live slots. Queries and keys rotate by position t + k, and gradients flow through all steps.
 
     Args:
-      graphdef, state: of an `Eagle3`.
-      embedded_BTW: each position's own embedding row, frozen.
+      graphdef, state: of an `Eagle3`, as nnx.split gives them.
+      embedded_BTW: each position's own embedding row, which is frozen.
       slots: the N slots of each row that count at some step, from `align.select`.
-      counts_KBT: from `align.counting_slots`.
+      counts_KBT: which slots count at which step, from `align.counting_slots`.
       cross_documents: as in `align.read_positions`.
       fixed_window: as in `objective.ObjectiveSpec`.
-      remat: keep the residual stream and attention alone for the backward pass, and make other products anew there.
-      lean: of `remat`: MLPs are worked through in pieces of their inner width (see `lean_mlp`), which one device holds.
+      remat: save only the residual stream and attention's output for the backward pass; other products are recomputed.
+      chunk_mlp: with `remat`, compute MLPs by `chunked_mlp`; it needs whole kernels on each device.
       backend: of the attention to step-0 keys.
 
     Source: EAGLE-3 (arXiv 2503.01840), section 3.2.
@@ -99,154 +107,119 @@ def unroll(
     reads_KBT = align.read_positions(batch.segments_BT, steps, cross_documents=cross_documents)
     reads_KBN = jax.vmap(lambda reads: take_rows(reads, slots.positions_BN))(reads_KBT)
     counts_KBN = jax.vmap(lambda counts: take_rows(counts, slots.positions_BN))(counts_KBT) & slots.live_BN
-    fused_BTW = draft.fuse(aux_BTAH)
-    context = _context(draft, batch, fused_BTW, _embedded(embedded_BTW, reads_KBT[0]), slots, backend)
-    if not fixed_window:
-        context = context._replace(window=draft.spec.sliding_window)
     positions_BN = take_rows(batch.positions_BT, slots.positions_BN)
+    fused_BTW = draft.fuse(aux_BTAH)
+    states = _empty_states(draft, steps - 1, slots.positions_BN.shape)
+    if remat and chunk_mlp:
+        states = tuple(s._replace(mlp=_mlp_kernels(layer)) for s, layer in zip(states, draft.layers, strict=True))
+    contexts = _step_0(draft, batch, fused_BTW, _embedding_of(embedded_BTW, reads_KBT[0]), slots, backend)
+    contexts = tuple(
+        c._replace(window=0 if fixed_window else c.window, mlp=jax.lax.stop_gradient(s.mlp))
+        for c, s in zip(contexts, states, strict=True)
+    )
+    saved = (ATTENTION, RESIDUAL_STREAM) if remat else (ATTENTION, RESIDUAL_STREAM, PRODUCT)
 
-    policy = jax.checkpoint_policies.save_only_these_names(ATTENTION, STATE, *(() if remat else (PRODUCT,)))
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*saved))
+    def step(carry, step_inputs):
+        k, reads_BN = step_inputs
+        embedded_BNW = _embedding_of(embedded_BTW, reads_BN)
+        draft = nnx.merge(graphdef, state)
+        return _step(draft, contexts, carry, k, embedded_BNW, positions_BN + k, slots.positions_BN, backend)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
-    def step(carry, parts):
-        k, reads_BN = parts
-        return _step(
-            nnx.merge(graphdef, state),
-            carry,
-            k,
-            _embedded(embedded_BTW, reads_BN),
-            positions_BN,
-            context,
-            kernels,
-            backend,
+    carry = (take_rows(fused_BTW, slots.positions_BN), states)
+    (hidden_BNW, states), before_KBNW = jax.lax.scan(step, carry, (jnp.arange(steps), reads_KBN))
+    # Each step returned what lm_head reads of the hidden state that it started from, which is the step before's.
+    last_BNW = draft.finish(ResidualStream.of(hidden_BNW, draft.dtype))[0].astype(draft.dtype)
+    for_head_KBNW = jnp.concatenate([before_KBNW[1:], last_BNW[None]])
+    for s in states:
+        own = BackwardCarry(s.keys_JBGNC, s.values_JBGNC)
+        for_head_KBNW = deliver_to_backward(for_head_KBNW, own, s.backward_carry)
+    return Predictions(for_head_KBNW, reads_KBN, counts_KBN)
+
+
+def _step_0(draft: Eagle3, batch: Batch, fused_BTW, embedded_BTW, slots: Selected, backend: Backend):
+    """Step 0 at every position, as far as later slots attend to it: the last layer stops at its keys and values."""
+    starts_BT = align.document_starts(batch.segments_BT)
+    last_BT = jnp.broadcast_to(jnp.arange(starts_BT.shape[1]), starts_BT.shape)
+    stream, contexts = ResidualStream.of(fused_BTW, draft.dtype), []
+    for layer, window in zip(draft.layers, draft.spec.windows, strict=True):
+        read, residual = layer.inputs(embedded_BTW, stream)
+        keys, values = (_swap_heads(x) for x in layer.self_attn.keys_values(read, batch.positions_BT))
+        first_BT = jnp.maximum(starts_BT, last_BT - window + 1) if window else starts_BT
+        contexts.append(LayerContext(keys, values, take_rows(first_BT, slots.positions_BN), window, None))
+        if len(contexts) == len(draft.layers):
+            break
+        queries = _swap_heads(layer.self_attn.queries(read, batch.positions_BT))
+        no_own = _empty_states(draft, 0, first_BT.shape)[0].backward_carry
+        mixed, _ = attend_ttt(
+            *(queries, keys, values, first_BT, last_BT, *no_own, jnp.zeros(0, bool)),
+            dtype=draft.dtype,
+            backward_carry=None,
+            backend=backend,
         )
-
-    own = _empty_own(draft, steps, slots.positions_BN.shape)
-    if remat and lean:
-        own = tuple(o._replace(kernels=_lean(layer)) for o, layer in zip(own, draft.layers, strict=True))
-    kernels = jax.lax.stop_gradient([o.kernels for o in own])
-    carry = (take_rows(fused_BTW, slots.positions_BN), own)
-    (hidden, own), before_KBNW = jax.lax.scan(step, carry, (jnp.arange(steps), reads_KBN))
-    # Each step told what lm_head reads of the state that it was given: the one before's.
-    last_BNW = draft.finish(Stream.of(hidden, draft.dtype))[0].astype(draft.dtype)
-    hidden_KBNW = jnp.concatenate([before_KBNW[1:], last_BNW[None]])
-    for mine in own:
-        found = ttt_attention.Mirror(mine.keys_JBGNC, mine.values_JBGNC)
-        hidden_KBNW = ttt_attention.reflect(hidden_KBNW, found, mine.mirror)
-    return Predictions(hidden_KBNW, reads_KBN, counts_KBN)
+        stream = ResidualStream.of(layer.finish(residual, _swap_heads(mixed)), draft.dtype)
+    return tuple(contexts)
 
 
-def _embedded(embedded_BTW: jax.Array, reads_BN: jax.Array) -> jax.Array:
-    """Embeddings of the tokens at these positions; any where a slot reads none (position T), for it does not count."""
+def _step(draft: Eagle3, contexts, carry, k: jax.Array, embedded_BNW, rotations_BN, last_BN, backend: Backend):
+    """One TTT step -> (the last layer's output and the layers' states, what lm_head reads of the output before).
+
+    The final norm is at the head of the next step, so that its input is saved once, with the first layer's input.
+
+    Args:
+      contexts, carry: each layer's `LayerContext`; (the output of the step before, each layer's `LayerState`).
+      k: number of the step. embedded_BNW: embeddings of the tokens that the slots read.
+      rotations_BN: positions that queries and keys rotate by. last_BN: the slots' own positions in the row.
+    """
+    hidden, states = carry
+    stream = ResidualStream.of(hidden, draft.dtype)
+    for_head, next_hidden = draft.finish(stream)
+    if next_hidden is not hidden:  # the first step starts from fused aux hidden states, which are not normed
+        stream = ResidualStream.of(jnp.where(k == 0, hidden, next_hidden), draft.dtype)
+    new_states = []
+    for layer, context, layer_state in zip(draft.layers, contexts, states, strict=True):
+        read, residual = layer.inputs(embedded_BNW, stream)
+        layer_state = layer_state.with_step(k, *layer.self_attn.keys_values(read, rotations_BN))
+        own_keys, own_values, backward_carry, mlp = layer_state
+        first_BN, own_allowed_J = context.visible(k, last_BN, len(own_keys))
+        queries = _swap_heads(layer.self_attn.queries(read, rotations_BN))
+        mixed, backward_carry = attend_ttt(
+            *(queries, context.keys_BGTC, context.values_BGTC, first_BN, last_BN, own_keys, own_values, own_allowed_J),
+            dtype=draft.dtype,
+            backward_carry=backward_carry,
+            backend=backend,
+        )
+        if context.mlp is None:
+            hidden = layer.finish(residual, _swap_heads(mixed))
+        else:
+            x, normed = layer.attended(residual, _swap_heads(mixed))
+            y, mlp = chunked_mlp(layer.dtype, normed, context.mlp, mlp)
+            hidden = x + y
+        stream = ResidualStream.of(hidden, draft.dtype)
+        new_states.append(LayerState(own_keys, own_values, backward_carry, mlp))
+    return (hidden, tuple(new_states)), for_head.astype(draft.dtype)
+
+
+def _embedding_of(embedded_BTW: jax.Array, reads_BN: jax.Array) -> jax.Array:
+    """Embeddings of the tokens at these positions; of any token where a slot reads none, since it does not count."""
     rows = take_rows(embedded_BTW, jnp.minimum(reads_BN, embedded_BTW.shape[1] - 1))
     return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
 
 
-def _first_seen(batch: Batch, window: int) -> jax.Array:
-    """The first position whose step-0 key each position sees: its document's, or its window's."""
-    here_T = jnp.arange(batch.tokens_BT.shape[1])
-    begins_BT = jnp.diff(batch.segments_BT, axis=1, prepend=-1) != 0
-    first_BT = jax.lax.cummax(jnp.where(begins_BT, here_T, 0), axis=1)
-    return jnp.maximum(first_BT, here_T - window + 1) if window else first_BT
+def _empty_states(draft: Eagle3, own_steps: int, slots: tuple[int, ...]) -> tuple[LayerState, ...]:
+    """Each layer's state before the first step, for [B, N] slots that take `own_steps` further steps."""
+    rows, count = slots
+    empty = jnp.zeros((own_steps, rows, draft.spec.kv_heads, count, draft.spec.head_dim), draft.dtype)
+    return tuple(LayerState(empty, empty, BackwardCarry(empty, empty)) for _ in draft.layers)
 
 
-def _context(draft: Eagle3, batch: Batch, fused_BTW, embedded_BTW, slots: Selected, backend: Any) -> Context:
-    """Step 0 at every position, as far as later slots attend to it: the deepest layer stops at its keys and values."""
-    first_BT = _first_seen(batch, draft.spec.sliding_window)
-    last_BT = jnp.broadcast_to(jnp.arange(first_BT.shape[1]), first_BT.shape)
-    hidden, past = fused_BTW, []
-    for layer in draft.layers:
-        read, residual = layer.inputs(embedded_BTW, Stream.of(hidden, draft.dtype))
-        past.append(Past(*(_heads_first(x) for x in layer.self_attn.keys_values(read, batch.positions_BT))))
-        if layer is draft.layers[-1]:
-            break
-        queries = _heads_first(layer.self_attn.queries(read, batch.positions_BT))
-        nothing = _empty_own(draft, 1, first_BT.shape)[0].mirror
-        mixed, _ = ttt_attention.attend(
-            queries,
-            *past[-1],
-            first_BT,
-            last_BT,
-            *nothing,
-            jnp.zeros(0, bool),
-            dtype=draft.dtype,
-            mirror=None,
-            backend=backend,
-        )
-        hidden = layer.finish(residual, _heads_first(mixed))
-    return Context(tuple(past), take_rows(first_BT, slots.positions_BN), slots.positions_BN, window=0)
+def _mlp_kernels(layer: Any) -> MLPKernels | None:
+    """The kernels of a layer's MLP; None where a user's own class computes it in another way."""
+    if type(layer).finish is not DraftLayer.finish or type(layer.mlp) is not DraftMLP:
+        return None
+    return MLPKernels(layer.mlp.gate_proj[...], layer.mlp.up_proj[...], layer.mlp.down_proj[...])
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
+def _swap_heads(x: jax.Array) -> jax.Array:
     """[B, N, heads, C] to [B, heads, N, C], or back."""
     return jnp.swapaxes(x, 1, 2)
-
-
-def _empty_own(draft: Eagle3, steps: int, slots: tuple[int, int]) -> tuple[Own, ...]:
-    """Room for the slots' own keys and values of steps 1..K-1, of every layer."""
-    rows, count = slots
-    shape = (steps - 1, rows, draft.spec.kv_heads, count, draft.spec.head_dim)
-    empty = jnp.zeros(shape, draft.dtype)
-    return tuple(Own(empty, empty, ttt_attention.Mirror(empty, empty)) for _ in draft.layers)
-
-
-def _step(draft: Eagle3, carry, k: jax.Array, embedded, positions_BN, context: Context, kernels, backend: Any):
-    """-> (the last layer's output and what layers pass on, what lm_head reads of the step before's output).
-
-    The final norm stands at the head of the next step, so that what it reads is kept once, with what the layer reads.
-    """
-    hidden, own = carry
-    stream = Stream.of(hidden, draft.dtype)
-    for_head, state = draft.finish(stream)
-    if state is not hidden:
-        stream = Stream.of(jnp.where(k == 0, hidden, state), draft.dtype)
-    seen, own_J = context.seen(k), context.own(k, own[0].keys_JBGNC.shape[0])
-    new_own = []
-    for layer, past, mine, frozen in zip(draft.layers, context.past, own, kernels, strict=True):
-        read, residual = layer.inputs(embedded, stream)
-        mine = _with_own(layer, mine, read, positions_BN + k, k)
-        queries = _heads_first(layer.self_attn.queries(read, positions_BN + k))
-        mixed, mirror = ttt_attention.attend(
-            queries,
-            *past,
-            *seen,
-            mine.keys_JBGNC,
-            mine.values_JBGNC,
-            own_J,
-            dtype=draft.dtype,
-            backend=backend,
-            mirror=mine.mirror,
-        )
-        assert mirror is not None  # as it was given
-        hidden, passed = _finished(layer, residual, _heads_first(mixed), frozen, mine.kernels)
-        stream = Stream.of(hidden, draft.dtype)
-        new_own.append(Own(mine.keys_JBGNC, mine.values_JBGNC, mirror, passed))
-    return (hidden, tuple(new_own)), for_head.astype(draft.dtype)
-
-
-def _lean(layer: Any) -> Kernels | None:
-    """The kernels of a layer's MLP; None where it is of a user's own making."""
-    own = type(layer).finish is not Layer.finish or type(layer.mlp) is not GatedMLP
-    return None if own else Kernels.of(layer.mlp)
-
-
-def _finished(layer, residual, mixed, kernels: Kernels | None, passed: Kernels | None):
-    """The layer's output; and what it passes on to the next step where its MLP is a lean one."""
-    if kernels is None:
-        return layer.finish(residual, mixed), None
-    x, normed = layer.attended(residual, mixed)
-    y, passed = lean_mlp(layer.dtype, normed, kernels, passed)
-    return x + y, passed
-
-
-def _with_own(layer, mine: Own, read: Read, positions: jax.Array, k: jax.Array) -> Own:
-    """Puts step k's own keys and values at place k - 1; step 0's lie in the context already."""
-    if mine.keys_JBGNC.shape[0] == 0:
-        return mine
-    fresh = layer.self_attn.keys_values(read, positions)
-    place = jnp.maximum(k - 1, 0)  # step 0 writes where step 1 will write again
-    keys, values = (
-        jax.lax.dynamic_update_index_in_dim(room, _heads_first(new).astype(room.dtype), place, 0)
-        for room, new in zip((mine.keys_JBGNC, mine.values_JBGNC), fresh, strict=True)
-    )
-    return mine._replace(keys_JBGNC=keys, values_JBGNC=values)

@@ -86,6 +86,7 @@ def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         qk_norm=decoder["model_type"] == "qwen3",
         attention_bias=bool(decoder.get("attention_bias")),
         sliding_window=_window(decoder),
+        layer_types=(),
         end_token_ids=() if ends is None else tuple(ends) if isinstance(ends, list) else (ends,),
     )
 

@@ -93,7 +93,7 @@ def _measure(
 ) -> MeasuredInterpretation:
     bench = acceptance.open_bench(config, interpretation.spec, folder, params, loaded=target)
     prompts = acceptance.prompt_ids(bench, config, folder, settings.prompts, settings.max_prompts)
-    decoded = decoding.decode(
+    decoded = decoding.decode_speculative(
         bench.models,
         bench.weights,
         prompts,
@@ -103,7 +103,7 @@ def _measure(
         batch=min(len(prompts), 16),
     )
     rounds = [list(answer.rounds) for answer in decoded]
-    return MeasuredInterpretation(interpretation, rounds, decoding.counters(decoded, settings.draft_tokens))
+    return MeasuredInterpretation(interpretation, rounds, decoding.acceptance_counters(decoded, settings.draft_tokens))
 
 
 def _table(measured: list[MeasuredInterpretation]) -> list[str]:

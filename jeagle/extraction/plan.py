@@ -117,7 +117,7 @@ def check_teacher_suffices(form: features.StoreFormat, config: RunConfig, where:
     Args:
       where: names the store at the start of the message.
     """
-    needs = assemble.objective_spec(config.objective).whole_teacher
+    needs = assemble.objective_spec(config.objective).needs_full_teacher
     if form.top_k and needs:
         raise UserError(
             f"{where} contains only the {form.top_k} likeliest tokens of each distribution, and {needs}: give another "

@@ -1,11 +1,12 @@
-"""Predictions and a teacher -> loss and figures: pure functions."""
+"""Predictions and a teacher -> loss and metrics, as pure functions."""
 
-from jeagle.objective.dialects import DIALECTS, ObjectiveSpec, resolve
-from jeagle.objective.losses import LOSSES, parse_loss
+from jeagle.objective.dialects import DIALECTS, ObjectiveSpec, resolve_objective
+from jeagle.objective.losses import ALIASES, LOSSES, parse_loss
 from jeagle.objective.objective import ACCELERATOR_CHUNK, CPU_CHUNK, Metrics, divisors, objective
 
 __all__ = [
     "ACCELERATOR_CHUNK",
+    "ALIASES",
     "CPU_CHUNK",
     "DIALECTS",
     "LOSSES",
@@ -14,5 +15,5 @@ __all__ = [
     "divisors",
     "objective",
     "parse_loss",
-    "resolve",
+    "resolve_objective",
 ]

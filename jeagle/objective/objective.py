@@ -1,4 +1,4 @@
-"""Predictions and the target's features -> one loss, and the figures that tell how a draft does."""
+"""Predictions and the target's features -> one loss, and the metrics that describe how well a draft does."""
 
 from __future__ import annotations
 
@@ -6,41 +6,50 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from jeagle.align import Selected, take_rows
 from jeagle.interfaces import PLAIN_LOGITS, Batch, Features, LogitShape, Predictions, Tables, TopK
-from jeagle.objective.chunked import Known, Recipe, Slotwise, Taught, chunked_loss, places
-from jeagle.objective.coupled_losses import needs_first_pass, split
+from jeagle.objective.chunked_loss import (
+    LossOptions,
+    SlotMetrics,
+    TeacherPositions,
+    TruncatedTeacher,
+    chunked_loss,
+    slot_index,
+)
+from jeagle.objective.coupled_losses import split_by_slot
 from jeagle.objective.dialects import ObjectiveSpec
+from jeagle.objective.losses import COUPLED_LOSSES
 from jeagle.runtime.mesh import summed_over
 
-# Slots (of all of a device's rows and steps together) whose logits exist at a time. An accelerator reads both lm_heads
-# for each chunk, which only many slots make worth it.
 CPU_CHUNK, ACCELERATOR_CHUNK = 512, 2048
+"""Slots, of all rows and steps of a device together, whose logits exist at a time. An accelerator reads both lm_heads
+for each chunk, so that it needs more slots per chunk."""
 
 
 class Metrics(NamedTuple):
-    """Sums over the global batch, per TTT step, all [K] float32: dividing them gives the means.
+    """Sums over the global batch per TTT step, all [K] float32; divided by each other, they give means.
 
     Attributes:
-      loss: step k's normalised loss, decay not applied.
+      loss: step k's normalised loss, without the decay.
       counting: slots that count.
-      correct: of those, the draft's argmax is the target's argmax.
-      trained: slots that carry loss (fewer than counting where out-of-vocabulary ones are dropped).
-      accepted: sum over trained slots of sum_v min(p_v, q_v), p over the whole vocabulary.
-      prefix_counting, prefix_correct: slots whose steps 0..k all count, and of those the ones all right so far: what
+      correct: slots that count whose draft argmax is the target's argmax.
+      trained: slots that carry loss; fewer than counting where out-of-vocabulary ones are dropped.
+      accepted: sum over trained slots of sum_v min(p_v, q_v), p being over the whole vocabulary.
+      prefix_counting, prefix_correct: slots whose steps 0..k all count, and those of them that are all correct: what
         chain decoding accepts.
-      prefix_accepted: over the same slots, the chance that all steps so far are accepted when tokens are drawn.
+      prefix_accepted: over the same slots, the probability that all steps so far are accepted when tokens are sampled.
     """
 
-    loss: jax.Array
-    counting: jax.Array
-    correct: jax.Array
-    trained: jax.Array
-    accepted: jax.Array
-    prefix_counting: jax.Array
-    prefix_correct: jax.Array
-    prefix_accepted: jax.Array
+    loss: Float[Array, " K"]
+    counting: Float[Array, " K"]
+    correct: Float[Array, " K"]
+    trained: Float[Array, " K"]
+    accepted: Float[Array, " K"]
+    prefix_counting: Float[Array, " K"]
+    prefix_correct: Float[Array, " K"]
+    prefix_accepted: Float[Array, " K"]
 
 
 def objective(
@@ -49,24 +58,24 @@ def objective(
     features: Features,
     batch: Batch,
     tables: Tables,
-    lm_head_DW: jax.Array,
+    lm_head_DW: Float[Array, "D W"],
     teachers: Selected,
     *,
     dtype: Any,
     slots: Selected,
     logits: LogitShape = PLAIN_LOGITS,
-    divisor_K: jax.Array | None = None,
+    divisor_K: Float[Array, " K"] | None = None,
     over: tuple[str, ...] = (),
     chunk_rows: int = CPU_CHUNK,
-) -> tuple[jax.Array, Metrics]:
-    """The scalar loss of the global batch and its figures; its gradient on a device is that of the device's own rows.
+) -> tuple[Float[Array, ""], Metrics]:
+    """The scalar loss of the global batch and its metrics; its gradient on a device is that of the device's own rows.
 
     Args:
       predictions: of `drafts.unroll`, at the live `slots`.
-      features: greedy and lse must be there at every teacher position.
+      features: greedy and lse must be valid at every teacher position.
       lm_head_DW: the draft's own head, trained or not.
-      teachers: the M positions of each row that teach some counting slot.
-      slots: positions of the N live slots (for weighing by document).
+      teachers: the M positions of each row that teach some slot that counts.
+      slots: the N live slots.
       logits: what the target's family does to its logits.
       divisor_K: `divisors` of the whole batch, where `batch` is only a part of it.
       over: mesh axes over which a surrounding `shard_map` splits the rows.
@@ -74,83 +83,85 @@ def objective(
 
     Source: EAGLE-3 (arXiv 2503.01840); the switches of `spec` name the differences between its trainers.
     """
-    index_V = _draft_entries(tables)
-    label_BT = index_V[features.greedy_BT]
-    label_KBN = jax.vmap(lambda read: take_rows(label_BT, jnp.minimum(read, label_BT.shape[1] - 1)))(
-        predictions.taught_by_KBN
-    )
-    counts_KBN = predictions.counts_KBN
+    length, width = batch.tokens_BT.shape[1], predictions.counts_KBN.shape[2]
+    counts_KBN, entry_V = predictions.counts_KBN, _draft_entries(tables)
+    label_BT = entry_V[features.greedy_BT]
+    teacher_KBN = jnp.minimum(predictions.taught_by_KBN, length - 1)
+    label_KBN = jax.vmap(take_rows, (None, 0))(label_BT, teacher_KBN)
     trained_KBN = counts_KBN & (label_KBN >= 0) if spec.mask_out_of_vocab else counts_KBN
+
     segments_BN = take_rows(batch.segments_BT, slots.positions_BN)
     if divisor_K is None:
         divisor_K = divisors(spec, trained_KBN, segments_BN, batch.tokens_BT.shape, over)
-    scale_KBN = _scale(spec, trained_KBN, segments_BN, divisor_K, batch.tokens_BT.shape[1])
-    decay_K = spec.decay ** jnp.arange(counts_KBN.shape[0], dtype=scale_KBN.dtype)
+    scale_KBN = _scale(spec, trained_KBN, segments_BN, divisor_K, length)
+    decay_K = spec.decay ** jnp.arange(len(counts_KBN), dtype=scale_KBN.dtype)
     weight_KBN = jnp.where(trained_KBN, scale_KBN * decay_K[:, None, None], 0.0)
 
-    slot_BMK, present_BMK = _slot_of_teacher(predictions, teachers, label_BT.shape[1])
-    source, teaches_BM = _source(features.teacher, teachers.positions_BN, index_V, len(tables.head_DH))
-    present_BMK = present_BMK & teaches_BM[..., None]
-    taught = Taught(
+    slot_BMK, present_BMK = _slot_of_teacher(predictions, teachers, length)
+    source, knows_BM = _teacher_source(features.teacher, teachers.positions_BN, entry_V, len(tables.head_DH))
+    present_BMK = present_BMK & knows_BM[..., None]
+    at = slot_index(slot_BMK)
+    taught = TeacherPositions(
         source=source,
         head_DH=tables.head_DH,
         lse_BM=take_rows(features.lse_BT, teachers.positions_BN),
         label_BM=take_rows(label_BT, teachers.positions_BN),
-        weight_BMK=jnp.where(present_BMK, _take(weight_KBN, slot_BMK), 0.0),
-        slot_BMK=jnp.where(present_BMK, slot_BMK, weight_KBN.shape[2]),
+        weight_BMK=jnp.where(present_BMK, weight_KBN[at], 0.0),
+        slot_BMK=jnp.where(present_BMK, slot_BMK, width),
     )
     chunk = _chunk(slot_BMK.shape, chunk_rows)
-    recipe = Recipe(spec.terms(), spec.renormalised, dtype, chunk, logits, spec.temperature, spec.mixture)
+    options = LossOptions(spec.terms(), spec.renormalised, dtype, chunk, logits, spec.temperature, spec.kl_share)
     rest_K = jnp.zeros_like(decay_K)
-    if needs_first_pass(recipe.terms):
+    if any(name in COUPLED_LOSSES for _, name in options.terms):
         frozen = jax.lax.stop_gradient((predictions.hidden_KBNW, lm_head_DW, taught))
-        _, first = chunked_loss(recipe._replace(terms=((1.0, "tv"),)), *frozen)
-        found = first.accepted, present_BMK
-        accepted, present = _by_slot(found, slot_BMK, present_BMK, counts_KBN.shape[2])
-        carries = trained_KBN & (present > 0)
-        terms, factors, rest_K = split(recipe.terms, accepted, carries, scale_KBN, spec.decay, spec.mixture, over)
-        recipe = recipe._replace(terms=terms)
-        taught = taught._replace(factors=tuple(f if f is None else _take(f, slot_BMK) for f in factors))
-    loss, by_teacher = chunked_loss(recipe, predictions.hidden_KBNW, lm_head_DW, taught)
-    by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, counts_KBN.shape[2])
-    metrics = _figures(by_slot, counts_KBN, trained_KBN, scale_KBN)
+        _, first_pass = chunked_loss(options._replace(terms=((1.0, "tv"),)), *frozen)
+        accepted, present = _by_slot((first_pass.accepted, present_BMK), slot_BMK, present_BMK, width)
+        carries_loss = trained_KBN & (present > 0)
+        split = split_by_slot(options.terms, accepted, carries_loss, scale_KBN, spec.decay, spec.kl_share, over)
+        options, rest_K = options._replace(terms=split.terms), split.rest_K
+        taught = taught._replace(factors=tuple(None if f is None else f[at] for f in split.factors))
+    loss, by_teacher = chunked_loss(options, predictions.hidden_KBNW, lm_head_DW, taught)
+    by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, width)
+    metrics = _metrics(by_slot, counts_KBN, trained_KBN, scale_KBN)
     metrics = metrics._replace(loss=metrics.loss + rest_K)
     return summed_over((loss + jnp.sum(decay_K * rest_K), metrics), over)
 
 
 def _draft_entries(tables: Tables) -> jax.Array:
-    """Each token as a draft vocabulary entry [V]; -1 where the draft cannot say it."""
+    """Each token as a draft vocabulary entry [V]; -1 where the draft vocabulary lacks it."""
     entries = tables.draft_to_target_D.shape[0]
     return jnp.full(tables.embed_VW.shape[0], -1, jnp.int32).at[tables.draft_to_target_D].set(jnp.arange(entries))
 
 
-def _source(
-    teacher: jax.Array | TopK, positions_BM: jax.Array, index_V: jax.Array, size: int
-) -> tuple[jax.Array | Known, jax.Array]:
-    """What teaches at M positions of each row, and whether it says anything of the draft's `size` tokens [B, M].
+def _teacher_source(
+    teacher: jax.Array | TopK, positions_BM: jax.Array, entry_V: jax.Array, size: int
+) -> tuple[jax.Array | TruncatedTeacher, jax.Array]:
+    """(What teaches at M positions of each row, whether it knows any of the draft's `size` tokens [B, M]).
 
-    A slot that is told nothing costs nothing and is never accepted; means count it all the same.
+    A slot whose teacher knows none has no loss and is never accepted; means count it nevertheless.
     """
-    found = jax.tree.map(lambda x: take_rows(x, positions_BM), teacher)
-    if not isinstance(found, TopK):
-        return found, jnp.ones(positions_BM.shape, bool)
-    entries_BMP = index_V[found.ids_BTP]
+    rows = jax.tree.map(lambda x: take_rows(x, positions_BM), teacher)
+    if not isinstance(rows, TopK):
+        return rows, jnp.ones(positions_BM.shape, bool)
+    entries_BMP = entry_V[rows.ids_BTP]
     known_BMP = entries_BMP >= 0
-    return Known(jnp.where(known_BMP, entries_BMP, size), found.log_probs_BTP), known_BMP.any(axis=-1)
+    return TruncatedTeacher(jnp.where(known_BMP, entries_BMP, size), rows.log_probs_BTP), known_BMP.any(axis=-1)
 
 
 def divisors(
     spec: ObjectiveSpec,
-    trained_KBX: jax.Array,
-    segments_BX: jax.Array,
+    trained_KBX: Bool[Array, "K B X"],
+    segments_BX: Int[Array, "B X"],
     shape: tuple[int, int],
     over: tuple[str, ...] = (),
-) -> jax.Array:
-    """What each step's loss is divided by, [K]: all slots, those that carry loss, or documents that have such.
+) -> Float[Array, " K"]:
+    """What each step's loss is divided by: all slots, those that carry loss, or the documents that have such slots.
 
     Args:
-      trained_KBX: the slots that carry loss; segments_BX: their documents.
-      shape: of the batch, [B, T]. over: as in `objective`.
+      trained_KBX: the slots that carry loss.
+      segments_BX: their documents.
+      shape: of the batch, [B, T].
+      over: as in `objective`.
     """
     if spec.normaliser == "all_slots":
         return jnp.full(len(trained_KBX), jnp.float32(summed_over(shape[0] * shape[1], over)))
@@ -164,7 +175,7 @@ def divisors(
 def _scale(
     spec: ObjectiveSpec, trained_KBN: jax.Array, segments_BN: jax.Array, divisor_K: jax.Array, length: int
 ) -> jax.Array:
-    """What each slot's loss is multiplied with before the decay: one number a step, but for "document"."""
+    """What each slot's loss is multiplied by before the decay: one number per step, except for "document"."""
     scale = jnp.broadcast_to((1.0 / divisor_K)[:, None, None], trained_KBN.shape)
     if spec.normaliser != "document":
         return scale
@@ -174,7 +185,7 @@ def _scale(
 
 
 def _by_document(trained_KBX: jax.Array, segments_BX: jax.Array, length: int) -> jax.Array:
-    """How many slots carry loss in each document, [K, B, T + 1]."""
+    """The number of slots that carry loss in each document, [K, B, T + 1]."""
 
     def row(trained_X: jax.Array, segments_X: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(trained_X.astype(jnp.float32), segments_X, length + 1)
@@ -183,7 +194,7 @@ def _by_document(trained_KBX: jax.Array, segments_BX: jax.Array, length: int) ->
 
 
 def _slot_of_teacher(predictions: Predictions, teachers: Selected, length: int) -> tuple[jax.Array, jax.Array]:
-    """Which slot (index in N) each teacher position teaches at each step, and whether there is one: [B, M, K]."""
+    """(The slot, as index in N, that each teacher position teaches at each step; whether there is one): [B, M, K]."""
     steps, batch, width = predictions.counts_KBN.shape
     read = jnp.where(predictions.counts_KBN, predictions.taught_by_KBN, length)
     k, b = jnp.arange(steps)[:, None, None], jnp.arange(batch)[None, :, None]
@@ -193,21 +204,17 @@ def _slot_of_teacher(predictions: Predictions, teachers: Selected, length: int) 
     return jnp.where(present, slot_BMK, 0), present
 
 
-def _take(array_KBNX: jax.Array, slot_BMK: jax.Array) -> jax.Array:
-    return array_KBNX[places(slot_BMK)]
-
-
 def _chunk(shape: tuple[int, ...], rows: int) -> int:
-    """Of slots [B, M, K] by teacher, the largest divisor of M that keeps a chunk at so many rows of logits or fewer."""
+    """For slots [B, M, K] by teacher, the largest divisor of M with which a chunk has at most `rows` rows of logits."""
     batch, width, steps = shape
     wanted = max(1, rows // (batch * steps))
     return max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
 
 
 def _by_slot(by_teacher: Any, slot_BMK: jax.Array, present_BMK: jax.Array, width: int) -> Any:
-    """Arrays [B, M, K] by teacher -> float32 [K, B, N] by slot, 0 where nothing is present."""
+    """Arrays [B, M, K] by teacher -> float32 [K, B, N] by slot; 0 for slots without a teacher."""
     batch, _, steps = slot_BMK.shape
-    at = places(jnp.where(present_BMK, slot_BMK, width))
+    at = slot_index(jnp.where(present_BMK, slot_BMK, width))
 
     def scatter(values: jax.Array) -> jax.Array:
         return jnp.zeros((steps, batch, width), jnp.float32).at[at].set(values, mode="drop")
@@ -215,19 +222,17 @@ def _by_slot(by_teacher: Any, slot_BMK: jax.Array, present_BMK: jax.Array, width
     return jax.tree.map(scatter, by_teacher)
 
 
-def _figures(by_slot: Slotwise, counts: jax.Array, trained: jax.Array, scale: jax.Array) -> Metrics:
+def _metrics(by_slot: SlotMetrics, counts: jax.Array, trained: jax.Array, scale: jax.Array) -> Metrics:
     def total(values: jax.Array) -> jax.Array:
         return values.sum(axis=(1, 2), dtype=jnp.float32)
 
-    prefix = jnp.cumprod(counts, axis=0, dtype=jnp.float32)
-    reached = jnp.cumprod(by_slot.accepted * counts, axis=0)
     return Metrics(
         loss=total(jnp.where(trained, by_slot.loss * scale, 0.0)),
         counting=total(counts),
         correct=total(by_slot.correct * counts),
         trained=total(trained),
         accepted=total(jnp.where(trained, by_slot.accepted, 0.0)),
-        prefix_counting=total(prefix),
+        prefix_counting=total(jnp.cumprod(counts, axis=0, dtype=jnp.float32)),
         prefix_correct=total(jnp.cumprod(by_slot.correct * counts, axis=0)),
-        prefix_accepted=total(reached),
+        prefix_accepted=total(jnp.cumprod(by_slot.accepted * counts, axis=0)),
     )

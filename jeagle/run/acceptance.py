@@ -74,23 +74,23 @@ def make_models(target: Any, draft: Any, aux_layers: tuple[int, ...]) -> decodin
         aux, last, cache = model.extend(tokens, positions, cache, aux_layers, count)
         return *targets.greedy_and_gap(model, last), aux, cache
 
-    def read(weights: Weights, cache: Any, aux: jax.Array, tokens: jax.Array, positions: jax.Array):
+    def draft_from_aux(weights: Weights, cache: Any, aux: jax.Array, tokens: jax.Array, positions: jax.Array):
         module = nnx.merge(draft, weights.draft)
         return step(module, weights, cache, module.fuse(aux), tokens, positions)
 
-    def go_on(weights: Weights, cache: Any, state: jax.Array, tokens: jax.Array, positions: jax.Array):
+    def draft_from_own(weights: Weights, cache: Any, state: jax.Array, tokens: jax.Array, positions: jax.Array):
         return step(nnx.merge(draft, weights.draft), weights, cache, state, tokens, positions)
 
     def step(module: drafts.Eagle3, weights: Weights, cache: Any, hidden: jax.Array, tokens, positions):
         for_head, state, cache = drafts.advance(module, weights.tables, hidden, tokens, positions, cache)
-        return drafts.choose(module, weights.tables, for_head), state, cache
+        return drafts.greedy_token(module, weights.tables, for_head), state, cache
 
     return decoding.Models(
         target_cache=lambda w, *sizes: nnx.merge(target, w.target).empty_cache(*sizes[:2], jnp.float32, sizes[2]),
         draft_cache=lambda w, rows, room: drafts.empty_cache(nnx.merge(draft, w.draft), rows, room),
         verify=verify,
-        read=read,
-        go_on=go_on,
+        draft_from_aux=draft_from_aux,
+        draft_from_own=draft_from_own,
     )
 
 
@@ -114,8 +114,8 @@ def prompt_ids(bench: Bench, config: RunConfig, folder: Path, prompts: Path | No
 class Decoded(NamedTuple):
     """The texts behind a report: speculative and plain."""
 
-    speculative: list[decoding.Measured]
-    plain: list[decoding.Plain]
+    speculative: list[decoding.SpeculativeAnswer]
+    plain: list[decoding.GreedyAnswer]
 
 
 def measure(
@@ -138,10 +138,10 @@ def measure(
     ends = bench.loaded.end_token_ids
     with Progress(2 * len(prompts), "decodings", label) as progress:
         more = max_new_tokens + draft_tokens + 1  # so that a baseline's last draft can be judged whole
-        plain = decoding.decode_plain(
+        plain = decoding.decode_greedy(
             bench.models, bench.weights, prompts, tokens=more, batch=batch, width=width, on_done=progress.update
         )
-        decoded = decoding.decode(
+        decoded = decoding.decode_speculative(
             bench.models,
             bench.weights,
             prompts,
@@ -152,8 +152,8 @@ def measure(
             width=width,
             on_done=lambda done: progress.update(len(prompts) + done),
         )
-    compared = [decoding.compare(a, b) for a, b in zip(decoded, plain, strict=True)]
-    report = decoding.counters(decoded, draft_tokens) | {
+    compared = [decoding.compare_answers(a, b) for a, b in zip(decoded, plain, strict=True)]
+    report = decoding.acceptance_counters(decoded, draft_tokens) | {
         "lossless": all(c.equal or c.excused for c in compared),
         "excused_ties": sum(c.excused for c in compared),
         "different": sum(not c.equal and not c.excused for c in compared),
@@ -172,7 +172,7 @@ def measure_ngram(
     documents = data.unpack(data.load_rows(folder / "data" / "train"))
     table = decoding.NGramTable((document.ids, document.supervised) for document in documents)
     measured = [
-        decoding.measure_ngram(table, prompt, plain.tokens, len(answer.tokens), draft_tokens)
+        decoding.decode_ngram(table, prompt, plain.tokens, len(answer.tokens), draft_tokens)
         for prompt, plain, answer in zip(prompts, decoded.plain, decoded.speculative, strict=True)
     ]
-    return decoding.counters(measured, draft_tokens)
+    return decoding.acceptance_counters(measured, draft_tokens)

@@ -65,7 +65,7 @@ def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTa
 
 def objective_spec(config: ObjectiveConfig) -> objective.ObjectiveSpec:
     switches = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "dialect"}
-    return objective.resolve(config.dialect, **switches)
+    return objective.resolve_objective(config.dialect, **switches)
 
 
 def make_tables(target: Target, draft_to_target_D: np.ndarray, mesh: Mesh) -> Tables:

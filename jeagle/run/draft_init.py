@@ -35,6 +35,7 @@ SWITCHES = (
     "qk_norm",
     "attention_bias",
     "sliding_window",
+    "layer_types",
 )
 EMBEDDING_FILE = "embedding.npy"
 """In a run's folder: a warm start's own embedding, which is carried on."""

@@ -11,7 +11,7 @@ import optax
 
 from jeagle.config import TrainConfig
 from jeagle.run.parameters import ALL_TRAINED, SCHEDULE_FREE_B1, Trained
-from jeagle.runtime.clip import clip_by_global_norm
+from jeagle.runtime.xla_workarounds import clip_by_global_norm
 
 EMBEDDING_LIKE = ("lm_head",)
 """Matrices with a row for each token: no linear maps between features, so that AdamW suits them better than Muon."""

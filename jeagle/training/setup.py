@@ -235,7 +235,7 @@ def check_draft(config: RunConfig) -> None:
 def check_parts(config: RunConfig, mesh: Mesh) -> None:
     """UserError where --train.accumulate would change the loss, or its parts do not divide over the devices."""
     parts, rows = config.train.accumulate, config.train.batch_rows
-    whole_batch = assemble.objective_spec(config.objective).whole_batch
+    whole_batch = assemble.objective_spec(config.objective).needs_whole_batch
     if parts > 1 and whole_batch:
         raise UserError(f"--train.accumulate {parts} would change the loss: {whole_batch}. Leave it at 1.")
     if rows % (parts * row_parts(mesh)):

@@ -198,7 +198,7 @@ def draft_loss(
             cross_documents=program.objective.cross_documents,
             fixed_window=program.objective.fixed_window,
             remat=program.remat,
-            lean=mesh is None or mesh.shape["tensor"] == 1,
+            chunk_mlp=mesh is None or mesh.shape["tensor"] == 1,
             backend=program.attention or drafts.attention_backend(mesh),
         )
         return objective.objective(

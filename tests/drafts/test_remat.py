@@ -1,4 +1,4 @@
-"""Products made anew in the backward pass, by a lean MLP or one of the user's own, change no gradient."""
+"""Rematerialisation changes no gradient, whether `chunked_mlp` or a user's own class computes the MLP."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jeagle.drafts import Eagle3, chunked_mlp, eagle3, ttt
-from jeagle.objective import resolve
+from jeagle.drafts import Eagle3, eagle3, trained_products, ttt
+from jeagle.objective import resolve_objective
 from jeagle.training import step
 from tests.properties.test_devices import LENGTH, SPEC, case
 
 
-class Doubled(eagle3.Layer):
-    """A user's own MLP."""
+class DoubledLayer(eagle3.DraftLayer):
+    """A user's own layer."""
 
     def finish(self, residual, mixed):
         x, normed = self.attended(residual, mixed)
         return x + 2 * self.mlp(normed)
 
 
-class Own(Eagle3):
+class UsersDraft(Eagle3):
     def __init__(self, spec, dtype, rngs):
         super().__init__(spec, dtype, rngs)
-        self.layers = nnx.List([Doubled(spec, True, dtype, rngs)])
+        self.layers = nnx.List([DoubledLayer(spec, True, dtype, rngs)])
 
 
 KINDS = {
-    "two layers, a window": (Eagle3, {"layers": 2, "sliding_window": 5}),
-    "the normed state handed on": (Eagle3, {"carry_normed": True, "norm_before_residual": True}),
-    "a layer of the user's own": (Own, {}),
+    "two layers, the second with a window": (
+        Eagle3,
+        {"layers": 2, "sliding_window": 5, "layer_types": ("full_attention", "sliding_attention")},
+    ),
+    "the normed state is carried": (Eagle3, {"carry_normed": True, "norm_before_residual": True}),
+    "a user's own layer": (UsersDraft, {}),
 }
 
 
 def gradient(kind, spec, remat: bool):
     graphdef, draft = nnx.split(kind(spec, jnp.dtype("float64"), nnx.Rngs(0)))
-    program = step.Program(None, graphdef, spec.aux_layers, resolve("jeagle"), 3, jnp.dtype("float64"), remat=remat)
+    program = step.Program(
+        None, graphdef, spec.aux_layers, resolve_objective("jeagle"), 3, jnp.dtype("float64"), remat=remat
+    )
     wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
     draft, (batch, features, tables) = jax.tree.map(wide, (draft, case()))
 
@@ -52,14 +57,14 @@ def gradient(kind, spec, remat: bool):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_remat_changes_no_gradient(name, monkeypatch):
+def test_rematerialisation_changes_no_gradient(name, monkeypatch):
     kind, switches = KINDS[name]
-    monkeypatch.setattr(chunked_mlp, "WIDEST", SPEC.mlp_width // 4)
+    monkeypatch.setattr(trained_products, "MLP_CHUNK", SPEC.mlp_width // 4)
     used = []
-    monkeypatch.setattr(ttt, "lean_mlp", lambda *given: used.append(1) or chunked_mlp.lean_mlp(*given))
+    monkeypatch.setattr(ttt, "chunked_mlp", lambda *args: used.append(1) or trained_products.chunked_mlp(*args))
     with jax.enable_x64(True):
         spec = dataclasses.replace(SPEC, **switches)
-        (kept, wanted), (again, found) = (gradient(kind, spec, remat) for remat in (False, True))
-        assert float(again) == pytest.approx(float(kept), rel=1e-12)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, wanted)
+        (saved, expected), (recomputed, result) = (gradient(kind, spec, remat) for remat in (False, True))
+        assert float(recomputed) == pytest.approx(float(saved), rel=1e-12)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), result, expected)
     assert bool(used) == (kind is Eagle3)

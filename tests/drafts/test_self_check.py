@@ -1,11 +1,11 @@
-"""What a run asks of its attention kernel before it trusts it: a right one passes, and each planted fault is seen."""
+"""The check of an attention kernel before a run uses it: correct kernels pass, each planted fault is reported."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 import pytest
 
-from jeagle.drafts.ttt_attention import disproof, op, self_check
+from jeagle.drafts.ttt_attention import kernel_fault, op, self_check
 
 HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 16}
 RIGHT = op.BACKENDS["chunked"]
@@ -17,22 +17,26 @@ def small(monkeypatch):
         monkeypatch.setattr(self_check, name, size)
 
 
-def of_past(wrong, passes=("forward", "backward")):
-    """Kernels that are given something else, in these passes."""
+def with_inputs(wrong, passes=("forward", "backward")):
+    """Backend passes that get wrong inputs."""
     return RIGHT._replace(
-        **{name: lambda past, *more, _name=name: getattr(RIGHT, _name)(wrong(past), *more) for name in passes}
+        **{name: lambda inputs, *more, _name=name: getattr(RIGHT, _name)(wrong(inputs), *more) for name in passes}
     )
 
 
 def moved(first: int, last: int, *passes: str):
-    return of_past(
+    return with_inputs(
         lambda p: p._replace(first_BN=p.first_BN + first, last_BN=p.last_BN + last), *((passes,) if passes else ())
     )
 
 
-def row_0(past):
-    return past._replace(
-        **{name: jnp.broadcast_to(x[:1], x.shape) for name in ("first_BN", "keys_BGTC") for x in [getattr(past, name)]}
+def row_0(inputs):
+    return inputs._replace(
+        **{
+            name: jnp.broadcast_to(x[:1], x.shape)
+            for name in ("first_BN", "keys_BGTC")
+            for x in [getattr(inputs, name)]
+        }
     )
 
 
@@ -78,9 +82,11 @@ FAULTS = {
     "sees the end of another document": moved(-1, 0),
     "misses its document's first": moved(1, 0),
     "backward alone": moved(0, -1, "backward"),
-    "no window": of_past(lambda p: p._replace(first_BN=jnp.where(p.first_BN < 20, 0, 20))),
-    "every row is the first": of_past(row_0),
-    "sees its last where it sees nothing": of_past(lambda p: p._replace(first_BN=jnp.minimum(p.first_BN, p.last_BN))),
+    "no window": with_inputs(lambda p: p._replace(first_BN=jnp.where(p.first_BN < 20, 0, 20))),
+    "every row is the first": with_inputs(row_0),
+    "sees its last where it sees nothing": with_inputs(
+        lambda p: p._replace(first_BN=jnp.minimum(p.first_BN, p.last_BN))
+    ),
     "no number where it sees nothing": RIGHT._replace(forward=blank_is_nan),
     "queries of other groups": other_groups(),
     "keys' gradient from one head": RIGHT._replace(backward=one_head),
@@ -94,7 +100,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_kernel_is_refused(fault, small, monkeypatch):
     monkeypatch.setitem(op.BACKENDS, "gpu", FAULTS[fault])
-    assert " is off by " in disproof("gpu", "bfloat16", **HEADS)
+    assert " is off by " in kernel_fault("gpu", "bfloat16", **HEADS)
 
 
 @pytest.mark.parametrize("name", ["_own_gradient", "_own_sum", "_own_scores"])
@@ -108,19 +114,19 @@ def test_wrong_own_keys_are_refused(name, small, monkeypatch):
         ),
     }
     monkeypatch.setattr(op, name, wrong[name])
-    assert " is off by " in disproof("chunked", "bfloat16", **HEADS)
+    assert " is off by " in kernel_fault("chunked", "bfloat16", **HEADS)
 
 
 def test_the_plain_code_passes(small):
-    assert disproof("chunked", "bfloat16", **HEADS) == ""
+    assert kernel_fault("chunked", "bfloat16", **HEADS) == ""
 
 
 @pytest.mark.parametrize("backend", ["tpu_interpreted", "gpu_interpreted"])
 def test_the_kernels_pass(backend, monkeypatch):
     monkeypatch.setattr(self_check, "LENGTH", 256)  # two blocks of keys, and of slots on a GPU
     monkeypatch.setattr(self_check, "SLOTS", 128)
-    assert disproof(backend, "bfloat16", heads=2, kv_heads=1, head_dim=64) == ""
+    assert kernel_fault(backend, "bfloat16", heads=2, kv_heads=1, head_dim=64) == ""
 
 
 def test_a_kernel_that_does_not_run_is_not_trusted():
-    assert "does not run" in disproof("gpu", "bfloat16", heads=2, kv_heads=1, head_dim=64)
+    assert "does not run" in kernel_fault("gpu", "bfloat16", heads=2, kv_heads=1, head_dim=64)

@@ -1,4 +1,4 @@
-"""The chunked TTT attention against the obvious one: values, gradients, and memory."""
+"""The backends of the TTT attention against the reference: values, gradients, and memory."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def inputs(case: str, dtype: str):
     first = np.maximum(first, last - window + 1) if window else first
     queries, keys, values = normal(batch, heads, slots, width), *(normal(batch, groups, length, width) for _ in "kv")
     own_keys, own_values = (normal(own, batch, groups, slots, width) for _ in "kv")
-    happened = jnp.arange(own) < max(own - 1, 1)
-    return (queries, keys, values, own_keys, own_values), jnp.asarray(first), jnp.asarray(last), happened
+    allowed = jnp.arange(own) < max(own - 1, 1)
+    return (queries, keys, values, own_keys, own_values), jnp.asarray(first), jnp.asarray(last), allowed
 
 
 def attend(*arrays, **switches):
-    return ttt_attention.attend(*arrays, mirror=None, **switches)[0]
+    return ttt_attention.attend_ttt(*arrays, backward_carry=None, **switches)[0]
 
 
 def value_and_gradients(function, case: str, dtype: str):
@@ -81,11 +81,11 @@ def is_the_reference(case, dtype, tolerance, backend):
     with jax.enable_x64(dtype == "float64"):
         given = "float64" if dtype == "float64" else "float32"
         ours = functools.partial(attend, dtype=dtype, backend=backend)
-        wanted = value_and_gradients(ttt_attention.reference, case, given)
-        found = value_and_gradients(ours, case, given)
-        assert found[0].dtype == dtype  # the result is in the type of the products, gradients in their inputs'
-        assert all(a.dtype == b.dtype for a, b in zip(found[1:], wanted[1:], strict=True))
-        for a, b in zip(found, wanted, strict=True):
+        expected = value_and_gradients(ttt_attention.reference, case, given)
+        result = value_and_gradients(ours, case, given)
+        assert result[0].dtype == dtype  # the result is in the type of the products, gradients in their inputs'
+        assert all(a.dtype == b.dtype for a, b in zip(result[1:], expected[1:], strict=True))
+        for a, b in zip(result, expected, strict=True):
             scale = max(1.0, float(jnp.abs(b).max())) if b.size else 1.0
             np.testing.assert_allclose(a / scale, b / scale, atol=tolerance)
 
@@ -105,7 +105,7 @@ def test_the_gpu_kernels_lower_for_cuda():
 
 
 @pytest.mark.parametrize(("slots", "length"), [(192, 256), (512, 512), (208, 512), (1, 9), (97, 97), (4096, 4096)])
-def test_bands_cover_every_slot_and_all_that_it_can_see(slots, length):
+def test_bands_cover_every_slot_and_all_keys_that_it_can_attend_to(slots, length):
     parts = bands(slots, length)
     assert [n for start, stop, _ in parts for n in range(start, stop)] == list(range(slots))
     for _, stop, keys in parts:

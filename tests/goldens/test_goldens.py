@@ -17,12 +17,10 @@ from jeagle import align
 from jeagle.config import TrainConfig
 from jeagle.drafts import Eagle3, unroll
 from jeagle.interfaces import Features, Tables
-from jeagle.objective import LOSSES, objective, resolve
-from jeagle.objective.losses import Teacher
+from jeagle.objective import LOSSES, objective, resolve_objective
+from jeagle.objective.losses import TeacherProbs
 from jeagle.training.optimiser import learning_rate, make_optimiser
 from tests.goldens import cases
-
-LOSS_NAMES = {"kl_div": "kl", "rkl": "reverse_kl", "jsd": "js", "ce": "hard_ce", "tv": "tv", "nla": "nla"}
 
 
 def _torch_leaf(path: tuple, weights: dict[str, np.ndarray]) -> np.ndarray:
@@ -87,7 +85,7 @@ def loss_function(case: cases.Case, spec):
 
 
 def run(case: cases.Case, spec):
-    """-> (loss, figures, gradients by path)."""
+    """-> (loss, metrics, gradients by path)."""
     loss, state = loss_function(case, spec)
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
     named = {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(grads)}
@@ -108,7 +106,7 @@ def check_gradients(case: cases.Case, named: dict) -> None:
 @pytest.mark.parametrize("path", cases.case_files("specforge"), ids=lambda p: p.stem)
 def test_specforge(path: Path):
     case = cases.specforge(path)
-    spec = resolve("specforge", **case.switches)
+    spec = resolve_objective("specforge", **case.switches)
     loss, metrics, named = run(case, spec)
     assert loss == pytest.approx(float(case.arrays["total_loss"]), abs=1e-5)
     np.testing.assert_allclose(metrics.loss, case.arrays["plosses"], atol=1e-5)
@@ -128,7 +126,7 @@ def contiguous(case: cases.Case, spec) -> bool:
 
 def _speculators_loss(text: str) -> str:
     terms = json.loads(text) if text.startswith("{") else {text: 1.0}
-    return "+".join(f"{weight}*{LOSS_NAMES.get(name, name)}" for name, weight in terms.items())
+    return "+".join(f"{weight}*{name}" for name, weight in terms.items())
 
 
 PEER_LOSSES = {
@@ -147,7 +145,7 @@ def test_losses_and_their_gradients_are_speculators(theirs):
     z = np.load(next(p for folder in cases.folders() for p in folder.glob("losses.npz")))
     logits, probs = jnp.asarray(z["logits"]), jax.nn.softmax(jnp.asarray(z["targets"]), axis=-1)
     loss = LOSSES[PEER_LOSSES[theirs]]
-    value, back = jax.vjp(lambda logits: loss(logits, Teacher(probs, probs)), logits)
+    value, back = jax.vjp(lambda logits: loss(logits, TeacherProbs(probs, probs)), logits)
     np.testing.assert_allclose(value, z[f"elem/{theirs}"], atol=1e-5)
     np.testing.assert_allclose(back(jnp.ones_like(value))[0], z[f"grad/{theirs}"], atol=1e-5)
 
@@ -155,7 +153,7 @@ def test_losses_and_their_gradients_are_speculators(theirs):
 @pytest.mark.parametrize("path", cases.case_files("speculators"), ids=lambda p: p.stem)
 def test_speculators(path: Path):
     case = cases.speculators(path)
-    spec = resolve("speculators", decay=case.switches["decay"], loss=_speculators_loss(case.switches["loss"]))
+    spec = resolve_objective("speculators", decay=case.switches["decay"], loss=_speculators_loss(case.switches["loss"]))
     loss, metrics, named = run(case, spec)
     assert loss == pytest.approx(float(case.arrays["loss"]), abs=1e-5)
     steps = range(case.steps)
@@ -180,7 +178,7 @@ def test_optimiser_follows_specforge_for_six_steps():
     config = TrainConfig(clip=settings["max_grad_norm"], weight_decay=settings["weight_decay"])
     rates = jnp.asarray(z["traj/lr"])
     optimiser = make_optimiser(config, lambda step: rates[jnp.minimum(step, len(rates) - 1)])
-    spec = resolve("specforge", **case.switches)
+    spec = resolve_objective("specforge", **case.switches)
     loss, state = loss_function(case, spec)
 
     @jax.jit

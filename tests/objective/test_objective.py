@@ -10,8 +10,8 @@ import pytest
 from jeagle import align
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch, Features, Predictions, Tables
-from jeagle.objective import LOSSES, divisors, objective, resolve
-from jeagle.objective.losses import Teacher
+from jeagle.objective import LOSSES, divisors, objective, resolve_objective
+from jeagle.objective.losses import TeacherProbs
 
 K, B, T, W, H, D, V = 3, 2, 12, 5, 4, 7, 9
 NORMALISERS = ("all_slots", "counting", "document")
@@ -50,7 +50,7 @@ class World:
         lse = self.features.lse_BT[jnp.arange(B)[None, :, None], reads]
         logits = last @ self.tables.head_DH.T
         full = jnp.exp(logits - lse[..., None])
-        return Teacher(jax.nn.softmax(logits / spec.temperature, axis=-1), full), hidden @ head.T, self.counts
+        return TeacherProbs(jax.nn.softmax(logits / spec.temperature, axis=-1), full), hidden @ head.T, self.counts
 
     def mean(self, spec, values, carries):
         """What the normaliser makes of each step's losses, [K]."""
@@ -97,7 +97,7 @@ def check(world, spec, dense):
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 def test_normalisers(world, normaliser):
     with jax.enable_x64(True):
-        spec = resolve("jeagle", normaliser=normaliser, loss="0.3*kl+0.7*js")
+        spec = resolve_objective("jeagle", normaliser=normaliser, loss="0.3*kl+0.7*js")
 
         def dense(hidden, head):
             teacher, logits, carries = world.slotwise(spec, hidden, head)
@@ -109,7 +109,7 @@ def test_normalisers(world, normaliser):
 
 def test_temperature_softens_what_is_learnt_and_not_what_is_accepted(world):
     with jax.enable_x64(True):
-        spec, plain = resolve("jeagle", temperature=2.5), resolve("jeagle")
+        spec, plain = resolve_objective("jeagle", temperature=2.5), resolve_objective("jeagle")
 
         def dense(hidden, head):
             teacher, logits, carries = world.slotwise(spec, hidden, head)
@@ -126,7 +126,7 @@ def test_temperature_softens_what_is_learnt_and_not_what_is_accepted(world):
 @pytest.mark.parametrize("loss", ["length", "0.5*length+2*soft_ce"])
 def test_length_is_minus_the_product_of_the_acceptances_so_far(world, normaliser, loss):
     with jax.enable_x64(True):
-        spec = resolve("jeagle", normaliser=normaliser, loss=loss, decay=0.7)
+        spec = resolve_objective("jeagle", normaliser=normaliser, loss=loss, decay=0.7)
         share = {name: weight for weight, name in spec.terms()}
 
         def dense(hidden, head):
@@ -143,7 +143,7 @@ def test_length_is_minus_the_product_of_the_acceptances_so_far(world, normaliser
 
 def test_expected_length_of_the_figures_is_that_of_the_products(world):
     with jax.enable_x64(True):
-        spec = resolve("jeagle", loss="length", decay=1.0)
+        spec = resolve_objective("jeagle", loss="length", decay=1.0)
         value, metrics = world.found(spec, world.hidden, world.head)
         expected = 1 + np.sum(metrics.prefix_accepted / metrics.prefix_counting)
         assert expected == pytest.approx(1 - float(value), rel=1e-6)
@@ -153,7 +153,7 @@ def test_expected_length_of_the_figures_is_that_of_the_products(world):
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 def test_lk_step_mixes_by_the_mean_acceptance_of_the_step(world, normaliser):
     with jax.enable_x64(True):
-        spec = resolve("jeagle", normaliser=normaliser, loss="lk_step", lk_scale=0.9, lk_decay=2.0)
+        spec = resolve_objective("jeagle", normaliser=normaliser, loss="lk_step", lk_scale=0.9, lk_decay=2.0)
 
         def dense(hidden, head):
             teacher, logits, carries = world.slotwise(spec, hidden, head)
@@ -169,7 +169,7 @@ def test_lk_step_mixes_by_the_mean_acceptance_of_the_step(world, normaliser):
 def test_divisors_of_the_whole_batch_serve_each_of_its_parts(world, normaliser):
     """Rows taken one at a time with the whole batch's divisors sum to the loss of both."""
     with jax.enable_x64(True):
-        spec = resolve("jeagle", normaliser=normaliser)
+        spec = resolve_objective("jeagle", normaliser=normaliser)
         whole, metrics = world.found(spec, world.hidden, world.head)
         divisor_K = divisors(spec, world.counts, world.batch.segments_BT, (B, T))
         parts = []
@@ -184,7 +184,7 @@ def test_divisors_of_the_whole_batch_serve_each_of_its_parts(world, normaliser):
 
 def test_temperature_that_cannot_be_is_refused():
     with pytest.raises(UserError, match="above 0"):
-        resolve("jeagle", temperature=0.0)
+        resolve_objective("jeagle", temperature=0.0)
     with pytest.raises(UserError, match="renormalised"):
-        resolve("jeagle", temperature=2.0, loss="kl+0.1*length")
-    assert resolve("jeagle", temperature=2.0, loss="lk", renormalised=True).temperature == 2.0
+        resolve_objective("jeagle", temperature=2.0, loss="kl+0.1*length")
+    assert resolve_objective("jeagle", temperature=2.0, loss="lk", renormalised=True).temperature == 2.0

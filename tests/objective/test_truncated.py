@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jeagle.interfaces import Predictions, TopK
-from jeagle.objective import LOSSES, divisors, objective, resolve
-from jeagle.objective.chunked import Known, Recipe, Taught, chunked_loss
-from jeagle.objective.losses import Teacher, parse_loss, weighted
+from jeagle.objective import LOSSES, divisors, objective, resolve_objective
+from jeagle.objective.chunked_loss import LossOptions, TeacherPositions, TruncatedTeacher, chunked_loss
+from jeagle.objective.losses import TeacherProbs, parse_loss, weighted_sum
 from tests.objective.test_objective import NORMALISERS, K, T, V, W, World, check
 
 DRAFT = [1, 2, 5, 8]
@@ -44,7 +44,7 @@ class Truncated(World):
         known = full.sum(-1) > 0
         softened = full ** (1 / spec.temperature)
         probs = softened / jnp.where(known, softened.sum(-1), 1.0)[..., None]
-        return Teacher(probs, full), hidden @ head.T, self.counts & known
+        return TeacherProbs(probs, full), hidden @ head.T, self.counts & known
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ SPECS = [
 @pytest.mark.parametrize("switches", SPECS, ids=str)
 def test_with_every_token_it_is_the_whole_teacher(every, switches):
     with jax.enable_x64(True):
-        spec = resolve("jeagle", **switches)
+        spec = resolve_objective("jeagle", **switches)
         (ours, metrics), gradient = both(every, spec)
         truncated, every.features = every.features, every.whole
         (wanted, expected), wanted_gradient = both(every, spec)
@@ -94,14 +94,14 @@ def test_with_every_token_it_is_the_whole_teacher(every, switches):
 @pytest.mark.parametrize("switches", [{"loss": FINITE}, {"loss": "kl+2*js", "temperature": 1.7}], ids=str)
 def test_with_few_tokens_it_is_what_they_say(few, switches):
     with jax.enable_x64(True):
-        spec = resolve("jeagle", **switches)
+        spec = resolve_objective("jeagle", **switches)
         check(few, spec, lambda h, w: dense(few, spec, h, w))
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 def test_slots_that_are_told_nothing_cost_nothing_and_are_counted(few, normaliser):
     with jax.enable_x64(True):
-        spec = resolve("jeagle", normaliser=normaliser)
+        spec = resolve_objective("jeagle", normaliser=normaliser)
         carries = few.slotwise(spec, few.hidden, few.head)[2]
         assert 0 < int((few.counts & ~carries).sum()) < int(few.counts.sum())
         metrics = check(few, spec, lambda h, w: dense(few, spec, h, w))
@@ -111,13 +111,13 @@ def test_slots_that_are_told_nothing_cost_nothing_and_are_counted(few, normalise
 def dense(world, spec, hidden, head):
     """Each step's loss [K] from whole logits."""
     teacher, logits, carries = world.slotwise(spec, hidden, head)
-    values = jnp.where(carries, weighted(parse_loss(spec.loss))(logits, teacher), 0.0)
+    values = jnp.where(carries, weighted_sum(parse_loss(spec.loss))(logits, teacher), 0.0)
     return world.mean(spec, values, world.counts)
 
 
 def test_length_is_minus_the_product_of_what_is_surely_accepted(few):
     with jax.enable_x64(True):
-        spec = resolve("jeagle", loss="length", decay=0.7)
+        spec = resolve_objective("jeagle", loss="length", decay=0.7)
 
         def steps(hidden, head):
             teacher, logits, _ = few.slotwise(spec, hidden, head)
@@ -130,7 +130,7 @@ def test_length_is_minus_the_product_of_what_is_surely_accepted(few):
 def test_gradients_are_those_of_finite_differences(few):
     with jax.enable_x64(True):
         # lk's share of KL is held fixed in its gradient
-        spec, rng = resolve("jeagle", loss=FINITE, lk_scale=0.0), np.random.default_rng(5)
+        spec, rng = resolve_objective("jeagle", loss=FINITE, lk_scale=0.0), np.random.default_rng(5)
         way, step = (rng.normal(size=few.hidden.shape), rng.normal(size=few.head.shape)), 1e-4
 
         @jax.jit
@@ -144,7 +144,7 @@ def test_gradients_are_those_of_finite_differences(few):
 
 def test_acceptance_is_understated_by_the_rest_at_most(few):
     with jax.enable_x64(True):
-        spec = resolve("jeagle")
+        spec = resolve_objective("jeagle")
         (_, ours), _ = both(few, spec)
         truncated, few.features = few.features, few.whole
         (_, metrics), _ = both(few, spec)
@@ -160,20 +160,20 @@ def test_nothing_vocabulary_wide_outlives_its_chunk():
     """In the compiled gradient no buffer holds B x M x D numbers, or half of them."""
     rows, width, kept, size = 2, 16, 3, 400
     ones = functools.partial(jnp.ones, dtype=jnp.float32)
-    known = Known(ones((rows, width, kept)).astype(int), -ones((rows, width, kept)))
+    known = TruncatedTeacher(ones((rows, width, kept)).astype(int), -ones((rows, width, kept)))
     zeros = ones((rows, width)) * 0
     slots = jnp.broadcast_to(jnp.arange(width)[:, None], (rows, width, K))
-    taught = Taught(known, ones((size, 4)), zeros, zeros.astype(int), ones((rows, width, K)), slots)
-    recipe = Recipe(((1.0, "soft_ce"),), False, jnp.float32, 1)
+    teachers = TeacherPositions(known, ones((size, 4)), zeros, zeros.astype(int), ones((rows, width, K)), slots)
+    options = LossOptions(((1.0, "soft_ce"),), False, jnp.float32, 1)
     hidden, head = ones((K, rows, width, 4)), ones((size, 4))
-    jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: chunked_loss(recipe, h, w, taught)[0], (0, 1)))(hidden, head)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: chunked_loss(options, h, w, teachers)[0], (0, 1)))(hidden, head)
     assert max(v.aval.size for e in jaxpr.eqns for v in e.outvars) < rows * width * size / 2
 
 
 def test_the_draft_vocabulary_may_change_after_the_fact(few):
     """Entries are looked up by token: another draft vocabulary, in another place, is another teacher."""
     with jax.enable_x64(True):
-        spec, kept = resolve("jeagle"), few.tables
+        spec, kept = resolve_objective("jeagle"), few.tables
         (_, before), _ = both(few, spec)
         few.tables = kept._replace(draft_to_target_D=kept.draft_to_target_D - 1, head_DH=kept.head_DH + jnp.nan)
         try:
@@ -184,14 +184,14 @@ def test_the_draft_vocabulary_may_change_after_the_fact(few):
 
 
 def test_a_loss_that_needs_every_probability_is_named():
-    assert "reverse_kl" in resolve("jeagle", loss="0.5*kl+0.5*reverse_kl").whole_teacher
-    assert not resolve("jeagle", loss="0.5*kl+0.5*tv").whole_teacher
+    assert "reverse_kl" in resolve_objective("jeagle", loss="0.5*kl+0.5*reverse_kl").needs_full_teacher
+    assert not resolve_objective("jeagle", loss="0.5*kl+0.5*tv").needs_full_teacher
 
 
 def test_objective_takes_part_of_a_batch(few):
     """Rows one at a time with the whole batch's divisors, as accumulation takes them."""
     with jax.enable_x64(True):
-        spec = resolve("jeagle")
+        spec = resolve_objective("jeagle")
         whole, _ = few.found(spec, few.hidden, few.head)
         divisor_K = divisors(spec, few.counts, few.batch.segments_BT, few.batch.tokens_BT.shape)
         total = 0.0

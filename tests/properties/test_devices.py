@@ -12,7 +12,7 @@ from flax import nnx
 
 from jeagle.drafts import Eagle3, constrain_draft
 from jeagle.interfaces import Batch, DraftSpec, Features, Tables, TopK
-from jeagle.objective import resolve
+from jeagle.objective import resolve_objective
 from jeagle.runtime.mesh import make_mesh, row_sharding
 from jeagle.training import step
 
@@ -46,7 +46,7 @@ def likeliest(last: jax.Array, head: np.ndarray, kept: int) -> TopK:
 
 def loss_and_gradient(mesh, normaliser: str, remat: bool, kept: int = 0):
     graphdef, draft = nnx.split(Eagle3(SPEC, jnp.float32, nnx.Rngs(0)))
-    spec = resolve("jeagle", normaliser=normaliser, slots="predicted")
+    spec = resolve_objective("jeagle", normaliser=normaliser, slots="predicted")
     program = step.Program(None, graphdef, SPEC.aux_layers, spec, 3, jnp.dtype("float32"), mesh=mesh, remat=remat)
     batch, features, tables = case()
     if kept:

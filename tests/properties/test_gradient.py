@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jeagle.drafts import Eagle3
-from jeagle.objective import resolve
+from jeagle.objective import resolve_objective
 from jeagle.training import step
 from tests.properties.test_devices import LENGTH, SPEC, case
 
@@ -22,7 +22,9 @@ def test_gradients_are_finite_differences(remat, window):
     spec = dataclasses.replace(SPEC, sliding_window=window)
     with jax.enable_x64(True):
         graphdef, draft = nnx.split(Eagle3(spec, jnp.dtype("float64"), nnx.Rngs(0)))
-        program = step.Program(None, graphdef, SPEC.aux_layers, resolve("jeagle"), 4, jnp.dtype("float64"), remat=remat)
+        program = step.Program(
+            None, graphdef, SPEC.aux_layers, resolve_objective("jeagle"), 4, jnp.dtype("float64"), remat=remat
+        )
         wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
         draft, (batch, features, tables) = jax.tree.map(wide, (draft, case()))
         rng = np.random.default_rng(1)

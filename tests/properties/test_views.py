@@ -35,6 +35,7 @@ LONG = Rope(
         ("short_factor", (1.0, 1.0, 1.1, 1.2)),
     ),
 )
+FULL, SLIDING = "full_attention", "sliding_attention"
 SPECS = {
     "plain": {},
     "norm_before_residual": {"norm_before_residual": True},
@@ -47,6 +48,8 @@ SPECS = {
     "bias": {"attention_bias": True},
     "window": {"sliding_window": 9},
     "window_within_the_steps": {"sliding_window": 3, "layers": 2},
+    "windowed_and_full_layers": {"sliding_window": 3, "layers": 2, "layer_types": (SLIDING, FULL)},
+    "full_and_windowed_layers": {"sliding_window": 5, "layers": 2, "layer_types": (FULL, SLIDING)},
     "own_width": {"width": 16, "aux_layers": (0, 1, 2, 3, 5), "head_norm": False},
 }
 

@@ -40,7 +40,7 @@ def on_first_row(run: Path) -> SameLoss:
     batch = Batch(*(jnp.asarray(array[:1]) for array in data.load_rows(run / "data" / "train")))
     graphdef, _ = assemble.draft_from_flat(spec, "float32", assemble.flat_draft(opened.weights.draft), opened.mesh)
     target = opened.loaded.target
-    learnt = objective.resolve("speculators")
+    learnt = objective.resolve_objective("speculators")
     program = Program(target.graphdef, graphdef, spec.aux_layers, learnt, TTT_STEPS, jnp.float32, target.spec.logits)
     live = live_slots(program, batch, batch.tokens_BT.shape[1])
     tables = opened.weights.tables

@@ -1,17 +1,17 @@
-"""Attention of the TTT steps: step-0 keys of the past, and the slot's own keys of later steps, in one softmax."""
+"""Attention of the TTT steps as an op: a plain reference, faster backends, and a check of a backend on its device."""
 
-from jeagle.drafts.ttt_attention.mirror import Mirror, reflect
-from jeagle.drafts.ttt_attention.op import Backend, attend
+from jeagle.drafts.ttt_attention.op import ATTENTION, Backend, BackwardCarry, attend_ttt, deliver_to_backward
 from jeagle.drafts.ttt_attention.reference import reference
-from jeagle.drafts.ttt_attention.self_check import attention_backend, disproof, trusted_backend
+from jeagle.drafts.ttt_attention.self_check import attention_backend, kernel_fault, trusted_backend
 
 __all__ = [
+    "ATTENTION",
     "Backend",
-    "Mirror",
-    "attend",
+    "BackwardCarry",
+    "attend_ttt",
     "attention_backend",
-    "disproof",
+    "deliver_to_backward",
+    "kernel_fault",
     "reference",
-    "reflect",
     "trusted_backend",
 ]

@@ -1,8 +1,15 @@
-"""The op: attention to step-0 keys by one of the backends, merged with the slot's own keys; and its backward pass.
+"""The op: attention to step-0 keys by one of the backends, merged with each slot's own keys; and its backward pass.
 
-The backward pass of a softmax over a union of keys needs only the union's output and logsumexp: with them each part's
-weights are made anew, and its gradients taken by itself. So what is kept is the output and its logsumexp, and a backend
-does no more than the step-0 keys, forward and backward.
+The backward pass of a softmax over a union of keys needs only the output and the logsumexp of the union: with them the
+weights of each part are recomputed, and its gradients follow from the part alone. So only output and logsumexp are
+saved, and a backend computes no more than the step-0 keys' part, forward and backward.
+
+Own keys and values are not saved for each step either. Each TTT step adds its own to those of the steps before, so
+that saving them at every step would take memory that grows with the square of the number of steps. Yet those of the
+last step contain all of them, and a step masks those that come after it. The backward pass runs from the last step to
+the first, so they travel along: a `BackwardCarry` passes through the attention of every step, unused; in the backward
+pass its cotangent is no gradient but the own keys and values themselves, which `deliver_to_backward` puts there after
+the last step.
 """
 
 from __future__ import annotations
@@ -15,42 +22,78 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from jeagle.drafts.remat import ATTENTION, marked
 from jeagle.drafts.ttt_attention import chunked, gpu, tpu
-from jeagle.drafts.ttt_attention.mirror import Mirror
-from jeagle.drafts.ttt_attention.past import MASKED, Past
+from jeagle.drafts.ttt_attention.reference import MASKED, Step0Inputs
+from jeagle.runtime.xla_workarounds import name_residual
 
-M = TypeVar("M", Mirror, None)
+ATTENTION = "attention"
+"""Name under which rematerialisation saves the op's output and logsumexp."""
+
 Backend = Literal["chunked", "tpu", "tpu_interpreted", "gpu", "gpu_interpreted"]
-# What takes a platform's step-0 keys, where one device holds all heads of a row.
 BY_PLATFORM: dict[str, Backend] = {"cpu": "chunked", "tpu": "tpu", "gpu": "gpu"}
+"""The backend of a platform, where one device holds all heads of a row."""
 
 
-class Kernels(NamedTuple):
-    """Of a backend: both passes, as `Past` says, and whether so many slots and positions suit them."""
+class BackwardCarry(NamedTuple):
+    """Own keys and values of steps 1..J in the backward pass; any arrays of their shapes and types in the forward."""
+
+    keys_JBGNC: Float[Array, "J B G N C"]
+    values_JBGNC: Float[Array, "J B G N C"]
+
+
+OptionalCarry = TypeVar("OptionalCarry", BackwardCarry, None)
+
+
+@jax.custom_vjp
+def deliver_to_backward(result: Float[Array, "..."], own: BackwardCarry, carry: BackwardCarry) -> Float[Array, "..."]:
+    """`result`; in the backward pass, every step through which `carry` passed gets `own`.
+
+    Args:
+      result: any array through which the gradient is taken.
+      own: own keys and values after the last step.
+      carry: what the last step's attention returned.
+    """
+    return result
+
+
+def _deliver_forward(result: jax.Array, own: BackwardCarry, carry: BackwardCarry) -> tuple[jax.Array, BackwardCarry]:
+    return result, own
+
+
+def _deliver_backward(own: BackwardCarry, dresult: jax.Array) -> tuple[jax.Array, BackwardCarry, BackwardCarry]:
+    return dresult, BackwardCarry(*(jnp.zeros_like(x) for x in own)), own
+
+
+deliver_to_backward.defvjp(_deliver_forward, _deliver_backward)
+
+
+class BackendPasses(NamedTuple):
+    """A backend's functions, as `Step0Inputs` describes them."""
 
     forward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     divides: Callable[[int, int], bool]
 
     @classmethod
-    def interpreted(cls, room: ModuleType) -> Kernels:
-        forward, backward = (functools.partial(one, interpret=True) for one in (room.forward, room.backward))
-        return cls(forward, backward, room.divides)
+    def interpreted(cls, module: ModuleType) -> BackendPasses:
+        """A module's Pallas kernels in interpret mode, which needs none of its devices."""
+        forward, backward = (functools.partial(f, interpret=True) for f in (module.forward, module.backward))
+        return cls(forward, backward, module.divides)
 
 
-BACKENDS: dict[Backend, Kernels] = {
-    "chunked": Kernels(chunked.forward, chunked.backward, lambda slots, length: True),
-    "tpu": Kernels(tpu.forward, tpu.backward, tpu.divides),
-    "tpu_interpreted": Kernels.interpreted(tpu),
-    "gpu": Kernels(gpu.forward, gpu.backward, gpu.divides),
-    "gpu_interpreted": Kernels.interpreted(gpu),
+BACKENDS: dict[Backend, BackendPasses] = {
+    "chunked": BackendPasses(chunked.forward, chunked.backward, lambda slots, length: True),
+    "tpu": BackendPasses(tpu.forward, tpu.backward, tpu.divides),
+    "tpu_interpreted": BackendPasses.interpreted(tpu),
+    "gpu": BackendPasses(gpu.forward, gpu.backward, gpu.divides),
+    "gpu_interpreted": BackendPasses.interpreted(gpu),
 }
 
 
-class Inputs(NamedTuple):
-    """As in `reference.reference`."""
+class AttentionArgs(NamedTuple):
+    """The array arguments of `reference.reference`."""
 
     queries_BQNC: jax.Array
     keys_BGTC: jax.Array
@@ -62,122 +105,131 @@ class Inputs(NamedTuple):
     own_allowed_J: jax.Array
 
 
-class Static(NamedTuple):
+class AttentionOptions(NamedTuple):
+    """What is static about a call."""
+
     dtype: Any
     backend: Backend
 
 
-def attend(
-    queries_BQNC: jax.Array,
-    keys_BGTC: jax.Array,
-    values_BGTC: jax.Array,
-    first_BN: jax.Array,
-    last_BN: jax.Array,
-    own_keys_JBGNC: jax.Array,
-    own_values_JBGNC: jax.Array,
-    own_allowed_J: jax.Array,
+def attend_ttt(
+    queries_BQNC: Float[Array, "B Q N C"],
+    keys_BGTC: Float[Array, "B G T C"],
+    values_BGTC: Float[Array, "B G T C"],
+    first_BN: Int[Array, "B N"],
+    last_BN: Int[Array, "B N"],
+    own_keys_JBGNC: Float[Array, "J B G N C"],
+    own_values_JBGNC: Float[Array, "J B G N C"],
+    own_allowed_J: Bool[Array, " J"],
     *,
     dtype: Any,
-    mirror: M,
+    backward_carry: OptionalCarry,
     backend: Backend = "chunked",
-) -> tuple[jax.Array, M]:
-    """As `reference.reference`; `last_BN` must rise along each row, each slot at another position.
+) -> tuple[Float[Array, "B Q N C"], OptionalCarry]:
+    """Is `reference.reference`; `last_BN` must rise along each row, since each slot has another position.
 
     Args:
-      dtype: of the matrix products and of the result; sums are float32 or better.
-      mirror: what brings the own keys and values along in the backward pass (see `mirror`); where None, they are kept.
-      backend: of the step-0 keys. Where slots or positions do not divide into a kernel's blocks, "chunked" is taken.
+      dtype: type of the matrix products and of the result; sums are float32 or better.
+      backward_carry: hands own keys and values to the backward pass (see this module's head); None saves them instead.
+      backend: of the step-0 keys. Where slots or positions do not divide into a kernel's blocks, "chunked" is used.
 
     Returns:
-      [B, Q, N, C], and the mirror for the next step.
+      (the mixed values, the carry for the next step).
 
     Source: for the backward pass, FlashAttention-2 (arXiv 2307.08691), section 3.1.
     """
-    inputs = Inputs(
+    args = AttentionArgs(
         queries_BQNC, keys_BGTC, values_BGTC, first_BN, last_BN, own_keys_JBGNC, own_values_JBGNC, own_allowed_J
     )
     if not BACKENDS[backend].divides(queries_BQNC.shape[2], keys_BGTC.shape[2]):
         backend = "chunked"
-    return _attention(Static(jnp.dtype(dtype), backend), inputs, mirror)
+    return _attention(AttentionOptions(jnp.dtype(dtype), backend), args, backward_carry)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Static, inputs: Inputs, mirror: Mirror | None) -> tuple[jax.Array, Mirror | None]:
-    return _forward(static, inputs, mirror)[0]
+def _attention(
+    options: AttentionOptions, args: AttentionArgs, carry: BackwardCarry | None
+) -> tuple[jax.Array, BackwardCarry | None]:
+    return _forward(options, args, carry)[0]
 
 
-def _forward(static: Static, inputs: Inputs, mirror: Mirror | None) -> tuple[tuple[jax.Array, Mirror | None], Any]:
-    past = _past(static, inputs)
-    mixed, top, total = BACKENDS[static.backend].forward(past)
-    if inputs.own_allowed_J.size:
-        own = _own_scores(inputs, past.queries_BGRNC)
+def _forward(
+    options: AttentionOptions, args: AttentionArgs, carry: BackwardCarry | None
+) -> tuple[tuple[jax.Array, BackwardCarry | None], Any]:
+    step_0 = _step_0_inputs(options, args)
+    mixed, top, total = BACKENDS[options.backend].forward(step_0)
+    if args.own_allowed_J.size:
+        own = _own_scores(args, step_0.queries_BGRNC)
         joint = jnp.maximum(top, own.max(axis=0))
         scale, own = jnp.exp(top - joint), jnp.exp(own - joint)
         total = total * scale + own.sum(axis=0)
-        mixed, top = mixed * scale + _own_sum(own, inputs.own_values_JBGNC), joint
-    out = (mixed / total).reshape(inputs.queries_BQNC.shape).astype(static.dtype)
-    out, lse = marked(out, ATTENTION), marked(top + jnp.log(total), ATTENTION)
-    if mirror is not None:
-        inputs = inputs._replace(own_keys_JBGNC=None, own_values_JBGNC=None)
-    return (out, mirror), (inputs, out, lse)
+        mixed, top = mixed * scale + _own_sum(own, args.own_values_JBGNC), joint
+    out = (mixed / total).reshape(args.queries_BQNC.shape).astype(options.dtype)
+    out, lse = name_residual(out, ATTENTION), name_residual(top + jnp.log(total), ATTENTION)
+    if carry is not None:
+        args = args._replace(own_keys_JBGNC=None, own_values_JBGNC=None)
+    return (out, carry), (args, out, lse)
 
 
-def _backward(static: Static, residuals: Any, cotangents: Any) -> tuple[Inputs, Mirror | None]:
-    (inputs, out, lse), (dout_BQNC, mirror) = residuals, cotangents
-    if mirror is not None:
-        inputs = inputs._replace(own_keys_JBGNC=mirror.keys_JBGNC, own_values_JBGNC=mirror.values_JBGNC)
-    past = _past(static, inputs)
-    queries = past.queries_BGRNC
+def _backward(options: AttentionOptions, residuals: Any, cotangents: Any) -> tuple[AttentionArgs, BackwardCarry | None]:
+    (args, out, lse), (dout_BQNC, carry) = residuals, cotangents
+    if carry is not None:
+        args = args._replace(own_keys_JBGNC=carry.keys_JBGNC, own_values_JBGNC=carry.values_JBGNC)
+    step_0 = _step_0_inputs(options, args)
+    queries = step_0.queries_BGRNC
     dout = dout_BQNC.astype(queries.dtype).reshape(queries.shape)
-    # <dout, out>: what the normaliser takes back from the gradient of each weight.
-    taken = jnp.sum(dout * out.reshape(dout.shape), axis=-1, keepdims=True)
-    dqueries, dkeys, dvalues = BACKENDS[static.backend].backward(past, dout, lse, taken)
-    own_weights = jnp.exp(_own_scores(inputs, queries) - lse)
-    down = own_weights * (_own_dots(dout, inputs.own_values_JBGNC) - taken)
-    dqueries = dqueries + _own_sum(down, inputs.own_keys_JBGNC)
-    gradients = (
-        dqueries.reshape(dout_BQNC.shape) / math.sqrt(dout.shape[-1]),
-        dkeys,
-        dvalues,
-        None,
-        None,
-        _own_gradient(down, queries),
-        _own_gradient(own_weights, dout),
-        None,
+    # What the softmax's normaliser subtracts from the gradient of each weight.
+    dout_dot_out = jnp.sum(dout * out.reshape(dout.shape), axis=-1, keepdims=True)
+    dqueries, dkeys, dvalues = BACKENDS[options.backend].backward(step_0, dout, lse, dout_dot_out)
+    own_weights = jnp.exp(_own_scores(args, queries) - lse)
+    down = own_weights * (_own_dots(dout, args.own_values_JBGNC) - dout_dot_out)
+    dqueries = dqueries + _own_sum(down, args.own_keys_JBGNC)
+    gradients = AttentionArgs(
+        queries_BQNC=dqueries.reshape(dout_BQNC.shape) / math.sqrt(dout.shape[-1]),
+        keys_BGTC=dkeys,
+        values_BGTC=dvalues,
+        first_BN=None,
+        last_BN=None,
+        own_keys_JBGNC=_own_gradient(down, queries),
+        own_values_JBGNC=_own_gradient(own_weights, dout),
+        own_allowed_J=None,
     )
-    return Inputs(*(g if g is None else g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True))), mirror
+    cast = (g if g is None else g.astype(x.dtype) for g, x in zip(gradients, args, strict=True))
+    return AttentionArgs(*cast), carry
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _past(static: Static, inputs: Inputs) -> Past:
-    """Queries scaled, by the key head that they read: [B, G, R, N, C]."""
-    batch, heads, slots, width = inputs.queries_BQNC.shape
-    groups = inputs.keys_BGTC.shape[1]
-    grouped = inputs.queries_BQNC.reshape(batch, groups, heads // groups, slots, width)
-    queries = grouped.astype(jnp.promote_types(static.dtype, jnp.float32)) / math.sqrt(width)
-    return Past(static.dtype, queries, inputs.keys_BGTC, inputs.values_BGTC, inputs.first_BN, inputs.last_BN)
+def _step_0_inputs(options: AttentionOptions, args: AttentionArgs) -> Step0Inputs:
+    """Queries are scaled, and grouped by the key head that they read."""
+    batch, heads, slots, width = args.queries_BQNC.shape
+    groups = args.keys_BGTC.shape[1]
+    grouped = args.queries_BQNC.reshape(batch, groups, heads // groups, slots, width)
+    queries = grouped.astype(jnp.promote_types(options.dtype, jnp.float32)) / math.sqrt(width)
+    return Step0Inputs(options.dtype, queries, args.keys_BGTC, args.values_BGTC, args.first_BN, args.last_BN)
 
 
 def _own_dots(queries: jax.Array, own_JBGNC: jax.Array) -> jax.Array:
-    """Each slot's queries times its own keys of later steps: [J, B, G, R, N, 1]. One key a slot: no matrix product."""
-    # One step at a time, or the products of all of them, J times as large as the queries, would exist at once.
+    """Each slot's queries times its own keys of later steps: [J, B, G, R, N, 1]; one key a slot, so no matrix product.
+
+    One step at a time, or the products of all steps, J times as large as the queries, would exist at once.
+    """
     dots = [jnp.sum(queries * own[:, :, None].astype(queries.dtype), axis=-1, keepdims=True) for own in own_JBGNC]
     return jnp.stack(dots) if dots else jnp.zeros((0, *queries.shape[:-1], 1), queries.dtype)
 
 
-def _own_scores(inputs: Inputs, queries: jax.Array) -> jax.Array:
-    allowed = inputs.own_allowed_J.reshape(-1, 1, 1, 1, 1, 1)
-    return jnp.where(allowed, _own_dots(queries, inputs.own_keys_JBGNC), MASKED)
+def _own_scores(args: AttentionArgs, queries: jax.Array) -> jax.Array:
+    allowed = args.own_allowed_J.reshape(-1, 1, 1, 1, 1, 1)
+    return jnp.where(allowed, _own_dots(queries, args.own_keys_JBGNC), MASKED)
 
 
-def _own_sum(weights: jax.Array, own_JBGNC: jax.Array) -> jax.Array:
+def _own_sum(weights: jax.Array, own_JBGNC: jax.Array) -> jax.Array | float:
     return sum((w * own[:, :, None].astype(w.dtype) for w, own in zip(weights, own_JBGNC, strict=True)), start=0.0)
 
 
 def _own_gradient(weights: jax.Array, slotwise: jax.Array) -> jax.Array:
-    """Of own keys or values [J, B, G, N, C]: summed over the heads of a group."""
+    """The gradient of own keys or values [J, B, G, N, C]: summed over the heads of a group."""
     if not weights.shape[0]:
         return jnp.zeros((0, *slotwise.shape[:2], *slotwise.shape[3:]), slotwise.dtype)
     return jnp.stack([jnp.sum(w * slotwise, axis=2) for w in weights])

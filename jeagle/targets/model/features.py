@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jeagle.align import select, take_rows
 from jeagle.interfaces import Batch, Features, TopK
 from jeagle.runtime.mesh import by_rows, logical_sharding, platform, row_axes
-from jeagle.runtime.numerics import first_largest, largest
+from jeagle.runtime.xla_workarounds import argmax_by_blocks, top_k_by_blocks
 from jeagle.targets.model.decoder import Decoder
 
 # Positions whose logits over the whole vocabulary exist at a time on a device. Accelerators read the whole lm_head for
@@ -58,7 +58,7 @@ def distributions(model: Decoder, last_BNH: jax.Array, top_k: int = 0) -> Said:
 
     def top(logits: jax.Array) -> tuple[jax.Array, TopK]:
         lse = jax.nn.logsumexp(logits, axis=-1)
-        values, ids = largest(logits, top_k)
+        values, ids = top_k_by_blocks(logits, top_k)
         log_probs = values - lse[..., None]
         rest = jnp.maximum(1.0 - jnp.exp(log_probs).sum(axis=-1), 0.0)
         return lse, TopK(ids.astype(jnp.int32), log_probs, rest)
@@ -99,7 +99,7 @@ def over_vocabulary(model: Decoder, last_BNH: jax.Array, figure: Callable[[jax.A
 
     def one(last: jax.Array) -> tuple[jax.Array, Any]:
         logits = to_logits(by_rows(last, mesh))
-        return first_largest(logits).astype(jnp.int32), figure(logits)
+        return argmax_by_blocks(logits).astype(jnp.int32), figure(logits)
 
     def joined(metrics: jax.Array) -> jax.Array:
         return jnp.moveaxis(metrics, 0, 1).reshape(batch, chunks * chunk, *metrics.shape[3:])[:, :width]

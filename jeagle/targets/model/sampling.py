@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.errors import UserError
-from jeagle.runtime.numerics import first_largest
+from jeagle.runtime.xla_workarounds import argmax_by_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,12 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
     was a close call.
     """
     if sampling.temperature == 0:
-        return first_largest(logits_BV).astype(jnp.int32)
+        return argmax_by_blocks(logits_BV).astype(jnp.int32)
     best_B1 = logits_BV.max(axis=-1, keepdims=True)
     heated_BV = (logits_BV - best_B1) / sampling.temperature
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(keys_B)
     allowed_BV = eligible(heated_BV, sampling.top_p, sampling.top_k)
-    return first_largest(jnp.where(allowed_BV, heated_BV + noise_BV, -jnp.inf)).astype(jnp.int32)
+    return argmax_by_blocks(jnp.where(allowed_BV, heated_BV + noise_BV, -jnp.inf)).astype(jnp.int32)
 
 
 def eligible(logits_BV: jax.Array, top_p: float, top_k: int) -> jax.Array:

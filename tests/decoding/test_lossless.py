@@ -41,15 +41,15 @@ def test_text_is_plain_decoding(case):
         target_cache=lambda _, rows, room, rollback: model.empty_cache(rows, room, jnp.float32, rollback),
         draft_cache=lambda _, rows, room: (),
         verify=verify,
-        read=lambda text, cache, aux, tokens, positions: propose(text, cache, tokens, positions),
-        go_on=lambda text, cache, state, tokens, positions: propose(text, cache, tokens, positions),
+        draft_from_aux=lambda text, cache, aux, tokens, positions: propose(text, cache, tokens, positions),
+        draft_from_own=lambda text, cache, state, tokens, positions: propose(text, cache, tokens, positions),
     )
     rng = np.random.default_rng(0)
     for length in (3, 9):
         prompt = rng.integers(2, target.spec.vocab, length).astype(np.int32)
-        plain = decoding.decode_plain(models, jnp.zeros(1, jnp.int32), [prompt], tokens=NEW, batch=1, width=12)[0]
+        plain = decoding.decode_greedy(models, jnp.zeros(1, jnp.int32), [prompt], tokens=NEW, batch=1, width=12)[0]
         text = jnp.asarray(np.concatenate([prompt, plain.tokens]))
-        found = decoding.decode(
+        found = decoding.decode_speculative(
             models,
             text,
             [prompt],
