@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jeagle.drafts.eagle3 import Eagle3, Stream
 from jeagle.interfaces import Tables
-from jeagle.layers import Sight, attend
+from jeagle.layers import AttentionMask, masked_attention
 
 
 class Cache(NamedTuple):
@@ -44,7 +44,7 @@ def advance(
     """
     rows = jnp.arange(tokens_BT.shape[0])[:, None]
     length = cache[0].keys_BTGC.shape[1]
-    sight = Sight(positions_BT, jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length)))
+    mask = AttentionMask(positions_BT, jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length)))
     embedded = tables.embed_VW[tokens_BT].astype(jnp.float32)
     hidden, kept = hidden_BTW, []
     for layer, past in zip(draft.layers, cache, strict=True):
@@ -52,7 +52,7 @@ def advance(
         fresh = layer.self_attn.keys_values(read, positions_BT)
         past = Cache(*(room.at[rows, positions_BT].set(new) for room, new in zip(past, fresh, strict=True)))
         queries = layer.self_attn.queries(read, positions_BT)
-        mixed = attend(queries, *past, sight, draft.dtype, window=draft.spec.sliding_window)
+        mixed = masked_attention(queries, *past, mask, draft.dtype, window=draft.spec.sliding_window)
         hidden = layer.finish(residual, mixed)
         kept.append(past)
     for_head, state = draft.finish(Stream.of(hidden, draft.dtype))

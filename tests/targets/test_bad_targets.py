@@ -107,6 +107,5 @@ def test_a_layer_out_of_range_is_told(tmp_path, monkeypatch, capsys):
     arguments = ["--config", str(RECIPE), *tiny.flags(tmp_path), "--target.aux-layers", "1", "2", "99"]
     said = error_of(train.main, arguments, monkeypatch, capsys)
     assert (
-        f"--target.aux-layers 1 2 99: layer boundaries must rise, once each, from 0 (embeddings) to {tiny.LAYERS}"
-        in said
+        f"--target.aux-layers 1 2 99: layer boundaries must rise strictly, from 0 (embeddings) to {tiny.LAYERS}" in said
     )

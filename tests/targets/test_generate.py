@@ -14,8 +14,7 @@ import pytest
 from jeagle import targets
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import make_mesh
-from jeagle.targets.model.generate import _Generation
-from jeagle.targets.model.sampling import Sampling, choose, eligible
+from jeagle.targets.model.generate import Sampling, _Generation, eligible_tokens, sample_tokens
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = ["llama", "gemma3", "gpt_oss", "deepseek_v2", "qwen3_next", "gemma4_shared_kv"]
@@ -78,7 +77,7 @@ def test_answers_are_those_of_a_loop_over_full_forwards(case, sampling):
         key = jax.random.fold_in(jax.random.key(SEED), i)
         keys = jnp.stack([jax.random.fold_in(key, place) for place in range(len(tokens))])
         here = logits[i, len(prompt) - 1 :][: len(tokens)]
-        assert tokens == np.asarray(choose(here, keys, sampling)).tolist()
+        assert tokens == np.asarray(sample_tokens(here, keys, sampling)).tolist()
         ended = tokens[-1] == END
         assert found[i].finish_reason == ("stop" if ended else "length") and END not in tokens[:-1]
         assert ended or len(tokens) == limits[i]
@@ -128,7 +127,7 @@ def test_the_cache_is_split_like_the_model(case):
     run = _Generation(loaded(case, MESHES[case]), prompts, limits, range(11), (END,), 3, SAMPLED, 0)
     assert run.batch == -(-3 // fsdp) * fsdp
     for _ in range(2):
-        leaves = jax.tree_util.tree_leaves_with_path(run.rows.cache)
+        leaves = jax.tree_util.tree_leaves_with_path(run.state.cache)
         assert leaves
         for path, leaf in leaves:
             name = str(path[-1])
@@ -160,7 +159,7 @@ def test_chance_follows_the_distribution():
     count = 30_000
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(count))
     for sampling, allowed, limit in ((Sampling(0.7), 6, 25.7), (Sampling(1.3, top_k=3), 3, 18.4)):
-        drawn = np.asarray(choose(jnp.broadcast_to(logits, (count, 6)), keys, sampling))
+        drawn = np.asarray(sample_tokens(jnp.broadcast_to(logits, (count, 6)), keys, sampling))
         shares = np.exp(np.asarray(logits)[:allowed] / sampling.temperature)
         expected = count * shares / shares.sum()
         counts = np.bincount(drawn, minlength=6)
@@ -187,7 +186,9 @@ def test_the_cut_is_that_of_the_reference(top_p, top_k):
     rng = np.random.default_rng(top_k)
     logits = rng.standard_normal((20, 100)).astype(np.float32) * 3
     logits[:5] = np.round(logits[:5])  # ties: the lower id comes first
-    np.testing.assert_array_equal(np.asarray(eligible(logits, top_p, top_k)), reference_cut(logits, top_p, top_k))
+    np.testing.assert_array_equal(
+        np.asarray(eligible_tokens(logits, top_p, top_k)), reference_cut(logits, top_p, top_k)
+    )
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def expert_names(
             together = Piece(f"{_LAYER}{theirs}.down_proj")
         else:
             together = Piece(f"{_LAYER}{theirs}.gate_up_proj", rows=half_of_experts(ours == "up_proj"))
-        names[f"blocks.mixture.experts.{ours}"] = (alone, together)
+        names[f"blocks.moe.experts.{ours}"] = (alone, together)
     return names
 
 

@@ -116,9 +116,9 @@ def _latent_rows(values: bool) -> Callable[[BlockSpec], np.ndarray]:
 
 _SHARED_MOE: Names = merged(
     expert_names(),
-    linear("mixture.router.proj", "mlp.gate"),
-    {"blocks.mixture.router.correction": Piece("model.layers.{i}.mlp.gate.e_score_correction_bias")},
-    mlp_names("mixture.shared", "mlp.shared_experts"),
+    linear("moe.router.proj", "mlp.gate"),
+    {"blocks.moe.router.correction": Piece("model.layers.{i}.mlp.gate.e_score_correction_bias")},
+    mlp_names("moe.shared", "mlp.shared_experts"),
 )
 
 _DEEPSEEK: Names = merged(

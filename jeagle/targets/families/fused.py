@@ -125,20 +125,18 @@ _GPT_OSS: Names = merged(
     stem_names(),
     pre_norm_names(),
     attention_names(),
-    linear("mixture.router.proj", "mlp.router"),
+    linear("moe.router.proj", "mlp.router"),
     {
         "blocks.mixer.sinks": Piece(f"{_LAYER}self_attn.sinks"),
         # Gate and up are interleaved, and the matrices lie [in, out].
-        "blocks.mixture.experts.gate_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(0), transposed=False),
-        "blocks.mixture.experts.up_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(1), transposed=False),
-        "blocks.mixture.experts.down_proj": Piece(f"{_GPT_OSS_EXPERTS}down_proj", transposed=False),
-        "blocks.mixture.experts.gate_bias": Piece(
+        "blocks.moe.experts.gate_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(0), transposed=False),
+        "blocks.moe.experts.up_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(1), transposed=False),
+        "blocks.moe.experts.down_proj": Piece(f"{_GPT_OSS_EXPERTS}down_proj", transposed=False),
+        "blocks.moe.experts.gate_bias": Piece(
             f"{_GPT_OSS_EXPERTS}gate_up_proj_bias", _every_other(0), transposed=False
         ),
-        "blocks.mixture.experts.up_bias": Piece(
-            f"{_GPT_OSS_EXPERTS}gate_up_proj_bias", _every_other(1), transposed=False
-        ),
-        "blocks.mixture.experts.down_bias": Piece(f"{_GPT_OSS_EXPERTS}down_proj_bias", transposed=False),
+        "blocks.moe.experts.up_bias": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj_bias", _every_other(1), transposed=False),
+        "blocks.moe.experts.down_bias": Piece(f"{_GPT_OSS_EXPERTS}down_proj_bias", transposed=False),
     },
 )
 

@@ -83,7 +83,7 @@ def gemma4(switches: Switches) -> TargetSpec:
         if reads and switches.get("use_double_wide_mlp"):
             mlp = dense(switches, width=2 * mlp.width)
         keeps = shared and not reads and kind not in kinds[i + 1 : first_shared]
-        mixer = _gemma4_mixer(switches, i, kind, keep_as=kind if keeps else "", read_from=kind if reads else "")
+        mixer = _gemma4_mixer(switches, i, kind, share_kv_as=kind if keeps else "", read_kv_from=kind if reads else "")
         blocks.append(
             BlockSpec(mixer, mlp, _gemma4_experts(switches), norms="both", per_layer_width=extra, scaled=True)
         )
@@ -154,7 +154,7 @@ _GEMMA4: Names = merged(
     attention_names(),
     mlp_names(),
     expert_names("experts"),
-    linear("mixture.router.proj", "router.proj"),
+    linear("moe.router.proj", "router.proj"),
     norm("after_dense", "post_feedforward_layernorm_1"),
     norm("before_experts", "pre_feedforward_layernorm_2"),
     norm("after_experts", "post_feedforward_layernorm_2"),
@@ -162,8 +162,8 @@ _GEMMA4: Names = merged(
     linear("per_layer_out", "per_layer_projection"),
     norm("per_layer_norm", "post_per_layer_input_norm"),
     {
-        "blocks.mixture.router.input_scale": Piece(f"{_LAYER}router.scale"),
-        "blocks.mixture.router.expert_scale": Piece(f"{_LAYER}router.per_expert_scale"),
+        "blocks.moe.router.input_scale": Piece(f"{_LAYER}router.scale"),
+        "blocks.moe.router.expert_scale": Piece(f"{_LAYER}router.per_expert_scale"),
         "blocks.output_scale": Piece(f"{_LAYER}layer_scalar"),
         "per_layer.embed": Piece("model.embed_tokens_per_layer.weight", transposed=False),
         "per_layer.proj.kernel": Piece("model.per_layer_model_projection.weight"),

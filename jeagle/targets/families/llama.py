@@ -27,7 +27,7 @@ from jeagle.targets.families.common import (
     target,
 )
 from jeagle.targets.families.switches import Switches
-from jeagle.targets.model.spec import BlockSpec, DenseSpec, ExpertsSpec, RouterSpec, TargetSpec, Temperature
+from jeagle.targets.model.spec import AttentionTemperature, BlockSpec, DenseSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
 def llama(switches: Switches) -> TargetSpec:
@@ -50,7 +50,7 @@ def mistral(switches: Switches) -> TargetSpec:
 def ministral3(switches: Switches) -> TargetSpec:
     parameters = switches["rope_parameters"]
     beta, span = parameters.get("llama_4_scaling_beta"), parameters.get("original_max_position_embeddings")
-    heat = Temperature(beta, span) if beta else None
+    heat = AttentionTemperature(beta, span) if beta else None
     window = switches.get("sliding_window", 0)
     mixer = attention(switches, window=window, temperature=heat)
     return target(switches, [BlockSpec(mixer, dense(switches))] * switches["num_hidden_layers"])
@@ -96,7 +96,7 @@ def olmo(switches: Switches) -> TargetSpec:
             switches,
             rope=rope_of(switches, kind),
             window=window if kind == "sliding_attention" else 0,
-            qk_norm="whole",
+            qk_norm="all_heads",
             qkv_bias=bias,
             out_bias=bias,
         )
@@ -108,7 +108,7 @@ def olmo(switches: Switches) -> TargetSpec:
 
 def llama4(switches: Switches) -> TargetSpec:
     rope, turning = rope_of(switches), switches["no_rope_layers"]
-    heat = Temperature(float(switches["attn_scale"]), float(switches["floor_scale"]), 1)
+    heat = AttentionTemperature(float(switches["attn_scale"]), float(switches["floor_scale"]), 1)
     heat_on, normed = switches.get("attn_temperature_tuning"), switches.get("use_qk_norm")
     bias = bool(switches.get("attention_bias", False))
     chunk = switches.get("attention_chunk_size", 0)
@@ -160,10 +160,10 @@ _LLAMA4: Names = merged(
     pre_norm_names(),
     attention_names(),
     mlp_names(theirs="feed_forward"),
-    mlp_names("mixture.shared", "feed_forward.shared_expert"),
-    linear("mixture.router.proj", "feed_forward.router"),
+    mlp_names("moe.shared", "feed_forward.shared_expert"),
+    linear("moe.router.proj", "feed_forward.router"),
     {
-        f"blocks.mixture.experts.{part}": _llama4_expert(part, Piece(f"{_LLAMA4_EXPERTS}.{whole}", rows, False))
+        f"blocks.moe.experts.{part}": _llama4_expert(part, Piece(f"{_LLAMA4_EXPERTS}.{whole}", rows, False))
         for part, whole, rows in (
             ("gate_proj", "gate_up_proj", _half(False)),
             ("up_proj", "gate_up_proj", _half(True)),

@@ -97,9 +97,9 @@ def mixtral(switches: Switches) -> TargetSpec:
 
 MOE: Names = merged(
     expert_names(),
-    linear("mixture.router.proj", "mlp.gate"),
-    mlp_names("mixture.shared", "mlp.shared_expert"),
-    linear("mixture.shared_gate", "mlp.shared_expert_gate"),
+    linear("moe.router.proj", "mlp.gate"),
+    mlp_names("moe.shared", "mlp.shared_expert"),
+    linear("moe.shared_gate", "mlp.shared_expert_gate"),
 )
 
 _MIXTRAL: Names = merged(
@@ -107,7 +107,7 @@ _MIXTRAL: Names = merged(
     pre_norm_names(),
     attention_names(),
     expert_names("block_sparse_moe.experts", ("w1", "w3", "w2")),
-    linear("mixture.router.proj", "block_sparse_moe.gate"),
+    linear("moe.router.proj", "block_sparse_moe.gate"),
 )
 
 FAMILIES = {
