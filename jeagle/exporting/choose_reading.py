@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jeagle import decoding
@@ -18,10 +17,10 @@ from jeagle.interfaces import DraftSpec
 from jeagle.run import acceptance, assemble
 from jeagle.run.draft_init import EMBEDDING_FILE
 from jeagle.runtime.progress import Progress
+from jeagle.targets import is_target_embedding
 
 _CLEAR = 2.0  # standard errors between the best reading and the next
 _HARDLY = 1.1  # acceptance length that a draft of another target, or a wrongly read one, stays under
-_ROWS = 4096  # of an embedding, enough to tell two apart
 
 
 class Decoding(NamedTuple):
@@ -145,11 +144,7 @@ def _embedding_note(folder: Path, spec: DraftSpec, loaded: assemble.LoadedTarget
     own = folder / EMBEDDING_FILE
     if spec.width != spec.target_width or not own.is_file():
         return []
-    theirs = np.load(own, mmap_mode="r")
-    ours = loaded.target.model().embed_tokens[...][:_ROWS]
-    if float(jnp.abs(jnp.asarray(theirs[:_ROWS]) - ours.astype(jnp.float32)).max()) <= 0.02 * float(
-        np.abs(theirs[:_ROWS]).max()
-    ):
+    if is_target_embedding(np.load(own, mmap_mode="r"), loaded.target.model().embed_tokens[...]):
         return []
     return ["note: its embedding is not the target's: it was measured with its own, which SGLang would replace"]
 

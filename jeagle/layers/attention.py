@@ -66,7 +66,7 @@ def masked_attention(
     chunk: int = 0,
     scale: float = 0.0,
     soft_cap: float = 0.0,
-    sinks_Q: Float[Array, "Q"] | None = None,
+    sinks_Q: Float[Array, " Q"] | None = None,
     block: int = 512,
 ) -> Float[Array, "B T Q E"]:
     """softmax(scale q k) v over the visible keys, in float32.

@@ -15,7 +15,7 @@ from jeagle.errors import UserError
 from jeagle.interfaces import Rope
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "pairs"]:
+def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " pairs"]:
     """The angle per position of each rotated pair, in radians: float64 [rotary_dim / 2].
 
     For "dynamic" and "longrope", whose angles depend on the length of the sequence, these are the angles of short ones.

@@ -32,7 +32,7 @@ def packed_attention(
     chunk: int = 0,
     scale: float = 0.0,
     soft_cap: float = 0.0,
-    sinks_Q: Float[Array, "Q"] | None = None,
+    sinks_Q: Float[Array, " Q"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T Q E"]:
     """Computes `masked_attention` of packed rows; each device runs the kernel on its own rows and heads.

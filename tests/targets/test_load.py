@@ -21,7 +21,7 @@ from jeagle.run import assemble
 from jeagle.runtime import memory
 from jeagle.runtime.mesh import make_mesh
 from jeagle.targets.checkpoint import layout, load
-from jeagle.targets.checkpoint.shards import from_slices
+from jeagle.targets.checkpoint.load import from_slices
 from tests import tiny
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -19,8 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from jeagle.errors import UserError
 from jeagle.targets.checkpoint.reference import gguf_parts
-from jeagle.targets.quantised.storage import StoredArray
-from jeagle.targets.quantised.views import Index
+from jeagle.targets.quantised.views import Index, StoredArray
 
 _AT_ONCE = 1 << 20  # bytes of blocks
 

@@ -178,7 +178,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         cache: Caches,
         aux_layers: tuple[int, ...],
-        count_B: Int[Array, "B"] | None = None,
+        count_B: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T A H"] | None, Float[Array, "B T H"], Caches]:
         """Runs tokens after those of the cache, in which their keys and values are written at `positions`.
 
@@ -217,7 +217,7 @@ class Decoder(nnx.Module):
 
         return tuple(empty(group, block) for group, block in zip(self.groups, self.blocks, strict=True))
 
-    def admit(self, cache: Caches, fresh: Caches, rows_R: Int[Array, "R"]) -> Caches:
+    def admit(self, cache: Caches, fresh: Caches, rows_R: Int[Array, " R"]) -> Caches:
         """Replaces the rows `rows_R` of `cache` by those of `fresh`, which may be shorter; rows out of range are
         dropped."""
         lead = (slice(None),) if self.stacked else ()

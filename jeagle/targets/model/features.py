@@ -18,8 +18,8 @@ from jeagle.runtime.mesh import by_rows, logical_sharding, platform, row_axes
 from jeagle.runtime.numerics import first_largest, largest
 from jeagle.targets.model.decoder import Decoder
 
-# Positions whose logits over the whole vocabulary exist at a time on a device. Accelerators read all of lm_head for each
-# chunk, which pays only for many positions.
+# Positions whose logits over the whole vocabulary exist at a time on a device. Accelerators read all of lm_head for
+# each chunk, which pays only for many positions.
 CPU_CHUNK, ACCELERATOR_CHUNK = 256, 1024
 
 

@@ -34,7 +34,8 @@ class Sampling:
 
     Attributes:
       temperature: logits are divided by it; 0 = the most likely token, whatever the other fields say.
-      top_p: only the fewest most likely tokens whose probabilities at this temperature sum to at least `top_p`; 1 = all.
+      top_p: only the fewest most likely tokens whose probabilities, at this temperature, sum to at least `top_p`;
+        1 = all.
       top_k: only the `top_k` most likely tokens, applied before `top_p`; 0 = all.
 
     Raises:
@@ -56,7 +57,7 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all.")
 
 
-def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: PRNGKeyArray, sampling: Sampling) -> Int[Array, "B"]:
+def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: PRNGKeyArray, sampling: Sampling) -> Int[Array, " B"]:
     """Chooses one token for each row, int32; the randomness of row b comes from keys_B[b] alone.
 
     Gumbel noise is added to the logit of each token id, so that logits which differ by rounding give the same token
