@@ -74,17 +74,17 @@ KINDS += [Kind.IQ4_NL, Kind.IQ4_XS, Kind.IQ3_S, Kind.TQ2_0, Kind.MXFP4, Kind.F16
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_type_decodes_as_the_gguf_package_does(kind: Kind, tmp_path: Path):
     """Rows and columns of a matrix, and of an expert in a stack, whose edges lie within blocks."""
-    up, stack = blocks(kind, 6, 512), np.stack([blocks(kind, 4, 512)] * 3)
+    matrix, stack = blocks(kind, 6, 512), np.stack([blocks(kind, 4, 512)] * 3)
     stack[1] ^= 1
     path = tmp_path / "m.gguf"
     writer = tiny_llama(path)
     writer.add_uint32("llama.expert_count", 3)
     writer.add_uint32("llama.expert_used_count", 2)
-    writer.add_tensor("blk.0.ffn_up.weight", up, raw_dtype=kind)
+    writer.add_tensor("blk.0.attn_v.weight", matrix, raw_dtype=kind)
     writer.add_tensor("blk.0.ffn_up_exps.weight", stack, raw_dtype=kind)
     finish(writer)
     source = open_weights(resolve(str(path)))
-    for name, stored in (("mlp.up_proj", up), ("block_sparse_moe.experts.1.w3", stack[1])):
+    for name, stored in (("self_attn.v_proj", matrix), ("block_sparse_moe.experts.1.w3", stack[1])):
         name, expected = f"model.layers.0.{name}.weight", gguf.quants.dequantize(stored, kind)
         assert source.shape(name) == expected.shape and np.isfinite(expected).all() and expected.std() > 0
         for rows, columns in ((slice(0, 4), slice(0, 512)), (slice(1, 3), slice(37, 300)), (slice(2, 3), slice(5, 6))):
@@ -186,5 +186,5 @@ def test_the_other_byte_order_is_refused(tmp_path: Path):
     writer.add_block_count(1)
     writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
     finish(writer)
-    with pytest.raises(UserError, match="of the other byte order"):
+    with pytest.raises(UserError, match="in big-endian byte order"):
         open_weights(resolve(str(tmp_path / "m.gguf")))

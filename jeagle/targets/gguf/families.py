@@ -1,7 +1,8 @@
-"""What each architecture of a GGUF adds to, or changes in, the configuration that all have in common.
+"""The entries of config.json in which the architectures of GGUF files differ.
 
-Each function is given the file's metadata and the common part, and returns the entries of config.json that differ. What
-a file does not say, because llama.cpp knows it by the architecture's name, is written out here.
+Each function takes the file's metadata and the common entries, and returns the entries that it adds or changes. They
+include properties that llama.cpp derives from the architecture's name, which are not in the file.
+
 Source: llama.cpp's convert_hf_to_gguf.py and src/models/*.cpp.
 """
 
@@ -13,8 +14,8 @@ from typing import Any
 from jeagle.targets.gguf.metadata import Metadata
 
 Config = dict[str, Any]
-_SIGMOID = 2  # expert_gating_func
-_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}  # both stand in Gemma's own files
+_SIGMOID = 2  # value of expert_gating_func
+_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}  # Gemma's own files have both
 
 
 def _named(architecture: str, model_type: str) -> Config:
@@ -29,7 +30,7 @@ def _llama(value: Metadata, common: Config) -> Config:
 
 
 def _mistral3(value: Metadata, common: Config) -> Config:
-    """Ministral 3: yarn, and queries that grow with the logarithm of their position."""
+    """Ministral 3: YaRN, and queries that grow with the logarithm of their position."""
     rope = {"rope_theta": common["rope_theta"], **(common["rope_scaling"] or {"rope_type": "default"})}
     if (log_multiplier := value("rope.scaling.yarn_log_multiplier", None)) is not None:
         rope |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
@@ -72,7 +73,7 @@ def _gemma(value: Metadata, common: Config) -> Config:
 
 
 def _layers(value: Metadata, common: Config, period: int) -> list[str]:
-    """Which layers see a window only: as the file lists them, or all but every `period`-th."""
+    """Which layers have a sliding window: those that the file lists, or all but every `period`-th."""
     layers, listed = common["num_hidden_layers"], value.each("attention.sliding_window_pattern", period)
     if not isinstance(listed, list):
         listed = [(i + 1) % listed != 0 for i in range(layers)]
@@ -80,7 +81,7 @@ def _layers(value: Metadata, common: Config, period: int) -> list[str]:
 
 
 def _query_scalar(common: Config, layers_of_27b: int) -> int:
-    """The files do not hold it: it is the head dimension, but width over heads in the 27B, known by its layers."""
+    """query_pre_attn_scalar, which files lack: the head dimension, or width over heads in the 27B model."""
     if common["num_hidden_layers"] == layers_of_27b:
         return common["hidden_size"] // common["num_attention_heads"]
     return common["head_dim"]
@@ -98,7 +99,7 @@ def _gemma2(value: Metadata, common: Config) -> Config:
 
 
 def _two_ropes(value: Metadata, common: Config, local_theta: float) -> Config:
-    """Full layers rotate as the file scales them; windowed ones plainly, by a base of their own."""
+    """Rotary embeddings of full layers, as the file scales them, and of windowed ones, unscaled with another base."""
     scaled = common["rope_scaling"] or {"rope_type": "default"}
     local = {"rope_theta": value("rope.freq_base_swa", local_theta), "rope_type": "default"}
     return {
@@ -140,7 +141,7 @@ def _gpt_oss(value: Metadata, common: Config) -> Config:
 
 
 def _routed(value: Metadata) -> Config:
-    """The experts of DeepSeek and of those who follow it."""
+    """The experts of DeepSeek and of models like it."""
     return {
         "n_routed_experts": value("expert_count"),
         "num_experts_per_tok": value("expert_used_count"),
@@ -155,7 +156,7 @@ def _routed(value: Metadata) -> Config:
 
 
 def _deepseek2(value: Metadata, common: Config) -> Config:
-    """DeepSeek V2 and V3: the file names both alike; V3 chooses experts by sigmoids."""
+    """DeepSeek V2 and V3 have one architecture in GGUF; V3 is the one that chooses experts by sigmoids."""
     rotated, rope = value("rope.dimension_count"), common["rope_scaling"]
     routed, third = _routed(value), value("expert_gating_func", 1) == _SIGMOID
     if (log_multiplier := value("rope.scaling.yarn_log_multiplier", None)) is not None and rope:
@@ -189,13 +190,13 @@ def _glm4_moe(value: Metadata, common: Config) -> Config:
 
 
 def _smollm3(value: Metadata, common: Config) -> Config:
-    """Every fourth layer does not rotate."""
+    """Every fourth layer has no rotary embedding."""
     rotates = [int((i + 1) % 4 != 0) for i in range(common["num_hidden_layers"])]
     return _named("SmolLM3", "smollm3") | {"no_rope_layers": rotates, "no_rope_layer_interval": 4}
 
 
 def _olmo2(value: Metadata, common: Config) -> Config:
-    """OLMo 2, or with a window OLMo 3."""
+    """OLMo 2, or OLMo 3 if there is a sliding window."""
     if not (window := value("attention.sliding_window", 0)):
         return _named("Olmo2", "olmo2")
     ropes = _two_ropes(value, common, common["rope_theta"])
