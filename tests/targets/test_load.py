@@ -182,7 +182,9 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder, name, shape
 
 def test_an_unknown_architecture_is_told_which_there_are(folder):
     edit(folder, architectures=["MambaForCausalLM"], model_type="mamba")
-    refused(folder, "architecture MambaForCausalLM is not supported; these are: .*LlamaForCausalLM.*adding_a_target")
+    refused(
+        folder, "architecture MambaForCausalLM is not supported; supported are: .*LlamaForCausalLM.*adding_a_target"
+    )
 
 
 @pytest.mark.parametrize(

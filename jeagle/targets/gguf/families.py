@@ -39,14 +39,6 @@ def _mistral3(value: Metadata, common: Config) -> Config:
     return _named("Ministral3", "ministral3") | {"rope_parameters": rope}
 
 
-def _qwen2(value: Metadata, common: Config) -> Config:
-    return _named("Qwen2", "qwen2")
-
-
-def _qwen3(value: Metadata, common: Config) -> Config:
-    return _named("Qwen3", "qwen3")
-
-
 def _experts(value: Metadata) -> Config:
     return {
         "num_experts": value("expert_count"),
@@ -66,10 +58,6 @@ def _qwen2_moe(value: Metadata, common: Config) -> Config:
 
 def _qwen3_moe(value: Metadata, common: Config) -> Config:
     return _named("Qwen3Moe", "qwen3_moe") | _experts(value) | {"norm_topk_prob": True}
-
-
-def _gemma(value: Metadata, common: Config) -> Config:
-    return _named("Gemma", "gemma") | _GELU
 
 
 def _layers(value: Metadata, common: Config, period: int) -> list[str]:
@@ -179,10 +167,6 @@ def _deepseek2(value: Metadata, common: Config) -> Config:
     return _named("DeepseekV2", "deepseek_v2") | attention | routed | {"topk_method": method}
 
 
-def _glm4(value: Metadata, common: Config) -> Config:
-    return _named("Glm4", "glm4")
-
-
 def _glm4_moe(value: Metadata, common: Config) -> Config:
     value("expert_gating_func", _SIGMOID)
     own = {"use_qk_norm": "blk.0.attn_q_norm.weight" in value.tensors}
@@ -215,10 +199,10 @@ def _granite(value: Metadata, common: Config) -> Config:
 
 FAMILIES: dict[str, Callable[[Metadata, Config], Config]] = {
     "deepseek2": _deepseek2,
-    "gemma": _gemma,
+    "gemma": lambda value, common: _named("Gemma", "gemma") | _GELU,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
-    "glm4": _glm4,
+    "glm4": lambda value, common: _named("Glm4", "glm4"),
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,
     "granite": _granite,
@@ -226,9 +210,9 @@ FAMILIES: dict[str, Callable[[Metadata, Config], Config]] = {
     "mistral3": _mistral3,
     "olmo2": _olmo2,
     "phi3": _phi3,
-    "qwen2": _qwen2,
+    "qwen2": lambda value, common: _named("Qwen2", "qwen2"),
     "qwen2moe": _qwen2_moe,
-    "qwen3": _qwen3,
+    "qwen3": lambda value, common: _named("Qwen3", "qwen3"),
     "qwen3moe": _qwen3_moe,
     "smollm3": _smollm3,
 }

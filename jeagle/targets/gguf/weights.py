@@ -123,7 +123,7 @@ class GgufWeights(NamedViews):
         super().__init__(path, views)
 
 
-def _views(opened: GgufFile, config: Mapping[str, Any], used: set[str]) -> Iterator[tuple[str, View]]:
+def _views(opened: GgufFile, config: dict[str, Any], used: set[str]) -> Iterator[tuple[str, View]]:
     """Yields the tensors of the family's checkpoint that the file has; adds the file's own to `used`."""
     architecture, layers = opened.metadata["general.architecture"], config["num_hidden_layers"]
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -86,10 +86,6 @@ def _fine_grained(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path)
     return _scaled_weights(arrays, _pair(quantisation.get("weight_block_size")))
 
 
-def _by_row(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dict[str, View]:
-    return _scaled_weights(arrays, None)
-
-
 def _compressed_tensors(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dict[str, View]:
     """vLLM's method: eight symmetric bits, with a `weight_scale` for the weight, for each row, or for each block."""
     groups = list((quantisation.get("config_groups") or {}).values())
@@ -248,7 +244,7 @@ def mxfp4_experts(blocks: StoredArray, scales: StoredArray) -> View:
 
 METHODS: dict[str, Callable[[Arrays, Mapping[str, Any], Path], dict[str, View]]] = {
     "compressed-tensors": _compressed_tensors,
-    "fbgemm_fp8": _by_row,
+    "fbgemm_fp8": lambda arrays, quantisation, folder: _scaled_weights(arrays, None),
     "fp8": _fine_grained,
     "modelopt": _modelopt,
     "mxfp4": _mxfp4,

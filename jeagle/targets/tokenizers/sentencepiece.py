@@ -109,6 +109,7 @@ def sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
     vocabulary = read_vocabulary(folder / "tokenizer.model")
     # `legacy` inserts a space after every special token too; `add_prefix_space` false inserts none.
     if vocabulary.space_first != "never":
+        first: Literal["first", "always", "never"]
         first = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
         vocabulary = dataclasses.replace(vocabulary, space_first=first)
     # Older folders have their added tokens in a file of their own.
