@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, and only that; those that ask transformers need torch."""
+"""The doctor reports a planted fault, and nothing for a sound target; comparing with transformers needs torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The splash kernel, interpreted, against attention in plain blocks."""
+"""The splash kernel, run by an interpreter, equals attention in plain blocks."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def asked(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_sentence_and_status_2(fault, tmp_path, monkeypatch, capsys):
+def test_a_fault_gives_one_sentence_and_status_2(fault, tmp_path, monkeypatch, capsys):
     folder = tiny.write_target(tmp_path / "target")
     break_it, named = FAULTS[fault]
     break_it(folder)
@@ -96,14 +96,14 @@ def test_a_fault_is_one_sentence_and_status_2(fault, tmp_path, monkeypatch, caps
     assert not (tmp_path / "answers.jsonl").exists()
 
 
-def test_too_little_memory_is_told_with_the_estimate(tmp_path, monkeypatch, capsys):
+def test_too_little_memory_is_reported_with_the_estimate(tmp_path, monkeypatch, capsys):
     folder = tiny.write_target(tmp_path / "target")
     monkeypatch.setattr(memory, "host_bytes_available", lambda: 10_000)
     said = error_of(regenerate.main, asked(folder), monkeypatch, capsys)
     assert "GiB on each of" in said and "are free there: use more devices" in said
 
 
-def test_a_layer_out_of_range_is_told(tmp_path, monkeypatch, capsys):
+def test_a_layer_out_of_range_is_reported(tmp_path, monkeypatch, capsys):
     arguments = ["--config", str(RECIPE), *tiny.flags(tmp_path), "--target.aux-layers", "1", "2", "99"]
     said = error_of(train.main, arguments, monkeypatch, capsys)
     assert (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from jeagle.targets.quantised.methods import dequantised
 from jeagle.targets.quantised.views import Index, NamedViews, safetensors_arrays
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """A target's configuration and named arrays."""
 

@@ -130,14 +130,14 @@ def _read(path: Path) -> GGUFReader:
                 f"The target {path} holds tensors of type number {unknown[1]}, which the gguf package does not know: "
                 "give another quantisation of the model."
             ) from error
-        raise UserError(f"The target {path} is not a whole GGUF file ({error}): download it again.") from error
+        raise UserError(f"The target {path} is not a complete GGUF file ({error}): download it again.") from error
 
 
 class _Reader(GGUFReader):
     """A GGUFReader that reads an array at once, where the base class spends seconds on a vocabulary, and that names the
     tensor at which a file is cut short."""
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
         if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
@@ -152,7 +152,7 @@ class _Reader(GGUFReader):
             raise ValueError("its header is cut short")
         return 12 + int(values.nbytes), [kind, length, values], [2], types
 
-    def _strings(self, offset: int, count: int) -> tuple[list[memoryview], int]:
+    def _strings(self, offset: Any, count: int) -> tuple[list[memoryview], int]:
         data, texts = self.data.data, []
         for _ in range(count):
             start = offset + 8
@@ -162,7 +162,7 @@ class _Reader(GGUFReader):
             texts.append(data[start:offset])
         return texts, offset
 
-    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+    def _build_tensors(self, start_offs: Any, fields: list[Any]) -> None:
         for field in fields:
             _, name, _, dims, kind, offset = field.parts
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import replicated, row_parts
@@ -57,7 +57,7 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all.")
 
 
-def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: PRNGKeyArray, sampling: Sampling) -> Int[Array, " B"]:
+def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
     """Chooses one token for each row, int32; the randomness of row b comes from keys_B[b] alone.
 
     Gumbel noise is added to the logit of each token id, so that logits which differ by rounding give the same token

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +43,7 @@ _MAX_HEADER = 100_000_000  # the format's own bound
 Index = tuple[slice, ...]
 
 
+@runtime_checkable
 class View(Protocol):
     """An array that is not in memory."""
 

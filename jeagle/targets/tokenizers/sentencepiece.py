@@ -1,6 +1,6 @@
 """Tokenizers of sentencepiece vocabularies, built with the tokenizers library; they give sentencepiece's own ids.
 
-transformers has a converter too, but its ids differ from sentencepiece's: for tests/targets/test_sentencepiece.py's
+transformers has a converter too, but its ids differ from sentencepiece's: for tests/targets/tokenizers/test_sentencepiece.py's
 Llama-like BPE vocabulary in 44 of 329 texts, as at spaces that start a text, and for the other kinds in up to all.
 """
 

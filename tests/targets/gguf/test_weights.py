@@ -1,4 +1,4 @@
-"""GGUF files give back the checkpoint that llama.cpp's converter made them from, whole and slice by slice."""
+"""GGUF files give the checkpoint that llama.cpp's converter made them from, entirely and by slices."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def test_metadata_that_is_not_honoured_is_named(tmp_path: Path):
+def test_unsupported_metadata_is_named(tmp_path: Path):
     finish(tiny_llama(tmp_path / "a.gguf", **{"attention.clamp_kqv": 8}))
     with pytest.raises(UserError, match=r"llama\.attention\.clamp_kqv = 8, which jeagle does not honour"):
         open_weights(resolve(str(tmp_path / "a.gguf")))
@@ -169,7 +169,7 @@ def test_split_files_are_one_model(tmp_path: Path):
         resolve(str(tmp_path))
 
 
-def test_layers_that_predict_further_tokens_stay_unread(tmp_path: Path):
+def test_layers_for_multi_token_prediction_are_skipped(tmp_path: Path):
     path = tmp_path / "m.gguf"
     writer = tiny_llama(path, block_count=2, nextn_predict_layers=1)
     for layer in (0, 1):
@@ -181,7 +181,7 @@ def test_layers_that_predict_further_tokens_stay_unread(tmp_path: Path):
     assert source.config["num_hidden_layers"] == 1
 
 
-def test_the_other_byte_order_is_refused(tmp_path: Path):
+def test_big_endian_files_are_refused(tmp_path: Path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_block_count(1)
     writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))

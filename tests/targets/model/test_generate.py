@@ -16,7 +16,7 @@ from jeagle.errors import UserError
 from jeagle.runtime.mesh import make_mesh
 from jeagle.targets.model.generate import Sampling, _Generation, eligible_tokens, sample_tokens
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ["llama", "gemma3", "gpt_oss", "deepseek_v2", "qwen3_next", "gemma4_shared_kv"]
 SAMPLED = Sampling(temperature=0.8, top_p=0.9, top_k=30)
 SEED, END, ROOM = 11, 2, 80
@@ -153,7 +153,7 @@ def test_stop_strings_end_an_answer_where_they_stand():
         assert cut[i].finish_reason == ("stop" if len(answer.tokens) >= 3 else answer.finish_reason)
 
 
-def test_chance_follows_the_distribution():
+def test_samples_follow_the_distribution():
     """30,000 draws over 6 tokens: chi-square below its 1 - 1e-4 quantile (5 and 2 degrees of freedom)."""
     logits = jnp.asarray([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
     count = 30_000
@@ -182,7 +182,7 @@ def reference_cut(logits: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 40, 1000])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
-def test_the_cut_is_that_of_the_reference(top_p, top_k):
+def test_eligible_tokens_equal_a_reference(top_p, top_k):
     rng = np.random.default_rng(top_k)
     logits = rng.standard_normal((20, 100)).astype(np.float32) * 3
     logits[:5] = np.round(logits[:5])  # ties: the lower id comes first
@@ -201,7 +201,7 @@ def test_the_cut_is_that_of_the_reference(top_p, top_k):
         ((1.0, 1.0, -1), "top_k"),
     ],
 )
-def test_sampling_that_cannot_be_is_refused(values, said):
+def test_invalid_sampling_is_refused(values, said):
     with pytest.raises(UserError, match=said):
         Sampling(*values)
 
