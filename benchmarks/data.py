@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path | None, count: int) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if folder is not None:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()

@@ -44,9 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="export-") as made:
         run = Path(made) / "run"
         arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in _SIZES]
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.export", "--write", str(run), *arguments], check=True, cwd=ROOT
-        )
+        subprocess.run([sys.executable, "-m", "benchmarks.export", f"--write={run}", *arguments], check=True, cwd=ROOT)
         trained = json.loads((run / "bytes.json").read_text())
         found: dict[str, Any] = {"draft_bytes_float32": trained}
         _export(run, Path(made) / "out", "to_vllm.py")
@@ -68,7 +66,7 @@ def _options() -> argparse.Namespace:
 
 
 def _export(run: Path, out: Path, converter: str, *options: str) -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "converters" / converter), "--checkpoint", str(run), "--out", str(out)]
+    command = [sys.executable, str(ROOT / "converters" / converter), f"--checkpoint={run}", f"--out={out}"]
     shutil.rmtree(out, ignore_errors=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
@@ -108,6 +106,7 @@ def write_run(folder: Path, options: argparse.Namespace) -> None:
     from jeagle.run import assemble
     from jeagle.runtime.checkpoints import Checkpoints
     from jeagle.runtime.mesh import make_mesh
+    from jeagle.training.step import TrainState
 
     heads = options.width // 128
     spec = DraftSpec(
@@ -135,7 +134,7 @@ def write_run(folder: Path, options: argparse.Namespace) -> None:
     params = {n: rng.standard_normal(s, np.float32) * 0.02 for n, s in exchange.expected_shapes(spec).items()}
     _, draft = assemble.draft_from_flat(spec, "float32", params, make_mesh())
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(1, assemble.TrainState(draft, None, np.int32(1), np.int32(0)))
+    checkpoints.save(1, TrainState(draft, None, np.int32(1), np.int32(0)))
     checkpoints.close()
     (folder / "bytes.json").write_text(str(sum(array.nbytes for array in params.values())))
 

@@ -63,8 +63,8 @@ def _options() -> argparse.Namespace:
 
 
 def _in_process(folder: str, options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    own = ["--devices", str(options.devices), "--mesh", options.mesh, "--weights", options.weights]
-    command = [sys.executable, __file__, "--folder", folder, *own, *more]
+    own = [f"--devices={options.devices}", f"--mesh={options.mesh}", f"--weights={options.weights}"]
+    command = [sys.executable, __file__, f"--folder={folder}", *own, *more]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

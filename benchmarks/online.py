@@ -38,6 +38,7 @@ from benchmarks.timing import compiled, least
 from benchmarks.whole_step import MODELS, WholeStep, batch_of, build
 from benchmarks.works import Work
 from jeagle.config import DraftConfig, MeshConfig, RunConfig, TargetConfig, TrainConfig
+from jeagle.drafts import attention_backend
 from jeagle.errors import UserError
 from jeagle.features import Stored
 from jeagle.runtime.chips import all_devices_flops
@@ -45,8 +46,7 @@ from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.flops import count_flops
 from jeagle.runtime.mesh import row_parts
 from jeagle.train import put_rows
-from jeagle.training.forward import attention_of
-from jeagle.training.step import Report, train_step
+from jeagle.training.step import StepReport, train_step
 
 GOALS = {"online": 0.55, "draft_only": 0.50}  # MFU of needed FLOPs, on a GPU
 TOKENS = 16384  # of a step
@@ -64,7 +64,7 @@ def measure(step: WholeStep, work: Work, kept: Stored | None, seconds: float, fo
     traced = train_step.trace(step.program, step.optimiser, state, step.frozen, batch, width, stored)
     program, cost = compiled(traced.lower)
 
-    def run() -> Report:
+    def run() -> StepReport:
         nonlocal state
         state, report = program(state, step.frozen, batch, stored)
         jax.block_until_ready(state)
@@ -144,7 +144,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         one = no_room or within_memory(measure, step, work, kept, args.seconds, folder)
         found.append({"length": work.length, "rows": work.rows} | one)
         tell(found[-1], args.json)
-    wanted, used = attention_of(step.mesh), step.program.attention
+    wanted, used = attention_backend(step.mesh), step.program.attention
     shared = {
         "step": "draft_only" if args.draft_only else "online",
         "device": step.mesh.devices.flat[0].device_kind,

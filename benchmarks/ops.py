@@ -28,7 +28,7 @@ from jeagle import objective
 from jeagle.drafts import ttt_attention
 from jeagle.interfaces import Features, Predictions, Tables
 from jeagle.runtime.flops import flops_of
-from jeagle.training.forward import live_positions
+from jeagle.training.step import live_slots
 
 
 class Op(NamedTuple):
@@ -60,7 +60,7 @@ def attention(bench: Bench, backend: str) -> Op:
     work, slots = bench.work, bench.width
     dtype = bench.program.dtype
     rows, own = (work.rows, work.kv_heads), work.steps - 1
-    live = live_positions(bench.program, jax.tree.map(jnp.asarray, bench.batch), slots)
+    live = live_slots(bench.program, jax.tree.map(jnp.asarray, bench.batch), slots)
 
     def make(key: jax.Array) -> tuple[Any, ...]:
         sizes = (work.rows, work.heads, slots), *[(*rows, work.length)] * 2, *[(own, *rows, slots)] * 2
@@ -83,7 +83,7 @@ def attention(bench: Bench, backend: str) -> Op:
 def loss(bench: Bench) -> Op:
     """Of all TTT steps at the live slots, from the states that lm_head reads."""
     work, program, batch = bench.work, bench.program, jax.tree.map(jnp.asarray, bench.batch)
-    live = live_positions(program, batch, bench.width)
+    live = live_slots(program, batch, bench.width)
     chunk = objective.CPU_CHUNK if jax.default_backend() == "cpu" else objective.ACCELERATOR_CHUNK
 
     def make(key: jax.Array) -> tuple[Any, ...]:

@@ -32,13 +32,11 @@ from benchmarks.works import W4_LENGTHS, WORKS, Arrays, Work, array_shapes, make
 from jeagle import align, objective
 from jeagle.drafts import Eagle3
 from jeagle.interfaces import Batch, Features, Tables
-from jeagle.run.assemble import TrainState
 from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.flops import flops_of
 from jeagle.runtime.numerics import rows_product
 from jeagle.targets.model.features import greedy_and_lse
-from jeagle.training.forward import Program, draft_loss, live_positions
-from jeagle.training.step import Report, update
+from jeagle.training.step import Program, StepReport, TrainState, draft_loss, live_slots, update
 
 # The peers' slots and scale (targets argmax outside the draft vocabulary dropped); and what jeagle trains with.
 OBJECTIVES = {
@@ -80,10 +78,10 @@ class FullHead(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("program", "optimiser", "width"), donate_argnames=("state",))
 def step(
     program: Program, optimiser: optax.GradientTransformation, state: TrainState, given: Given, width: int
-) -> tuple[TrainState, Report]:
+) -> tuple[TrainState, StepReport]:
     """One step; `width` live slots a row suffice."""
     batch = given.batch
-    live = live_positions(program, batch, width)
+    live = live_slots(program, batch, width)
     places = live.teachers.positions_BN
     greedy, lse = greedy_and_lse(FullHead(given.head_VH, program.dtype), align.take_rows(given.last_BTH, places))
     rows, empty = jnp.arange(places.shape[0])[:, None], jnp.zeros(batch.tokens_BT.shape, jnp.float32)
@@ -93,7 +91,11 @@ def step(
         empty.astype(jnp.int32).at[rows, places].set(greedy),
         empty.at[rows, places].set(lse),
     )
-    return update(optimiser, state, lambda draft: draft_loss(program, draft, batch, features, given.tables, live))
+
+    def loss_of(draft):
+        return draft_loss(program, draft, batch, features, given.tables, live)
+
+    return update(program, optimiser, state, *jax.value_and_grad(loss_of, has_aux=True)(state.draft))
 
 
 def optimiser() -> optax.GradientTransformation:
@@ -193,7 +195,7 @@ def measure(name: str, work: Work, dtype: str, *, remat: bool, run: bool, budget
 
 
 def timed(program: Any, state: Any, given: Any, budget_s: float) -> dict[str, Any]:
-    def run() -> Report:
+    def run() -> StepReport:
         nonlocal state
         state, report = program(state, given)
         jax.block_until_ready(state)

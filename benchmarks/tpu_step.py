@@ -39,13 +39,11 @@ from benchmarks.works import WORKS
 from jeagle import objective
 from jeagle.drafts import Eagle3, draft_sharding
 from jeagle.interfaces import Features, Tables
-from jeagle.run.assemble import TrainState
 from jeagle.runtime.clip import clip_by_global_norm
 from jeagle.runtime.mesh import row_axes
 from jeagle.targets import abstract_target, check_aux_layers
 from jeagle.targets.families import read_spec
-from jeagle.training.forward import Frozen, Program, draft_loss, live_positions
-from jeagle.training.step import train_step, update
+from jeagle.training.step import Frozen, Program, TrainState, draft_loss, live_slots, train_step, update
 
 TARGET, TTT_STEPS = "llama-3.1-8b", 7
 
@@ -117,10 +115,12 @@ def draft_parts(case: Case, mesh: Any, steps: int, *, remat: bool) -> Parts:
     features = Features(shape(3, width, kind=DTYPE), shape(width), shape(kind=jnp.int32), shape())
 
     def run(state: Any, batch: Any, features: Any, tables: Any) -> Any:
-        live = live_positions(program, batch, case.length)
-        return update(
-            optimiser(), state, lambda draft: draft_loss(program, draft, batch, features, tables, live), program.mesh
-        )
+        live = live_slots(program, batch, case.length)
+
+        def loss_of(draft: Any) -> Any:
+            return draft_loss(program, draft, batch, features, tables, live)
+
+        return update(program, optimiser(), state, *jax.value_and_grad(loss_of, has_aux=True)(state.draft))
 
     return parts_of(run, state, batch, features, frozen.tables)
 

@@ -26,8 +26,9 @@ from jeagle.run import assemble
 from jeagle.run.draft_init import draft_spec
 from jeagle.targets import TargetSpec
 from jeagle.targets.families import read_spec
-from jeagle.training.forward import Frozen, Program, live_positions, program_of, target_features
 from jeagle.training.optimiser import learning_rate, make_optimiser
+from jeagle.training.setup import make_program
+from jeagle.training.step import Frozen, Program, TrainState, first_state, live_slots, teacher_features
 
 MODELS = PUBLISHED | {
     "tiny": PUBLISHED["llama-3.1-8b"]
@@ -53,11 +54,11 @@ class WholeStep(NamedTuple):
     def draft_only(self) -> bool:
         return self.program.target is None
 
-    def start(self) -> assemble.TrainState:
+    def start(self) -> TrainState:
         """The state before the first step; the same each time."""
         tables = self.frozen.tables
         draft = assemble.draft_state(self.config, self.draft, self.target, tables, self.mesh, None)[1]
-        return assemble.train_state(draft, self.optimiser, self.mesh, average=self.config.train.ema)
+        return first_state(draft, self.optimiser, self.mesh, average=self.config.train.ema)
 
     def work(self, rows: int, length: int, supervised: float) -> Work:
         draft, steps = self.draft, self.config.draft.ttt_steps
@@ -98,7 +99,7 @@ def build(config: RunConfig, model: dict[str, Any]) -> WholeStep:
     ids_D = np.sort(np.random.default_rng(SEED).permutation(spec.vocab)[:size]).astype(np.int32)
     draft = draft_spec(config, spec, size, ())
     graphdef = nnx.split(nnx.eval_shape(lambda: Eagle3(draft, jnp.dtype(config.train.dtype), nnx.Rngs(0))))[0]
-    program = program_of(config, draft, graphdef, mesh, target.graphdef, spec.logits)
+    program = make_program(config, draft, graphdef, mesh, target.graphdef, spec.logits)
     optimiser = make_optimiser(config.train, learning_rate(config.train, 1000), trained=program.trained)
     frozen = Frozen(target.state, assemble.make_tables(target, ids_D, mesh))
     return WholeStep(config, model, spec, draft, mesh, program, optimiser, frozen)
@@ -112,6 +113,6 @@ def batch_of(work: Work) -> Batch:
 
 @functools.partial(jax.jit, static_argnames=("program", "width"))
 def _stored(program: Program, frozen: Frozen, batch: Batch, width: int) -> features.Stored:
-    found = target_features(program, frozen, batch, live_positions(program, batch, width))
+    found = teacher_features(program, frozen, batch, live_slots(program, batch, width))
     kind = str(program.dtype)  # what products round them to anyway
     return features.encode(found, features.Form(kind, kind), {"taps": None, "last": None})

@@ -15,6 +15,7 @@ from jeagle.run import acceptance, assemble
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
+from jeagle.runtime.outputs import check_replaceable, json_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +44,16 @@ class Arguments:
     """File for the report, JSON."""
 
 
+MEASURED = json_file("measurement of jeagle.bench's", "acceptance_length", "prompts_measured")
+
+
 def main(arguments: list[str]) -> None:
     args = tyro.cli(Arguments, args=arguments, prog="python -m jeagle.bench")
     for name in ("max_new_tokens", "draft_tokens", "batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0.")
+    if args.out:
+        check_replaceable(args.out, MEASURED)
     prepare_host()
     folder = assemble.run_folder(args.draft)
     config = configs.from_json(json.loads((folder / "config.json").read_text()))
@@ -61,7 +67,7 @@ def main(arguments: list[str]) -> None:
     report |= {"run": str(folder), "step": step, "dtype": args.dtype, "temperature": 0, "prompts": str(args.prompts)}
     report |= {"weights": config.target.weights}
     if args.out:
-        atomic_write(args.out, json.dumps(report, indent=2) + "\n")
+        atomic_write(args.out, json.dumps(report, indent=2) + "\n", MEASURED)
     print(json.dumps(report, indent=2))
 
 

@@ -103,11 +103,11 @@ def _run_transformers(
     try:
         if files.format == "safetensors":
             settings |= _dequantising(transformers, json.loads((files.path / "config.json").read_text()))
-            model = getattr(transformers, name).from_pretrained(files.path, **settings)
+            model = getattr(transformers, name).from_pretrained(files.path, trust_remote_code=False, **settings)
             torch.nn.Module.to(model, settings["dtype"])  # fp8 weights are loaded as bfloat16 whatever dtype is given
         else:  # the weights of a GGUF as jeagle reads them, so that its reading is not compared
             config = getattr(transformers, name).config_class(**source.config)
-            model = transformers.AutoModelForCausalLM.from_config(config, **settings)
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
             weights = {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in source.names()}
             model.load_state_dict(weights, strict=not model.config.tie_word_embeddings)  # a tied lm_head is not stored
         with torch.no_grad():

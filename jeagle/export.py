@@ -23,6 +23,7 @@ from jeagle.exporting.run_reader import Served, open_served
 from jeagle.run import dataset
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import keep_freed_memory
+from jeagle.runtime.outputs import check_replaceable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ def export(
       UserError: for a run without a checkpoint, what the engine cannot serve, or an export that does not read back.
     """
     place = _place(checkpoint, engine, out)
+    check_replaceable(place, exchange.EXPORT)
     with open_served(checkpoint, step) as served:
         config = served.config
         if target:

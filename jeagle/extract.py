@@ -5,6 +5,7 @@ Any number of processes and hosts may write one store at the same time; the same
 
 from __future__ import annotations
 
+from jeagle import features
 from jeagle import flags as configs
 from jeagle.errors import UserError
 from jeagle.extraction.fill import extract
@@ -18,10 +19,12 @@ def main(arguments: list[str]) -> None:
     arguments, out = _without_out(arguments)
     config = configs.from_command_line(arguments, program="python -m jeagle.extract [--out STORE]", description=__doc__)
     prepare_host()
+    out = out or str(config.folder / "features")
+    features.check_place(features.Place(out))
     if distributed.may_lead():
         dataset.prepare(config)
     distributed.initialise()
-    store = extract(config, out or str(config.folder / "features"))
+    store = extract(config, out)
     if distributed.is_leader():
         print(f"train from it: python -m jeagle.train --config ... --features {store}")
 

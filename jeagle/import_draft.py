@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -26,10 +25,12 @@ from jeagle.interfaces import DraftSpec
 from jeagle.run import assemble
 from jeagle.run.draft_init import EMBEDDING_FILE
 from jeagle.runtime.checkpoints import Checkpoints
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import run, shell_word
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_folder, fingerprint
 from jeagle.runtime.mesh import make_mesh
+from jeagle.runtime.outputs import NEW_FOLDER, check_replaceable
+from jeagle.training.step import TrainState
 
 STEP = 0
 """The checkpoint's: nothing has been trained here."""
@@ -81,8 +82,7 @@ def take_in(args: Arguments) -> list[str]:
       UserError: for a folder that is no draft, an open question that nothing answers, a target that the draft is not
         for, or a place that is taken. Nothing is left behind then.
     """
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise UserError(f"{args.out} is there already: choose another place with --out, or remove it first.")
+    check_replaceable(args.out, NEW_FOLDER)
     draft = exchange.open_draft(args.source)
     files = targets.resolve(args.target) if args.target else None
     hints = exchange.Hints(args.aux_layers or None, args.norm_output, args.norm_before_residual)
@@ -96,7 +96,7 @@ def take_in(args: Arguments) -> list[str]:
     if draft.lacks_head and files:
         draft = draft.with_head(_targets_head(args, files, spec, draft.draft_to_target(spec)))
     params = {name: parameter[...] for name, parameter in draft.params(spec).items()}
-    with atomic_folder(args.out) as folder:
+    with atomic_folder(args.out, NEW_FOLDER) as folder:
         _write_tables(folder, draft, spec)
         _describe(folder, args, spec, files)
         lines: list[str] = []
@@ -182,7 +182,7 @@ def _describe(folder: Path, args: Arguments, spec: DraftSpec, files: targets.Tar
 def _save(folder: Path, spec: DraftSpec, params: dict[str, np.ndarray]) -> None:
     _, state = assemble.draft_from_flat(spec, "float32", params, make_mesh())
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(STEP, assemble.TrainState(state, None, np.int32(STEP), np.int32(0)))
+    checkpoints.save(STEP, TrainState(state, None, np.int32(STEP), np.int32(0)))
     checkpoints.close()
 
 
@@ -195,7 +195,7 @@ def _question(draft: OpenDraft, readings: list[Reading]) -> str:
 
 def _what_next(args: Arguments, spec: DraftSpec) -> list[str]:
     size = sum(int(np.prod(shape)) for shape in exchange.expected_shapes(spec).values())
-    run = shlex.quote(str(args.out))
+    run = shell_word(args.out)
     target = "" if args.target else " --target TARGET"
     lines = [
         f"{args.out}: {size:,} parameters, vocabulary of {spec.draft_vocab:,} of {spec.target_vocab:,}, taps after "

@@ -25,8 +25,9 @@ from jeagle.extraction.capture import Capture, kept_width
 from jeagle.extraction.plan import about, block, check_space, commit_tables, copy_data, form_of, measure
 from jeagle.interfaces import Batch, Features
 from jeagle.run import assemble, dataset
+from jeagle.run.claim import check_folder, new_rows
 from jeagle.runtime.host import prepare_host
-from jeagle.runtime.manifest import atomic_folder, fingerprint, write_manifest
+from jeagle.runtime.manifest import fingerprint
 from jeagle.runtime.progress import Progress
 
 _CHECKED = 2  # samples that are compared with the target
@@ -60,6 +61,8 @@ def adopt(config: RunConfig, source: Path, out: str) -> None:
       UserError: for files of no known form, states that are not this target's or not of these layers, or no room.
     """
     form = form_of(config)
+    check_folder(config)
+    features.check_place(features.Place(out))
     peers, mesh = exchange.open_peer_features(source), assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh)
     spec = loaded.target.spec
@@ -166,7 +169,7 @@ def _prepare(
     made = dataset.made_from(config, loaded.tokenizer, targets.open_weights(loaded.files).config, [])
     made["source"] = fingerprint([peers.format, files])
     folder = config.folder / "data"
-    with atomic_folder(folder) as aside:
+    with new_rows(config) as aside:
         statistics: dict[str, Any] = {}
         for split, rows in plan.items():
             counts = np.zeros(made["target_vocab"], np.int64)
@@ -179,7 +182,7 @@ def _prepare(
             statistics[split] = {"rows": len(rows), "supervised_tokens": int(counts.sum())}
         loaded.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))
         (aside / "held_out.jsonl").write_text("")
-        write_manifest(aside, {"made_from": made, "target": config.target.ref, "statistics": statistics})
+        dataset.write_rows_manifest(aside, config, made, statistics)
     return dataset.Prepared(folder, config.folder / "tables", statistics), plan
 
 

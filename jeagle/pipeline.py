@@ -1,14 +1,20 @@
 """`python -m jeagle.pipeline --config FILE`: answers, rows, training, measurement, exports and a report, in one call.
 
-Each stage leaves a note of what it was made from; a second call takes what is still true and makes the rest.
+Each stage leaves a note of what it was made from and of the files that it wrote; a second call takes what is still true
+and there, and makes the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import resource
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +30,10 @@ from jeagle.regenerate import Arguments as RegenerateArguments
 from jeagle.regenerate import regenerate
 from jeagle.report import mean_logged, summary_lines, write_report
 from jeagle.run import acceptance, assemble
+from jeagle.run.claim import claimed
 from jeagle.run.dataset import describe, prepare
-from jeagle.run.draft_init import draft_spec
+from jeagle.run.draft_init import EMBEDDING_FILE, draft_spec
+from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import finished_manifest
@@ -38,30 +46,42 @@ def main(arguments: list[str]) -> None:
     arguments = [part for argument in arguments for part in (live if argument == "--live" else (argument,))]
     config = configs.from_command_line(arguments, program="python -m jeagle.pipeline", description=__doc__)
     prepare_host()
-    for line in pipeline(config):
-        print(line)
+    with claimed(config):
+        for line in pipeline(config):
+            print(line)
 
 
 def pipeline(config: RunConfig) -> list[str]:
     """All stages of a run; returns the lines that sum it up."""
     stages = Stages(config.folder / "stages", jeagle.__version__)
-    answers = stages("answers", _answers_made_from(config), lambda: _answers(config))
-    if answers.get("source"):
-        config = _with_source(config, answers["source"])
+    file = config.folder / ("answers.jsonl" if config.regenerate.live else "answers_check.jsonl")
+    answers = stages(
+        "answers", _answers_made_from(config), lambda: _answers(config, file), lambda made: [file] if made else []
+    )
+    if answers and config.regenerate.live:
+        config = _with_source(config, str(file))
     started = time.monotonic()
     prepared = prepare(config)
     stages.seconds["prepare"] = time.monotonic() - started
     for line in describe(prepared):
         print(line, flush=True)
-    shaping = {name: configs.to_json(config)[name] for name in ("target", "draft", "objective", "train", "bench")}
-    trained_from = shaping | {
+    settings = configs.to_json(config)
+    trained_from = {name: settings[name] for name in ("target", "draft", "objective", "train")} | {
         "data": finished_manifest(prepared.data)["made_from"],
         "tables": finished_manifest(prepared.tables),
     }
-    before = stages("measure before", trained_from, lambda: _measure(config, prepared, trained=False))
-    training = stages("train", trained_from, lambda: train(config))
-    after = stages("measure after", trained_from, lambda: _measure(config, prepared, trained=True))
-    exports = stages("export", trained_from, lambda: _export(config, after))
+    bench_settings = {"bench": settings["bench"]}
+    before = stages("measure before", trained_from | bench_settings, lambda: _measure(config, prepared, trained=False))
+    begun = stages.made("train", trained_from)
+    training = stages("train", trained_from, lambda: _train(config, begun), lambda made: _trained_files(config, made))
+    measured_from = trained_from | bench_settings | {"parameters": training["parameters"]}
+    after = stages("measure after", measured_from, lambda: _measure(config, prepared, trained=True))
+    exports = stages(
+        "export",
+        measured_from | {"acceptance": after},
+        lambda: _export(config, after),
+        lambda made: [config.folder / "exports" / engine for engine in made["engines"]],
+    )
     report = _report(config, prepared.statistics, answers, before, training, after, exports, stages.seconds)
     page = write_report(config.folder, report, after["sample"])
     return [*summary_lines(report), f"report: {page}"]
@@ -77,7 +97,7 @@ def _with_source(config: RunConfig, source: str) -> RunConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
 
 
-def _answers(config: RunConfig) -> dict[str, Any]:
+def _answers(config: RunConfig, out: Path) -> dict[str, Any]:
     """Makes the starter answers anew (--regenerate.live), or some of them to compare; nothing for a user's own data."""
     if config.data.source != "starter" or not (config.regenerate.check or config.regenerate.live):
         return {}
@@ -85,7 +105,6 @@ def _answers(config: RunConfig) -> dict[str, Any]:
     prompts = [p for p in data.read_prompts("starter") if p["id"] in shipped]
     if not config.regenerate.live:
         prompts = prompts[: config.regenerate.check]
-    out = config.folder / ("answers.jsonl" if config.regenerate.live else "answers_check.jsonl")
     args = RegenerateArguments(
         target=config.target.ref,
         out=out,
@@ -102,7 +121,73 @@ def _answers(config: RunConfig) -> dict[str, Any]:
     made = regenerate(args, prompts)
     same = sum(row["messages"] == shipped[row["id"]]["messages"] for row in made)
     print(f"regenerated {len(made)} answers: {same} are the shipped ones to the letter", flush=True)
-    return {"agree": f"{same}/{len(made)}", "source": str(out) if config.regenerate.live else None}
+    return {"agree": f"{same}/{len(made)}"}
+
+
+def _train(config: RunConfig, begun: bool) -> dict[str, Any]:
+    """Trains, or goes on from the last checkpoint that can be read; the figures, and a hash of the draft's parameters.
+
+    Args:
+      begun: a note says that the run was begun with these very settings, so that what is damaged of those that lie
+        beside the checkpoints can be written anew.
+    """
+    _set_damaged_aside(config.folder, begun)
+    metrics = train(config)
+    return metrics | {"parameters": _parameters_hash(assemble.load_draft(config.folder, "last")[2])}
+
+
+def _set_damaged_aside(folder: Path, begun: bool) -> None:
+    """Renames the newest checkpoints that cannot be read, and with `begun` the run's own small files, so that training
+    makes them again. Nothing is removed."""
+    readers: dict[str, Any] = {"config.json": _read_json, "draft.json": _read_json, EMBEDDING_FILE: np.load}
+    for name, read in readers.items() if begun else ():
+        if (folder / name).is_file() and not _readable(read, folder / name):
+            _set_aside(folder / name, folder / "damaged" / name)
+    checkpoints = folder / "checkpoints"
+    steps = [int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()] if checkpoints.is_dir() else []
+    for step in sorted(steps, reverse=True):
+        if _readable(load_named, checkpoints, step):
+            break
+        _set_aside(checkpoints / str(step), folder / "damaged" / f"checkpoint_{step}")
+
+
+def _read_json(path: Path) -> None:
+    if not isinstance(json.loads(path.read_text("utf-8")), dict):
+        raise ValueError("no JSON object")
+
+
+def _readable(read: Callable[..., Any], *what: Any) -> bool:
+    try:
+        read(*what)
+    except MemoryError:
+        raise
+    except Exception:  # numpy, JSON, Orbax and what lies below it raise many kinds for a damaged file
+        return False
+    return True
+
+
+def _set_aside(path: Path, place: Path) -> None:
+    number = next(n for n in itertools.count() if not place.with_name(f"{place.name}.{n}").exists())
+    place = place.with_name(f"{place.name}.{number}")
+    place.parent.mkdir(exist_ok=True)
+    path.rename(place)
+    print(f"warning: {path} cannot be read: it was moved to {place}, and is made again", flush=True)
+
+
+def _parameters_hash(params: dict[str, np.ndarray]) -> str:
+    """16 hex digits over names, types, shapes and bytes: training again may give the same draft, or another."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        array = np.ascontiguousarray(params[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
+
+
+def _trained_files(config: RunConfig, training: dict[str, Any]) -> list[Path]:
+    """What measuring and exporting read of a training."""
+    files = [config.folder / name for name in ("config.json", "draft.json", EMBEDDING_FILE)]
+    return [*files, config.folder / "checkpoints" / str(training["step"])]
 
 
 def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, Any]:
@@ -175,17 +260,17 @@ def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
             "max_new_tokens",
         )
     }
-    paths, refused = {}, {}
+    engines, refused = [], {}
     for engine in ("sglang", "vllm"):
         try:
             print(export(config.folder, engine, acceptance=acceptance), flush=True)
-            paths[engine] = str(config.folder / "exports" / engine)
+            engines.append(engine)
         except UserError as error:
             refused[engine] = str(error)
             print(f"no export for {engine}: {error}", file=sys.stderr)
-    if not paths:
+    if not engines:
         raise UserError(next(iter(refused.values())))
-    return {"paths": paths, "refused": refused}
+    return {"engines": engines, "refused": refused}
 
 
 def _report(config, statistics, answers, before, training, after, exports, seconds) -> dict[str, Any]:
@@ -213,7 +298,7 @@ def _report(config, statistics, answers, before, training, after, exports, secon
         "draft_tokens": after["draft_tokens"],
         "max_new_tokens": after["max_new_tokens"],
         "prompts_hash": after["prompts_hash"],
-        "exports": exports["paths"],
+        "exports": {engine: str(config.folder / "exports" / engine) for engine in exports["engines"]},
         "regenerated_agree": answers.get("agree"),
         "stage_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_rss_bytes": usage * (1 if sys.platform == "darwin" else 1024),

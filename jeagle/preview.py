@@ -18,6 +18,7 @@ from jeagle import data as room
 from jeagle.errors import UserError
 from jeagle.runtime.cli import run
 from jeagle.runtime.manifest import atomic_write, finished_manifest, read_manifest
+from jeagle.runtime.outputs import check_replaceable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Arguments:
 
 def main(arguments: list[str]) -> None:
     args = tyro.cli(Arguments, args=arguments, prog="python -m jeagle.preview", description=__doc__)
+    if args.html is not None:
+        check_replaceable(args.html, room.PAGE)
     folder = data_folder(args.data)
     rows, decode = open_rows(folder, args.part)
     total = len(rows.tokens_BT)
@@ -49,7 +52,7 @@ def main(arguments: list[str]) -> None:
     shown = [room.pieces(rows, number, decode) for number in chosen]
     metrics = room.metrics(finished_manifest(folder), read_manifest(folder.parent / "tables"), _coverage(folder))
     if args.html is not None:
-        atomic_write(args.html, room.html_page(str(args.data), args.part, list(chosen), shown, metrics))
+        atomic_write(args.html, room.html_page(str(args.data), args.part, list(chosen), shown, metrics), room.PAGE)
         print(f"{len(shown)} rows in {args.html}")
         return
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ

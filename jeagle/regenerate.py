@@ -20,14 +20,16 @@ from jeagle.run.answers import Arguments, Opened, made_from, own_answers, server
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
+from jeagle.runtime.outputs import check_replaceable
 
 
 def main(arguments: list[str]) -> None:
     args = tyro.cli(Arguments, args=arguments, prog="python -m jeagle.regenerate")
     prepare_host()
     opened = Opened(args)
-    prompts = self_instructed(args, opened) if args.self_instruct else data.read_prompts(args.prompts)
-    written = regenerate(args, prompts[: args.limit or None], opened)
+    with data.AnswerFile(args.out, made_from(args)).alone():
+        prompts = self_instructed(args, opened) if args.self_instruct else data.read_prompts(args.prompts)
+        written = regenerate(args, prompts[: args.limit or None], opened)
     cut = sum(row["finish_reason"] == "length" for row in written)
     print(f"{len(written)} answers in {args.out}, {cut} of them cut off at {args.max_new_tokens} tokens")
 
@@ -41,6 +43,13 @@ def regenerate(
     wanted more than once.
     """
     file = data.AnswerFile(args.out, made_from(args))
+    with file.alone():
+        return _regenerate(args, prompts, file, opened)
+
+
+def _regenerate(
+    args: Arguments, prompts: Sequence[dict[str, Any]], file: data.AnswerFile, opened: Opened | None
+) -> list[dict[str, Any]]:
     rows = file.finished()
     waiting = [prompt for prompt in prompts if prompt["id"] not in rows]
     if waiting and args.server:
@@ -63,6 +72,7 @@ def self_instructed(args: Arguments, opened: Opened | None = None) -> list[dict[
     kept follows from the seed alone. OUT.variety.json says how varied they are.
     """
     wanted, turns_file = args.self_instruct, data.beside(args.out, ".turns.jsonl")
+    check_replaceable(data.beside(args.out, ".variety.json"), data.VARIETY)
     asking = dataclasses.replace(
         args,
         out=turns_file,
@@ -94,7 +104,7 @@ def _tell_variety(args: Arguments, turns: data.Turns, wanted: int) -> None:
     texts = [prompt["messages"][0]["content"] for prompt in turns.prompts]
     counts = {"kept": len(texts), "unusable": turns.unusable, "repeated": turns.repeated, "near_duplicates": turns.near}
     metrics = counts | data.variety(texts, turns.signatures)
-    atomic_write(data.beside(args.out, ".variety.json"), json.dumps(metrics, indent=1) + "\n")
+    atomic_write(data.beside(args.out, ".variety.json"), json.dumps(metrics, indent=1) + "\n", data.VARIETY)
     print(
         f"{len(texts)} prompts written; left out: {turns.repeated} repeated, {turns.near} nearly the same as another, "
         f"{turns.unusable} empty or cut off. Variety: "

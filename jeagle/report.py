@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ import jinja2
 import tyro
 
 from jeagle.errors import UserError
+from jeagle.run.claim import PAGE, REPORT
 from jeagle.runtime import cli
 from jeagle.runtime.charts import is_number, plot, ticks
 from jeagle.runtime.manifest import atomic_write
+from jeagle.runtime.outputs import check_replaceable
 
 Report = dict[str, Any]
 
@@ -53,8 +54,11 @@ def write_report(run: Path, report: Report, sample: dict[str, Any] | None) -> Pa
     """
     report = _finite(report)
     tree = report | ({"sample": sample} if sample else {})
-    atomic_write(run / "report.json", json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    atomic_write(run / "report.html", render(report, read_metrics(run / "metrics.jsonl"), sample))
+    text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    page = render(report, read_metrics(run / "metrics.jsonl"), sample)
+    check_replaceable(run / "report.html", PAGE)
+    atomic_write(run / "report.json", text, REPORT)
+    atomic_write(run / "report.html", page, PAGE)
     return run / "report.html"
 
 
@@ -80,7 +84,7 @@ def render(report: Report, metrics: list[dict[str, Any]], sample: dict[str, Any]
     """The page, which asks for nothing from outside it."""
     loader, undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.ChainableUndefined
     page = jinja2.Environment(loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"shown": shown, "duration": _duration, "shell": shlex.quote, "json": json.dumps}
+    page.filters |= {"shown": shown, "duration": _duration, "shell": cli.shell_word, "json": json.dumps}
     page.tests["known"] = is_number
     positions = sorted({int(k[9:]) for row in metrics for k in row if k.startswith("accuracy_")})
     return page.get_template("report.html.jinja").render(

@@ -45,6 +45,7 @@ done
 [[ "$processes" =~ ^[1-9][0-9]*$ ]] || die "--processes is '$processes': it must be a whole number from 1."
 [[ "$port" =~ ^[0-9]*$ ]] || die "--port is '$port': it must be a whole number."
 (($#)) || die "no command: put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
+[[ "$1" != -* ]] || die "the command is '$1', which begins with a dash, as an option does: the command comes first."
 
 count_gpus() {
   if [[ "${JAX_PLATFORMS-}" == cpu ]]; then

@@ -19,6 +19,7 @@ read_options() {
     case "$1" in
       --run | --export | --target | --draft-tokens)
         [[ -n "${2-}" ]] || die "$1 needs a value."
+        [[ "$2" != -* ]] || die "$1 is '$2', which begins with a dash: write a folder of that name as ./$2."
         local name="${1#--}"
         printf -v "${name//-/_}" '%s' "$2"
         shift 2
@@ -55,6 +56,7 @@ print(r["target"]["ref"] or "")'
   [[ -z "$limits" ]] || die "$engine does not serve $export as it was trained: $limits."
   [[ -n "$target" ]] || target="$ref"
   case "$target" in
+    -*) die "the export names the target '$target', which $engine would take for an option: give its folder or hub id as --target." ;;
     "" | pypi:* | *.gguf) die "$engine cannot load the target '$target': give its safetensors folder or hub id as --target." ;;
   esac
 }

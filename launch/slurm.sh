@@ -41,6 +41,7 @@ while (($#)); do
   esac
 done
 (($#)) || die "no command: put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
+[[ "$1" != -* ]] || die "the command is '$1', which begins with a dash, as an option does: the command comes first."
 
 run=(srun --kill-on-bad-exit=1 env JEAGLE_DISTRIBUTED=auto "$@")
 if ((print_only)); then

@@ -40,6 +40,7 @@ while (($#)); do
   case "$1" in
     --name | --zone | --project | --folder)
       [[ -n "${2-}" ]] || die "$1 needs a value."
+      [[ "$2" != -* ]] || die "$1 is '$2', which begins with a dash, as an option does: give another, or a folder as ./$2."
       printf -v "${1#--}" '%s' "$2"
       shift 2
       ;;
@@ -52,6 +53,7 @@ done
 [[ -n "$name" ]] || die "--name is missing: give the name of the TPU VM."
 [[ -n "$zone" ]] || die "--zone is missing: give the zone of the TPU VM, such as us-east5-b."
 (($#)) || die "no command: put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
+[[ "$1" != -* ]] || die "the command is '$1', which begins with a dash, as an option does: the command comes first."
 
 remote="$(show cd "$folder") && $(show env JEAGLE_DISTRIBUTED=auto "$@")"
 run=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all)

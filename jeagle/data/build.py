@@ -20,12 +20,17 @@ from jeagle.data.split_writer import RowSet, Shape
 from jeagle.data.texts import Rules
 from jeagle.errors import UserError
 from jeagle.runtime.ahead import read_ahead
+from jeagle.runtime.outputs import json_file, marked_folder
 
 CHECKED_FIRST, CHECKED_EVERY = 200, 100  # which conversations' ids are compared with apply_chat_template's
 LEAST_LEARNT = 0.95  # fewer documents than this share with anything to learn stop the work
 RENDERING = 2  # threads that render
 _CHUNK = 256  # conversations rendered together
 _T = TypeVar("_T")
+
+_FILES = ("train", "held_out", "held_out.jsonl", "set_aside.jsonl", "tokenizer.json")
+_MANIFEST = json_file("manifest of rows", "made_from", "statistics")
+ROWS = marked_folder("folder of rows that jeagle prepared", "manifest.json", _MANIFEST, _FILES)
 
 
 def build(

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from jeagle.data.answer_file import PARTIAL
 from jeagle.data.texts import with_system
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import atomic_write
@@ -102,7 +103,7 @@ def read_partial(path: Path, key: str) -> dict[str, dict[str, Any]]:
         raise UserError(
             f"{path} was begun with another model or other settings, or is broken: delete it to start anew."
         ) from error
-    atomic_write(path, b"".join(line + b"\n" for line in whole))
+    atomic_write(path, b"".join(line + b"\n" for line in whole), PARTIAL)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jeagle.interfaces import Batch
+from jeagle.runtime.outputs import signed_file
 
 _LEARNT, _SPECIAL, _PLAIN = "\x1b[32m", "\x1b[2;36m", "\x1b[0m"
 _STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em}
@@ -90,6 +91,10 @@ def terminal_row(title: str, row: Sequence[Piece], coloured: bool, width: int = 
     return "\n".join([*lines, text])
 
 
+_SIGN = '<meta name="generator" content="jeagle preview">'
+PAGE = signed_file("page of jeagle.preview's", _SIGN.encode(), b'<p><span class="y">What is learnt</span>')
+
+
 def html_page(
     name: str, part: str, numbers: Sequence[int], rows: Sequence[Sequence[Piece]], metrics: Sequence[tuple[str, str]]
 ) -> str:
@@ -99,7 +104,8 @@ def html_page(
         f"<h2>{part} row {number}</h2><pre>{_html_row(row)}</pre>" for number, row in zip(numbers, rows, strict=True)
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{_SIGN}'
+        '<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(name)}</title><style>{_STYLE}</style><h1>{html.escape(name)}</h1>"
         f'<p><span class="y">What is learnt</span>, <span class="s">special tokens</span>.</p>'
         f"<table>{table}</table>{shown}</html>\n"

@@ -11,6 +11,11 @@ import numpy as np
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch
 from jeagle.runtime.manifest import atomic_folder, differences, fingerprint, read_manifest, write_manifest
+from jeagle.runtime.outputs import json_file, marked_folder
+
+_FILES = ("d2t.npy", "t2d.npy", "counts.npy")
+_MANIFEST = json_file("manifest of vocabulary tables", any_of=("ids", "draft_vocab", "given"))
+TABLES = marked_folder("folder of vocabulary tables of jeagle's", "manifest.json", _MANIFEST, _FILES)
 
 
 def count_tokens(rows: Batch, vocab: int) -> np.ndarray:
@@ -54,7 +59,7 @@ def save_tables(folder: Path, counts_V: np.ndarray, draft_to_target_D: np.ndarra
     """
     in_draft = np.zeros(len(counts_V), bool)
     in_draft[draft_to_target_D] = True
-    with atomic_folder(folder) as aside:
+    with atomic_folder(folder, TABLES) as aside:
         np.save(aside / "d2t.npy", draft_to_target_D.astype(np.int64) - np.arange(len(draft_to_target_D)))
         np.save(aside / "t2d.npy", in_draft)
         np.save(aside / "counts.npy", counts_V)

@@ -4,7 +4,7 @@ jeagle's side is a `DraftSpec` and a flat dict of float32 arrays, `expected_shap
 """
 
 from jeagle.exchange.ambiguities import Reading, readings
-from jeagle.exchange.card import ExportCard
+from jeagle.exchange.card import EXPORT, ExportCard
 from jeagle.exchange.config_file import read_draft_config
 from jeagle.exchange.config_read import Hints
 from jeagle.exchange.limits import check_spec, sglang_jax_limits, sglang_limits, vllm_limits
@@ -14,6 +14,7 @@ from jeagle.exchange.peer_features import PeerFeatures, Sample, open_peer_featur
 from jeagle.exchange.write_export import export_sglang, export_vllm
 
 __all__ = [
+    "EXPORT",
     "ExportCard",
     "Hints",
     "ImportedDraft",

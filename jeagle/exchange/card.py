@@ -13,8 +13,28 @@ from typing import Any, Literal
 import jeagle
 from jeagle.exchange.limits import READ_IN, Layout, sglang_jax_limits, sglang_limits, vllm_limits
 from jeagle.interfaces import DraftSpec
+from jeagle.runtime.cli import shell_word
+from jeagle.runtime.outputs import json_file, marked_folder
 
 EXPORT_FILE = "jeagle_export.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_FILES = ("config.json", "model.safetensors", "README.md", *TOKENIZER_FILES)
+_OTHER_TOKENIZERS = ("additional_chat_templates", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+EXPORT = marked_folder(
+    "export of jeagle's",
+    EXPORT_FILE,
+    json_file("record of an export", "engine", "layout"),
+    _FILES + _OTHER_TOKENIZERS,
+)
 _PACKAGES = ("jax", "flax", "numpy", "ml_dtypes", "safetensors")
 
 
@@ -140,11 +160,11 @@ def _acceptance(card: ExportCard) -> str:
 
 
 def _serving(export: Export, target: str) -> str:
-    where, tokens, reasons = shlex.quote(export.out), export.card.speculative_tokens, limits_of(export)
+    where, tokens, reasons = shell_word(export.out), export.card.speculative_tokens, limits_of(export)
     settings = {"method": "eagle3", "model": export.out, "num_speculative_tokens": tokens}
-    vllm = f"vllm serve {shlex.quote(target)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
+    vllm = f"vllm serve {shell_word(target)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
     chain = (
-        f"--model-path {shlex.quote(target)} \\\n"
+        f"--model-path {shell_word(target)} \\\n"
         f"  --speculative-algorithm EAGLE3 --speculative-draft-model-path {where} \\\n"
         f"  --speculative-num-steps {tokens} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
     )
@@ -169,7 +189,7 @@ def _command(engine: str, command: str, reasons: list[str]) -> str:
 def _sharing(export: Export) -> str:
     """The command that uploads the folder; what stands in the commands above is then its hub id."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", export.card.name or export.card.run or "eagle3-draft").strip("-.")
-    command = f"hf upload YOUR-NAME/{name} {shlex.quote(export.out)} ."
+    command = f"hf upload YOUR-NAME/{name} {shell_word(export.out)} ."
     return f"```bash\n{command}\n```\n\nThe commands above then take YOUR-NAME/{name} in place of the folder."
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jeagle.errors import UserError
-from jeagle.exchange.card import EXPORT_FILE, Export, ExportCard, readme, record
+from jeagle.exchange.card import EXPORT, EXPORT_FILE, TOKENIZER_FILES, Export, ExportCard, readme, record
 from jeagle.exchange.config_write import plain_config, speculators_config
 from jeagle.exchange.limits import Layout, check_sglang, check_spec, check_vllm
 from jeagle.exchange.names import EMBEDDING, FirstLayer, check_embedding, check_params, torch_name
@@ -25,17 +25,6 @@ Check = Callable[[Path], None]
 
 _ROWS = 8192  # of an embedding at a time
 _BFLOAT16_STEP = 2.0**-8
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def export_sglang(
@@ -144,9 +133,8 @@ def _write(
     export: Export, tensors: dict[str, Planned], config: dict[str, Any], tokenizer: Any, check: Check | None
 ) -> Path:
     out = Path(export.out)
-    _check_place(out)
     try:
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, EXPORT) as folder:
             _put_tokenizer(tokenizer, folder)
             write_safetensors(folder / "model.safetensors", tensors)
             (folder / "config.json").write_text(_json(config), "utf-8")
@@ -169,20 +157,13 @@ def _check_replaced(spec: DraftSpec, embed_VW: Readable | None, target_embed_VW:
             raise UserError("SGLang would put the target's embedding in place of the draft's own: export it for vLLM.")
 
 
-def _check_place(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; an export is a folder: choose another place.")
-    if out.is_dir() and any(out.iterdir()) and not (out / EXPORT_FILE).is_file():
-        raise UserError(f"{out} holds files and is no export of jeagle's: choose another place, or empty it first.")
-
-
 def _put_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer is None:
         return
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(str(folder))
         return
-    files = [Path(tokenizer) / name for name in _TOKENIZER_FILES]
+    files = [Path(tokenizer) / name for name in TOKENIZER_FILES]
     if not any(file.is_file() for file in files):
         raise UserError(f"{tokenizer} holds no tokenizer: expected tokenizer.json or tokenizer.model there.")
     for file in files:

@@ -28,6 +28,7 @@ def extract(config: RunConfig, out: str) -> str:
       UserError: for a store made from something else, or a disk that is full or too small.
     """
     form = form_of(config)
+    features.check_place(features.Place(out))
     prepared, mesh = dataset.prepare(config), assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh)
     rows = {split: data.load_rows(prepared.data / split) for split in ("train", "held_out")}

@@ -12,7 +12,7 @@ from jeagle.features.formats import (
     decode,
     encode,
 )
-from jeagle.features.manifests import DATA, Segment, check_fit, finished, read_store
+from jeagle.features.manifests import DATA, STORE_FOLDER, Segment, check_fit, check_place, finished, read_store
 from jeagle.features.mixture import Dealt, Mixture, open_stores
 from jeagle.features.partial import Layout, Partial
 from jeagle.features.reader import Store
@@ -24,6 +24,7 @@ from jeagle.features.writer import Unit, Writer, units_of
 __all__ = [
     "DATA",
     "LOG_PROBS",
+    "STORE_FOLDER",
     "Claims",
     "Damage",
     "Dealt",
@@ -45,6 +46,7 @@ __all__ = [
     "bytes_per_token",
     "channel_scales",
     "check_fit",
+    "check_place",
     "decode",
     "encode",
     "finished",

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.features.formats import Form
-from jeagle.features.storage import Place
+from jeagle.features.storage import ASIDE, Place
 from jeagle.runtime.manifest import canonical, differences, fingerprint
+from jeagle.runtime.outputs import Output, check_replaceable, listed
 
 FORMAT = 1
 STORE, INDEX, MANIFESTS, SEGMENTS, CLAIMS, DATA = "store.json", "index.json", "manifests", "segments", "claims", "data"
@@ -89,6 +92,26 @@ def read_store(place: Place) -> dict[str, Any] | None:
         raise UserError(f"The store {place} has format {tree.get('format')}, and this jeagle reads format {FORMAT}.")
     made = tree["made_from"]  # which says too little of arrays if it is from before there was a choice
     return tree | {"made_from": made | {"arrays": Form.of(made["arrays"]).described()}}
+
+
+def _foreign(folder: Path) -> str:
+    """Of a store that was only just begun, there is no more than what is being written aside."""
+    found = sorted(set(os.listdir(folder)) - {ASIDE})
+    return "" if STORE in found or not found else f"it holds {listed(found)} and no {STORE}"
+
+
+STORE_FOLDER = Output("store of jeagle's", True, _foreign)
+
+
+def check_place(place: Place) -> None:
+    """UserError unless the place is empty or holds a store: what writers remove there must be a store's."""
+    if place.path is not None:
+        check_replaceable(place.path, STORE_FOLDER)
+    opened = read_store(place)  # damaged, or another program's: that is said here
+    if opened is not None or place.path is not None:
+        return
+    if taken := [name for name in (SEGMENTS, CLAIMS, MANIFESTS, DATA) if place.names(name)]:
+        raise UserError(f"{place} is no store of jeagle's (it holds {listed(taken)} and no {STORE}): give another.")
 
 
 def read_segment(place: Place, name: str) -> Segment | None:

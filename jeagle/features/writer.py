@@ -20,6 +20,7 @@ from jeagle.features.manifests import (
     TABLES,
     Segment,
     check_fit,
+    check_place,
     finished,
     read_store,
     sealed,
@@ -68,6 +69,7 @@ class Writer:
 
     def __init__(self, place: Place, about: dict[str, Any]):
         self.place, self.claims = place, Claims(place)
+        check_place(place)
         place.write_new(STORE, sealed(about))
         self.about = read_store(place) or about
         doing = "Give another --out, or remove the old store."

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -37,16 +36,6 @@ class LoadedTarget(NamedTuple):
     tokenizer: Any
     end_token_ids: tuple[int, ...]
     target: Target
-
-
-class TrainState(NamedTuple):
-    """All that training changes. Parameters, moments and the moving average (None where there is none) are float32."""
-
-    draft: Any
-    optimiser: Any
-    step: jax.Array
-    skipped: jax.Array
-    average: Any = None
 
 
 def mesh_of(config: RunConfig) -> Mesh:
@@ -138,18 +127,6 @@ def draft_from_flat(
         jnp.asarray(params[draft_key(path)], jnp.float32), draft_sharding(path, leaf.shape, mesh)
     )
     return graphdef, by_path(abstract, put)
-
-
-def train_state(draft: Any, optimiser: optax.GradientTransformation, mesh: Mesh, *, average: float = 0.0) -> TrainState:
-    """A fresh TrainState; moments, and the moving average if `average` is above 0, lie where parameters lie."""
-    zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    moments = optimiser.init(draft)
-    everywhere = replicated(mesh)
-    moments = jax.tree.map(
-        lambda x: x if isinstance(getattr(x, "sharding", None), NamedSharding) else jax.device_put(x, everywhere),
-        moments,
-    )
-    return TrainState(draft, moments, zero, jnp.copy(zero), jax.tree.map(jnp.copy, draft) if average else None)
 
 
 def draft_to_target(config: RunConfig) -> np.ndarray:

@@ -13,8 +13,8 @@ from jeagle import data as room
 from jeagle import targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
+from jeagle.run.claim import check_folder, claimed, new_rows
 from jeagle.runtime.manifest import (
-    atomic_folder,
     differences,
     fingerprint,
     finished_manifest,
@@ -52,13 +52,15 @@ def load_tokenizer(config: RunConfig, files: targets.TargetFiles) -> Any:
 
 def prepare(config: RunConfig) -> Prepared:
     """Makes the run's data and tables, or finds them made from the same inputs."""
+    check_folder(config)
     files = targets.resolve(config.target.ref)
     tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source)
     made = made_from(config, tokenizer, targets.open_weights(files).config, parts)
     data = config.folder / "data"
+    _given_vocabulary(config, made)  # refused before the rows are made, where it does not fit
     reused = found(data, made)
     if not reused:
-        _make_rows(config, parts, tokenizer, made, data)
+        _make_rows(config, parts, tokenizer, made)
     return finish(config, made, reused=reused)
 
 
@@ -123,17 +125,30 @@ def rules_of(config: RunConfig, end_token_ids: tuple[int, ...]) -> room.Rules:
 
 
 def found(data: Path, made_from: dict[str, Any]) -> bool:
-    """Whether rows made from the same inputs lie there."""
+    """Whether rows made from the same inputs lie there, all files as long as they were made."""
     old = read_manifest(data)
     if old is None:
         return False
-    fields = differences(old["made_from"], made_from)
+    fields, sizes = differences(old["made_from"], made_from), _sizes(data)
+    wrong = [name for name, size in old.get("files", {}).items() if sizes.get(name) != size]
     if fields:
         print(f"prepare: {', '.join(fields)} changed since {data} was made; making it anew")
-    return not fields
+    elif wrong:
+        print(f"prepare: {', '.join(wrong)} in {data} has gone or has another length; making it anew", flush=True)
+    return not (fields or wrong)
 
 
-def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[str, Any], data: Path) -> None:
+def write_rows_manifest(folder: Path, config: RunConfig, made_from: dict[str, Any], statistics: dict[str, Any]) -> None:
+    """The manifest of a folder of rows, all of whose files are there; it names them with their lengths in bytes."""
+    tree = {"made_from": made_from, "target": config.target.ref, "statistics": statistics, "files": _sizes(folder)}
+    write_manifest(folder, tree)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[str, Any]) -> None:
     rules = rules_of(config, made_from["end_token_ids"])
     shape = room.Shape(
         row_length=config.data.row_length,
@@ -149,11 +164,11 @@ def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[s
     for part in parts:
         print(f"prepare: reading {part}", flush=True)
     total = config.data.max_conversations
-    with Progress(total, "conversations", "prepare") as progress, atomic_folder(data) as aside:
+    with Progress(total, "conversations", "prepare") as progress, new_rows(config) as aside:
         statistics = room.build(parts, tokenizer, rules, shape, aside, progress.update)
         tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone
         statistics["template_reads_date"] = room.reads_date(tokenizer.chat_template)
-        write_manifest(aside, {"made_from": made_from, "target": config.target.ref, "statistics": statistics})
+        write_rows_manifest(aside, config, made_from, statistics)
 
 
 def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Path:
@@ -162,6 +177,36 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
     UserError where a trained draft would find its head's rows meaning other tokens.
     """
     tables, size, ends = config.folder / "tables", config.draft.vocab, made_from["end_token_ids"]
+    given = _given_vocabulary(config, made_from)
+    wanted: dict[str, Any] = {"data": fingerprint(made_from), "draft_vocab": size, "end_token_ids": list(ends)}
+    if given is not None:
+        wanted["given"] = fingerprint(given.tolist())
+    old = read_manifest(tables)
+    fields = [] if old is None else differences({n: v for n, v in old.items() if n != "ids"}, wanted)
+    counts = np.load(data / "train" / "counts.npy")
+    if old is not None and not fields:
+        if _whole(tables, counts):
+            return tables
+        print(f"prepare: {tables} lacks a file or has a damaged one; making it anew", flush=True)
+    ids = room.choose(counts, size, ends) if given is None else given
+    if fields and _trained(config.folder) and not np.array_equal(ids, room.load_tables(tables)):
+        raise UserError(
+            f"{tables} belongs to a draft that is trained already, and would change ({', '.join(fields)} differ): its "
+            "head's rows would mean other tokens. Give another --name, or the settings that the run was begun with."
+        )
+    if fields:
+        print(f"prepare: {', '.join(fields)} changed since {tables} was made; making it anew", flush=True)
+    with claimed(config, shared=True):
+        room.save_tables(tables, counts, ids, wanted)
+    return tables
+
+
+def _given_vocabulary(config: RunConfig, made_from: dict[str, Any]) -> np.ndarray | None:
+    """The draft vocabulary that --data.vocabulary or --draft.start brings, [D] token ids; None where rows choose it.
+
+    UserError where it does not fit the target, or the two contradict each other.
+    """
+    size, ends = config.draft.vocab, made_from["end_token_ids"]
     given = None
     source = config.data.vocabulary or config.draft.start  # a draft to start from brings its head's rows' meaning
     if source and not (size <= 0 and config.draft.start):  # the whole vocabulary needs no map
@@ -173,24 +218,16 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
                 f"--data.vocabulary {source} is not the vocabulary of the draft to start from, {config.draft.start}: "
                 "its head's rows would mean other tokens. Leave --data.vocabulary out."
             )
-    wanted: dict[str, Any] = {"data": fingerprint(made_from), "draft_vocab": size, "end_token_ids": list(ends)}
-    if given is not None:
-        wanted["given"] = fingerprint(given.tolist())
-    old = read_manifest(tables)
-    fields = [] if old is None else differences({n: v for n, v in old.items() if n != "ids"}, wanted)
-    if old is not None and not fields:
-        return tables
-    counts = np.load(data / "train" / "counts.npy")
-    ids = room.choose(counts, size, ends) if given is None else given
-    if fields and _trained(config.folder) and not np.array_equal(ids, room.load_tables(tables)):
-        raise UserError(
-            f"{tables} belongs to a draft that is trained already, and would change ({', '.join(fields)} differ): its "
-            "head's rows would mean other tokens. Give another --name, or the settings that the run was begun with."
-        )
-    if fields:
-        print(f"prepare: {', '.join(fields)} changed since {tables} was made; making it anew", flush=True)
-    room.save_tables(tables, counts, ids, wanted)
-    return tables
+    return given
+
+
+def _whole(tables: Path, counts_V: np.ndarray) -> bool:
+    """Whether a folder of vocabulary tables has its three files, which agree with one another and with the counts."""
+    try:
+        room.load_tables(tables)
+        return (tables / "t2d.npy").is_file() and np.array_equal(np.load(tables / "counts.npy"), counts_V)
+    except (UserError, OSError, ValueError, EOFError):
+        return False
 
 
 def _trained(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from jeagle.config import DraftConfig, RunConfig
 from jeagle.drafts import Eagle3
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Rope, Tables
+from jeagle.run.claim import EMBEDDING
 from jeagle.runtime import distributed
 from jeagle.runtime.manifest import atomic_write
 from jeagle.runtime.trackers import scores
@@ -217,4 +218,4 @@ def keep_embedding(folder: Path, spec: DraftSpec, tables: Tables) -> None:
     if spec.width != spec.target_width and not path.is_file() and distributed.is_leader():
         whole = io.BytesIO()
         np.save(whole, np.asarray(tables.embed_VW, np.float32))
-        atomic_write(path, whole.getvalue())
+        atomic_write(path, whole.getvalue(), EMBEDDING)

@@ -1,9 +1,13 @@
-"""How a command ends: with a sentence where the user can help, a traceback where only a programmer can."""
+"""How a command ends: with a sentence where the user can help, a traceback where only a programmer can.
+
+Also how it writes another command down for the user.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,6 +32,15 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         _flush()
         os._exit(status)
     sys.exit(status)
+
+
+def shell_word(value: object) -> str:
+    """A path or another value as a word of a shell's command line: quoted, and never taken for an option.
+
+    A value that begins with a dash is written as the path ./VALUE, which names the same file.
+    """
+    text = str(value)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def _status(main: Callable[[list[str]], int | None]) -> int:

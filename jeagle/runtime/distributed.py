@@ -74,7 +74,15 @@ def initialise(
 
 def may_lead() -> bool:
     """Whether this process may turn out to be the leader: before `initialise` only its environment tells."""
+    if jax.distributed.is_initialized():
+        return is_leader()
     return os.environ.get("JEAGLE_PROCESS_ID", "0") == "0"
+
+
+def surely_leads() -> bool:
+    """Whether it is certain already that this process is the leader: it is not where joining will find the number."""
+    unknown = os.environ.get(_AUTO) and "JEAGLE_PROCESS_ID" not in os.environ and not jax.distributed.is_initialized()
+    return may_lead() and not unknown
 
 
 def is_leader() -> bool:

@@ -19,47 +19,54 @@ from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
+from jeagle.runtime.outputs import Output, check_replaceable, json_file, parents_made
 
 MANIFEST = "manifest.json"
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Writes `path` whole or not at all, making its parent folders; text is written as UTF-8."""
-    path = Path(path)
-    path = path if path.name else path.resolve()  # "." has no name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    aside = _aside(path)
-    try:
-        with open(aside, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+def atomic_write(path: str | Path, data: bytes | str, kind: Output) -> None:
+    """Writes `path` whole or not at all, making its parent folders; text is written as UTF-8.
 
-
-@contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields an empty sibling folder that replaces `path` when the block succeeds, and vanishes when it does not.
-
-    An older `path` stays as it is until then.
+    UserError where a file lies there that is not of this kind: it is a user's.
     """
     path = Path(path)
     path = path if path.name else path.resolve()  # "." has no name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    aside = _aside(path)
-    aside.mkdir()
-    try:
-        yield aside
-        _flush(aside)
-        _replace_folder(aside, path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    check_replaceable(path, kind)
+    with parents_made(path):
+        _sweep(path)
+        aside = _aside(path)
+        try:
+            with open(aside, "wb") as file:
+                file.write(data.encode("utf-8") if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, kind: Output) -> Iterator[Path]:
+    """Yields an empty sibling folder that replaces `path` when the block succeeds, and vanishes when it does not.
+
+    An older `path` stays as it is until then. UserError, before the block and after it, where it is neither empty nor
+    of this kind: it is a user's.
+    """
+    path = Path(path)
+    path = path if path.name else path.resolve()  # "." has no name
+    check_replaceable(path, kind)
+    with parents_made(path):
+        _sweep(path)
+        aside = _aside(path)
+        aside.mkdir()
+        try:
+            yield aside
+            _flush(aside)
+            _replace_folder(aside, path, kind)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def canonical(tree: Any) -> str:
@@ -106,7 +113,11 @@ def finished_manifest(folder: str | Path) -> dict:
 
 def write_manifest(folder: str | Path, tree: dict) -> None:
     """Writes folder/manifest.json: call it last, since it is what makes the folder count as finished."""
-    atomic_write(Path(folder) / MANIFEST, json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    text = json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    atomic_write(Path(folder) / MANIFEST, text, _ANY_MANIFEST)
+
+
+_ANY_MANIFEST = json_file("manifest")  # of a folder whose kind has been checked
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
@@ -136,13 +147,14 @@ def _flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _replace_folder(aside: Path, path: Path) -> None:
+def _replace_folder(aside: Path, path: Path, kind: Output) -> None:
     """A full folder cannot be renamed over: the old one steps aside first and goes last.
 
     Hosts that share a disk may do this at the same time: whoever finds the place taken again tries again.
     """
     old = _aside(path, ".old.partial")
     for attempt in range(10):
+        check_replaceable(path, kind)
         if path.is_symlink() or path.is_file():
             path.unlink(missing_ok=True)
         try:

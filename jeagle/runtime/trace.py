@@ -26,10 +26,9 @@ class StepTrace:
             self._running = True
         return self
 
-    def wait(self, result: Any) -> None:
-        """Until the step's result is there, where the trace is running: it must not end before the step does."""
-        if self._running:
-            jax.block_until_ready(result)
+    def wait(self, result: Any) -> Any:
+        """Returns `result`; it waits for it first where the trace is running, which must not end before the step."""
+        return jax.block_until_ready(result) if self._running else result
 
     def __exit__(self, *error: object) -> None:
         self._waiting = max(self._waiting - 1, 0)

@@ -10,6 +10,9 @@ from typing import Any, Protocol, Self
 
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import atomic_write
+from jeagle.runtime.outputs import jsonl_file
+
+METRICS = jsonl_file("file of a run's metrics", "step")
 
 
 class Tracker(Protocol):
@@ -32,7 +35,7 @@ class JsonlTracker:
         text = path.read_text("utf-8") if path.is_file() else None
         kept = "".join(f"{line}\n" for line in (text or "").splitlines() if _step_of(line) <= resume_step)
         if kept != text:
-            atomic_write(path, kept)
+            atomic_write(path, kept, METRICS)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -9,17 +9,15 @@ import jax
 import numpy as np
 
 from jeagle import align, data, features
-from jeagle.config import RunConfig
 from jeagle.interfaces import Batch
-from jeagle.run.assemble import TrainState
 from jeagle.run.draft_init import BEST_BY, HELD_OUT
 from jeagle.run.parameters import served_draft
 from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.mesh import row_sharding
 from jeagle.runtime.trackers import Trackers, open_trackers
-from jeagle.training.forward import Frozen, Program
-from jeagle.training.step import held_out_step
+from jeagle.training.setup import Run
+from jeagle.training.step import Program, TrainState, evaluation_step
 
 _BLOCK = 1024  # rows whose slots are counted at a time
 
@@ -31,23 +29,15 @@ class HeldOut:
     with 0 asked for, nothing is read and nothing done.
 
     Args:
-      stores: whose features are read; None lets the target compute them, as in training.
-      start: the last step whose figures are kept.
+      start: the last step whose metrics stay.
       scores: of the steps that have been evaluated, by step; those after `start` go, those of later ones are added.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        program: Program,
-        frozen: Frozen,
-        stores: features.Mixture | None,
-        start: int,
-        scores: dict[int, float],
-    ):
+    def __init__(self, run: Run, start: int, scores: dict[int, float]):
+        config, program = run.config, run.program
         # Divided by the slots that count, whose number adds up over batches, whatever the dialect divides by.
         measured = dataclasses.replace(program.objective, normaliser="counting")
-        self._program, self._frozen, self._stores = program._replace(objective=measured), frozen, stores
+        self._program, self._frozen, self._stores = program._replace(objective=measured), run.frozen, run.stores
         self._size = config.train.batch_rows // config.train.accumulate
         self._numbers, self._trackers, self._scores = np.arange(0), Trackers([]), scores
         for later in [step for step in scores if step > start]:  # of steps that are taken anew
@@ -98,7 +88,7 @@ class HeldOut:
         starts = range(0, len(self._numbers), self._size)
         for both in read_ahead(starts, self._read, threads=1, depth=2):
             batch, stored = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), both)
-            found = held_out_step(self._program, draft, self._frozen, batch, self._width, stored)
+            found = evaluation_step(self._program, draft, self._frozen, batch, self._width, stored)
             metrics = jax.device_get(found)._asdict()
             metrics["loss"] = metrics["loss"] * metrics["trained"]
             total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in metrics.items()}

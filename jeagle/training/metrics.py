@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: figures a step late, skipped updates, what never moves, the FLOP share."""
+"""The metrics of training, a step late; skipped updates, unchanged parameters, the share of the peak FLOPs."""
 
 from __future__ import annotations
 
@@ -7,32 +7,40 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.interfaces import Batch
+from jeagle.run import assemble
+from jeagle.run.parameters import Trained
 from jeagle.runtime import distributed
+from jeagle.runtime.changes import checksums, unchanged
 from jeagle.runtime.chips import all_devices_flops
+from jeagle.runtime.flops import count_flops
 from jeagle.runtime.progress import Progress
 from jeagle.runtime.trackers import Trackers, open_trackers
 from jeagle.training.optimiser import learning_rate
-from jeagle.training.step import Report
+from jeagle.training.setup import Run, StepBatch
+from jeagle.training.step import StepReport
 
 MOST_SKIPPED = 20
 """Updates skipped one after another at which a run stops: nothing would come of it any more."""
 
 
-class Log:
-    """Metrics to the trackers and the progress line, a step late, so that the device never waits for the host."""
+class MetricsLog:
+    """Metrics to the trackers and the progress line, a step late, so that the device never waits for the host.
+
+    Args:
+      start, steps: the step that this call begins with, and how many the run has.
+      rows_of: step -> the numbers of its rows, for messages.
+    """
 
     def __init__(
         self, config: RunConfig, start: int, steps: int, rows_of: Callable[[int], Iterable[int]] = lambda step: ()
     ):
-        """`rows_of` tells the numbers of the rows of a step, for messages."""
         self.rows_of, self.folder = rows_of, config.folder
         self.every, self.steps = config.train.log_every, steps
         leader = distributed.is_leader()
@@ -40,13 +48,23 @@ class Log:
         self.progress = Progress(steps, "steps", "train")
         self.progress.update(start)
         self.rate = learning_rate(config.train, steps)
-        self.pending: list[tuple[int, Report, int, float, float | None]] = []
-        self.last = last_logged(config.folder)  # what a run that was finished before has to tell
+        self.pending: list[tuple[StepBatch, StepReport, float]] = []
+        self.last = last_logged(config.folder)  # of a run that was finished before
         self.tokens, self.started = 0, time.monotonic()
         self.peak, self.speed = all_devices_flops(), Speed()
+        self.flops: dict[tuple[int, bool], float] = {}
         self.skipped_in_a_row = 0
+        self.unchanged: UnchangedParameters | None = None
 
-    def __enter__(self) -> Log:
+    @classmethod
+    def of(cls, run: Run, draft: Any, start: int) -> Self:
+        """The log of a run that goes on with step `start` from the parameters `draft`."""
+        log = cls(run.config, start, run.steps, run.stream.row_numbers)
+        if run.config.train.learning_rate:
+            log.unchanged = UnchangedParameters(draft, assemble.trained(run.config.draft), start)
+        return log
+
+    def __enter__(self) -> Self:
         self.progress.__enter__()
         return self
 
@@ -54,30 +72,41 @@ class Log:
         self.progress.__exit__(*error)
         self.trackers.close()
 
-    def step(self, step: int, report: Report, rows: Batch, flops: float = 0.0, read: float | None = None) -> None:
-        """Takes a step's report; `flops` of the step, where they have been counted, and the share of its rows whose
-        features were read, where some are read and others computed."""
-        self.pending.append((step, report, int((rows.segments_BT > 0).sum()) * jax.process_count(), flops, read))
+    def count_flops(self, step: Any, arguments: tuple[Any, ...]) -> float:
+        """FLOPs of a jitted step, counted once for each shape; 0 where the devices' peak is not known."""
+        *_, width, stored = arguments
+        if self.peak and (width, stored is None) not in self.flops:
+            self.flops[width, stored is None] = count_flops(step.trace(*arguments).jaxpr)
+        return self.flops.get((width, stored is None), 0.0)
+
+    def step(self, batch: StepBatch, report: StepReport, draft: Any = None, flops: float = 0.0) -> None:
+        """Takes the report of the step that read `batch`, and the parameters after it."""
+        if self.unchanged:
+            self.say(self.unchanged.after(batch.step, draft))
+        self.pending.append((batch, report, flops))
         if len(self.pending) > 1:
             self._take(*self.pending.pop(0))
 
     def say(self, text: str) -> None:
-        """A line of its own on the screen, where there is anything to say."""
+        """Prints a line of its own above the progress line, if `text` is not empty."""
         if text:
             self.progress.say(text)
 
     def drain(self) -> None:
+        """Logs the steps that are not logged yet."""
         while self.pending:
             self._take(*self.pending.pop(0))
 
-    def _take(self, step: int, report: Report, tokens: int, flops: float, read: float | None) -> None:
-        self.tokens += tokens
-        metrics = dict(summarise(report), learning_rate=float(self.rate(step)), tokens_per_s=self._speed())
+    def _take(self, batch: StepBatch, report: StepReport, flops: float) -> None:
+        step = batch.step
+        self.tokens += batch.tokens
+        tokens_per_s = self.tokens / max(time.monotonic() - self.started, 1e-6)
+        metrics = dict(summarise(report), learning_rate=float(self.rate(step)), tokens_per_s=tokens_per_s)
         if self.peak and flops:
             metrics["flops_share"] = self.speed.of(flops, time.monotonic()) / self.peak
-        if read is not None:
-            metrics["read_share"] = read
-        self._watch(step, metrics)
+        if batch.read_share is not None:
+            metrics["read_share"] = batch.read_share
+        self._check_skipped(step, metrics)
         self.last = {"step": step + 1, **metrics}
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
             self.trackers.log(step + 1, metrics)
@@ -89,10 +118,10 @@ class Log:
             E=metrics["expected_acceptance_length"],
             **{"tokens/s": metrics["tokens_per_s"]},
             **({"MFU": metrics["flops_share"]} if "flops_share" in metrics else {}),
-            **({"read": f"{read:.0%}"} if read is not None else {}),
+            **({"read": f"{batch.read_share:.0%}"} if batch.read_share is not None else {}),
         )
 
-    def _watch(self, step: int, metrics: dict[str, float]) -> None:
+    def _check_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """Says that an update was skipped, and stops a run that skips every one."""
         if metrics["taken"]:
             self.skipped_in_a_row = 0
@@ -110,8 +139,21 @@ class Log:
                 f"{self.folder} --start ROW."
             )
 
-    def _speed(self) -> float:
-        return self.tokens / max(time.monotonic() - self.started, 1e-6)
+
+class UnchangedParameters:
+    """Notices trained parameters that the first steps of a call have not changed."""
+
+    STEPS = 100
+
+    def __init__(self, draft: Any, trained: Trained, start: int):
+        self._last, self._trained, self._before = start + self.STEPS - 1, trained, checksums(draft)
+
+    def after(self, step: int, draft: Any) -> str:
+        """After the last of those steps, a warning that names them; otherwise an empty text."""
+        if step != self._last:
+            return ""
+        same = [p for p in unchanged(self._before, checksums(draft)) if self._trained(assemble.path_names(p))]
+        return f"warning: not changed in {self.STEPS} steps: {', '.join(same)}" if same else ""
 
 
 class Speed:
@@ -138,7 +180,7 @@ def _accuracies(metrics: dict[str, float]) -> Iterator[str]:
     return iter(sorted((k for k in metrics if k.startswith("accuracy_")), key=lambda k: int(k[9:])))
 
 
-def summarise(report: Report) -> dict[str, float]:
+def summarise(report: StepReport) -> dict[str, float]:
     """Means of a step's figures: loss, accuracy and acceptance per draft position, and what they let expect.
 
     expected_acceptance_length is E = 1 + sum over k of the product of the greedy accuracies up to k; the sampled one,

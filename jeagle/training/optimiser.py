@@ -36,8 +36,8 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
     return lambda step: jnp.where(step < warmup, peak * (step + 1) / warmup, after(step - warmup))
 
 
-def held(draft: Any, trained: Trained) -> Any:
-    """The draft; no gradient reaches what is not trained, so that none is computed, nor counted in its norm."""
+def stop_frozen_gradients(draft: Any, trained: Trained) -> Any:
+    """The draft, such that no gradient reaches what is not trained: none is computed, nor counted in its norm."""
     return jax.tree.map(
         lambda x, label: x if label == "train" else jax.lax.stop_gradient(x), draft, _trained_or_frozen(draft, trained)
     )
@@ -108,7 +108,7 @@ def _labels(state: Any, label: Callable[[tuple[str, ...], Any], str]) -> Any:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def averaged(average: Any, draft: Any, step: jax.Array, decay: float) -> Any:
+def moving_average(average: Any, draft: Any, step: jax.Array, decay: float) -> Any:
     """The exponential moving average of parameters after step number `step` (from 0), which it begins with.
 
     Early on it forgets faster, min(decay, (1 + step) / (10 + step)), so that the start does not stay in it.

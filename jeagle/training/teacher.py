@@ -21,9 +21,10 @@ from jeagle.extraction.fill import extract
 from jeagle.extraction.plan import check_serves, template_settings
 from jeagle.interfaces import Batch, Tables
 from jeagle.run import assemble, dataset
+from jeagle.run.claim import check_folder, new_rows
 from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
-from jeagle.runtime.manifest import atomic_folder, fingerprint, finished_manifest, write_manifest
+from jeagle.runtime.manifest import fingerprint, finished_manifest
 from jeagle.runtime.mesh import row_parts
 from jeagle.targets import TargetFiles, TargetSpec
 
@@ -85,10 +86,16 @@ def _layout(config: RunConfig, mesh: Mesh) -> tuple[features.Layout, Callable[[n
     return features.Layout(processes, shards, {"train": config.train.accumulate}), distributed.everywhere
 
 
-def filled_stores(config: RunConfig, mesh: Mesh) -> features.Mixture | None:
-    """As `open_stores`; with --features auto the run's own store, which is filled first as far as it is not yet."""
+def complete_stores(config: RunConfig, stores: features.Mixture | None, mesh: Mesh) -> features.Mixture | None:
+    """The stores that the run's features are read from, once its processes have joined.
+
+    With --features auto, that is the run's own store, which is filled first as far as it is not yet.
+
+    Args:
+      stores: of `open_stores`.
+    """
     if config.features != "auto":
-        return open_stores(config, mesh)
+        return open_stores(config, mesh) if isinstance(stores, features.Partial) else stores
     store = extract(config, str(config.folder / "features"))
     gc.collect()  # the target must not stay beside the draft's training
     return open_stores(dataclasses.replace(config, features=store))
@@ -133,6 +140,7 @@ def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prep
     conversations."""
     if mixture is None or isinstance(mixture, features.Partial):
         return dataset.prepare(config)
+    check_folder(config)
     abouts = [store.about for store in mixture.stores]
     made = dict(abouts[0]["made_from"]["data"])
     if len(abouts) > 1:
@@ -140,13 +148,13 @@ def prepare(config: RunConfig, mixture: features.Mixture | None) -> dataset.Prep
     folder = config.folder / "data"
     reused = dataset.found(folder, made)
     if not reused:
-        with atomic_folder(folder) as aside:
+        with new_rows(config) as aside:
             statistics = {split: _write_rows(mixture, split, aside / split, made) for split in ("train", "held_out")}
             for name in ("tokenizer.json", "held_out.jsonl", "set_aside.jsonl"):
                 _copy(mixture, name, aside)
             manifest = json.loads(mixture.stores[0].data_file("manifest.json") or b"{}")
             statistics = manifest.get("statistics", {}) | statistics if len(abouts) > 1 else manifest["statistics"]
-            write_manifest(aside, {"made_from": made, "target": config.target.ref, "statistics": statistics})
+            dataset.write_rows_manifest(aside, config, made, statistics)
     return dataset.finish(config, made, reused=reused)
 
 
@@ -170,7 +178,7 @@ def _copy(mixture: features.Mixture, name: str, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def teacher(config: RunConfig, mixture: features.Mixture | None, mesh: Mesh) -> Teacher:
+def open_teacher(config: RunConfig, mixture: features.Mixture | None, mesh: Mesh) -> Teacher:
     """The target itself, or what the stores keep of it. UserError for a store that contradicts itself or its target."""
     if mixture is not None and not isinstance(mixture, features.Partial):
         recheck(config, mixture, mesh)
@@ -243,3 +251,8 @@ def shares(mixture: features.Mixture | None) -> list[tuple[int, float]] | None:
     if mixture is None or mixture.weights is None:
         return None
     return list(zip(mixture.counts("train"), mixture.weights, strict=True))
+
+
+def top_k(stores: features.Mixture | None) -> int:
+    """How many of the likeliest tokens the stores hold of each distribution; 0 where the teacher is whole."""
+    return stores.stores[0].form.top_k if stores else 0

@@ -12,11 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jeagle import data
 from jeagle import flags as configs
 from jeagle.data import Rules, Shape, build, parse_source, read_conversations, read_prompts
 from jeagle.errors import UserError
 from jeagle.run import dataset
-from jeagle.runtime.manifest import atomic_folder
+from jeagle.runtime.manifest import atomic_folder, write_manifest
 from tests import tiny
 from tests.data.chats import CHATS, TOOL, TOOL_CHAT, end_ids, tokenizer_for
 from tests.data.sources import ROWS, SHAPES
@@ -92,8 +93,9 @@ def spoil_bytes(data: bytes, random_: random.Random) -> bytes:
 def prepare_in(out: Path, source: str, tokenizer, shape: Shape) -> str:
     """What is said where it is refused; nothing where rows were made."""
     try:
-        with atomic_folder(out) as aside:
-            build(parse_source(source), tokenizer, Rules(end_ids(tokenizer)), shape, aside)
+        with atomic_folder(out, data.ROWS) as aside:
+            statistics = build(parse_source(source), tokenizer, Rules(end_ids(tokenizer)), shape, aside)
+            write_manifest(aside, {"made_from": {}, "statistics": statistics})
     except UserError as error:
         return str(error)
     return ""

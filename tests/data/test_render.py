@@ -14,7 +14,7 @@ from tests import tiny
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.write_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def chat(*turns: tuple[str, str]) -> list[dict]:
@@ -69,7 +69,7 @@ def test_a_tokenizer_that_leaves_spaces_out_of_its_offsets_gives_the_same_mask(t
     messages, ends = chat(("user", "the cat"), ("assistant", "  sat on a mat ")), (tokenizer.eos_token_id,)
     plain = render(tokenizer, messages, end_token_ids=ends, check_ids=True)
     tokenizer.save_pretrained(tmp_path)
-    trimming = AutoTokenizer.from_pretrained(tmp_path)
+    trimming = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     found = render(trimming, messages, end_token_ids=ends)
     np.testing.assert_array_equal(found.ids, plain.ids)
@@ -78,7 +78,7 @@ def test_a_tokenizer_that_leaves_spaces_out_of_its_offsets_gives_the_same_mask(t
 
 def test_a_template_that_doubles_bos_is_refused(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    other = AutoTokenizer.from_pretrained(tmp_path)
+    other = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     other.bos_token, ends = "<|im_start|>", (tokenizer.eos_token_id,)
     render(other, chat(*TURNS), end_token_ids=ends)
     other.chat_template = "{{ bos_token }}" + tiny.CHATML
@@ -90,7 +90,7 @@ def test_the_tokenizer_hash_follows_what_decides_ids_and_not_only_the_vocabulary
     from tokenizers import pre_tokenizers
 
     tokenizer.save_pretrained(tmp_path)
-    other = AutoTokenizer.from_pretrained(tmp_path)
+    other = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     assert tokenizer_hash(other) == tokenizer_hash(tokenizer)
     splitting = [pre_tokenizers.Digits(individual_digits=True), other.backend_tokenizer.pre_tokenizer]
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitting)

@@ -46,7 +46,7 @@ def gradient(kind, spec, remat: bool):
 
     @jax.jit
     def run(draft):
-        live = step.live_positions(program, batch, LENGTH)
+        live = step.live_slots(program, batch, LENGTH)
         return step.draft_loss(program, draft, batch, features, tables, live)[0]
 
     return jax.value_and_grad(run)(draft)

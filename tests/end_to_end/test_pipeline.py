@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -65,6 +66,22 @@ def test_a_second_call_reuses_every_stage(folder, first):
         "peak_rss_bytes": report(folder)["peak_rss_bytes"],
         "stage_seconds": report(folder)["stage_seconds"],
     }
+
+
+def test_what_has_gone_or_is_empty_is_made_again(folder, first):
+    run, before = folder / "runs" / "tiny", report(folder)
+    exported = (run / "exports" / "vllm" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "exports" / "vllm")
+    emptied = [path for path in (run / "checkpoints" / "30").rglob("*") if path.is_file()]
+    for path in emptied:
+        path.write_bytes(b"")
+    again = call("pipeline", tiny.flags(folder, **SMALL))
+    made = [line for line in again.stdout.splitlines() if line.startswith("[") and line.endswith("]")]
+    assert emptied and made == ["[train]", "[export]"]  # the draft is the same, so that its measurement stays true
+    assert (run / "exports" / "vllm" / "model.safetensors").read_bytes() == exported
+    assert "checkpoints/30 cannot be read" in again.stdout and (run / "damaged" / "checkpoint_30.0").is_dir()
+    same = ("acceptance_length_after", "exports", "steps", "train_tokens")
+    assert {name: report(folder)[name] for name in same} == {name: before[name] for name in same}
 
 
 def test_other_settings_do_not_overwrite_a_run(folder, first):

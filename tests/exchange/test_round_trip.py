@@ -155,7 +155,7 @@ def test_transformers_reads_the_rope_that_was_trained_from_either_schema(rope, s
     for name in {"both": [], "old": ["rope_parameters"], "new": ["rope_theta", "rope_scaling"]}[schema]:
         config.pop(name, None)
     (folder / "config.json").write_text(json.dumps(config))
-    read = AutoConfig.from_pretrained(folder)
+    read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     assert isinstance(read, LlamaConfig)
     parameters = dict(read.rope_parameters)
     assert parameters.pop("rope_theta") == rope.theta

@@ -10,10 +10,10 @@ import pytest
 
 from jeagle import drafts
 from jeagle.exporting.run_reader import _params
-from jeagle.run.assemble import TrainState
 from jeagle.run.parameters import served_params
 from jeagle.runtime.checkpoints import Checkpoints, load_named
 from jeagle.runtime.saved import local, open_saved
+from jeagle.training.step import TrainState
 
 
 class Averaging(NamedTuple):

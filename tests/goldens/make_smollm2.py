@@ -97,6 +97,7 @@ def make_model(path: Path, tokenizer) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
         attn_implementation="eager",
+        trust_remote_code=False,
     ).eval()
     ids = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     seen = {}
@@ -159,7 +160,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     path = Path(sys.argv[1]).absolute()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     make_tokenizer(path, tokenizer)
     make_model(path, tokenizer)
 

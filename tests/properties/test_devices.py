@@ -57,7 +57,7 @@ def loss_and_gradient(mesh, normaliser: str, remat: bool, kept: int = 0):
 
     @jax.jit
     def run(draft, batch, features, tables):
-        live = step.live_positions(program, batch, LENGTH)
+        live = step.live_slots(program, batch, LENGTH)
         loss = functools.partial(step.draft_loss, program)
         found = jax.value_and_grad(loss, has_aux=True)(draft, batch, features, tables, live)
         return found[0], constrain_draft(found[1], mesh)

@@ -30,7 +30,7 @@ def test_gradients_are_finite_differences(remat, window):
 
         @jax.jit
         def loss(draft):
-            live = step.live_positions(program, batch, LENGTH - 4)
+            live = step.live_slots(program, batch, LENGTH - 4)
             return step.draft_loss(program, draft, batch, features, tables, live)[0]
 
         leaves, tree = jax.tree.flatten(draft)

@@ -44,7 +44,7 @@ def test_taps_that_nothing_sees_change_nothing(tmp_path):
 
     @jax.jit
     def run(batch, stored):
-        return step.part_gradient(program, draft, frozen, batch, made.LENGTH, stored=stored)
+        return step.loss_gradient(program, draft, frozen, batch, made.LENGTH, stored)
 
     wanted, found = run(batch, whole), run(batch, seen)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

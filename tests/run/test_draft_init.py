@@ -27,6 +27,7 @@ from jeagle.run.draft_init import (
     own_embedding,
     starting_head,
 )
+from jeagle.runtime.manifest import write_manifest
 from tests.exchange.drafts import CARD, LAYERS, PLAIN, parameters
 
 TARGET = type("Target", (), {})()
@@ -229,6 +230,7 @@ def test_the_vocabulary_of_a_draft_to_start_from_is_kept(exported, tmp_path, mon
     out, *_, ids, _ = exported
     (tmp_path / "data" / "train").mkdir(parents=True)
     np.save(tmp_path / "data" / "train" / "counts.npy", np.arange(40))
+    write_manifest(tmp_path / "data", {"made_from": {}, "statistics": {}})
     config = RunConfig(name=tmp_path.name, runs=str(tmp_path.parent), data=DataConfig(), draft=DraftConfig(vocab=16))
     made_from = {"end_token_ids": [2], "target_vocab": 40}
     own = dataset._make_tables(config, made_from, tmp_path / "data")

@@ -12,7 +12,7 @@ from jeagle.config import DraftConfig
 from jeagle.drafts import Eagle3
 from jeagle.run import assemble
 from jeagle.run.parameters import Trained
-from jeagle.training.optimiser import held
+from jeagle.training.optimiser import stop_frozen_gradients
 from tests.exchange.drafts import PLAIN
 
 
@@ -50,5 +50,5 @@ def test_which_parameters_are_trained():
 def test_no_gradient_reaches_a_head_that_is_held():
     draft = {"fc": jnp.ones(3), "lm_head": jnp.ones(3)}
     squares = lambda draft: sum(jnp.sum(x**2) for x in draft.values())  # noqa: E731
-    gradient = jax.grad(lambda draft: squares(held(draft, Trained(head=False))))(draft)
+    gradient = jax.grad(lambda draft: squares(stop_frozen_gradients(draft, Trained(head=False))))(draft)
     assert not gradient["lm_head"].any() and (gradient["fc"] == 2).all()

@@ -9,9 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jeagle.runtime import manifest
+from jeagle.runtime.outputs import Output
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+FILE = Output("a file of this test's", False, lambda path: "")
+FOLDER = Output("a folder of this test's", True, lambda path: "")
 
 leaves = st.none() | st.booleans() | st.integers(-3, 3) | st.text('a"ü\n', max_size=3)
 trees = st.dictionaries(st.text("abc.", min_size=1, max_size=3), leaves | st.lists(leaves, max_size=3), max_size=4)
@@ -22,29 +26,29 @@ def names(folder):
 
 
 def test_a_written_file_holds_the_bytes_and_nothing_stays_beside_it(tmp_path):
-    manifest.atomic_write(tmp_path / "deep" / "a.txt", "größer\n")
-    manifest.atomic_write(tmp_path / "deep" / "b.bin", b"\x00\xff")
+    manifest.atomic_write(tmp_path / "deep" / "a.txt", "größer\n", FILE)
+    manifest.atomic_write(tmp_path / "deep" / "b.bin", b"\x00\xff", FILE)
     assert (tmp_path / "deep" / "a.txt").read_bytes() == "größer\n".encode()
     assert (tmp_path / "deep" / "b.bin").read_bytes() == b"\x00\xff"
     assert names(tmp_path / "deep") == ["a.txt", "b.bin"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    manifest.atomic_write(tmp_path / "a", "old")
+    manifest.atomic_write(tmp_path / "a", "old", FILE)
     with pytest.raises(TypeError):
-        manifest.atomic_write(tmp_path / "a", 3)
+        manifest.atomic_write(tmp_path / "a", 3, FILE)
     assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == ["a"]
 
 
 def test_a_folder_replaces_the_old_one_only_when_its_block_succeeds(tmp_path):
-    with manifest.atomic_folder(tmp_path / "f") as folder:
+    with manifest.atomic_folder(tmp_path / "f", FOLDER) as folder:
         (folder / "one").write_text("1")
         assert not (tmp_path / "f").exists()
-    with pytest.raises(RuntimeError), manifest.atomic_folder(tmp_path / "f") as folder:  # noqa: PT012
+    with pytest.raises(RuntimeError), manifest.atomic_folder(tmp_path / "f", FOLDER) as folder:  # noqa: PT012
         (folder / "two").write_text("2")
         raise RuntimeError
     assert names(tmp_path) == ["f"] and names(tmp_path / "f") == ["one"]
-    with manifest.atomic_folder(tmp_path / "f") as folder:
+    with manifest.atomic_folder(tmp_path / "f", FOLDER) as folder:
         (folder / "two").write_text("2")
     assert names(tmp_path) == ["f"] and names(tmp_path / "f") == ["two"]
 
@@ -53,13 +57,13 @@ def test_a_link_is_replaced_and_what_it_points_at_stays(tmp_path):
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "kept").write_text("")
     (tmp_path / "f").symlink_to(tmp_path / "shared")
-    with manifest.atomic_folder(tmp_path / "f") as folder:
+    with manifest.atomic_folder(tmp_path / "f", FOLDER) as folder:
         (folder / "new").write_text("")
     assert names(tmp_path / "f") == ["new"] and names(tmp_path / "shared") == ["kept"]
 
 
 def _die_inside(path):
-    with manifest.atomic_folder(path) as folder:
+    with manifest.atomic_folder(path, FOLDER) as folder:
         (folder / "half").write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -71,7 +75,7 @@ def test_what_a_killed_writer_left_is_never_taken_for_the_folder_and_is_swept_up
     left = names(tmp_path)
     assert child.exitcode == -signal.SIGKILL and len(left) == 1 and left[0].endswith(".partial")
     assert manifest.read_manifest(tmp_path / "f") is None
-    with manifest.atomic_folder(tmp_path / "f") as folder:
+    with manifest.atomic_folder(tmp_path / "f", FOLDER) as folder:
         manifest.write_manifest(folder, {"a": 1})
     assert names(tmp_path) == ["f"]
 
@@ -87,20 +91,20 @@ def test_a_writer_on_another_host_that_is_a_moment_faster_is_replaced(tmp_path, 
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", late)
-    with manifest.atomic_folder(tmp_path / "f") as folder:
+    with manifest.atomic_folder(tmp_path / "f", FOLDER) as folder:
         (folder / "ours").write_text("")
     assert names(tmp_path) == ["f"] and names(tmp_path / "f") == ["ours"]
 
 
 def test_what_a_living_writer_or_another_machine_is_writing_is_left_alone(tmp_path):
-    with manifest.atomic_folder(tmp_path / "f"):
+    with manifest.atomic_folder(tmp_path / "f", FOLDER):
         own = names(tmp_path)[0]
     machine = own.split(".")[2]
     others = [f".f.{machine}.{os.getppid()}.partial", ".f.elsewhere.1.partial", f".g.{machine}.{os.getpid()}.partial"]
     for name in others:
         (tmp_path / name).mkdir()
-    manifest.atomic_write(tmp_path / "f" / "x", "")
-    with manifest.atomic_folder(tmp_path / "f"):
+    manifest.atomic_write(tmp_path / "f" / "x", "", FILE)
+    with manifest.atomic_folder(tmp_path / "f", FOLDER):
         pass
     assert set(others) <= set(names(tmp_path))
 

@@ -25,10 +25,12 @@ from jeagle.errors import UserError
 from jeagle.runtime.cli import run as command
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
+from jeagle.runtime.outputs import check_replaceable, signed_file
 from tests.serve import drafts, peers, with_vllm
 from tests.serve.reference import Settings
 from tests.serve.served import Layout, Served, prepare
 
+FOUND = signed_file("file of serve-check's findings", b'"as_it_should"')
 QUICKSTART = Path("runs/quickstart")
 
 
@@ -56,6 +58,8 @@ def main(arguments: list[str]) -> int:
     args = tyro.cli(Arguments, args=arguments, prog="python -m tests.serve")
     if not (args.venv / "bin" / "python").is_file():
         raise UserError(f"{args.venv} has no interpreter: make serve-check installs vLLM there.")
+    if args.out:
+        check_replaceable(args.out, FOUND)
     prepare_host()
     found = []
     with tempfile.TemporaryDirectory(prefix="serve-check-") as work:
@@ -63,7 +67,7 @@ def main(arguments: list[str]) -> int:
             say(finding)
             found.append(finding)
     if args.out:
-        atomic_write(args.out, json.dumps(found, indent=2) + "\n")
+        atomic_write(args.out, json.dumps(found, indent=2) + "\n", FOUND)
     wrong = [finding for finding in found if not finding["as_it_should"]]
     print(f"serve-check: {len(found) - len(wrong)} of {len(found)} as they should be")
     return 1 if wrong else 0

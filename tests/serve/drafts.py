@@ -81,7 +81,7 @@ def write_target(folder: Path, case: Case) -> None:
     vocab = tiny.write_tokenizer(folder)
     config = config_json(case.family, vocab) | case.config
     (folder / "config.json").write_text(json.dumps(config))
-    spoken = AutoTokenizer.from_pretrained(folder)(" " + " ".join(tiny.WORDS))["input_ids"]
+    spoken = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(" " + " ".join(tiny.WORDS))["input_ids"]
     save_file(weights(case.family, vocab, sorted(set(spoken))), folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -83,7 +83,7 @@ def build(export: Path) -> tuple[Any, Any]:
     initialize_model_parallel(backend="gloo")
     from sglang.srt.models.llama_eagle3 import LlamaForCausalLMEagle3
 
-    config = AutoConfig.from_pretrained(export)
+    config = AutoConfig.from_pretrained(export, trust_remote_code=False)
     torch.set_default_dtype(torch.float32)
     return LlamaForCausalLMEagle3(config), config
 

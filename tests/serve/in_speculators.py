@@ -25,9 +25,9 @@ TTT_STEPS = 3
 
 
 def main(export: Path, arrays: Path) -> dict[str, Any]:
-    config = Eagle3SpeculatorConfig.from_pretrained(export)
+    config = Eagle3SpeculatorConfig.from_pretrained(export, trust_remote_code=False)
     config.transformer_layer_config._attn_implementation = "sdpa"  # what a CPU has
-    model = Eagle3DraftModel.from_pretrained(export, config=config, dtype=torch.float32).eval()
+    model = Eagle3DraftModel.from_pretrained(export, config=config, dtype=torch.float32, trust_remote_code=False).eval()
     documents = samples(dict(np.load(arrays)))
     slots = sum(len(document["input_ids"]) - 1 for document in documents)
     width = config.transformer_layer_config.hidden_size

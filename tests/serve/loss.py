@@ -12,7 +12,7 @@ from jeagle import data, objective
 from jeagle.interfaces import Batch, DraftSpec
 from jeagle.run import assemble
 from jeagle.targets import Target
-from jeagle.training.forward import Frozen, Program, draft_loss, live_positions, target_features
+from jeagle.training.step import Frozen, Program, draft_loss, live_slots, teacher_features
 from tests.serve.reference import open_run
 
 TTT_STEPS = 3
@@ -40,9 +40,9 @@ def on_first_row(run: Path) -> SameLoss:
     target = opened.loaded.target
     learnt = objective.resolve("speculators")
     program = Program(target.graphdef, graphdef, spec.aux_layers, learnt, TTT_STEPS, jnp.float32, target.spec.logits)
-    live = live_positions(program, batch, batch.tokens_BT.shape[1])
+    live = live_slots(program, batch, batch.tokens_BT.shape[1])
     tables = opened.weights.tables
-    found = target_features(program, Frozen(target.state, tables), batch, live)
+    found = teacher_features(program, Frozen(target.state, tables), batch, live)
     loss, metrics = draft_loss(program, opened.weights.draft, batch, found, tables, live)
     return SameLoss(
         float(loss), np.asarray(metrics.loss).tolist(), np.asarray(metrics.counting).tolist(), raw(target, spec, batch)

@@ -48,7 +48,8 @@ def load(folder: Path) -> Any:
             _dequantise(folder, config, Path(plain))
             return load(Path(plain))
     more = {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if said else {}
-    return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **more).float().eval()
+    settings = {"dtype": torch.float32, "attn_implementation": "eager"} | more
+    return cls.from_pretrained(folder, trust_remote_code=False, **settings).float().eval()
 
 
 def _dequantise(folder: Path, config: dict[str, Any], plain: Path) -> None:

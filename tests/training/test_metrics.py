@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jeagle import train as training
-from jeagle.config import DraftConfig, RunConfig, TrainConfig
+from jeagle.config import RunConfig, TrainConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch
 from jeagle.objective import Metrics
+from jeagle.run.parameters import Trained
 from jeagle.training import metrics as logs
-from jeagle.training.metrics import MOST_SKIPPED, Log, Speed
-from jeagle.training.step import Report
+from jeagle.training.metrics import MOST_SKIPPED, MetricsLog, Speed, UnchangedParameters
+from jeagle.training.setup import StepBatch
+from jeagle.training.step import StepReport
 
 
 def report(*, taken=True, trained=6.0, skipped=0, loss=2.0):
@@ -32,10 +32,14 @@ def report(*, taken=True, trained=6.0, skipped=0, loss=2.0):
         prefix_correct=two(4, 1),
         prefix_accepted=two(4, 1),
     )
-    return Report(np.float32(loss), metrics, np.float32(1.0), np.bool_(taken), np.int32(skipped))
+    return StepReport(np.float32(loss), metrics, np.float32(1.0), np.bool_(taken), np.int32(skipped))
 
 
 ROWS = Batch(*[np.ones((1, 5), np.int32)] * 4)
+
+
+def batch(step):
+    return StepBatch(step, ROWS, None, width=5, tokens=5)
 
 
 def config_in(folder) -> RunConfig:
@@ -47,10 +51,10 @@ def lines(folder):
 
 
 def test_expected_lengths_and_skips_are_logged(tmp_path):
-    log = Log(config_in(tmp_path), 0, 10)
+    log = MetricsLog(config_in(tmp_path), 0, 10)
     with log:
-        log.step(0, report(), ROWS)
-        log.step(1, report(taken=False, skipped=1, loss=float("nan")), ROWS)
+        log.step(batch(0), report())
+        log.step(batch(1), report(taken=False, skipped=1, loss=float("nan")))
         log.drain()
     first, second = lines(tmp_path)
     assert first["expected_acceptance_length"] == pytest.approx(1 + 0.5 + 0.5 * 0.25)
@@ -61,11 +65,11 @@ def test_expected_lengths_and_skips_are_logged(tmp_path):
 
 @pytest.mark.parametrize(("trained", "why"), [(0.0, "no slot of its rows counts"), (6.0, "gradient norm")])
 def test_a_skipped_update_is_said_and_too_many_end_the_run(tmp_path, capsys, trained, why):
-    log = Log(config_in(tmp_path), 0, 100, rows_of=lambda step: [step, 8])
+    log = MetricsLog(config_in(tmp_path), 0, 100, rows_of=lambda step: [step, 8])
 
     def steps(first, count, **how):
         for step in range(first, first + count):
-            log.step(step, report(skipped=step, **how), ROWS)
+            log.step(batch(step), report(skipped=step, **how))
         log.drain()
 
     with log:
@@ -84,35 +88,29 @@ def test_the_flops_share_is_of_the_last_reports_and_the_known_peak(tmp_path, mon
     assert [speed.of(flops, now) for flops, now in [(9, 0), (4, 2), (4, 4), (16, 5)]] == [0.0, 2.0, 2.0, 20 / 3]
     monkeypatch.setattr(logs, "all_devices_flops", lambda: 1e3)
     monkeypatch.setattr(logs.time, "monotonic", iter(np.arange(0.0, 100.0, 0.5)).__next__)
-    log = Log(config_in(tmp_path), 0, 10)
+    log = MetricsLog(config_in(tmp_path), 0, 10)
     log.progress._clock = lambda: 0.0
     with log:
         for step in range(3):
-            log.step(step, report(), ROWS, 50.0)
+            log.step(batch(step), report(), flops=50.0)
         log.drain()
     assert lines(tmp_path)[0]["flops_share"] == 0 and lines(tmp_path)[2]["flops_share"] > 0
     monkeypatch.setattr(logs, "all_devices_flops", lambda: None)
     other = tmp_path / "cpu"
     other.mkdir()
-    log = Log(config_in(other), 0, 10)
+    log = MetricsLog(config_in(other), 0, 10)
     with log:
-        log.step(0, report(), ROWS, 50.0)
+        log.step(batch(0), report(), flops=50.0)
         log.drain()
     assert "flops_share" not in lines(other)[0]
 
 
-def test_what_never_moves_is_named_once():
+def test_parameters_that_do_not_change_are_named_once():
     draft = {"fc": jnp.ones(3), "layers": [{"norm": jnp.ones(2)}], "lm_head": jnp.ones(4)}
-    config = RunConfig(name="x", draft=DraftConfig(train_head=False))
-    watch = training.Watch(config, draft, 40)
-    moved = draft | {"fc": jnp.zeros(3)}
-    assert watch.after(138, moved) == watch.after(140, moved) == ""
-    assert watch.after(139, moved) == "warning: not changed in 100 steps: ['layers'][0]['norm']"
-    everything = dataclasses.replace(config, draft=DraftConfig())
-    assert "['lm_head']" in training.Watch(everything, draft, 0).after(99, moved)
-    assert (
-        training.Watch(everything, draft, 0).after(
-            99, {"fc": jnp.zeros(3), "layers": [{"norm": jnp.zeros(2)}], "lm_head": jnp.zeros(4)}
-        )
-        == ""
-    )
+    changed = draft | {"fc": jnp.zeros(3)}
+    watch = UnchangedParameters(draft, Trained(head=False), 40)
+    assert watch.after(138, changed) == watch.after(140, changed) == ""
+    assert watch.after(139, changed) == "warning: not changed in 100 steps: ['layers'][0]['norm']"
+    assert "['lm_head']" in UnchangedParameters(draft, Trained(), 0).after(99, changed)
+    everything = {"fc": jnp.zeros(3), "layers": [{"norm": jnp.zeros(2)}], "lm_head": jnp.zeros(4)}
+    assert UnchangedParameters(draft, Trained(), 0).after(99, everything) == ""

@@ -10,12 +10,12 @@ import pytest
 
 from jeagle.config import TrainConfig
 from jeagle.objective import Metrics
-from jeagle.run.assemble import path_names, train_state
+from jeagle.run.assemble import path_names
 from jeagle.run.parameters import served_draft, served_params
 from jeagle.runtime.checkpoints import Checkpoints, load_named
 from jeagle.runtime.mesh import make_mesh
 from jeagle.training.optimiser import OPTIMISERS, learning_rate, make_optimiser
-from jeagle.training.step import descend
+from jeagle.training.step import Program, first_state, update
 
 STEPS = 12
 
@@ -43,14 +43,16 @@ class Toy:
         self.config = TrainConfig(learning_rate=0.05, warmup=0.2, **settings)
         self.optimiser = make_optimiser(self.config, learning_rate(self.config, STEPS))
 
+        self.program = Program(None, None, (), None, 2, None, average=self.config.ema)
+
         @jax.jit
         def step(state, gradient, loss, trained):
-            return descend(self.optimiser, state, (loss, metrics(trained)), gradient, average=self.config.ema)
+            return update(self.program, self.optimiser, state, (loss, metrics(trained)), gradient)
 
         self._step = step
 
     def fresh(self):
-        return train_state(draft(), self.optimiser, make_mesh(devices=jax.devices()[:1]), average=self.config.ema)
+        return first_state(draft(), self.optimiser, make_mesh(devices=jax.devices()[:1]), average=self.config.ema)
 
     def step(self, state, loss=1.0, trained=3.0):
         return self._step(state, gradient(state.draft, int(state.step)), jnp.float32(loss), jnp.float32(trained))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,17 +13,16 @@ import numpy as np
 import pytest
 
 from jeagle import flags as configs
-from jeagle import objective
-from jeagle.config import RunConfig
+from jeagle.config import ObjectiveConfig, RunConfig, TrainConfig
 from jeagle.errors import UserError
 from jeagle.run import assemble
 from jeagle.runtime.changes import checksums, unchanged
 from jeagle.runtime.flops import count_flops
 from jeagle.runtime.mesh import make_mesh
-from jeagle.train import check_parts, choose_buckets, put_rows, set_up
 from jeagle.training.held_out import HeldOut
 from jeagle.training.metrics import summarise
-from jeagle.training.step import part_gradient, summed_gradient, train_step
+from jeagle.training.setup import check_parts, put_rows, set_up
+from jeagle.training.step import loss_gradient, train_step
 from tests import tiny
 
 SWITCHES = {
@@ -48,7 +48,7 @@ class World:
         flags = [*tiny.flags(folder, **SWITCHES), "--draft.engines"]
         config = configs.parse_overrides(RunConfig(name="x"), flags, program="x", description="x")
         self.config, (self.run, self.state) = config, set_up(config)
-        (self.width,) = choose_buckets(self.run.stream, self.run.program, 4, 1, config.data.row_length)
+        self.width = self.run.widths[-1]
         self.batch = put_rows(self.run.stream.batch(0), self.run.mesh)
 
     def step(self, state, batch=None, frozen=None):
@@ -70,8 +70,8 @@ def test_a_step_in_parts_is_the_step(world):
     program, run = world.run.program, world.run
     counts = np.asarray((world.batch.supervised_BT).sum(axis=1))
     assert len(set(counts.tolist())) > 1
-    whole = jax.jit(functools.partial(part_gradient, program, width=world.width, divisor_K=None))
-    parts = jax.jit(functools.partial(summed_gradient, program._replace(parts=4), width=world.width))
+    whole = jax.jit(functools.partial(loss_gradient, program, width=world.width))
+    parts = jax.jit(functools.partial(loss_gradient, program._replace(parts=4), width=world.width))
     (loss, metrics), gradient = whole(world.state.draft, run.frozen, world.batch)
     (ours, ours_figures), ours_gradient = parts(world.state.draft, run.frozen, world.batch)
     np.testing.assert_allclose(ours, loss, rtol=1e-6)
@@ -139,7 +139,7 @@ def held_out_figures(world, rows: int, **switches) -> dict[str, float]:
     config.folder.mkdir()
     (config.folder / "data").symlink_to(world.config.folder / "data")
     program = world.run.program._replace(objective=dataclasses.replace(world.run.program.objective, **switches))
-    with HeldOut(config, program, world.run.frozen, None, 0, {}) as held_out:
+    with HeldOut(world.run._replace(config=config, program=program), 0, {}) as held_out:
         held_out(1, world.state)
     [line] = (config.folder / "held_out" / "metrics.jsonl").read_text().splitlines()
     return json.loads(line)
@@ -160,13 +160,18 @@ def test_one_changed_bit_is_seen():
     assert unchanged(checksums(tree), checksums(nudged)) == ["['b'][0]"]
 
 
-def test_parts_that_would_change_the_loss_are_refused():
-    config = configs.parse_overrides(RunConfig(name="x"), ["--train.accumulate", "2"], program="x", description="x")
-    mesh = make_mesh(devices=jax.devices()[:4])
-    check_parts(config, objective.resolve("jeagle"), mesh)
-    for wrong in ({"loss": "lk_step"}, {"mask_out_of_vocab": True}):
-        with pytest.raises(UserError, match="--train.accumulate 2 would change"):
-            check_parts(config, objective.resolve("jeagle", **wrong), mesh)
-    check_parts(config, objective.resolve("specforge"), mesh)
-    with pytest.raises(UserError, match="multiple of 16"):
-        check_parts(config, objective.resolve("jeagle"), make_mesh(devices=jax.devices()[:8]))
+@pytest.mark.parametrize(
+    ("dialect", "switches", "devices", "message"),
+    [
+        ("jeagle", {}, 4, ""),
+        ("jeagle", {"loss": "lk_step"}, 4, "--train.accumulate 2 would change"),
+        ("jeagle", {"mask_out_of_vocab": True}, 4, "--train.accumulate 2 would change"),
+        ("specforge", {}, 4, ""),
+        ("jeagle", {}, 8, "multiple of 16"),
+    ],
+)
+def test_parts_that_would_change_the_loss_are_refused(dialect, switches, devices, message):
+    objective = ObjectiveConfig(dialect=dialect, **switches)
+    config = RunConfig(name="x", objective=objective, train=TrainConfig(accumulate=2))
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_parts(config, make_mesh(devices=jax.devices()[:devices]))

@@ -1,8 +1,17 @@
 """Attention of the TTT steps: step-0 keys of the past, and the slot's own keys of later steps, in one softmax."""
 
 from jeagle.drafts.ttt_attention.mirror import Mirror, reflect
-from jeagle.drafts.ttt_attention.op import BY_PLATFORM, Backend, attend
+from jeagle.drafts.ttt_attention.op import Backend, attend
 from jeagle.drafts.ttt_attention.reference import reference
-from jeagle.drafts.ttt_attention.self_check import disproof
+from jeagle.drafts.ttt_attention.self_check import attention_backend, disproof, trusted_backend
 
-__all__ = ["BY_PLATFORM", "Backend", "Mirror", "attend", "disproof", "reference", "reflect"]
+__all__ = [
+    "Backend",
+    "Mirror",
+    "attend",
+    "attention_backend",
+    "disproof",
+    "reference",
+    "reflect",
+    "trusted_backend",
+]

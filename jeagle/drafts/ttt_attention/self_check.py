@@ -8,9 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jeagle.drafts.ttt_attention.op import Backend, attend
+from jeagle.drafts.ttt_attention.op import BY_PLATFORM, Backend, attend
 from jeagle.drafts.ttt_attention.reference import reference
+from jeagle.interfaces import DraftSpec
+from jeagle.runtime import distributed
+from jeagle.runtime.mesh import platform, row_parts
 
 GROUPS = 2  # of heads, at most: what more of them show is not worth their memory beside a loaded target
 LENGTH, SLOTS = 640, 384  # several blocks of each, as every backend divides them
@@ -44,6 +48,22 @@ def disproof(backend: Backend, dtype: Any, *, heads: int, kv_heads: int, head_di
         if not off <= TOLERANCE:  # NaN too
             return f"its {name} is off by {float(off):.2g} of the largest value"
     return ""
+
+
+def attention_backend(mesh: Mesh | None) -> Backend:
+    """The platform's backend; "chunked" where a mesh splits heads, since XLA cannot split a kernel over heads."""
+    return BY_PLATFORM[platform(mesh)] if mesh is None or mesh.size == row_parts(mesh) else "chunked"
+
+
+def trusted_backend(mesh: Mesh, spec: DraftSpec, dtype: Any) -> Backend:
+    """`attention_backend`, or "chunked", with a note, where the kernel does not agree with the reference here."""
+    backend = attention_backend(mesh)
+    if backend == "chunked":
+        return backend
+    wrong = disproof(backend, dtype, heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.head_dim)
+    if wrong:
+        print(f"note: the {backend} kernel of the TTT attention is not used: {wrong}; slower, not wrong", flush=True)
+    return "chunked" if distributed.anywhere(bool(wrong)) else backend
 
 
 def _arrays(heads: int, kv_heads: int, head_dim: int) -> Arrays:

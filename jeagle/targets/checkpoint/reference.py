@@ -59,6 +59,11 @@ def resolve(reference: str, *, cache_folder: Path | None = None) -> TargetFiles:
       UserError: for a reference of no known form, a folder without usable weights, or a failed download.
     """
     reference = reference.strip()
+    if reference.startswith("-"):
+        raise UserError(
+            f"The target {reference!r} begins with a dash, which other programs take for an option: write a local path "
+            f"as ./{reference}; a target is {FORMS}."
+        )
     if reference.startswith("pypi:"):
         match = _PYPI.fullmatch(reference)
         if not match:
@@ -91,9 +96,10 @@ def _local(reference: str, path: Path) -> TargetFiles:
         raise UserError(f"The target folder {path} holds several GGUF files ({names}): give the path of one of them.")
     if pickles := sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in path.glob(kind)):
         raise UserError(
-            f"The target folder {path} has only pickled weights ({pickles[0]}), which can run code when read: where "
-            "you trust them, convert them with transformers and torch "
-            "(AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)) and give the new folder."
+            f"The target folder {path} has only pickled weights ({pickles[0]}), which can run code when read: "
+            "where you trust them, convert them with transformers and torch "
+            "(AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=False, weights_only=True)"
+            ".save_pretrained(NEW)) and give the new folder."
         )
     raise UserError(
         f"The target folder {path} holds no weights: neither *.safetensors nor one *.gguf (from the hub, safetensors "

@@ -322,12 +322,12 @@ def expert_names(
         if ours == "down_proj":
             together = Piece(f"{_LAYER}{theirs}.down_proj")
         else:
-            together = Piece(f"{_LAYER}{theirs}.gate_up_proj", rows=rows_of(int(ours == "up_proj"), experts_gate_up))
+            together = Piece(f"{_LAYER}{theirs}.gate_up_proj", rows=fused_rows(int(ours == "up_proj"), experts_gate_up))
         names[f"blocks.moe.experts.{ours}"] = (alone, together)
     return names
 
 
-def rows_of(
+def fused_rows(
     part: int, sizes: Callable[[Any], Sequence[int]], groups: Callable[[Any], int] = lambda block: 1
 ) -> Callable[[BlockSpec], np.ndarray]:
     """`Piece.rows` of one of several parameters in a fused tensor.

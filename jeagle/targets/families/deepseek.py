@@ -16,13 +16,13 @@ from jeagle.targets.families.common import (
     attention_spec,
     dense_spec,
     expert_names,
+    fused_rows,
     linear,
     merged,
     mlp_names,
     norm,
     pre_norm_names,
     rope_from_switches,
-    rows_of,
     stem_names,
     target_spec,
 )
@@ -105,7 +105,9 @@ def glm4_moe(switches: Switches) -> TargetSpec:
 
 def _latent_rows(part: int) -> Callable[[BlockSpec], np.ndarray]:
     """Rows of kv_b_proj, which has the key's part and then the value's part of each head."""
-    return rows_of(part, lambda block: [block.mixer.nope_dim, block.mixer.value_dim], lambda block: block.mixer.heads)
+    return fused_rows(
+        part, lambda block: [block.mixer.nope_dim, block.mixer.value_dim], lambda block: block.mixer.heads
+    )
 
 
 _SHARED_MOE: Names = merged(

@@ -15,11 +15,11 @@ from jeagle.targets.families.common import (
     attention_names,
     attention_spec,
     dense_spec,
+    fused_rows,
     linear,
     merged,
     norm,
     pre_norm_names,
-    rows_of,
     sliding_windows,
     stem_names,
     target_spec,
@@ -75,22 +75,22 @@ def _gate_up(block: Any) -> list[int]:
 
 def _every_other(first: int) -> Callable[[BlockSpec], np.ndarray]:
     """Every other row, beginning with row `first`."""
-    return rows_of(first, lambda block: [1, 1], lambda block: block.experts.width)
+    return fused_rows(first, lambda block: [1, 1], lambda block: block.experts.width)
 
 
 _LAYER = "model.layers.{i}."
 _FUSED_MLP: Names = merged(
-    linear("mlp.gate_proj", "mlp.gate_up_proj", rows=rows_of(0, _gate_up)),
-    linear("mlp.up_proj", "mlp.gate_up_proj", rows=rows_of(1, _gate_up)),
+    linear("mlp.gate_proj", "mlp.gate_up_proj", rows=fused_rows(0, _gate_up)),
+    linear("mlp.up_proj", "mlp.gate_up_proj", rows=fused_rows(1, _gate_up)),
     linear("mlp.down_proj", "mlp.down_proj"),
 )
 
 _PHI3: Names = merged(
     stem_names(),
     pre_norm_names(),
-    linear("mixer.q_proj", "self_attn.qkv_proj", rows=rows_of(0, _qkv)),
-    linear("mixer.k_proj", "self_attn.qkv_proj", rows=rows_of(1, _qkv)),
-    linear("mixer.v_proj", "self_attn.qkv_proj", rows=rows_of(2, _qkv)),
+    linear("mixer.q_proj", "self_attn.qkv_proj", rows=fused_rows(0, _qkv)),
+    linear("mixer.k_proj", "self_attn.qkv_proj", rows=fused_rows(1, _qkv)),
+    linear("mixer.v_proj", "self_attn.qkv_proj", rows=fused_rows(2, _qkv)),
     linear("mixer.o_proj", "self_attn.o_proj"),
     _FUSED_MLP,
 )

@@ -16,6 +16,7 @@ from jeagle.targets.families.common import (
     attention_spec,
     dense_spec,
     experts_gate_up,
+    fused_rows,
     head_dim,
     layer_types,
     linear,
@@ -24,7 +25,6 @@ from jeagle.targets.families.common import (
     norm,
     pre_norm_names,
     rope_from_switches,
-    rows_of,
     sliding_windows,
     stem_names,
     target_spec,
@@ -145,8 +145,8 @@ _LLAMA4: Names = merged(
     {
         f"blocks.moe.experts.{part}": _llama4_expert(part, Piece(f"{_LLAMA4_EXPERTS}.{fused}", rows, False))
         for part, fused, rows in (
-            ("gate_proj", "gate_up_proj", rows_of(0, experts_gate_up)),
-            ("up_proj", "gate_up_proj", rows_of(1, experts_gate_up)),
+            ("gate_proj", "gate_up_proj", fused_rows(0, experts_gate_up)),
+            ("up_proj", "gate_up_proj", fused_rows(1, experts_gate_up)),
             ("down_proj", "down_proj", None),
         )
     },

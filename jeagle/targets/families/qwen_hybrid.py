@@ -17,12 +17,12 @@ from jeagle.targets.families.common import (
     attention_names,
     attention_spec,
     dense_spec,
+    fused_rows,
     layer_types,
     merged,
     mlp_names,
     norm,
     pre_norm_names,
-    rows_of,
     stem_names,
     target_spec,
 )
@@ -62,7 +62,7 @@ def qwen3_5_moe(switches: Switches) -> TargetSpec:
 
 def _query_rows(gate: bool) -> Callable[[BlockSpec], np.ndarray]:
     """Rows of queries or of the gate of gated attention, which are stored one after the other for each head."""
-    return rows_of(int(gate), lambda block: [block.mixer.head_dim] * 2, lambda block: block.mixer.heads)
+    return fused_rows(int(gate), lambda block: [block.mixer.head_dim] * 2, lambda block: block.mixer.heads)
 
 
 def _key_heads(block: Any) -> int:
@@ -125,12 +125,12 @@ def _hybrid_names(q: Piece, k: Piece, v: Piece, z: Piece, b: Piece, a: Piece) ->
 
 
 _QWEN3_NEXT: Names = _hybrid_names(
-    *(Piece(f"{_DELTA}in_proj_qkvz.weight", rows_of(part, _qkvz, _key_heads)) for part in range(4)),
-    *(Piece(f"{_DELTA}in_proj_ba.weight", rows_of(part, _ba, _key_heads)) for part in range(2)),
+    *(Piece(f"{_DELTA}in_proj_qkvz.weight", fused_rows(part, _qkvz, _key_heads)) for part in range(4)),
+    *(Piece(f"{_DELTA}in_proj_ba.weight", fused_rows(part, _ba, _key_heads)) for part in range(2)),
 )
 
 _QWEN3_5: Names = _hybrid_names(
-    *(Piece(f"{_DELTA}in_proj_qkv.weight", rows_of(part, _qkv)) for part in range(3)),
+    *(Piece(f"{_DELTA}in_proj_qkv.weight", fused_rows(part, _qkv)) for part in range(3)),
     *(Piece(f"{_DELTA}in_proj_{part}.weight") for part in "zba"),
 )
 

@@ -137,7 +137,7 @@ def wrap_tokenizer(
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     files = {name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()}
     if not files:
@@ -150,12 +150,28 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
         return sentencepiece_folder(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds for files that are missing or damaged
-        raise UserError(
-            f"The target's tokenizer in {folder} cannot be loaded ({error}): copy the model's own tokenizer.json and "
-            "tokenizer_config.json there."
-        ) from error
+        settings = folder / "tokenizer_config.json"
+        if not (settings.is_file() and read_json(settings).get("auto_map")):
+            raise _unreadable(folder, error) from error
+        # The folder names a class of its own, whose code is never run; a tokenizer.json does not need it.
+        if "tokenizer.json" not in files:
+            raise UserError(
+                f"The target's tokenizer in {folder} needs Python code of that folder, which jeagle never runs: put "
+                "the tokenizer.json of the same model there."
+            ) from error
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as second:
+            raise _unreadable(folder, second) from second
     if not tokenizer.is_fast:
         raise UserError(f"The target {folder} has no tokenizer.json: copy the model's own there.")
     return tokenizer
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"The target's tokenizer in {folder} cannot be loaded ({error}): copy the model's own tokenizer.json and "
+        "tokenizer_config.json there."
+    )

@@ -1,0 +1,87 @@
+"""A run's folder belongs to jeagle, and to one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from jeagle import data, exchange, features
+from jeagle.config import RunConfig
+from jeagle.runtime import distributed
+from jeagle.runtime.lock import only_writer
+from jeagle.runtime.manifest import atomic_folder
+from jeagle.runtime.outputs import check_replaceable, folder_of, json_file, signed_file
+from jeagle.runtime.stages import NOTE
+from jeagle.runtime.trackers import METRICS
+
+CONFIG = json_file("file of a run's settings", "name", "target", "data", "draft", "train")
+DRAFT = json_file("description of a run's draft", "draft", "made_from")
+EMBEDDING = signed_file("array of numpy's", b"\x93NUMPY")
+REPORT = json_file(
+    "report of a run", any_of=("acceptance_length_after", "acceptance_length_before", "stage_seconds", "lossless")
+)
+PAGE = signed_file(
+    "page of a run's report", b'<meta name="generator" content="jeagle report">', b":root { --ink: #1a1d21;"
+)
+
+RUN = folder_of(
+    "run of jeagle's",
+    {
+        "config.json": CONFIG,
+        "draft.json": DRAFT,
+        "embedding.npy": EMBEDDING,
+        "metrics.jsonl": METRICS,
+        "held_out/metrics.jsonl": METRICS,
+        "report.json": REPORT,
+        "report.html": PAGE,
+        "data": data.ROWS,
+        "tables": data.TABLES,
+        "features": features.STORE_FOLDER,
+        "exports/sglang": exchange.EXPORT,
+        "exports/vllm": exchange.EXPORT,
+        **{
+            f"{answers}.jsonl{ending}": kind
+            for answers in ("answers", "answers_check")
+            for ending, kind in data.ANSWER_FILES.items()
+        },
+        **{f"stages/{name}.json": NOTE for name in ("answers", "measure_before", "train", "measure_after", "export")},
+    },
+)
+"""Runs of earlier versions are known by the same files."""
+
+
+def check_folder(config: RunConfig) -> None:
+    """UserError unless the run's folder is absent, empty or a run's: commands ask before they do anything."""
+    check_replaceable(config.folder, RUN)
+
+
+@contextlib.contextmanager
+def claimed(config: RunConfig, *, shared: bool = False) -> Iterator[None]:
+    """While the block runs, no other process trains in or prepares the run's folder.
+
+    The leader holds the lock for all processes of a run; where only joining will tell which one leads, nobody does.
+
+    Args:
+      shared: several such blocks may run at the same time. They write the same things, each whole.
+
+    Raises:
+      UserError: for a folder that is not a run's, or that another process writes; it is named.
+    """
+    if not distributed.may_lead():
+        yield
+        return
+    check_folder(config)
+    if not distributed.surely_leads():
+        yield
+        return
+    advice = "wait until it ends, stop it, or give another --name."
+    with only_writer(config.folder / ".writer.lock", f"The run {config.folder}", advice, shared=shared):
+        yield
+
+
+@contextlib.contextmanager
+def new_rows(config: RunConfig) -> Iterator[Path]:
+    """An empty folder that becomes the run's data/ when the block succeeds."""
+    with claimed(config, shared=True), atomic_folder(config.folder / "data", data.ROWS) as aside:
+        yield aside

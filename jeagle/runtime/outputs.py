@@ -1,0 +1,207 @@
+"""How jeagle knows a file or folder that it wrote: it replaces and removes nothing else.
+
+Every writer of `manifest.py` names the kind of its output, so that none can forget the check. Commands ask
+`check_replaceable` once more before they begin, so that a refusal comes before any work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jeagle.errors import UserError
+
+_SIGN_BYTES = 1 << 16  # of a page, in which its sign must stand
+_SHOWN = 3  # names of a message
+_MOMENT = 0.05  # seconds, far longer than two renames take
+
+
+class Output(NamedTuple):
+    """A kind of file or folder that jeagle writes.
+
+    Attributes:
+      what: names it in messages, after "is no", such as "export of jeagle's".
+      folder: whether it is a folder.
+      foreign: why the file or folder at a path, which is not empty, is not of this kind; "" where jeagle wrote it.
+    """
+
+    what: str
+    folder: bool
+    foreign: Callable[[Path], str]
+
+
+def json_file(what: str, *fields: str, any_of: tuple[str, ...] = ()) -> Output:
+    """A JSON object with all of `fields`, and with at least one of `any_of` where that is not empty."""
+
+    def foreign(path: Path) -> str:
+        tree = _parsed(_read(path))
+        return "" if _has(tree, fields, any_of) else f"it is no JSON object with {', '.join((*fields, *any_of))}"
+
+    return Output(what, False, foreign)
+
+
+def jsonl_file(what: str, *fields: str, any_of: tuple[str, ...] = ()) -> Output:
+    """Lines of JSON, of which the first has these fields; a first line that was cut off need only begin with one."""
+
+    def foreign(path: Path) -> str:
+        line = _first_line(path)
+        if _has(_parsed(line), fields, any_of):
+            return ""
+        begins = any(line.startswith(f'{{"{name}"'.encode()) for name in (*fields, *any_of))
+        cut_off = begins and not line.endswith(b"\n")
+        return "" if cut_off else f"its first line is no JSON object with {', '.join((*fields, *any_of))}"
+
+    return Output(what, False, foreign)
+
+
+def signed_file(what: str, *signs: bytes) -> Output:
+    """A file near whose beginning one of these byte strings stands."""
+
+    def foreign(path: Path) -> str:
+        start = _read(path, _SIGN_BYTES)
+        return "" if any(sign in start for sign in signs) else "jeagle's sign is not in it"
+
+    return Output(what, False, foreign)
+
+
+def marked_folder(what: str, mark: str, kind: Output, names: tuple[str, ...]) -> Output:
+    """A folder that holds the file `mark`, of this kind, and nothing but `names`: it is replaced whole.
+
+    An empty `mark`, as a full disk or a power failure leaves it, counts too.
+    """
+
+    def foreign(path: Path) -> str:
+        found = sorted(os.listdir(path))
+        others = [name for name in found if name not in (mark, *names)]
+        if others or mark not in found:
+            return f"it holds {listed(others or found)}"
+        return f"its {mark} is no {kind.what}" if _reason(path / mark, kind) else ""
+
+    return Output(what, True, foreign)
+
+
+def folder_of(what: str, parts: Mapping[str, Output]) -> Output:
+    """A folder that jeagle adds files to and never replaces whole.
+
+    It holds at least one of `parts` (kinds by their path in it) that jeagle wrote, none that it did not write, and
+    whatever else. One in which a writer has only begun is of this kind too.
+    """
+
+    def foreign(path: Path) -> str:
+        there = {name: kind for name, kind in parts.items() if _is_there(path / name)}
+        for name, kind in there.items():
+            if reason := _reason(path / name, kind):
+                return f"its {name} is no {kind.what}: {reason}"
+        found = [name for name in sorted(os.listdir(path)) if not _begun(name)]
+        return "" if any(_is_there(path / name) for name in there) or not found else f"it holds {listed(found)}"
+
+    return Output(what, True, foreign)
+
+
+NEW_FOLDER = Output("empty folder", True, lambda path: f"it holds {listed(sorted(os.listdir(path)))}")
+"""A folder that is made once and never replaced."""
+
+
+def check_replaceable(path: str | Path, kind: Output) -> None:
+    """UserError unless `path` is absent, empty, or of this kind, so that writing there loses nothing of a user's."""
+    path = Path(path)
+    if _reason(path, kind):
+        time.sleep(_MOMENT)  # another writer may just have been replacing it
+    if reason := _reason(path, kind):
+        raise UserError(
+            f"{path} is there already and is no {kind.what} ({reason}): nothing has been changed. "
+            "Give another place, or move it away."
+        )
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise UserError(f"{path} cannot be written, because {above} is not a folder: give another place.")
+
+
+@contextlib.contextmanager
+def parents_made(path: Path, *, keep: bool = True) -> Iterator[None]:
+    """The folders above `path`, made for the block; those that are empty after it go again where it fails.
+
+    Args:
+      keep: leave them where the block succeeds.
+
+    Raises:
+      UserError: where one of them is a file.
+    """
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{path} cannot be written, because {error.filename} is not a folder.") from error
+    succeeded = False
+    try:
+        yield
+        succeeded = True
+    finally:
+        for parent in made if not (succeeded and keep) else ():
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def listed(names: list[str]) -> str:
+    """The first few names, for a message."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _reason(path: Path, kind: Output) -> str:
+    if not os.path.lexists(path):
+        return ""
+    try:
+        if kind.folder:
+            if not path.is_dir():
+                return "it is a file, where a folder belongs"
+            return kind.foreign(path) if any(path.iterdir()) else ""
+        if not path.is_file():
+            return "it is a folder" if path.is_dir() else "it is no ordinary file"
+        return kind.foreign(path) if path.stat().st_size else ""
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}" if os.path.lexists(path) else ""  # another writer moved it
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something lies there that is not empty: an empty folder or file says nothing of who made it."""
+    if path.is_dir():
+        return any(path.iterdir())
+    return os.path.lexists(path) and not (path.is_file() and not path.stat().st_size)
+
+
+def _begun(name: str) -> bool:
+    """Whether it is what a writer leaves behind, or has there while it works."""
+    return name.startswith(".") and name.endswith((".partial", ".lock"))
+
+
+def _read(path: Path, size: int = -1) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+def _first_line(path: Path) -> bytes:
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        try:
+            return file.readline()
+        except (EOFError, OSError):  # not compressed, or cut off
+            return b""
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, UnicodeDecodeError):
+        return None
+
+
+def _has(tree: Any, fields: tuple[str, ...], any_of: tuple[str, ...]) -> bool:
+    if not isinstance(tree, dict) or not all(name in tree for name in fields):
+        return False
+    return not any_of or any(name in tree for name in any_of)
