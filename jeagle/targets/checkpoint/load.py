@@ -122,11 +122,11 @@ def _load(reader: ParameterReader, layout: ParameterLayout, report: Callable[[in
         report(len(layout.layers))
         return parts
     stacks: tuple[jax.Array, ...] = ()
-    for place, layer in enumerate(layout.layers):
+    for i, layer in enumerate(layout.layers):
         parts = _read(reader, layout, (layer,), False)
-        report(place + 1)
+        report(i + 1)
         stacks = stacks or tuple(empty_stack(len(layout.layers), part) for part in parts)
-        stacks = tuple(put_in_stack(stack, place, part) for stack, part in zip(stacks, parts, strict=True))
+        stacks = tuple(put_in_stack(stack, i, part) for stack, part in zip(stacks, parts, strict=True))
     return stacks
 
 

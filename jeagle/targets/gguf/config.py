@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from jeagle.errors import UserError
+from jeagle.interfaces import Rope
+from jeagle.layers.rope import attention_factor, inverse_frequencies
 from jeagle.targets.gguf.families import FAMILIES
 from jeagle.targets.gguf.metadata import Metadata
 from jeagle.targets.gguf.reader import GgufFile
@@ -100,11 +102,9 @@ def _llama3(value: Metadata, rotated: int) -> dict[str, Any]:
     """The scaling that gives the file's divisors of each pair's frequency; UserError if Llama 3's does not."""
     divisors = np.asarray(value.vector("rope_freqs.weight"))
     scaling = {"rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}
-    low, high, original = _LLAMA3.values()
-    base = value("rope.freq_base", 10000.0)
-    wavelength = 2 * math.pi * base ** (np.arange(0, rotated, 2) / rotated)
-    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
-    expected = 1.0 / ((1 - smooth) / scaling["factor"] + smooth)
+    theta = value("rope.freq_base", 10000.0)
+    scaled = inverse_frequencies(Rope(theta, tuple(scaling.items())), rotated)
+    expected = inverse_frequencies(Rope(theta), rotated) / scaled
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise UserError(
             f"The target {value.path} divides its rotary frequencies (rope_freqs.weight) in another way than Llama "
@@ -123,7 +123,7 @@ def _longrope(value: Metadata) -> dict[str, Any]:
         "short_factor": value.vector("rope_factors_short.weight"),
         "long_factor": value.vector("rope_factors_long.weight"),
     }
-    ratio = longest / original
-    usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    lengths = {"factor": longest / original, "original_max_position_embeddings": original}
+    usual = attention_factor(Rope(value("rope.freq_base", 10000.0), tuple((scaling | lengths).items())))
     stated = value("rope.scaling.attn_factor", usual)
     return scaling if math.isclose(stated, usual, rel_tol=1e-4) else scaling | {"attention_factor": stated}

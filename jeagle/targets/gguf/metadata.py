@@ -70,7 +70,7 @@ class Metadata:
             if name.startswith(prefix) and name not in known and value not in (0, False):
                 shown = value[:4] if isinstance(value, list) else value
                 raise UserError(
-                    f"The target {self.path} has the metadata {name} = {shown}, which jeagle does not honour for this "
+                    f"The target {self.path} has the metadata {name} = {shown}, which jeagle does not support for this "
                     "architecture: give the model's safetensors folder instead."
                 )
 

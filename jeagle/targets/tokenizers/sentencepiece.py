@@ -2,7 +2,7 @@
 
 transformers has a converter too, but its ids differ from sentencepiece's, as at spaces that start a text: of the 329
 texts in tests/targets/tokenizers/test_sentencepiece.py they differ in 44 for a Llama-like BPE vocabulary, and in 4 to
-248 for the other kinds with the tokenizer's own class.
+248 for the other kinds.
 """
 
 from __future__ import annotations

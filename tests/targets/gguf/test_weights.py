@@ -111,7 +111,7 @@ def finish(writer: gguf.GGUFWriter) -> None:
 
 def test_unsupported_metadata_is_named(tmp_path: Path):
     finish(tiny_llama(tmp_path / "a.gguf", **{"attention.clamp_kqv": 8}))
-    with pytest.raises(UserError, match=r"llama\.attention\.clamp_kqv = 8, which jeagle does not honour"):
+    with pytest.raises(UserError, match=r"llama\.attention\.clamp_kqv = 8, which jeagle does not support"):
         open_weights(resolve(str(tmp_path / "a.gguf")))
 
 

@@ -77,7 +77,7 @@ def test_answers_are_those_of_a_loop_over_full_forwards(case, sampling):
         key = jax.random.fold_in(jax.random.key(SEED), i)
         keys = jnp.stack([jax.random.fold_in(key, place) for place in range(len(tokens))])
         here = logits[i, len(prompt) - 1 :][: len(tokens)]
-        assert tokens == np.asarray(sample_tokens(here, keys, sampling)).tolist()
+        assert tokens == np.asarray(sample_tokens(jnp.asarray(here), keys, sampling)).tolist()
         ended = tokens[-1] == END
         assert found[i].finish_reason == ("stop" if ended else "length") and END not in tokens[:-1]
         assert ended or len(tokens) == limits[i]
@@ -187,7 +187,7 @@ def test_eligible_tokens_equal_a_reference(top_p, top_k):
     logits = rng.standard_normal((20, 100)).astype(np.float32) * 3
     logits[:5] = np.round(logits[:5])  # ties: the lower id comes first
     np.testing.assert_array_equal(
-        np.asarray(eligible_tokens(logits, top_p, top_k)), reference_cut(logits, top_p, top_k)
+        np.asarray(eligible_tokens(jnp.asarray(logits), top_p, top_k)), reference_cut(logits, top_p, top_k)
     )
 
 
