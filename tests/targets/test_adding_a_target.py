@@ -1,4 +1,4 @@
-"""docs/adding_a_target.md: its family is run as it stands, against a forward pass written out in float64."""
+"""The family in docs/adding_a_target.md runs as it is, and gives the numbers of a forward pass in float64."""
 
 from __future__ import annotations
 

