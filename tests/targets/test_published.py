@@ -1,7 +1,7 @@
 """Every key of published models' config.json is either supported or refused; none is ignored without being read.
 
-published.json has the keys of published models, and the number of parameters where a model's card or files state one for
-the text part alone. The goldens have the same spellings in tiny models, with numbers.
+published.json has the keys of published models, and the number of parameters where a model's card or files state one
+for the text part alone. The goldens have the same spellings in tiny models, with numbers.
 """
 
 from __future__ import annotations
