@@ -176,7 +176,8 @@ def _share(chats: list) -> tuple[float, int, int]:
 
 def whole(tokenizer: Any, count: int, scratch: Path | None, *, short: bool) -> dict[str, Any]:
     """A jsonl file to rows on disk."""
-    from jeagle.data import Rules, Shape, build, parse_source
+    from jeagle.config import DataConfig
+    from jeagle.data import parse_source, prepare_rows
 
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         source, out = Path(folder) / "chats.jsonl", Path(folder) / "data"
@@ -186,8 +187,9 @@ def whole(tokenizer: Any, count: int, scratch: Path | None, *, short: bool) -> d
                 file.write(json.dumps({"messages": chat}) + "\n")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         begun, used = time.perf_counter(), time.process_time()
-        shape = Shape(row_length=2048, vocab=len(tokenizer), held_out=0.02)
-        made = build(parse_source(str(source)), tokenizer, Rules((tokenizer.eos_token_id,)), shape, out)
+        ends, vocab = (tokenizer.eos_token_id,), len(tokenizer)
+        config = DataConfig(row_length=2048, held_out=0.02)
+        made = prepare_rows(parse_source(str(source)), tokenizer, config, out, end_token_ids=ends, vocab=vocab)
         seconds, cpu = time.perf_counter() - begun, time.process_time() - used
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tokens, rows = (sum(made[side][what] for side in ("train", "held_out")) for what in ("tokens", "rows"))

@@ -42,43 +42,45 @@ def rows(count: int, share: float) -> Batch:
 
 
 FORMS = {
-    "bfloat16": features.Form("bfloat16", "bfloat16"),
-    "int8": features.Form("int8", "int8"),  # fp8 takes the same bytes
-    "int8, top 16": features.Form("int8", top_k=16),
-    "int8, top 64": features.Form("int8", top_k=64),
-    "int8, top 256": features.Form("int8", top_k=256),
+    "bfloat16": features.StoreFormat("bfloat16", "bfloat16"),
+    "int8": features.StoreFormat("int8", "int8"),  # fp8 takes the same bytes
+    "int8, top 16": features.StoreFormat("int8", top_k=16),
+    "int8, top 64": features.StoreFormat("int8", top_k=64),
+    "int8, top 256": features.StoreFormat("int8", top_k=256),
 }
 
 
-def stored(batch: Batch, form: features.Form, hidden: int) -> features.Stored:
+def stored(batch: Batch, form: features.StoreFormat, hidden: int) -> features.StoredFeatures:
     """Random bytes of the right types."""
     near = align.near_supervised(batch, xp=np)
 
-    def one(kind: str, *shape: int) -> features.Scaled:
+    def one(kind: str, *shape: int) -> features.ScaledVectors:
         raw = RNG.integers(0, 200, (*near.shape, *shape, DTYPES[kind].itemsize), dtype=np.uint8)
         values = raw.view(DTYPES[kind])[..., 0]
         if kind not in LARGEST:
-            return features.Scaled(values)
-        return features.Scaled(values, np.ones(values.shape[:-1], np.float32), np.ones((len(near), *shape), np.float32))
+            return features.ScaledVectors(values)
+        return features.ScaledVectors(
+            values, np.ones(values.shape[:-1], np.float32), np.ones((len(near), *shape), np.float32)
+        )
 
     full, ones = (*near.shape, form.top_k), np.ones(near.shape, np.float32)
     top = TopK(RNG.integers(0, 50_000, full, dtype=np.int32), np.ones(full, features.LOG_PROBS), ones)
     teacher = top if form.top_k else one(form.last, hidden)
-    return features.Stored(one(form.aux, AUX_LAYERS, hidden), teacher, np.ones(near.shape, np.int32), ones)
+    return features.StoredFeatures(one(form.aux, AUX_LAYERS, hidden), teacher, np.ones(near.shape, np.int32), ones)
 
 
-def write(folder: Path, form: features.Form, hidden: int, count: int, share: float, each: int) -> features.Store:
+def write(folder: Path, form: features.StoreFormat, hidden: int, count: int, share: float, each: int) -> features.Store:
     """A store of `count` rows, `each` of them a segment."""
-    about = {"format": 1, "made_from": {"arrays": form.described()}, "splits": {"train": {"rows": count}}}
+    about = {"made_from": {"arrays": form.to_json()}, "splits": {"train": {"rows": count}}}
     writer = features.Writer(
-        features.Place(folder), about | {"layout": {"rows_per_segment": each, "row_length": LENGTH}, "command": ""}
+        features.Storage(folder), about | {"layout": {"rows_per_segment": each, "row_length": LENGTH}, "command": ""}
     )
     channels = {"taps_channel": np.ones((AUX_LAYERS, hidden), np.float32), "last_channel": np.ones(hidden, np.float32)}
     writer.commit_tables(lambda: channels)
-    units = features.units_of({"train": count}, each)
+    units = features.work_units({"train": count}, each)
     while taken := writer.take(units):
         batch = rows(len(taken[0].rows), share)
-        writer.commit(taken[0], features.ragged(batch, stored(batch, form, hidden)), LENGTH // 8)
+        writer.commit(taken[0], features.ragged_rows(batch, stored(batch, form, hidden)), LENGTH // 8)
     writer.finish()
     return features.Store(str(folder))
 
@@ -95,7 +97,9 @@ def bytes_per_token(folder: Path) -> list[dict[str, Any]]:
             for share in (1.0, 0.35):
                 store = write(folder / "one", form, hidden, count, share, count)
                 segment = next(s for s in store.segments if s.split)
-                size = sum(store.place.sizes(segment.folder).values()) / (LENGTH * count)
+                size = sum(p.stat().st_size for p in (folder / "one" / segment.folder).rglob("*") if p.is_file()) / (
+                    LENGTH * count
+                )
                 row = {"shape": name, "mode": mode, "supervised": share, "bytes": round(size, 1), "peers": theirs}
                 found.append(row | {"of_peers": round(size / theirs, 4)})
                 shutil.rmtree(folder / "one")

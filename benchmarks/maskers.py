@@ -15,18 +15,18 @@ Masks = Callable[[list], tuple[int, int]]
 
 
 def jeagle_masks(tokenizer: Any) -> Masks:
-    from jeagle.data import Rules
-    from jeagle.data.build import RENDERING
-    from jeagle.data.conversations import Conversation
-    from jeagle.data.render import Renderer
+    from jeagle.config import DataConfig
+    from jeagle.data.chat.render import Renderer
+    from jeagle.data.preparation import RENDERING_THREADS
+    from jeagle.data.sources.conversations import Conversation
     from jeagle.runtime.ahead import read_ahead
 
-    renderer = Renderer(tokenizer, Rules((tokenizer.eos_token_id,)))
+    renderer = Renderer(tokenizer, DataConfig(), (tokenizer.eos_token_id,))
 
     def masks(chats: list) -> tuple[int, int]:
         tokens = learnt = 0
         chunks = ([Conversation("", tuple(c)) for c in chats[i : i + 128]] for i in range(0, len(chats), 128))
-        for found in read_ahead(chunks, renderer, threads=RENDERING, depth=RENDERING + 1):
+        for found in read_ahead(chunks, renderer, threads=RENDERING_THREADS, depth=RENDERING_THREADS + 1):
             for documents in found:
                 tokens += sum(len(d.ids) for d in documents)
                 learnt += sum(int(d.supervised.sum()) for d in documents)

@@ -40,7 +40,7 @@ from benchmarks.works import Work
 from jeagle.config import DraftConfig, MeshConfig, RunConfig, TargetConfig, TrainConfig
 from jeagle.drafts import attention_backend
 from jeagle.errors import UserError
-from jeagle.features import Stored
+from jeagle.features import StoredFeatures
 from jeagle.runtime.chips import all_devices_flops
 from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.flops import count_flops
@@ -53,7 +53,9 @@ TOKENS = 16384  # of a step
 TRACED = 3  # steps of a profile
 
 
-def measure(step: WholeStep, work: Work, kept: Stored | None, seconds: float, folder: Path | None) -> dict[str, Any]:
+def measure(
+    step: WholeStep, work: Work, kept: StoredFeatures | None, seconds: float, folder: Path | None
+) -> dict[str, Any]:
     """Compiles the step for the work's rows, runs it, and tells what it costs.
 
     Args:

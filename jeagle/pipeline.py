@@ -26,10 +26,10 @@ from jeagle import flags as configs
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.export import export
-from jeagle.regenerate import Arguments as RegenerateArguments
 from jeagle.regenerate import regenerate
 from jeagle.report import mean_logged, summary_lines, write_report
 from jeagle.run import acceptance, assemble
+from jeagle.run.answers import RegenerateArguments
 from jeagle.run.claim import claimed
 from jeagle.run.dataset import describe, prepare
 from jeagle.run.draft_init import EMBEDDING_FILE, draft_spec

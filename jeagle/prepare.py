@@ -1,4 +1,4 @@
-"""`python -m jeagle.prepare --config FILE`: conversations -> packed rows and a draft vocabulary."""
+"""`python -m jeagle.prepare --config FILE` turns conversations into packed rows and a draft vocabulary."""
 
 from __future__ import annotations
 

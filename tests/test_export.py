@@ -88,7 +88,7 @@ def test_an_export_that_would_replace_something_else_is_refused(imported, tmp_pa
 
 def test_a_copy_in_object_storage_is_exported_as_the_run_is(imported, tmp_path, bucket):
     url = f"{bucket}/runs/draft"
-    copy = features.Place(url)
+    copy = features.Storage(url)
     for path in imported[0].rglob("*"):
         if path.is_file():
             copy.write(str(path.relative_to(imported[0])), path.read_bytes())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from jeagle import flags as configs
 from jeagle import preview
-from jeagle.data import load_rows
+from jeagle.data import describe_statistics, load_rows
 from jeagle.errors import UserError
 from jeagle.run import dataset
 from tests import tiny
@@ -34,7 +35,7 @@ def shown(run, capsys, *arguments) -> str:
     return capsys.readouterr().out
 
 
-def test_every_learnt_token_is_between_the_marks_and_no_other_is(run, capsys):
+def test_exactly_the_supervised_tokens_are_marked(run, capsys):
     out = shown(run, capsys, "--rows", "1000")
     rows, texts = load_rows(run / "data" / "train"), preview.open_rows(run / "data", "train")[1]
     wanted = []
@@ -48,7 +49,7 @@ def test_every_learnt_token_is_between_the_marks_and_no_other_is(run, capsys):
     assert out.count("── document") == int(rows.segments_BT.max(axis=1).sum())
 
 
-def test_control_characters_do_not_reach_the_terminal_nor_markup_the_page(run, capsys, tmp_path):
+def test_control_characters_and_markup_are_escaped(run, capsys, tmp_path):
     assert "\x1b" not in shown(run, capsys, "--rows", "1000") + shown(
         run, capsys, "--rows", "1000", "--part", "held_out"
     )
@@ -59,27 +60,40 @@ def test_control_characters_do_not_reach_the_terminal_nor_markup_the_page(run, c
     assert "&lt;script&gt;" in re.sub("</?span[^>]*>", "", page + (tmp_path / "held.html").read_text())
 
 
-def test_figures_are_those_of_the_rows(run, capsys):
+def test_the_statistics_are_those_of_the_rows(run, capsys):
     out = shown(run, capsys, "--rows", "0")
     rows = load_rows(run / "data" / "train")
     tokens, learnt = int((rows.segments_BT > 0).sum()), int(rows.supervised_BT.sum())
-    assert f"{tokens:,}, {learnt / tokens:.1%} of them learnt" in out
-    assert "61 rows: 1 duplicates, 0 set aside" in out and "0.0% known to be" in out
-    assert "nearly duplicates       0, 0 left out, 0 held out and like" in out
+    assert f"{tokens:,}, of which {learnt / tokens:.1%} are supervised" in out
+    assert "61 rows: 1 duplicates, 0 rejected" in out and "0.0% are known to be" in out
+    assert "near-duplicates         0, 0 dropped, 0 held out and like" in out
+
+
+def test_rejected_rows_of_an_older_version_are_shown(run, capsys, tmp_path):
+    """Older versions called them set_aside."""
+    folder = shutil.copytree(run / "data", tmp_path / "data")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["statistics"]["rejected"]
+    manifest["statistics"]["set_aside"] = {"the line is not valid JSON": 3}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "rejected.jsonl").rename(folder / "set_aside.jsonl")
+    assert "1 duplicates, 3 rejected" in shown(tmp_path, capsys, "--rows", "0")
+    described = describe_statistics(manifest["statistics"] | manifest["vocabulary"], folder)
+    assert any(line.startswith("rejected: 3 x") and "set_aside.jsonl lists" in line for line in described)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [(["--part", "tests"], "--part is train or held_out"), (["--start", "5000"], "there is no row 5000")],
 )
-def test_what_is_not_there_is_one_sentence(run, arguments, said):
-    with pytest.raises(UserError, match=said):
+def test_rows_that_do_not_exist_are_a_user_error(run, arguments, message):
+    with pytest.raises(UserError, match=message):
         preview.main([str(run), *arguments])
     with pytest.raises(UserError, match="no prepared data"):
         preview.main([str(run.parent)])
 
 
-def test_long_texts_and_spread_characters_are_whole(run):
+def test_long_texts_and_characters_of_several_tokens_are_complete(run):
     from tokenizers import Tokenizer
 
     _, texts = preview.open_rows(run / "data", "train")

@@ -10,7 +10,7 @@ import pytest
 from jeagle.data import read_prompts
 from jeagle.errors import UserError
 from jeagle.regenerate import regenerate
-from jeagle.run.answers import Arguments, stops_at
+from jeagle.run.answers import RegenerateArguments, stop_finder
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def arguments(folder, out: str, **settings) -> Arguments:
-    return Arguments(str(folder / "target"), folder / out, max_new_tokens=12, dtype="float32", **settings)
+def arguments(folder, out: str, **settings) -> RegenerateArguments:
+    return RegenerateArguments(str(folder / "target"), folder / out, max_new_tokens=12, dtype="float32", **settings)
 
 
 def answers(folder, out: str, prompts=slice(None), **settings) -> dict[str, str]:
@@ -73,7 +73,7 @@ def test_an_unfinished_file_of_other_settings_is_refused_by_name(folder):
     assert not (folder / "partial.jsonl.partial").exists()
 
 
-def test_stop_texts_end_an_answer_and_are_left_out(folder):
+def test_stop_texts_end_an_answer_and_are_removed(folder):
     free = answers(folder, "free.jsonl")
     prompt, text = max(free.items(), key=lambda item: len(item[1]))
     stop = text[4:7]
@@ -82,16 +82,16 @@ def test_stop_texts_end_an_answer_and_are_left_out(folder):
     assert all(cut[i] == free[i].partition(stop)[0] for i in free)
 
 
-def test_stops_name_the_first_token_that_completes_a_text():
+def test_the_first_token_that_completes_a_stop_text_is_found():
     class Letters:
         def decode(self, tokens):
             return "".join(chr(t) for t in tokens)
 
-    stops = stops_at(Letters(), ["cd", "x"])
+    stops = stop_finder(Letters(), ["cd", "x"])
     assert [stops([ord(c) for c in text]) for text in ("abc", "abcd", "abcdex", "axcd", "")] == [None, 4, 4, 2, None]
 
 
-@pytest.mark.parametrize(("settings", "said"), [({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p")])
-def test_settings_that_cannot_be_are_refused(folder, settings, said):
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize(("settings", "message"), [({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p")])
+def test_invalid_settings_are_refused(folder, settings, message):
+    with pytest.raises(UserError, match=message):
         answers(folder, "wrong.jsonl", **settings)

@@ -11,11 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jeagle import regenerate, targets
-from jeagle.data import read_conversations, requests, turns_of
+from jeagle.data import collect_prompts, prompt_requests
 from jeagle.errors import UserError
-from jeagle.run.answers import Arguments, Opened
+from jeagle.run.answers import RegenerateArguments, target_loader
 from tests import tiny
-from tests.data.test_server import Fake
+from tests.data.helpers import read_conversations
+from tests.data.regeneration.test_openai_client import Fake
 
 pytestmark = pytest.mark.usefixtures("one_device")
 ASKED = "People sent these messages"
@@ -31,15 +32,17 @@ def write(text: str) -> str:
     return "<think>hm</think>" * (digest[2] % 2) + '"' + " ".join(f"w{b}" for b in digest) + '"'
 
 
-def arguments(folder, url: str, **settings) -> Arguments:
-    return Arguments("m", folder / "out.jsonl", server=url, **{"self_instruct": 60, "concurrency": 8} | settings)
+def arguments(folder, url: str, **settings) -> RegenerateArguments:
+    return RegenerateArguments(
+        "m", folder / "out.jsonl", server=url, **{"self_instruct": 60, "concurrency": 8} | settings
+    )
 
 
-def run(args: Arguments) -> list[dict]:
+def run(args: RegenerateArguments) -> list[dict]:
     return regenerate.regenerate(args, regenerate.self_instructed(args))
 
 
-def test_every_prompt_is_unlike_the_others_and_answered_once(tmp_path, capsys):
+def test_every_prompt_is_different_and_is_answered_once(tmp_path, capsys):
     with Fake(say=write) as fake:
         rows = run(arguments(tmp_path, fake.url))
     prompts = [row["messages"][0]["content"] for row in rows]
@@ -49,11 +52,11 @@ def test_every_prompt_is_unlike_the_others_and_answered_once(tmp_path, capsys):
     assert max(fake.asked.values()) == 1
     metrics = json.loads((tmp_path / "out.jsonl.variety.json").read_text())
     assert metrics["kept"] == 60 and metrics["near_duplicates"] + metrics["repeated"] >= 8
-    assert "60 prompts written; left out:" in capsys.readouterr().out and metrics["nearest_mean"] < 0.5
+    assert "60 prompts written; dropped:" in capsys.readouterr().out and metrics["nearest_mean"] < 0.5
     assert len(read_conversations(str(tmp_path / "out.jsonl")).conversations) == 60
 
 
-def test_what_is_kept_does_not_depend_on_haste_or_on_where_it_was_stopped(tmp_path):
+def test_the_prompts_do_not_depend_on_concurrency_or_interruptions(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with Fake(say=write) as fake:
@@ -85,28 +88,27 @@ def _turn_rows(folder) -> list[str]:
     return (folder / "out.jsonl.turns.jsonl").read_text().splitlines()
 
 
-def _impatient(args: Arguments) -> list[dict]:
+def _impatient(args: RegenerateArguments) -> list[dict]:
     """`run`, but a prompt is given up at once."""
-    from jeagle.data import openai_client
+    from jeagle.data import AnswerServer
 
-    real = openai_client.Server
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jeagle.data.Server", lambda *a, **k: dataclasses.replace(real(*a, **k), retries=0))
+        patch.setattr("jeagle.data.AnswerServer", lambda *a, **k: dataclasses.replace(AnswerServer(*a, **k), retries=0))
         return run(args)
 
 
-def test_more_are_the_first_ones_and_further_ones(tmp_path):
+def test_a_larger_number_adds_to_the_first_prompts(tmp_path):
     with Fake(say=write) as fake:
         first = run(arguments(tmp_path, fake.url, self_instruct=20))
     with Fake(say=write) as fake:
         more = run(arguments(tmp_path, fake.url, self_instruct=50))
     assert {row["id"] for row in first} < {row["id"] for row in more} and len(more) == 50
     assert not any(text in {row["messages"][0]["content"] for row in first} for text in fake.asked)
-    assert requests(40, 3)[:20] == requests(20, 3)
-    assert requests(20, 3)[0]["messages"] != requests(20, 4)[0]["messages"]
+    assert prompt_requests(40, 3)[:20] == prompt_requests(20, 3)
+    assert prompt_requests(20, 3)[0]["messages"] != prompt_requests(20, 4)[0]["messages"]
 
 
-def test_a_target_that_repeats_itself_is_told_and_one_that_says_nothing_is_an_error(tmp_path, capsys):
+def test_a_target_that_repeats_itself_gives_a_warning_and_an_empty_one_an_error(tmp_path, capsys):
     with Fake(say=lambda text: "What is the time in Lima?") as fake:
         assert len(run(arguments(tmp_path, fake.url, self_instruct=5))) == 1
     assert "repeats itself: 1 of 5 prompts" in capsys.readouterr().out
@@ -117,14 +119,14 @@ def test_a_target_that_repeats_itself_is_told_and_one_that_says_nothing_is_an_er
         run(arguments(tmp_path, fake.url, self_instruct=5, seed=1))
 
 
-def test_turns_that_were_cut_off_or_shown_are_not_used():
-    shown = requests(1, 0)[0]["messages"][0]["content"].split("\n- ")[1].split("\n")[0]
+def test_prompts_that_were_cut_off_or_shown_are_not_used():
+    shown = prompt_requests(1, 0)[0]["messages"][0]["content"].split("\n- ")[1].split("\n")[0]
     said = [("What is a comet made of, and where does it come from?", "length"), (shown, "stop"), ("x" * 5000, "stop")]
     rows = [
         {"messages": [{"role": "assistant", "content": text}], "finish_reason": why, "category": "stem"}
         for text, why in said
     ]
-    turns = turns_of(rows, 9)
+    turns = collect_prompts(rows, 9)
     assert (turns.prompts, turns.unusable, turns.repeated) == ([], 2, 1)
 
 
@@ -133,14 +135,14 @@ def test_a_target_writes_its_own_prompts_and_is_loaded_once(tmp_path, monkeypatc
     weights = load_file(tmp_path / "target" / "model.safetensors")
     weights["lm_head.weight"][2:] *= 0.3  # so that it says its end token now and then
     save_file(weights, tmp_path / "target" / "model.safetensors")
-    args = Arguments(
+    args = RegenerateArguments(
         str(tmp_path / "target"), tmp_path / "out.jsonl", dtype="float32", self_instruct=3, turn_tokens=24, batch=16
     )
     loads, real = [], targets.load_target
     monkeypatch.setattr(targets, "load_target", lambda *a, **k: (loads.append(1), real(*a, **k))[1])
 
     def both(args):
-        opened = Opened(args)
+        opened = target_loader(args)
         return regenerate.regenerate(args, regenerate.self_instructed(args, opened), opened)
 
     whole = both(dataclasses.replace(args, max_new_tokens=8))

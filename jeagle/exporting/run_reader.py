@@ -97,7 +97,7 @@ def _files(checkpoint: str) -> Iterator[tuple[Path, Spec, str]]:
         folder = assemble.run_folder(checkpoint)
         yield folder, local(folder / "checkpoints"), str(folder)
         return
-    place = features.Place(checkpoint)
+    place = features.Storage(checkpoint)
     with tempfile.TemporaryDirectory(prefix="jeagle-") as made:
         for name in _SMALL:
             try:

@@ -1,4 +1,4 @@
-"""Whether a store says what its target says: against the target where its weights are at hand, and against itself."""
+"""Whether a store agrees with itself and, where the target's weights are on this machine, with the target."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
 
 from jeagle import align, features, targets
 from jeagle.config import RunConfig
@@ -20,55 +21,53 @@ from jeagle.runtime import distributed
 from jeagle.runtime.mesh import logical_sharding, replicated
 from jeagle.targets import TargetFiles, TargetSpec
 
-_LEAST_AGREE = {"bfloat16": 0.99, "float32": 0.99, "fp8": 0.85, "int8": 0.9}  # of argmaxes, by how `last` is kept
-_MOST_MOVED = 0.05  # mass that may lie elsewhere in what is kept of a distribution
-_MOST_OFF = {"bfloat16": 0.02, "float32": 0.02, "fp8": 0.1, "int8": 0.1}  # relative error of taps, by how they are kept
+# The limits, by the type that the store has.
+_LEAST_ARGMAX = {"bfloat16": 0.99, "float32": 0.99, "fp8": 0.85, "int8": 0.9}  # share of equal argmaxes
+_MOST_AUX_ERROR = {"bfloat16": 0.02, "float32": 0.02, "fp8": 0.1, "int8": 0.1}  # relative
+_MOST_MOVED = 0.05  # probability mass of a truncated teacher that may lie on other tokens than the target's
 
 
-def recheck(
-    config: RunConfig, mixture: features.Mixture, mesh: Mesh, loaded: assemble.LoadedTarget | None = None
+def check_stores(
+    config: RunConfig, stores: features.StoreSet, mesh: Mesh, loaded: assemble.LoadedTarget | None = None
 ) -> None:
-    """Whether each store agrees with itself, and, where the target's weights are at hand, with the target.
+    """Checks each store against itself and, where the target's weights are on this machine, against the target.
 
     Args:
       loaded: the target, where it is in memory already.
 
     Raises:
-      UserError: for a store that does not.
+      UserError: for a store that contradicts itself or the target.
     """
-    for store in mixture.stores:
+    for store in stores.members:
         made = store.about["made_from"]
-        if not any(store.present(split) for split in ("train", "held_out")):
-            continue  # nothing of it will be read
-        spec = spec_of(store.about, made["target"]["family"])
-        tables = stored_tables(store, np.arange(spec.vocab), mesh)
-        agree = check_teacher(store, tables, spec.logits)
-        given = "the likeliest stored tokens are" if store.form.top_k else "stored states give"
-        said = f"features: {store}: {given} the stored argmax at {agree:.1%} of sampled positions"
-        if config.store.check_rows and (loaded or at_hand(config.target.ref)) and store.present("train"):
-            said += f"; {_recomputed(config, store, mesh, loaded)}"
+        if not any(store.present(split) for split in features.SPLITS):
+            continue  # none of it will be read
+        spec = stored_target_spec(store.about, made["target"]["family"])
+        share = check_stored_argmax(store, stored_tables(store, np.arange(spec.vocab), mesh), spec.logits)
+        what = "the likeliest stored tokens are" if store.format.top_k else "stored states give"
+        line = f"features: {store}: {what} the stored argmax at {share:.1%} of sampled positions"
+        if config.store.check_rows and (loaded or local_target_files(config.target.ref)) and store.present("train"):
+            line += f"; {_comparison(config, store, mesh, loaded)}"
         if distributed.is_leader():
-            print(said, flush=True)
+            print(line, flush=True)
 
 
-def _recomputed(config: RunConfig, store: features.Store, mesh: Mesh, loaded: assemble.LoadedTarget | None) -> str:
+def _comparison(config: RunConfig, store: features.Store, mesh: Mesh, loaded: assemble.LoadedTarget | None) -> str:
     try:
         loaded = loaded or assemble.load_target(config, mesh)
     except UserError as error:
-        return f"not compared with the target ({error})"
-    count = -(-config.store.check_rows // jax.local_device_count()) * jax.local_device_count()
-    rows = _spread(store.present("train"), count)
-    found = compare(store, "train", rows, fresh_capture(store, loaded.target, mesh))
-    check_agreement(store, found)
-    return f"the target's argmax is the stored one at {found.argmax:.1%} of {found.positions}"
+        return f"it was not compared with the target ({error})"
+    agreement = compare_with_target(store, "train", config.store.check_rows, loaded.target, mesh)
+    return f"the target's argmax is the stored one at {agreement.argmax:.1%} of {agreement.positions}"
 
 
-def _spread(rows: list[int], count: int) -> list[int]:
-    return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, count)]
+def evenly_spaced(numbers: list[int], count: int) -> list[int]:
+    """`count` of these numbers, evenly apart, with repetitions where there are fewer."""
+    return [numbers[int(i)] for i in np.linspace(0, len(numbers) - 1, count)]
 
 
-def at_hand(reference: str) -> TargetFiles | None:
-    """The target's files where its weights lie in a local path; nothing is downloaded."""
+def local_target_files(reference: str) -> TargetFiles | None:
+    """The target's files where `reference` is a local path with weights; None otherwise. Nothing is downloaded."""
     if not reference or not Path(reference).expanduser().exists():
         return None
     try:
@@ -77,39 +76,48 @@ def at_hand(reference: str) -> TargetFiles | None:
         return None  # a folder with a tokenizer and no weights
 
 
-def spec_of(about: dict[str, Any], family: str) -> TargetSpec:
-    """The target's spec from the configuration that the store keeps."""
+def stored_target_spec(about: dict[str, Any], family: str) -> TargetSpec:
+    """The target's spec, from the configuration in store.json.
+
+    Args:
+      family: --target.family, the description of a model of the user's own; empty for the one of its architecture.
+    """
     return targets.read_spec(about["target_config"], targets.own_family(family) if family else None)
 
 
-def stored_tables(store: features.Store, draft_to_target_D: np.ndarray, mesh: Mesh) -> Tables:
-    """The frozen rows of a store, each process reading those of its own devices."""
-    vocab, width = store.shape("embed")
+def stored_tables(store: features.Store, draft_to_target_D: Int[np.ndarray, " D"], mesh: Mesh) -> Tables:
+    """The frozen rows in a store, embedding [V, H] and head [D, H], on the mesh; a process reads those of its devices.
 
-    def laid_out(name: str, rows: np.ndarray | None) -> jax.Array:
+    Args:
+      draft_to_target_D: the token id of each entry of the draft vocabulary.
+    """
+    vocab, width = store.table_shape("embed")
+
+    def on_mesh(name: str, rows: np.ndarray | None) -> jax.Array:
         shape = (vocab if rows is None else len(rows), width)
-        place = NamedSharding(mesh, logical_sharding(("vocab", "width"), shape, mesh))
+        sharding = NamedSharding(mesh, logical_sharding(("vocab", "width"), shape, mesh))
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             if rows is None:
-                return store.part(name, index)
-            return store.part(name, (slice(None), index[1]))[rows[index[0]]]
+                return store.table(name, index)
+            return store.table(name, (slice(None), index[1]))[rows[index[0]]]
 
-        return jax.make_array_from_callback(shape, place, read)
+        return jax.make_array_from_callback(shape, sharding, read)
 
-    head = "head" if store.shape("head") else "embed"  # absent where the target ties them
+    head = "head" if store.table_shape("head") else "embed"  # absent where the target ties them
     ids = jax.device_put(np.asarray(draft_to_target_D, np.int32), replicated(mesh))
-    return Tables(laid_out("embed", None), laid_out(head, np.asarray(draft_to_target_D)), ids)
+    return Tables(on_mesh("embed", None), on_mesh(head, np.asarray(draft_to_target_D)), ids)
 
 
 class Agreement(NamedTuple):
     """How a store's rows compare with the target's.
 
     Attributes:
-      positions: compared. argmax: share of positions whose stored argmax is the target's.
-      taps_off: |stored - target| over |target|, the median over positions and the worst tap.
-      moved: mass that a truncated teacher gives to tokens beyond what the target gives them, the mean over positions;
-        0 where states are kept.
+      positions: how many were compared.
+      argmax: the share of positions whose stored argmax is the target's.
+      aux_error: |stored - target| / |target| of the aux hidden states: the median over positions of the worst layer.
+      moved: the probability mass that a truncated teacher gives to tokens beyond what the target gives them, the mean
+        over positions; 0 where hidden states are stored.
     """
 
     positions: int
@@ -118,98 +126,108 @@ class Agreement(NamedTuple):
     moved: float = 0.0
 
 
-def fresh_capture(store: features.Store, target: targets.Target, mesh: Mesh) -> Capture:
-    """The target as `compare` needs it for this store."""
-    form = features.Form(top_k=store.form.top_k)
-    return Capture(target, tuple(store.about["made_from"]["taps"]), mesh, width=store.row_length, form=form)
-
-
-def compare(store: features.Store, split: str, rows: list[int], capture: Capture) -> Agreement:
-    """Recomputes rows with the target.
+def compare_with_target(store: features.Store, split: str, count: int, target: targets.Target, mesh: Mesh) -> Agreement:
+    """Computes some rows with the target and compares them with the stored ones.
 
     Args:
-      capture: from `fresh_capture`.
+      count: rows, evenly spaced over those that are finished; rounded up to a multiple of this process's devices.
+
+    Raises:
+      UserError: where they differ by more than their types explain, or no row of the split is finished.
     """
+    if not (present := store.present(split)):
+        raise UserError(f"The store {store} has no {split} rows.")
+    devices = jax.local_device_count()
+    rows = evenly_spaced(present, -(-count // devices) * devices)
+    form = features.StoreFormat(top_k=store.format.top_k)
+    capture = Capture(target, tuple(store.about["made_from"]["taps"]), mesh, width=store.row_length, form=form)
     batch = store.batch(split, rows)
-    kept = jax.jit(features.decode)(store.stored(split, rows, batch))
-    fresh = capture(batch)
-    _, seen_BT, near_BT = store.places(batch)
-    same = np.asarray(kept.greedy_BT)[near_BT] == fresh.greedy_BT[near_BT]
-    aux, own = np.asarray(kept.aux_BTAH)[seen_BT], np.asarray(fresh.aux.values)[seen_BT]
-    off_NA = np.linalg.norm(aux - own, axis=-1) / np.maximum(np.linalg.norm(own, axis=-1), 1e-9)
-    off = float(np.median(off_NA, 0).max()) if len(off_NA) else 0.0
-    return Agreement(int(near_BT.sum()), _mean(same, 1.0), off, _moved(kept.teacher, fresh.teacher, near_BT))
-
-
-def _moved(kept: Any, fresh: Any, near_BT: np.ndarray) -> float:
-    if not isinstance(kept, TopK):
-        return 0.0
-    (ids, ours), (own_ids, theirs) = (
-        (np.asarray(x.ids_BTP)[near_BT], np.exp(np.asarray(x.log_probs_BTP, np.float32)[near_BT]))
-        for x in (kept, fresh)
+    stored, computed = jax.jit(features.decode_features)(store.stored(split, rows, batch)), capture(batch)
+    near_BT, real_BT = align.near_supervised(batch, xp=np), batch.segments_BT > 0
+    same = np.asarray(stored.greedy_BT)[near_BT] == computed.greedy_BT[near_BT]
+    aux, expected = np.asarray(stored.aux_BTAH)[real_BT], np.asarray(computed.aux.values)[real_BT]
+    error_NA = np.linalg.norm(aux - expected, axis=-1) / np.maximum(np.linalg.norm(expected, axis=-1), 1e-9)
+    agreement = Agreement(
+        int(near_BT.sum()),
+        float(same.mean()) if same.size else 1.0,
+        float(np.median(error_NA, 0).max()) if len(error_NA) else 0.0,
+        _moved_mass(stored.teacher, computed.teacher, near_BT),
     )
-    probs_V = np.zeros(max(ids.max(initial=0), own_ids.max(initial=0)) + 1, np.float32)
+    check_agreement(agreement, str(store), store.format.aux)
+    return agreement
+
+
+def _moved_mass(stored: Any, computed: Any, near_BT: np.ndarray) -> float:
+    if not isinstance(stored, TopK) or not near_BT.any():
+        return 0.0
+    (ids, probs), (target_ids, target_probs) = (
+        (np.asarray(x.ids_BTP)[near_BT], np.exp(np.asarray(x.log_probs_BTP, np.float32)[near_BT]))
+        for x in (stored, computed)
+    )
+    probs_V = np.zeros(max(ids.max(), target_ids.max()) + 1, np.float32)
     moved = np.zeros(len(ids))
     for n in range(len(ids)):
-        probs_V[own_ids[n]] = theirs[n]
-        moved[n] = np.maximum(ours[n] - probs_V[ids[n]], 0.0).sum()
-        probs_V[own_ids[n]] = 0.0
-    return _mean(moved, 0.0)
+        probs_V[target_ids[n]] = target_probs[n]
+        moved[n] = np.maximum(probs[n] - probs_V[ids[n]], 0.0).sum()
+        probs_V[target_ids[n]] = 0.0
+    return float(moved.mean())
 
 
-def _mean(values: np.ndarray, without: float) -> float:
-    return float(values.mean()) if values.size else without
+def check_agreement(agreement: Agreement, store: str, kind: str) -> None:
+    """Raises UserError unless a store agrees with the target as closely as its types allow.
 
-
-def check_agreement(store: features.Store, found: Agreement) -> None:
-    """UserError unless the store says what the target says, as closely as its types let it."""
-    kinds = store.about["made_from"]["arrays"]
-    if not (found.argmax >= 0.99 and found.aux_error <= _MOST_OFF[kinds["taps"]]):  # NaN is neither
+    Args:
+      store: its name in the message.
+      kind: the type of its aux hidden states.
+    """
+    most = _MOST_AUX_ERROR[kind]
+    if not (agreement.argmax >= 0.99 and agreement.aux_error <= most):  # NaN is neither
         raise UserError(
-            f"The store {store} does not hold this target's features: of {found.positions} positions the target's "
-            f"argmax is the stored one at {found.argmax:.1%}, and taps are off by {found.aux_error:.1%} "
-            f"({_MOST_OFF[kinds['taps']]:.0%} allowed for {kinds['taps']}). Extract anew."
+            f"The store {store} does not contain this target's features: of {agreement.positions} positions the "
+            f"target's argmax is the stored one at {agreement.argmax:.1%}, and the aux hidden states are off by "
+            f"{agreement.aux_error:.1%} ({most:.0%} is allowed for {kind}). Extract the features again."
         )
-    if not found.moved <= _MOST_MOVED:
+    if not agreement.moved <= _MOST_MOVED:
         raise UserError(
-            f"The store {store} does not hold this target's distributions: {found.moved:.1%} of their mass lies "
-            f"elsewhere, over {found.positions} positions ({_MOST_MOVED:.0%} allowed). Extract anew."
+            f"The store {store} does not contain this target's distributions: {agreement.moved:.1%} of their mass lies "
+            f"elsewhere, over {agreement.positions} positions ({_MOST_MOVED:.0%} is allowed). Extract again."
         )
 
 
-def check_teacher(store: features.Store, tables: Tables, logits: LogitShape, positions: int = 64) -> float:
-    """Share of positions at which the stored `last`, put through the stored head, has the stored argmax.
+def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShape, positions: int = 64) -> float:
+    """The share of positions at which the stored last hidden state, put through the stored head, has the stored argmax.
 
-    A state taken before the final norm, or of another layer, shows here without a target. Of a truncated teacher, the
-    share at which the likeliest token is the argmax, and all probabilities are a distribution.
+    This shows, without the target, a hidden state that was taken before the final norm or after another layer. Of a
+    truncated teacher it is the share at which the likeliest token is the argmax and the probabilities sum to 1.
 
     Args:
       tables: with the target's whole vocabulary.
+      positions: how many are sampled.
 
     Raises:
-      UserError: for a share that is too low for how the teacher is kept.
+      UserError: for a share that is too low for the type of the teacher.
     """
-    split = next(s for s in ("train", "held_out") if store.present(s))
-    numbers = sorted({*_spread(store.present(split), 4)})
+    split = next(s for s in features.SPLITS if store.present(s))
+    numbers = sorted({*evenly_spaced(store.present(split), 4)})
     batch = store.batch(split, numbers)
-    kept = jax.jit(features.decode)(store.stored(split, numbers, batch))
+    stored = jax.jit(features.decode_features)(store.stored(split, numbers, batch))
     near = np.argwhere(align.near_supervised(batch, xp=np))
     if not len(near):
-        return 1.0  # rows in which nothing is learnt
+        return 1.0  # rows without any supervised token
     near = near[np.unique(np.linspace(0, len(near) - 1, positions).astype(int))]
-    teacher, greedy = jax.tree.map(lambda x: np.asarray(x)[near[:, 0], near[:, 1]], (kept.teacher, kept.greedy_BT))
+    teacher, greedy = jax.tree.map(lambda x: np.asarray(x)[near[:, 0], near[:, 1]], (stored.teacher, stored.greedy_BT))
     if isinstance(teacher, TopK):
         mass = np.exp(teacher.log_probs_BTP).sum(axis=-1) + teacher.rest_BT
-        says, least = np.where(np.abs(mass - 1) < _MOST_MOVED, teacher.ids_BTP[:, 0], -1), 1.0
+        argmax, least = np.where(np.abs(mass - 1) < _MOST_MOVED, teacher.ids_BTP[:, 0], -1), 1.0
         reason = "Its distributions are damaged."
     else:
-        argmax = jax.jit(lambda x, head: jnp.argmax(logits(x @ head.astype(jnp.float32).T), -1))
-        says, least = np.asarray(argmax(teacher, tables.head_DH)), _LEAST_AGREE[store.form.last] - 1.5 / len(near)
-        reason = "It may hold states from before the final norm, or of another layer."
-    agree = float((says == greedy).mean())
-    if agree < least:
+        compute = jax.jit(lambda x, head: jnp.argmax(logits(x @ head.astype(jnp.float32).T), -1))
+        argmax, least = np.asarray(compute(teacher, tables.head_DH)), _LEAST_ARGMAX[store.format.last] - 1.5 / len(near)
+        reason = "It may contain hidden states from before the final norm, or of another layer."
+    share = float((argmax == greedy).mean())
+    if share < least:
         raise UserError(
-            f"The store {store} contradicts itself: what teaches gives its own argmax at only {agree:.1%} of "
+            f"The store {store} contradicts itself: its teacher gives its own argmax at only {share:.1%} of "
             f"{len(near)} positions. {reason}"
         )
-    return agree
+    return share

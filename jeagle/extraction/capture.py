@@ -1,4 +1,4 @@
-"""The target's features of rows, as a store keeps them."""
+"""The target as a function from rows to the features that a store contains of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool
 
 from jeagle import align, features, targets
 from jeagle.errors import UserError
@@ -17,14 +18,14 @@ from jeagle.interfaces import Batch, TopK
 from jeagle.runtime.mesh import row_sharding
 from jeagle.targets import Target
 
-_WHOLE = features.Form()
+_EXACT = features.StoreFormat()
 
 
 class Captured(NamedTuple):
-    """Stored features of some rows, and whether each row's are finite."""
+    """Stored features of some rows, and whether those of each row are finite."""
 
-    stored: features.Stored
-    finite_B: Any
+    stored: features.StoredFeatures
+    finite_B: Bool[Array, " B"]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "aux_layers", "width", "form", "mesh"))
@@ -35,26 +36,27 @@ def _captured(
     channels: dict[str, jax.Array],
     aux_layers: tuple[int, ...],
     width: int,
-    form: features.Form,
+    form: features.StoreFormat,
     mesh: Mesh,
 ) -> Captured:
     model = nnx.merge(graphdef, state)
-    found = targets.features(model, batch, aux_layers, align.near_supervised(batch), width, form.top_k)
+    computed = targets.features(model, batch, aux_layers, align.near_supervised(batch), width, form.top_k)
     real_BT = batch.segments_BT > 0
-    taught = found.teacher.log_probs_BTP if isinstance(found.teacher, TopK) else found.teacher
-    finite = jnp.isfinite(found.aux_BTAH).all(axis=(2, 3)) & jnp.isfinite(taught).all(axis=2)
-    captured = Captured(features.encode(found, form, channels), (finite | ~real_BT).all(axis=1))
-    # Each process finds its own rows, and only those, on its own devices.
+    teacher = computed.teacher.log_probs_BTP if isinstance(computed.teacher, TopK) else computed.teacher
+    finite_BT = jnp.isfinite(computed.aux_BTAH).all(axis=(2, 3)) & jnp.isfinite(teacher).all(axis=2)
+    captured = Captured(features.encode_features(computed, form, channels), (finite_BT | ~real_BT).all(axis=1))
+    # Each process reads its own rows, and only those, from its own devices.
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_sharding(mesh)), captured)
 
 
 class Capture:
-    """The frozen target as a function from rows to what is stored of them.
+    """The frozen target as a function from rows to what a store contains of them.
 
     Args:
-      width: the most positions of a row whose teacher is kept.
-      form: of what is stored.
-      channels: scales of narrow kinds; None for those of no scale at all.
+      aux_layers: layer boundaries whose hidden states are taken, ascending.
+      width: the most positions of a row whose teacher is stored.
+      form: the format of the store.
+      channels: the scales of channels of the types of one byte; None for float types.
     """
 
     def __init__(
@@ -64,16 +66,14 @@ class Capture:
         mesh: Mesh,
         *,
         width: int,
-        form: features.Form = _WHOLE,
+        form: features.StoreFormat = _EXACT,
         channels: dict[str, np.ndarray] | None = None,
     ):
         self._target, self._aux_layers, self._mesh, self._width, self._form = target, aux_layers, mesh, width, form
-        shapes = {"taps": (len(aux_layers), target.spec.width), "last": (target.spec.width,)}
-        one: dict[str, Any] = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-        self._channels = one | (channels or {})
+        self._channels: dict[str, Any] = unit_channels(len(aux_layers), target.spec.width) | (channels or {})
 
     def begin(self, rows: Batch) -> Captured:
-        """This process's rows -> the global batch's features, on the devices and perhaps still under way."""
+        """Begins to compute the features of the global batch, whose rows of this process are given."""
         sharding = row_sharding(self._mesh)
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
         target, channels = self._target, self._channels
@@ -81,32 +81,33 @@ class Capture:
             target.graphdef, target.state, batch, channels, self._aux_layers, self._width, self._form, self._mesh
         )
 
-    def end(self, captured: Captured) -> features.Stored:
-        """This process's rows of what `begin` gave, on the host. UserError for features that are not numbers."""
+    def end(self, captured: Captured) -> features.StoredFeatures:
+        """Waits for what `begin` returned; this process's rows on the host.
+
+        Raises:
+          UserError: for features that are not finite.
+        """
         own = jax.tree.map(_own_rows, captured)
         if not own.finite_B.all():
             raise UserError(
-                f"The target's hidden states of row {int(np.argmin(own.finite_B))} of a batch are not numbers: its "
-                "weights are damaged, or too narrow; compare them with python -m jeagle.doctor --against transformers."
+                f"The target's hidden states of row {int(np.argmin(own.finite_B))} of a batch are not finite numbers: "
+                "its weights are damaged, or their type is too narrow. Compare them with python -m jeagle.doctor "
+                "--against transformers."
             )
         return own.stored
 
-    def __call__(self, rows: Batch) -> features.Stored:
+    def __call__(self, rows: Batch) -> features.StoredFeatures:
         return self.end(self.begin(rows))
 
 
+def unit_channels(aux_layers: int, hidden: int) -> dict[str, np.ndarray]:
+    """Scales of channels that change nothing, "taps" [A, H] and "last" [H]."""
+    return {"taps": np.ones((aux_layers, hidden), np.float32), "last": np.ones(hidden, np.float32)}
+
+
 def _own_rows(array: jax.Array) -> np.ndarray:
-    """The rows of a global array split by rows that this process's devices hold, in order, once each."""
+    """The rows of an array split by rows that this process's devices hold, in order, once each."""
     if array.is_fully_addressable:
         return np.asarray(array)
     pieces = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
     return np.concatenate([pieces[start] for start in sorted(pieces)])
-
-
-def kept_width(rows: Batch, block: int = 1024) -> int:
-    """The most positions of any row whose teacher is kept, a multiple of 16."""
-    most = 0
-    for start in range(0, len(rows.tokens_BT), block):
-        part = Batch(*(np.asarray(array[start : start + block]) for array in rows))
-        most = max(most, int(align.near_supervised(part, xp=np).sum(axis=1).max(initial=0)))
-    return min(-(-max(most, 1) // 16) * 16, rows.tokens_BT.shape[1])

@@ -1,102 +1,101 @@
-"""Filling a store with what the target says of a run's rows."""
+"""Filling a store, unit by unit, with features that the target computes or that others have computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jeagle import data, features, targets
+from jeagle import features, targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.extraction.capture import Capture, kept_width
-from jeagle.extraction.plan import Sizes, about, block, check_space, commit_tables, copy_data, form_of, measure
+from jeagle.extraction.capture import Capture
+from jeagle.extraction.plan import StorePlan, padded_rows, plan_store, store_format
 from jeagle.interfaces import Batch
 from jeagle.run import assemble, dataset
 from jeagle.runtime import distributed
 from jeagle.runtime.progress import Progress
 
+Finish = Callable[[], features.StoredFeatures]
+Producer = Callable[[str, range, Batch], Finish]
+"""(split, row numbers, these rows padded to a batch) -> a function that waits for their features, which are begun."""
+
 
 def extract(config: RunConfig, out: str) -> str:
-    """Fills the store at `out`; returns where it lies.
+    """Fills the store at `out` with what the target computes of the run's rows; returns `out`.
 
     Raises:
       UserError: for a store made from something else, or a disk that is full or too small.
     """
-    form = form_of(config)
-    features.check_place(features.Place(out))
+    form = store_format(config)
+    features.check_storage(features.Storage(out))
     prepared, mesh = dataset.prepare(config), assemble.mesh_of(config)
     loaded = assemble.load_target(config, mesh)
-    rows = {split: data.load_rows(prepared.data / split) for split in ("train", "held_out")}
-    sizes = {split: measure(batch, form) for split, batch in rows.items()}
     aux_layers = targets.check_aux_layers(config.target.aux_layers, loaded.target.spec.layers)
-    place = features.Place(out)
-    writer = features.Writer(place, about(config, loaded, prepared, sizes, aux_layers, form))
-    units = features.units_of({s: len(x.tokens) for s, x in sizes.items()}, writer.about["layout"]["rows_per_segment"])
-    check_space(place, writer.pending(units), sizes, loaded.target.spec.width, len(aux_layers), form)
-    copy_data(prepared, place)
-    width = max(kept_width(batch) for batch in rows.values())
-    channels = commit_tables(
-        config, writer, loaded, Capture(loaded.target, aux_layers, mesh, width=width), rows["train"]
-    )
-    capture = Capture(loaded.target, aux_layers, mesh, width=width, form=form, channels=channels)
-    _fill(config, writer, units, rows, sizes, capture)
-    if distributed.is_leader():
-        writer.finish()
+    plan = plan_store(config, out, loaded, prepared, aux_layers, mesh)
+    capture = Capture(loaded.target, aux_layers, mesh, width=plan.width, form=form, channels=plan.channels)
+
+    def produce(split: str, numbers: range, batch: Batch) -> Finish:
+        captured = capture.begin(batch)
+        return lambda: capture.end(captured)
+
+    fill_store(config, plan, produce, label="extract")
     return out
 
 
-def _fill(
-    config: RunConfig,
-    writer: features.Writer,
-    units: list[features.Unit],
-    rows: dict[str, Batch],
-    sizes: dict[str, Sizes],
-    capture: Capture,
-) -> None:
-    """Makes units until none is left; one is written on a thread while the next is computed."""
-    share = config.train.batch_rows // jax.process_count()
+def fill_store(config: RunConfig, plan: StorePlan, produce: Producer, *, label: str) -> None:
+    """Makes the units of a store until none is left; a thread writes one while the next is computed.
+
+    Args:
+      label: names the command in the progress line.
+
+    Raises:
+      UserError: the disk is full, or the rows of a batch do not divide over the processes.
+    """
+    writer, share = plan.writer, config.train.batch_rows // jax.process_count()
     if share * jax.process_count() != config.train.batch_rows:
         raise UserError(f"--train.batch-rows must be a multiple of the {jax.process_count()} processes.")
-    tokens = {unit.name: int(sizes[unit.split].tokens[unit.rows.start : unit.rows.stop].sum()) for unit in units}
-    done = sum(tokens.values()) - sum(tokens[unit.name] for unit in writer.pending(units))
+    tokens = {u.name: int(plan.sizes[u.split].tokens[u.rows.start : u.rows.stop].sum()) for u in plan.units}
+    done = sum(tokens.values()) - sum(tokens[unit.name] for unit in writer.pending(plan.units))
     chunk = min(max(config.data.row_length // 8, 16), 1024)
     shown = distributed.is_leader()
     with (
-        Progress(sum(tokens.values()), "tokens", "extract", done=done, shown=shown) as progress,
+        Progress(sum(tokens.values()), "tokens", label, done=done, shown=shown) as progress,
         ThreadPoolExecutor(1, "segments") as pool,
     ):
         writing: Future | None = None
-        for unit in _rounds(writer, units):
+        for unit in _units_by_turns(writer, plan.units):
             parts = []
-            for place, found, batch in _captured(
-                unit, rows, share, capture, writer.about["layout"]["rows_per_segment"]
-            ):
-                if len(place):  # else this process only keeps the others company
-                    parts.append(features.ragged(batch, found, range(len(place)), aux_at=config.store.aux_at))
+            for count, batch, finish in _batches_one_ahead(plan, unit, share, produce):
+                stored = finish()
+                if count:  # otherwise this process only takes part in what the others compute
+                    parts.append(features.ragged_rows(batch, stored, range(count)))
                     done += sum(parts[-1].lengths)
                 writer.claims.renew()
                 progress.update(done, written=f"{writer.bytes / 1e9:.2f} GB")
             if writing is not None:
                 writing.result()
             if unit is not None:
-                writing = pool.submit(writer.commit, unit, features.joined(parts), chunk)
+                writing = pool.submit(writer.commit, unit, features.joined_rows(parts), chunk)
         if writing is not None:
             writing.result()
+    if distributed.is_leader():
+        writer.finish()
 
 
-def _rounds(writer: features.Writer, units: list[features.Unit]) -> Iterator[features.Unit | None]:
-    """The unit that this process makes next, at the same time as each other process of the run makes another; None
-    where there are fewer units than processes."""
-    processes, by_name = jax.process_count(), {unit.name: i for i, unit in enumerate(units)}
+def _units_by_turns(writer: features.Writer, units: list[features.WorkUnit]) -> Iterator[features.WorkUnit | None]:
+    """The unit that this process makes next, while each other process of the run makes another one.
+
+    None where fewer units are left than there are processes.
+    """
+    processes, number_of = jax.process_count(), {unit.name: i for i, unit in enumerate(units)}
     while True:
         taken = writer.take(units, processes) if distributed.is_leader() else []
         numbers = np.full(processes, -1, np.int64)
-        numbers[: len(taken)] = [by_name[unit.name] for unit in taken]
+        numbers[: len(taken)] = [number_of[unit.name] for unit in taken]
         if processes > 1:
             numbers = np.asarray(multihost_utils.broadcast_one_to_all(numbers))
         if (numbers < 0).all():
@@ -105,20 +104,20 @@ def _rounds(writer: features.Writer, units: list[features.Unit]) -> Iterator[fea
         yield units[own] if own >= 0 else None
 
 
-def _captured(
-    unit: features.Unit | None, rows: dict[str, Batch], share: int, capture: Capture, most: int
-) -> Iterator[tuple[range, features.Stored, Batch]]:
-    """(row numbers, their features, the rows) of a unit, a batch at a time, the next one already under way."""
-    numbers = unit.rows if unit else range(0)
-    source = rows[unit.split] if unit else rows["train"]
-    steps = -(-(len(numbers) if jax.process_count() == 1 else most) // share)
-    waiting: list[tuple[range, Any, Batch]] = []
-    for step in range(steps):
-        chosen = numbers[step * share : (step + 1) * share]
-        batch = block(source, chosen, share)
-        waiting.append((chosen, capture.begin(batch), batch))
-        if len(waiting) > 1:
-            chosen, found, batch = waiting.pop(0)
-            yield chosen, capture.end(found), batch
-    for chosen, found, batch in waiting:
-        yield chosen, capture.end(found), batch
+def _batches_one_ahead(
+    plan: StorePlan, unit: features.WorkUnit | None, share: int, produce: Producer
+) -> Iterator[tuple[int, Batch, Finish]]:
+    """(the number of rows, the rows padded to `share`, their features) of a unit, the next batch having begun.
+
+    Every process begins as many batches, because the target computes over all their devices together.
+    """
+    numbers, split = (unit.rows, unit.split) if unit else (range(0), "train")
+    most = len(numbers) if jax.process_count() == 1 else plan.writer.about["layout"]["rows_per_segment"]
+    begun: list[tuple[int, Batch, Finish]] = []
+    for start in range(0, most, share):
+        chosen = numbers[start : start + share]
+        batch = padded_rows(plan.rows[split], chosen, share)
+        begun.append((len(chosen), batch, produce(split, chosen, batch)))
+        if len(begun) > 1:
+            yield begun.pop(0)
+    yield from begun

@@ -1,4 +1,4 @@
-"""The store that a run's rows would make: what it says of itself, and the room that it needs."""
+"""The store that a run's rows make: its store.json, the disk space that it needs, and its tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Int
 
 import jeagle
-from jeagle import align, features, targets
+from jeagle import align, data, features, targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.extraction.capture import Capture
@@ -23,91 +25,141 @@ from jeagle.run import assemble, dataset
 from jeagle.runtime import distributed
 from jeagle.runtime.manifest import finished_manifest
 
-_FORMAT = 1
-_SPARE = 1.02  # room asked for beyond what is counted: folders, manifests
-_BLOCK = 1024
+_MARGIN = 1.02  # of the counted disk space, for folders and manifests
+_BLOCK = 1024  # rows that are counted at a time
+_ONE_BYTE = ("int8", "fp8")
 
 
-class Sizes(NamedTuple):
-    """Of each row, its tokens, its positions whose taps are kept, and those whose teacher is: int64 [R]."""
+class RowSizes(NamedTuple):
+    """What each row costs: its tokens, and its positions whose teacher is stored."""
 
-    tokens: np.ndarray
-    seen: np.ndarray
-    kept: np.ndarray
+    tokens: Int[np.ndarray, " R"]
+    teachers: Int[np.ndarray, " R"]
 
 
-def measure(rows: Batch, form: features.Form) -> Sizes:
-    """What each row will hold."""
-    found = [np.zeros((len(Sizes._fields), 0), np.int64)]
+class StorePlan(NamedTuple):
+    """A store that is about to be filled.
+
+    Attributes:
+      writer: of the store.
+      units: all units of work, finished or not.
+      rows: all rows of each split.
+      sizes: the sizes of these rows.
+      aux_layers: the layer boundaries whose hidden states are stored.
+      form: the format of the store.
+      width: the most positions of a row whose teacher is stored, a multiple of 16.
+      channels: the scales of channels, as the store's tables have them.
+    """
+
+    writer: features.Writer
+    units: list[features.WorkUnit]
+    rows: dict[str, Batch]
+    sizes: dict[str, RowSizes]
+    aux_layers: tuple[int, ...]
+    form: features.StoreFormat
+    width: int
+    channels: dict[str, np.ndarray]
+
+
+def plan_store(
+    config: RunConfig,
+    out: str,
+    loaded: assemble.LoadedTarget,
+    prepared: dataset.Prepared,
+    aux_layers: tuple[int, ...],
+    mesh: Mesh,
+) -> StorePlan:
+    """Begins the store at `out`, or opens it to go on with it, and writes what belongs to no row.
+
+    Raises:
+      UserError: for a store that was made from something else, or a disk without room for what is missing.
+    """
+    form, hidden, length = store_format(config), loaded.target.spec.width, config.data.row_length
+    rows = {split: data.load_rows(prepared.data / split) for split in features.SPLITS}
+    sizes = {split: row_sizes(batch) for split, batch in rows.items()}
+    storage = features.Storage(out)
+    writer = features.Writer(storage, _about(config, loaded, prepared, sizes, aux_layers, form))
+    units = features.work_units(
+        {split: len(s.tokens) for split, s in sizes.items()}, writer.about["layout"]["rows_per_segment"]
+    )
+    _check_space(storage, writer.pending(units), sizes, hidden, len(aux_layers), form)
+    if distributed.is_leader():
+        for name in ("manifest.json", "tokenizer.json", "held_out.jsonl"):
+            storage.write_new(f"{features.DATA}/{name}", (prepared.data / name).read_bytes())
+    most = max(int(s.teachers.max(initial=1)) for s in sizes.values())
+    width = min(-(-most // 16) * 16, length)
+    _commit_tables(config, writer, loaded, Capture(loaded.target, aux_layers, mesh, width=width), rows["train"])
+    channels = features.Store(out).channels
+    return StorePlan(writer, units, rows, sizes, aux_layers, form, width, channels)
+
+
+def row_sizes(rows: Batch) -> RowSizes:
+    """The size of each row."""
+    counted = [np.zeros((2, 0), np.int64)]
     for start in range(0, len(rows.tokens_BT), _BLOCK):
         part = Batch(*(np.asarray(array[start : start + _BLOCK]) for array in rows))
-        found.append(np.stack([where.sum(axis=1) for where in features.places_of(part, form.aux_at)]))
-    return Sizes(*np.concatenate(found, axis=1))
+        counted.append(np.stack([(part.segments_BT > 0).sum(axis=1), align.near_supervised(part, xp=np).sum(axis=1)]))
+    return RowSizes(*np.concatenate(counted, axis=1))
 
 
-def form_of(config: RunConfig) -> features.Form:
-    """What the run's settings keep. UserError where its objective needs more."""
+def store_format(config: RunConfig) -> features.StoreFormat:
+    """The format that the run's settings ask for. UserError where the run's objective needs more."""
     settings = config.store
     top_k = settings.top_k if settings.teacher == "top_k" else 0
-    form = features.Form(settings.aux_dtype, settings.last_dtype, top_k, settings.aux_at)
-    check_serves(form, config, "The store asked for")
+    form = features.StoreFormat(settings.aux_dtype, settings.last_dtype, top_k)
+    check_teacher_suffices(form, config, "The store that these settings make")
     return form
 
 
-def check_serves(form: features.Form, config: RunConfig, where: str) -> None:
-    """UserError unless what a store of this form keeps is enough for the run's objective."""
-    spec = assemble.objective_spec(config.objective)
-    if form.top_k and spec.whole_teacher:
+def check_teacher_suffices(form: features.StoreFormat, config: RunConfig, where: str) -> None:
+    """Raises UserError where the run's objective needs more of a teacher than a store of this format contains.
+
+    Args:
+      where: names the store at the start of the message.
+    """
+    needs = assemble.objective_spec(config.objective).whole_teacher
+    if form.top_k and needs:
         raise UserError(
-            f"{where} keeps the {form.top_k} likeliest tokens of each distribution, and {spec.whole_teacher}: give "
-            "another --objective.loss, or --store.teacher last when the store is made."
-        )
-    if form.aux_at == "seen" and spec.cross_documents:
-        raise UserError(
-            f"{where} keeps tapped states only where a slot of the same document sees them, and with "
-            "cross_documents slots run on into the next one: make the store with --store.aux-at all, or train with "
-            "--objective.cross-documents False."
+            f"{where} contains only the {form.top_k} likeliest tokens of each distribution, and {needs}: give another "
+            "--objective.loss, or --store.teacher last when the store is made."
         )
 
 
-def about(
+def _about(
     config: RunConfig,
     loaded: assemble.LoadedTarget,
     prepared: dataset.Prepared,
-    sizes: dict[str, Sizes],
-    aux_layers: Any,
-    form: features.Form,
+    sizes: dict[str, RowSizes],
+    aux_layers: tuple[int, ...],
+    form: features.StoreFormat,
 ) -> dict[str, Any]:
     """store.json: everything that a reader must know, and everything that must not change.
 
-    UserError for more of the likeliest tokens than there are tokens.
+    Raises:
+      UserError: for more of the likeliest tokens than the target has tokens.
     """
     target, files, hidden = config.target, loaded.files, loaded.target.spec.width
     if form.top_k > loaded.target.spec.vocab:
         raise UserError(f"--store.top-k {form.top_k} is more than the target's {loaded.target.spec.vocab} tokens.")
-    made = finished_manifest(prepared.data)["made_from"]
     identity = {"fingerprint": files.fingerprint, "reference": target.ref}
     identity |= {name: getattr(target, name) for name in ("dtype", "weights", "family")}
-    total = sum(int(s.tokens.sum()) for s in sizes.values())
-    count = sum(len(s.tokens) for s in sizes.values())
-    each = bytes_of(form, hidden, len(aux_layers), list(sizes.values())) / max(count, 1)
-    batch = config.train.batch_rows
-    rows_each = max(round(config.store.segment_mb * 2**20 / max(each, 1)) // batch, 1) * batch
+    count, batch = sum(len(s.tokens) for s in sizes.values()), config.train.batch_rows
+    bytes_per_row = _bytes_of(list(sizes.values()), hidden, len(aux_layers), form) / max(count, 1)
+    rows_each = max(round(config.store.segment_mb * 2**20 / max(bytes_per_row, 1)) // batch, 1) * batch
     return {
-        "format": _FORMAT,
         "made_from": {
             "target": identity,
             "taps": list(aux_layers),
-            "data": made,
+            "data": finished_manifest(prepared.data)["made_from"],
             "template_settings": template_settings(config),
-            "arrays": form.described(),
+            "arrays": form.to_json(),
         },
         "layout": {"rows_per_segment": rows_each, "row_length": config.data.row_length, "hidden": hidden},
         "splits": {
-            split: {"rows": len(s.tokens)} | {name: int(counts.sum()) for name, counts in s._asdict().items()}
+            split: {"rows": len(s.tokens), "tokens": int(s.tokens.sum()), "kept": int(s.teachers.sum())}
             for split, s in sizes.items()
         },
-        "tokens": total,
+        "tokens": sum(int(s.tokens.sum()) for s in sizes.values()),
         "target_config": targets.open_weights(files).config,
         "versions": {"jeagle": jeagle.__version__}
         | {name: version(name) for name in ("jax", "tensorstore", "numpy", "ml_dtypes")},
@@ -117,85 +169,74 @@ def about(
 
 
 def template_settings(config: RunConfig) -> dict[str, str]:
-    """What chooses the template, where the tokenizer is not at hand to tell what it is."""
+    """The settings that choose the chat template, to compare where no tokenizer is on this machine."""
     names = ("template", "user_header", "assistant_header", "end_of_turn")
     return {name: getattr(config.data, name) for name in names}
 
 
-def bytes_of(form: features.Form, hidden: int, aux_layers: int, sizes: list[Sizes]) -> float:
-    """Bytes that rows of these sizes take."""
-    tokens, seen, kept = (sum(int(counts.sum()) for counts in each) for each in zip(*sizes, strict=True))
-    each = max(tokens, 1)
-    return tokens * features.bytes_per_token(hidden, aux_layers, form, kept=kept / each, seen=seen / each)
+def _bytes_of(sizes: list[RowSizes], hidden: int, aux_layers: int, form: features.StoreFormat) -> float:
+    tokens, teachers = (sum(int(counts.sum()) for counts in each) for each in zip(*sizes, strict=True))
+    return tokens * features.bytes_per_token(hidden, aux_layers, form, teachers / max(tokens, 1))
 
 
-def check_space(
-    place: features.Place,
-    units: list[features.Unit],
-    sizes: dict[str, Sizes],
+def _check_space(
+    storage: features.Storage,
+    units: list[features.WorkUnit],
+    sizes: dict[str, RowSizes],
     hidden: int,
     aux_layers: int,
-    form: features.Form,
+    form: features.StoreFormat,
 ) -> None:
-    """UserError unless the disk has room for these units."""
-    chosen = [Sizes(*(x[unit.rows.start : unit.rows.stop] for x in sizes[unit.split])) for unit in units]
-    needed, free = bytes_of(form, hidden, aux_layers, chosen) * _SPARE, place.free_bytes()
-    if free is None or needed <= free:
+    """Raises UserError unless the disk has room for these units."""
+    chosen = [RowSizes(*(x[unit.rows.start : unit.rows.stop] for x in sizes[unit.split])) for unit in units]
+    free = storage.free_bytes()
+    if free is None or not chosen or (needed := _bytes_of(chosen, hidden, aux_layers, form) * _MARGIN) <= free:
         return
     count = sum(len(s.tokens) for s in chosen)
-    more = [] if form.aux in ("int8", "fp8") else ["--store.aux-dtype int8 halves it or better"]
-    advice = "; ".join([*more, "--data.max-conversations takes fewer", "--features online needs none"])
+    smaller = [] if form.aux in _ONE_BYTE else ["--store.aux-dtype int8 needs at most half"]
+    advice = "; ".join([*smaller, "--data.max-conversations takes fewer", "--features online needs none"])
     raise UserError(
-        f"The store needs {needed / 1e9:.4g} GB for {count} rows, the disk of {place} has {free / 1e9:.4g} GB free, "
-        f"which fits {math.floor(count * free / needed)} rows: make room, or choose another --out ({advice})."
+        f"The store needs {needed / 1e9:.4g} GB for {count} rows, the disk of {storage} has {free / 1e9:.4g} GB free, "
+        f"which fits {math.floor(count * free / needed)} rows: make room, or give another --out ({advice})."
     )
 
 
-def copy_data(prepared: dataset.Prepared, place: features.Place) -> None:
-    """What a run needs of its data folder besides rows."""
-    if distributed.is_leader():
-        for name in ("manifest.json", "tokenizer.json", "held_out.jsonl"):
-            place.write_new(f"{features.DATA}/{name}", (prepared.data / name).read_bytes())
+def _commit_tables(
+    config: RunConfig, writer: features.Writer, loaded: assemble.LoadedTarget, exact: Capture, rows: Batch
+) -> None:
+    """Writes the target's frozen rows and the scales of channels, unless they are there; all processes wait for it.
 
-
-def commit_tables(
-    config: RunConfig, writer: features.Writer, loaded: assemble.LoadedTarget, whole: Capture, rows: Batch
-) -> dict[str, np.ndarray]:
-    """Writes the target's frozen rows and the channels' scales, unless they are there; returns the scales."""
-    there = _agreed(int("tables" in features.finished(writer.place)))
-    if not there:
+    Args:
+      exact: captures in float32, for the scales.
+    """
+    if not distributed.anywhere(features.is_finished(writer.storage, features.TABLES)):
         share = config.train.batch_rows // jax.process_count()
-        first = block(rows, range(min(share, len(rows.tokens_BT))), share)
-        stored, model = whole(first), loaded.target.model()
-        arrays = {"embed": _everywhere(model.embed_tokens[...]), "norm": _everywhere(model.norm[...])}
+        first = padded_rows(rows, range(min(share, len(rows.tokens_BT))), share)
+        stored, model = exact(first), loaded.target.model()
+        arrays = {"embed": _gathered(model.embed_tokens[...]), "norm": _gathered(model.norm[...])}
         if not loaded.target.spec.tied:
-            arrays["head"] = _everywhere(model.head_rows())
-        near, real = align.near_supervised(first, xp=np), first.segments_BT > 0
-        if config.store.aux_dtype in ("int8", "fp8"):
-            arrays["taps_channel"] = features.channel_scales(stored.aux.values[real], config.store.aux_dtype)
-        last = stored.teacher if config.store.teacher == "last" else None
-        if isinstance(last, features.Scaled) and config.store.last_dtype in ("int8", "fp8"):
-            arrays["last_channel"] = features.channel_scales(last.values[near], config.store.last_dtype)
+            arrays["head"] = _gathered(model.head_rows())
+        if config.store.aux_dtype in _ONE_BYTE:
+            vectors = stored.aux.values[first.segments_BT > 0]
+            arrays["taps_channel"] = features.channel_scales(vectors, config.store.aux_dtype)
+        if config.store.teacher == "last" and config.store.last_dtype in _ONE_BYTE:
+            last: Any = stored.teacher
+            vectors = last.values[align.near_supervised(first, xp=np)]
+            arrays["last_channel"] = features.channel_scales(vectors, config.store.last_dtype)
         if distributed.is_leader():
             writer.commit_tables(lambda: arrays)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("tables of the store")
-    return features.Store(str(writer.place)).channels
 
 
-def _everywhere(array: jax.Array) -> np.ndarray:
+def _gathered(array: jax.Array) -> np.ndarray:
+    """An array that may be split over processes, whole on this host."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def _agreed(value: int) -> int:
-    """What the leader says."""
-    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))
-
-
-def block(rows: Batch, numbers: range, size: int) -> Batch:
-    """Rows by number, padded with empty ones to `size`."""
+def padded_rows(rows: Batch, numbers: range, size: int) -> Batch:
+    """Rows by number, followed by empty ones up to `size` rows."""
     here = slice(numbers.start, numbers.start + len(numbers))
-    missing = size - len(numbers)
-    return Batch(*(np.pad(np.asarray(array[here]), ((0, missing), (0, 0))) for array in rows))
+    return Batch(*(np.pad(np.asarray(array[here]), ((0, size - len(numbers)), (0, 0))) for array in rows))

@@ -1,61 +1,61 @@
-"""Features of prepared data in tensorstore: writing, reading, checking."""
+"""Stores of features: writing, reading and checking them with tensorstore."""
 
-from jeagle.features.claims import Claims
 from jeagle.features.formats import (
     LOG_PROBS,
-    Form,
-    Kind,
-    Scaled,
-    Stored,
+    ScaledVectors,
+    StoredFeatures,
+    StoreFormat,
     bytes_per_token,
     channel_scales,
-    decode,
-    encode,
+    decode_features,
+    encode_features,
 )
-from jeagle.features.manifests import DATA, STORE_FOLDER, Segment, check_fit, check_place, finished, read_store
-from jeagle.features.mixture import Dealt, Mixture, open_stores
-from jeagle.features.partial import Layout, Partial
-from jeagle.features.reader import Store
-from jeagle.features.rows import Places, Ragged, joined, places_of, ragged
-from jeagle.features.storage import Full, Place
-from jeagle.features.verify import Damage, prune, verify
-from jeagle.features.writer import Unit, Writer, units_of
+from jeagle.features.manifests import (
+    DATA,
+    SPLITS,
+    STORE_FOLDER,
+    TABLES,
+    Segment,
+    check_fit,
+    check_storage,
+    is_finished,
+    read_store,
+)
+from jeagle.features.reader import Store, StoreSet, open_store_set
+from jeagle.features.rows import RaggedRows, joined_rows, ragged_rows
+from jeagle.features.storage import Storage
+from jeagle.features.verify import DamagedSegment, prune_store, verify_store
+from jeagle.features.writer import WorkUnit, Writer, work_units
 
 __all__ = [
     "DATA",
     "LOG_PROBS",
+    "SPLITS",
     "STORE_FOLDER",
-    "Claims",
-    "Damage",
-    "Dealt",
-    "Form",
-    "Full",
-    "Kind",
-    "Layout",
-    "Mixture",
-    "Partial",
-    "Place",
-    "Places",
-    "Ragged",
-    "Scaled",
+    "TABLES",
+    "DamagedSegment",
+    "RaggedRows",
+    "ScaledVectors",
     "Segment",
+    "Storage",
     "Store",
-    "Stored",
-    "Unit",
+    "StoreFormat",
+    "StoreSet",
+    "StoredFeatures",
+    "WorkUnit",
     "Writer",
     "bytes_per_token",
     "channel_scales",
     "check_fit",
-    "check_place",
-    "decode",
-    "encode",
-    "finished",
-    "joined",
-    "open_stores",
-    "places_of",
-    "prune",
-    "ragged",
+    "check_storage",
+    "decode_features",
+    "encode_features",
+    "is_finished",
+    "joined_rows",
+    "open_store_set",
+    "prune_store",
+    "ragged_rows",
     "read_store",
-    "units_of",
-    "verify",
+    "verify_store",
+    "work_units",
 ]

@@ -1,7 +1,7 @@
-"""Arrays on a place: zarr3, one shard each, its inner chunks checked by crc32c whenever they are read.
+"""The arrays of a segment: zarr3, one shard each, with inner chunks whose crc32c is checked whenever they are read.
 
-Of tensorstore's drivers zarr3 alone keeps a segment in one file, reads a few positions of it, and notices a flipped
-byte; docs/offline.md has what was measured.
+Of tensorstore's drivers only zarr3 stores an array in one file, reads a few positions of it, and notices a flipped
+byte; docs/offline.md has the measurements.
 """
 
 from __future__ import annotations
@@ -12,73 +12,72 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from jaxtyping import Shaped
 
 from jeagle.errors import UserError
-from jeagle.features.remote import unreachable
-from jeagle.features.storage import Place, faults_named
+from jeagle.features.storage import Storage, named_faults, unreachable
 
-_CHUNK_BYTES = 2**19  # of an inner chunk at most: what is read at a time
+_CHUNK_BYTES = 2**19  # the largest inner chunk, which is read at a time
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC = {"name": "crc32c"}
 
 
-def write_array(place: Place, key: str, array: np.ndarray, chunk: int) -> dict[str, Any]:
-    """Writes an array [N, ...] at `key`; returns what its segment's manifest says of it.
+def write_array(storage: Storage, key: str, array: Shaped[np.ndarray, "N ..."], chunk: int) -> dict[str, Any]:
+    """Writes an array [N, ...] at `key`; returns its description for the segment's manifest.
 
     Args:
-      chunk: positions of an inner chunk at most.
+      chunk: the most entries of an inner chunk.
 
     Raises:
-      Full: the disk is.
+      StorageFull: the disk is full.
     """
     array = np.ascontiguousarray(array)
     metadata = _metadata(array, chunk)
-    spec = _spec(place, key, metadata) | {"store_data_equal_to_fill_value": True}
-    with faults_named(place):
+    spec = _spec(storage, key, metadata) | {"store_data_equal_to_fill_value": True}
+    with named_faults(storage):
         ts.open(spec, create=True, open=False).result().write(array).result()
     return {
         "shape": list(array.shape),
         "dtype": array.dtype.name,
         "chunk": metadata["codecs"][0]["configuration"]["chunk_shape"][0],
         "crc32": checksum(array),
-        "metadata_sha256": hashlib.sha256(place.read(f"{key}/zarr.json") or b"").hexdigest()[:16],
+        "metadata_sha256": metadata_sha256(storage, key) or "",
     }
 
 
-def checksum(array: np.ndarray) -> int:
-    """crc32 of an array's bytes."""
+def checksum(array: Shaped[np.ndarray, "..."]) -> int:
+    """The crc32 of an array's bytes."""
     flat: Any = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
     return zlib.crc32(flat)
 
 
-def open_array(place: Place, key: str, described: dict[str, Any]) -> Any:
-    """The tensorstore array at `key`, without a look at the place: its manifest says all."""
+def open_array(storage: Storage, key: str, described: dict[str, Any]) -> Any:
+    """The tensorstore array at `key`. Nothing is read for it: the manifest describes all of it."""
     like = np.empty((0, *described["shape"][1:]), described["dtype"])
     metadata = _metadata(like, described["chunk"], described["shape"][0])
-    spec = _spec(place, key, metadata) | {"fill_missing_data_reads": False, "recheck_cached_data": False}
+    spec = _spec(storage, key, metadata) | {"fill_missing_data_reads": False, "recheck_cached_data": False}
     return ts.open(spec, open=True, assume_metadata=True).result()
 
 
-def read_into(out: np.ndarray, array: Any, start: int, stop: int) -> Any:
-    """Begins to read array[start:stop] into `out`; the future tells when it is there."""
+def read_into(out: Shaped[np.ndarray, "N ..."], array: Any, start: int, stop: int) -> Any:
+    """Begins to read array[start:stop] into `out`; returns a future that is done when the bytes are there."""
     return ts.array(out).write(array[start:stop][ts.d[0].translate_to[0]])
 
 
 def damage(store: object, segment: str, array: str, error: Exception) -> UserError:
-    """What a user is told of bytes that are not those that were written, or of storage that does not give them."""
-    told = unreachable(str(store), error)
-    if told:
-        return told
+    """A plain sentence for bytes that differ from those that were written, or for storage that does not give them."""
+    if fault := unreachable(str(store), error):
+        return fault
     reason = str(error).split(" [source")[0].split(" [tensorstore_spec")[0]
     return UserError(
         f"The store {store} is damaged: {array} of segment {segment} cannot be read ({reason[:300]}). Run python -m "
-        f"jeagle.store prune {store} --damaged, then the extract command again: it makes only what is missing."
+        f"jeagle.store prune {store} --damaged, and then the extract command again: it makes only what is missing."
     )
 
 
-def metadata_sha256(place: Place, key: str) -> str | None:
-    """The fingerprint of an array's zarr.json as it lies there."""
-    found = place.read(f"{key}/zarr.json")
+def metadata_sha256(storage: Storage, key: str) -> str | None:
+    """The fingerprint of an array's zarr.json as it is stored; None where there is none."""
+    found = storage.read(f"{key}/zarr.json")
     return None if found is None else hashlib.sha256(found).hexdigest()[:16]
 
 
@@ -96,5 +95,5 @@ def _metadata(array: np.ndarray, chunk: int, length: int | None = None) -> dict[
     }
 
 
-def _spec(place: Place, key: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": place.kvstore(f"{key}/"), "metadata": metadata}
+def _spec(storage: Storage, key: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": storage.kvstore(f"{key}/"), "metadata": metadata}

@@ -1,12 +1,12 @@
-"""What a store says of itself: the manifest of the whole, of each segment, and the index derived from those.
+"""The files of a store: the manifest of the whole, one for each segment, and the index that is derived from those.
 
 STORE/
-  store.json               what it was made from and how; written first, never changed
-  manifests/NAME.json      one for each finished segment: its rows, arrays and checksums; written last, whole
-  segments/NAME.WRITER/    the segment's arrays, aside until a manifest names them
-  claims/NAME.json         who is making a segment just now
-  data/                    the prepared data's manifest, tokenizer, counts and held-out prompts
-  index.json               all manifests in one, for opening quickly; made anew from them where it lacks some
+  store.json               what the store was made from and how; it is written first and never changes
+  manifests/NAME.json      the rows, arrays and checksums of a finished segment; it is written last
+  segments/NAME.WRITER/    the arrays of a segment, which count once a manifest names them
+  claims/NAME.json         which writer is making a segment
+  data/                    the prepared data's manifest, tokenizer and held-out prompts
+  index.json               all manifests in one file, so that a store opens quickly; derived again where it lacks some
 """
 
 from __future__ import annotations
@@ -19,26 +19,32 @@ from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.features.formats import Form
-from jeagle.features.storage import ASIDE, Place
+from jeagle.features.formats import StoreFormat
+from jeagle.features.storage import Storage
 from jeagle.runtime.manifest import canonical, differences, fingerprint
 from jeagle.runtime.outputs import Output, check_replaceable, listed
 
 FORMAT = 1
 STORE, INDEX, MANIFESTS, SEGMENTS, CLAIMS, DATA = "store.json", "index.json", "manifests", "segments", "claims", "data"
-TABLES = "tables"  # the segment that holds no rows but the target's embedding, head and the scales
+TABLES = "tables"  # the segment without rows: the target's embedding, final norm and head, and the scales of channels
+SPLITS = ("train", "held_out")
+_LEFTOVERS = (f"{STORE}.__lock", "aside")  # of writers that were killed: tensorstore's, and those of earlier versions
+_IGNORED = ("data.version",)  # fields of made_from that do not change what is stored
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Some rows of one side of the split, immutable.
+    """Some rows of one split, immutable. The names of the fields are those of the manifest.
 
     Attributes:
-      name: such as train-000012. data: the folder under segments/ that holds its arrays.
-      split: train or held_out; empty for the tables. rows: their numbers in the split.
-      lengths: tokens of each row. kept: positions of each row whose teacher is there. seen: those whose taps are;
-        empty where all are.
-      arrays: by name, as `arrays.write_array` describes them. bytes: on disk.
+      name: such as train-000012.
+      data: the folder under segments/ that contains its arrays.
+      split: train or held_out; empty for the tables.
+      rows: their numbers in the split.
+      lengths: tokens of each row.
+      kept: positions of each row whose teacher is stored.
+      arrays: by name, as `arrays.write_array` describes them.
+      bytes: the size of its arrays.
     """
 
     name: str
@@ -47,28 +53,23 @@ class Segment:
     rows: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
-    seen: tuple[int, ...] = ()
     arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
     bytes: int = 0
 
     @property
     def folder(self) -> str:
+        """The key of the folder of its arrays."""
         return f"{SEGMENTS}/{self.data}"
-
-    @property
-    def aux(self) -> tuple[int, ...]:
-        """Positions of each row whose taps are there."""
-        return self.seen or self.lengths
 
 
 def sealed(tree: dict[str, Any]) -> bytes:
-    """JSON with a checksum of its own."""
+    """JSON of a tree, with a checksum of itself."""
     tree = json.loads(canonical(tree))
     return (json.dumps(tree | {"checksum": fingerprint(tree)}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def unsealed(place: Place, key: str, data: bytes) -> dict[str, Any]:
-    """The tree of `sealed` bytes. UserError where a byte of it has changed."""
+def unsealed(storage: Storage, key: str, data: bytes) -> dict[str, Any]:
+    """The tree of `sealed` bytes. UserError where a byte has changed."""
     try:
         tree = json.loads(data)
         claimed = tree.pop("checksum")
@@ -76,107 +77,114 @@ def unsealed(place: Place, key: str, data: bytes) -> dict[str, Any]:
         tree, claimed = {}, None
     if claimed is None or fingerprint(tree) != claimed:
         raise UserError(
-            f"{place}/{key} is damaged: its checksum does not fit its content. python -m jeagle.store prune {place} "
-            "--damaged drops a damaged segment; without store.json the store must be made anew."
+            f"{storage}/{key} is damaged: its checksum does not fit its content. python -m jeagle.store prune "
+            f"{storage} --damaged removes a damaged segment; where store.json is damaged, the store must be made again."
         )
     return tree
 
 
-def read_store(place: Place) -> dict[str, Any] | None:
-    """store.json, None where there is none. UserError for a damaged one or another format."""
-    data = place.read(STORE)
+def read_store(storage: Storage) -> dict[str, Any] | None:
+    """store.json; None where there is none. UserError for a damaged one, or one of a format that cannot be read."""
+    data = storage.read(STORE)
     if data is None:
         return None
-    tree = unsealed(place, STORE, data)
+    tree = unsealed(storage, STORE, data)
     if tree.get("format") != FORMAT:
-        raise UserError(f"The store {place} has format {tree.get('format')}, and this jeagle reads format {FORMAT}.")
-    made = tree["made_from"]  # which says too little of arrays if it is from before there was a choice
-    return tree | {"made_from": made | {"arrays": Form.of(made["arrays"]).described()}}
+        raise UserError(f"The store {storage} has format {tree.get('format')}, and this jeagle reads format {FORMAT}.")
+    made = tree["made_from"]
+    if made["arrays"].get("taps_at", "all") != "all":
+        raise UserError(
+            f"The store {storage} was made with --store.aux-at seen by an earlier version, and lacks aux hidden states "
+            "that this version reads: extract the features again, into another folder."
+        )
+    return tree | {"made_from": made | {"arrays": StoreFormat.from_json(made["arrays"]).to_json()}}
 
 
 def _foreign(folder: Path) -> str:
-    """Of a store that was only just begun, there is no more than what is being written aside."""
-    found = sorted(set(os.listdir(folder)) - {ASIDE})
-    return "" if STORE in found or not found else f"it holds {listed(found)} and no {STORE}"
+    """Why a folder is not a store; empty where it is one, or where a writer has only begun one."""
+    names = sorted(n for n in os.listdir(folder) if n not in _LEFTOVERS)
+    return "" if STORE in names or not names else f"it holds {listed(names)} and no {STORE}"
 
 
 STORE_FOLDER = Output("store of jeagle's", True, _foreign)
 
 
-def check_place(place: Place) -> None:
-    """UserError unless the place is empty or holds a store: what writers remove there must be a store's."""
-    if place.path is not None:
-        check_replaceable(place.path, STORE_FOLDER)
-    opened = read_store(place)  # damaged, or another program's: that is said here
-    if opened is not None or place.path is not None:
+def check_storage(storage: Storage) -> None:
+    """Raises UserError unless a storage is empty or contains a store, because writers remove keys there."""
+    if storage.path is not None:
+        check_replaceable(storage.path, STORE_FOLDER)
+    if read_store(storage) is not None or storage.path is not None:
         return
-    if taken := [name for name in (SEGMENTS, CLAIMS, MANIFESTS, DATA) if place.names(name)]:
-        raise UserError(f"{place} is no store of jeagle's (it holds {listed(taken)} and no {STORE}): give another.")
+    if taken := [name for name in (SEGMENTS, CLAIMS, MANIFESTS, DATA) if storage.names(name)]:
+        raise UserError(
+            f"{storage} is no store of jeagle's (it holds {listed(taken)} and no {STORE}): give another one."
+        )
 
 
-def read_segment(place: Place, name: str) -> Segment | None:
+def read_segment(storage: Storage, name: str) -> Segment | None:
     """A segment's manifest, None where it is not finished. UserError for a damaged one."""
     key = f"{MANIFESTS}/{name}.json"
-    data = place.read(key)
-    return None if data is None else segment_from_json(unsealed(place, key, data))
+    data = storage.read(key)
+    return None if data is None else _segment(unsealed(storage, key, data))
 
 
-def segment_from_json(tree: dict[str, Any]) -> Segment:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+def _segment(tree: dict[str, Any]) -> Segment:
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in tree.items()}
+    fields.pop("seen", None)  # a field of earlier versions
     return Segment(**fields)
 
 
-def finished(place: Place) -> list[str]:
+def is_finished(storage: Storage, name: str) -> bool:
+    """Whether a segment is finished."""
+    return storage.read(f"{MANIFESTS}/{name}.json") is not None
+
+
+def finished_names(storage: Storage) -> list[str]:
     """Names of the finished segments, the tables included."""
-    return [n.removesuffix(".json") for n in place.names(MANIFESTS) if n.endswith(".json")]
+    return [n.removesuffix(".json") for n in storage.names(MANIFESTS) if n.endswith(".json")]
 
 
-def read_segments(place: Place) -> list[Segment]:
+def read_segments(storage: Storage) -> list[Segment]:
     """All finished segments, sorted by name: from the index as far as it goes, the others one by one.
 
     Raises:
       UserError: for a damaged manifest.
     """
-    names = finished(place)
-    data = place.read(INDEX)
+    names = finished_names(storage)
+    data = storage.read(INDEX)
     known: dict[str, Segment] = {}
     if data is not None:
         try:
-            tree = unsealed(place, INDEX, data)
-            known = {s["name"]: segment_from_json(s) for s in tree["segments"]}
+            known = {s["name"]: _segment(s) for s in unsealed(storage, INDEX, data)["segments"]}
         except UserError:
-            known = {}  # it is derived: what it lost is read from where it came
+            known = {}  # all of it is read from the manifests
     missing = [name for name in names if name not in known]
     with ThreadPoolExecutor(16) as readers:
-        found = [s for s in readers.map(lambda name: read_segment(place, name), missing) if s is not None]
+        found = [s for s in readers.map(lambda name: read_segment(storage, name), missing) if s is not None]
     return sorted([known[n] for n in names if n in known] + found, key=lambda s: s.name)
 
 
-def write_index(place: Place) -> list[Segment]:
+def write_index(storage: Storage) -> list[Segment]:
     """Derives index.json from the manifests."""
-    segments = read_segments(place)
-    place.write(INDEX, sealed({"segments": [dataclasses.asdict(s) for s in segments]}))
+    segments = read_segments(storage)
+    storage.write(INDEX, sealed({"segments": [dataclasses.asdict(s) for s in segments]}))
     return segments
 
 
-# Fields of made_from that do not change what is stored, only who wrote it.
-IGNORED = ("data.version",)
-
-
-def check_fit(place: Place, wanted: dict[str, Any], found: dict[str, Any], doing: str) -> None:
-    """UserError, with the fields named, unless the store was made from the same things.
+def check_fit(storage: Storage, wanted: dict[str, Any], found: dict[str, Any], advice: str) -> None:
+    """Raises UserError, which names the fields that differ, unless the store was made from what the run has.
 
     Args:
       wanted, found: the run's and the store's `made_from`. Only fields that `wanted` has are compared.
-      doing: what to do about it.
+      advice: a sentence that says what to do.
     """
-    fields = [f for f in differences(_only(found, wanted), wanted) if f not in IGNORED]
+    fields = [f for f in differences(_only(found, wanted), wanted) if f not in _IGNORED]
     if fields:
         flat = {f: (_at(found, f), _at(wanted, f)) for f in fields[:4]}
         shown = "; ".join(f"{f}: {_brief(a)} in the store, {_brief(b)} here" for f, (a, b) in flat.items())
         raise UserError(
-            f"The store {place} does not fit this run: {', '.join(fields)} "
-            f"{'differs' if len(fields) == 1 else 'differ'} ({shown}). {doing}"
+            f"The store {storage} does not fit this run: {', '.join(fields)} "
+            f"{'differs' if len(fields) == 1 else 'differ'} ({shown}). {advice}"
         )
 
 

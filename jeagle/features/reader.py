@@ -1,219 +1,305 @@
-"""Reading stores: rows by number, many at a time, without a copy in between."""
+"""Reading stores: rows by number, many at a time, straight into the arrays of a batch."""
 
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Int
 
+from jeagle import align
 from jeagle.errors import UserError
 from jeagle.features.arrays import damage, open_array, read_into
-from jeagle.features.formats import Form, Scaled, Stored, by_name
-from jeagle.features.manifests import DATA, TABLES, Segment, read_segments, read_store
-from jeagle.features.rows import PER_SEEN, TOKENS, Places, empty_batch, empty_stored, places_of
-from jeagle.features.storage import Place
+from jeagle.features.formats import ScaledVectors, StoredFeatures, StoreFormat, arrays_by_name
+from jeagle.features.manifests import DATA, SPLITS, TABLES, Segment, read_segments, read_store
+from jeagle.features.rows import TEACHER_ARRAYS, TOKEN_ARRAYS, empty_batch, empty_stored
+from jeagle.features.storage import Storage
 from jeagle.interfaces import Batch
 
-SPLITS = ("train", "held_out")
-_OPEN_ARRAYS = 4096  # handles kept; each is small
+_OPEN_ARRAYS = 4096  # handles that stay open; each is small
+
+RowNumbers = Iterable[int] | Int[np.ndarray, " B"]
 
 
-class Spot(NamedTuple):
-    """Where a row lies: its segment, and the first and the number of its tokens, of its positions whose teacher is
-    kept, and of those whose taps are, there."""
+class RowLocation(NamedTuple):
+    """Where a row lies.
+
+    Attributes:
+      segment: the segment that contains the row.
+      start, length: the entries of the row in the arrays with one entry a token.
+      teacher_start, teachers: the entries of the row in the arrays with one entry for each teacher.
+    """
 
     segment: Segment
     start: int
     length: int
-    kept_start: int
-    kept: int
-    seen_start: int
-    seen: int
+    teacher_start: int
+    teachers: int
 
 
 class Store:
     """A store that is read.
 
     Attributes:
-      place, about: where it lies, and its store.json. row_length: T. form: what it keeps.
+      storage: where it lies.
+      about: its store.json.
+      row_length: T.
+      format: what it contains of features.
+      segments: the finished segments when it was opened.
 
     Raises:
       UserError: where there is no store, or a damaged one.
     """
 
     def __init__(self, url: str):
-        self.place = Place(url)
-        about = read_store(self.place)
+        self.storage = Storage(url)
+        about = read_store(self.storage)
         if about is None:
             raise UserError(f"There is no store at {url}: python -m jeagle.extract --config C --out {url} makes one.")
         self.about: dict[str, Any] = about
         self.row_length: int = about["layout"]["row_length"]
-        self.form = Form.of(about["made_from"]["arrays"])
-        self.segments = read_segments(self.place)
+        self.format = StoreFormat.from_json(about["made_from"]["arrays"])
+        self.segments = read_segments(self.storage)
         self._by_name = {segment.name: segment for segment in self.segments}
-        self._spots: dict[str, dict[int, Spot]] = {split: {} for split in SPLITS}
-        for segment in self.segments:
-            self._note(segment)
+        self._locations: dict[str, dict[int, RowLocation]] = {split: {} for split in SPLITS}
+        for segment in (s for s in self.segments if s.split):
+            starts, teacher_starts = (itertools.accumulate(n, initial=0) for n in (segment.lengths, segment.kept))
+            counts = zip(starts, segment.lengths, teacher_starts, segment.kept, strict=False)
+            for row, count in zip(segment.rows, counts, strict=True):
+                self._locations[segment.split].setdefault(row, RowLocation(segment, *count))
         self._array = functools.lru_cache(_OPEN_ARRAYS)(self._open)
-        self._lock = threading.Lock()
 
     def __str__(self) -> str:
-        return str(self.place)
+        return str(self.storage)
 
     def rows(self, split: str) -> int:
-        """Rows of a side, finished or not."""
+        """The number of rows of a split, finished or not."""
         return int(self.about["splits"].get(split, {}).get("rows", 0))
 
     def has(self, split: str, row: int) -> bool:
-        return row in self._spots[split]
+        """Whether the row is finished."""
+        return row in self._locations[split]
 
     def present(self, split: str) -> list[int]:
-        """Numbers of the rows that are there, rising."""
-        return sorted(self._spots[split])
+        """The numbers of the finished rows, ascending."""
+        return sorted(self._locations[split])
 
     def missing(self) -> int:
-        """Rows that are not there yet."""
-        return sum(self.rows(split) - len(self._spots[split]) for split in SPLITS)
+        """How many rows are not finished, over both splits."""
+        return sum(self.rows(split) - len(self._locations[split]) for split in SPLITS)
 
     def check_complete(self) -> None:
-        """UserError unless every row, and the tables, are there."""
+        """Raises UserError unless every row and the tables are finished."""
         lacks_tables = TABLES not in self._by_name
         if self.missing() or lacks_tables:
-            of = sum(self.rows(split) for split in SPLITS)
+            total = sum(self.rows(split) for split in SPLITS)
             raise UserError(
-                f"The store {self} is not finished: {self.missing()} of {of} rows are missing"
+                f"The store {self} is not finished: {self.missing()} of {total} rows are missing"
                 f"{', and its tables' if lacks_tables else ''}. Run the extract command that began it again "
                 f"({self.about.get('command', '')}): it makes only what is missing."
             )
 
-    def spot(self, split: str, row: int) -> Spot:
-        """Where a row lies. UserError where it is not there."""
-        try:
-            return self._spots[split][row]
-        except KeyError:
-            raise UserError(f"The store {self} lacks row {row} of {split}: run its extract command again.") from None
+    def check_tables(self) -> None:
+        """Raises UserError for a store that has finished rows but not its tables."""
+        if TABLES not in self._by_name and any(self._locations.values()):
+            raise UserError(f"The store {self} has lost its {TABLES}: run the extract command that began it again.")
 
-    def batch(self, split: str, rows: Iterable[int]) -> Batch:
-        """The tokens and masks of rows, in the order given."""
-        spots = [self.spot(split, row) for row in rows]
-        out = empty_batch(len(spots), self.row_length)
-        reads = _Reads(self)
-        for b, spot in enumerate(spots):
-            for name, array in zip(TOKENS, out, strict=True):
-                reads.add(spot.segment, name, array[b, : spot.length], spot.start)
+    def batch(self, split: str, rows: RowNumbers) -> Batch:
+        """The tokens and loss masks of rows, [B, T], in the order given. UserError for a row that is missing."""
+        locations = self._locate(split, rows)
+        out, reads = empty_batch(len(locations), self.row_length), _Reads(self)
+        for b, location in enumerate(locations):
+            for name, array in zip(TOKEN_ARRAYS, out, strict=True):
+                reads.add(location.segment, name, location.start, array[b], range(location.length))
         reads.wait()
         return out
 
-    def stored(self, split: str, rows: Iterable[int], batch: Batch) -> Stored:
-        """The features of rows, as they are kept; zeros where they are not.
+    def stored(self, split: str, rows: RowNumbers, batch: Batch) -> StoredFeatures:
+        """The features of rows, in the order given; zeros at positions that the store leaves out.
 
         Args:
-          batch: of the same rows, as `batch` gives it.
+          batch: the same rows, as `batch` gives them.
 
         Raises:
-          UserError: for a row that is not there, or bytes that are damaged.
+          UserError: for a row that is missing, bytes that are damaged, or a batch of other rows.
         """
-        spots = [self.spot(split, row) for row in rows]
-        out = empty_stored(len(spots), self.row_length, spots[0].segment.arrays)
-        held = self.places(batch)
-        reads, scatters = _Reads(self), []
-        for b, spot in enumerate(spots):
-            if tuple(int(where[b].sum()) for where in held) != (spot.length, spot.seen, spot.kept):
-                raise UserError(f"The store {self} was made for other rows than these: prepare the data from it anew.")
-            for name, array in by_name(out).items():
-                where = np.flatnonzero(held.of(name)[b])
-                start = spot.seen_start if name in PER_SEEN else spot.kept_start
-                if len(where) and where[-1] == len(where) - 1:  # the row's first ones: no copy in between
-                    reads.add(spot.segment, name, array[b, : len(where)], start)
-                elif len(where):
-                    piece = np.empty((len(where), *array.shape[2:]), array.dtype)
-                    reads.add(spot.segment, name, piece, start)
-                    scatters.append((array[b], where, piece))
+        locations = self._locate(split, rows)
+        out, reads = empty_stored(len(locations), self.row_length, locations[0].segment.arrays), _Reads(self)
+        lengths_B, near_BT = (batch.segments_BT > 0).sum(axis=1), align.near_supervised(batch, xp=np)
+        for b, location in enumerate(locations):
+            taught = np.flatnonzero(near_BT[b])
+            if (lengths_B[b], len(taught)) != (location.length, location.teachers):
+                raise UserError(f"The store {self} was made for other rows than these: prepare the data from it again.")
+            for name, array in arrays_by_name(out).items():
+                if name in TEACHER_ARRAYS:
+                    reads.add(location.segment, name, location.teacher_start, array[b], taught)
+                else:
+                    reads.add(location.segment, name, location.start, array[b], range(location.length))
         reads.wait()
-        for array, places, piece in scatters:
-            array[places] = piece
-        return self._with_channels(out)
+        last = out.teacher
+        if isinstance(last, ScaledVectors):
+            last = self._with_channel("last", last)
+        return out._replace(aux=self._with_channel("taps", out.aux), teacher=last)
 
-    def places(self, batch: Batch) -> Places:
-        """Which positions of rows the store keeps something of."""
-        return places_of(batch, self.form.aux_at)
-
-    def table(self, name: str) -> np.ndarray | None:
-        """An array of the tables, such as embed [V, W]; None where the store has none of that name."""
-        return self.whole(self._by_name[TABLES], name) if self.shape(name) else None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an array of the tables; empty where there is none."""
+    def table_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an array of the tables; empty where there is none of that name."""
         segment = self._by_name.get(TABLES)
         return tuple(segment.arrays[name]["shape"]) if segment and name in segment.arrays else ()
 
-    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of an array of the tables. UserError for damaged bytes."""
-        try:
-            return np.asarray(self._array(TABLES, name)[index].read().result())
-        except (ValueError, OSError) as error:
-            raise damage(self, TABLES, name, error) from error
+    def table(self, name: str, index: Any = ...) -> np.ndarray:
+        """An array of the tables that exists, such as embed [V, H], or a part of it. UserError for damaged bytes."""
+        return self.segment_array(self._by_name[TABLES], name, index)
 
-    def whole(self, segment: Segment, name: str) -> np.ndarray:
-        """All of one array of a segment. UserError for damaged bytes."""
+    def segment_array(self, segment: Segment, name: str, index: Any = ...) -> np.ndarray:
+        """An array of a segment, or a part of it. UserError for damaged bytes."""
         try:
-            return np.asarray(self._array(segment.name, name).read().result())
+            return np.asarray(self._array(segment.name, name)[index].read().result())
         except (ValueError, OSError) as error:
             raise damage(self, segment.name, name, error) from error
 
     def data_file(self, name: str) -> bytes | None:
-        """A file of the prepared data's folder, such as tokenizer.json."""
-        return self.place.read(f"{DATA}/{name}")
+        """A file of the prepared data's folder, such as tokenizer.json; None where there is none."""
+        return self.storage.read(f"{DATA}/{name}")
 
     @functools.cached_property
     def channels(self) -> dict[str, np.ndarray]:
-        """The channels' scales of narrow arrays, by "taps" and "last"."""
-        found = {name: self.table(f"{name}_channel") for name in ("taps", "last")}
-        return {name: array for name, array in found.items() if array is not None}
+        """The scales of channels, "taps" [A, H] and "last" [H], of what is stored in a type of one byte."""
+        return {name: self.table(f"{name}_channel") for name in ("taps", "last") if self.table_shape(f"{name}_channel")}
 
-    def _with_channels(self, out: Stored) -> Stored:
-        def one(name: str, scaled: Scaled) -> Scaled:
-            if scaled.row is None:
-                return scaled
-            channel = np.broadcast_to(self.channels[name], scaled.channel.shape)
-            return scaled._replace(channel=np.ascontiguousarray(channel))
+    def _with_channel(self, name: str, scaled: ScaledVectors) -> ScaledVectors:
+        if scaled.row is None:
+            return scaled
+        channel = self.channels[name]
+        return scaled._replace(channel=np.repeat(channel[None], len(scaled.row), axis=0))
 
-        teacher = one("last", out.teacher) if isinstance(out.teacher, Scaled) else out.teacher
-        return out._replace(aux=one("taps", out.aux), teacher=teacher)
-
-    def _note(self, segment: Segment) -> None:
-        start = kept_start = seen_start = 0
-        for row, length, kept, seen in zip(segment.rows, segment.lengths, segment.kept, segment.aux, strict=True):
-            spot = Spot(segment, start, length, kept_start, kept, seen_start, seen)
-            self._spots[segment.split].setdefault(row, spot)
-            start, kept_start, seen_start = start + length, kept_start + kept, seen_start + seen
+    def _locate(self, split: str, rows: RowNumbers) -> list[RowLocation]:
+        try:
+            return [self._locations[split][row] for row in rows]
+        except KeyError as error:
+            raise UserError(
+                f"The store {self} lacks row {error.args[0]} of {split}: run its extract command again."
+            ) from None
 
     def _open(self, segment: str, name: str) -> Any:
         found = self._by_name[segment]
-        return open_array(self.place, f"{found.folder}/{name}", found.arrays[name])
+        return open_array(self.storage, f"{found.folder}/{name}", found.arrays[name])
 
-    def array(self, segment: Segment, name: str) -> Any:
-        """The tensorstore array; opened once."""
-        with self._lock:
-            return self._array(segment.name, name)
+    def begin_read(self, segment: Segment, name: str, start: int, out: np.ndarray) -> Any:
+        """Begins to read entries of a segment's array, from `start` on, into `out` [N, ...]; returns a future."""
+        return read_into(out, self._array(segment.name, name), start, start + len(out))
 
 
 class _Reads:
-    """Reads under way at the same time."""
+    """Reads that run at the same time."""
 
     def __init__(self, store: Store):
-        self._store, self._waiting = store, []
+        self._store = store
+        self._waiting: list[tuple[Any, Segment, str, Callable[[], None] | None]] = []
 
-    def add(self, segment: Segment, name: str, out: np.ndarray, start: int) -> None:
-        array = self._store.array(segment, name)
-        self._waiting.append((read_into(out, array, start, start + len(out)), segment.name, name))
+    def add(self, segment: Segment, name: str, start: int, out_TX: np.ndarray, positions: range | np.ndarray) -> None:
+        """Begins to read an entry of a segment's array, from `start` on, for each of some positions of a row."""
+        count = len(positions)
+        if not count:
+            return
+        first, last = int(positions[0]), int(positions[-1])
+        scatter: Callable[[], None] | None = None
+        if last - first + 1 == count:
+            into = out_TX[first : last + 1]  # without a copy
+        else:
+            into = np.empty((count, *out_TX.shape[1:]), out_TX.dtype)
+            scatter = functools.partial(out_TX.__setitem__, positions, into)
+        self._waiting.append((self._store.begin_read(segment, name, start, into), segment, name, scatter))
 
     def wait(self) -> None:
-        for future, segment, name in self._waiting:
+        """Waits for all reads. UserError for damaged bytes."""
+        for future, segment, name, scatter in self._waiting:
             try:
                 future.result()
             except (ValueError, OSError) as error:
-                raise damage(self._store, segment, name, error) from error
+                raise damage(self._store, segment.name, name, error) from error
+            if scatter:
+                scatter()
+
+
+class StoreSet:
+    """Several stores that are read as one, their rows one after the other.
+
+    Args:
+      members: stores made from the same target, in the same format.
+      partial: rows may be missing.
+      agree: maps a bool array of which rows are present to those that are present on all processes, because a store
+        that grows looks different a moment later; None for a single process.
+
+    Attributes:
+      members, partial: as given.
+    """
+
+    def __init__(
+        self, members: list[Store], *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None
+    ):
+        self.members, self.partial, self._present = members, partial, {}
+        for split in SPLITS:
+            present = np.concatenate([np.isin(np.arange(s.rows(split)), s.present(split)) for s in members])
+            self._present[split] = agree(present) if agree else present
+
+    def rows(self, split: str) -> int:
+        """The number of rows of a split, over all stores."""
+        return len(self._present[split])
+
+    def count_present(self, split: str) -> int:
+        """How many rows of a split are present on all processes."""
+        return int(self._present[split].sum())
+
+    def has_all(self, split: str, rows: Int[np.ndarray, " B"]) -> bool:
+        """Whether all of these rows are present: the same on every process that asks for the same rows."""
+        return bool(self._present[split][rows].all())
+
+    def batch(self, split: str, rows: RowNumbers) -> Batch:
+        """As `Store.batch`."""
+        return self._gather(split, rows, lambda store, numbers, _: store.batch(split, numbers))
+
+    def stored(self, split: str, rows: RowNumbers, batch: Batch) -> StoredFeatures:
+        """As `Store.stored`."""
+
+        def read(store: Store, numbers: list[int], where: np.ndarray) -> StoredFeatures:
+            return store.stored(split, numbers, Batch(*(array[where] for array in batch)))
+
+        return self._gather(split, rows, read)
+
+    def _gather(self, split: str, rows: RowNumbers, read: Callable[[Store, list[int], np.ndarray], Any]) -> Any:
+        numbers, ends = np.asarray(list(rows)), np.cumsum([store.rows(split) for store in self.members])
+        which = np.searchsorted(ends, numbers, side="right")
+        parts, positions = [], []
+        for i, store in enumerate(self.members):
+            where = np.flatnonzero(which == i)
+            if len(where):
+                parts.append(read(store, (numbers[where] - ends[i] + store.rows(split)).tolist(), where))
+                positions.append(where)
+        if len(parts) == 1:
+            return parts[0]
+        order = np.argsort(np.concatenate(positions))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays)[order], *parts)
+
+
+def open_store_set(
+    source: str, *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None
+) -> StoreSet:
+    """The stores that --features names: one, or several with commas between them.
+
+    Args:
+      partial, agree: as in `StoreSet`.
+
+    Raises:
+      UserError: where one of them is not a store, or, unless `partial`, where one is not finished.
+    """
+    urls = [part.strip() for part in source.split(",") if part.strip()]
+    if not urls:
+        raise UserError(f"--features {source!r} names no store: give online, auto, STORE, or several as A,B.")
+    stores = [Store(url) for url in urls]
+    for store in stores:
+        store.check_tables() if partial else store.check_complete()
+    return StoreSet(stores, partial=partial, agree=agree)

@@ -1,5 +1,8 @@
-"""Rows of a batch with their features <-> the ragged arrays of a segment: padding, and states where nothing needs them,
-cost nothing."""
+"""Rows of a batch with their features, and the arrays of a segment that hold them one after the other.
+
+A segment contains no padding, and the teacher only of those positions that may teach a slot
+(`align.near_supervised`).
+"""
 
 from __future__ import annotations
 
@@ -10,108 +13,78 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jeagle import align
-from jeagle.features.formats import DTYPES, TOP, Scaled, Stored, by_name
+from jeagle.features.formats import DTYPES, TOP_K_ARRAYS, ScaledVectors, StoredFeatures, arrays_by_name
 from jeagle.interfaces import Batch, TopK
 
-TOKENS = ("tokens", "segments", "positions", "supervised")  # arrays of a Batch, one entry a token
-PER_SEEN = ("taps", "taps_row")  # one entry for each position whose taps are kept
-PER_KEPT = ("last", "last_row", *TOP, "greedy", "lse")  # one entry for each position whose teacher is kept
+TOKEN_ARRAYS = ("tokens", "segments", "positions", "supervised")  # the arrays of a Batch, one entry a token
+TEACHER_ARRAYS = ("last", "last_row", *TOP_K_ARRAYS, "greedy", "lse")  # one entry for each position with a teacher
 
 
-class Ragged(NamedTuple):
-    """Rows one after the other.
+class RaggedRows(NamedTuple):
+    """Rows one after the other, each without its padding.
 
     Attributes:
-      lengths: tokens of each row. kept, seen: positions of each row whose teacher, and whose taps, are there.
-      arrays: by the names of TOKENS, PER_SEEN and PER_KEPT; no scales for what is kept as it is.
+      lengths: tokens of each row, and as many aux hidden states.
+      teachers: positions of each row whose teacher is stored.
+      arrays: by name: those of TOKEN_ARRAYS, "taps" and "taps_row" with an entry a token, those of TEACHER_ARRAYS with
+        an entry for each teacher; no scales where hidden states are stored in a float type.
     """
 
     lengths: list[int]
-    kept: list[int]
-    seen: list[int]
+    teachers: list[int]
     arrays: dict[str, np.ndarray]
 
 
-class Places(NamedTuple):
-    """Which positions of rows a store keeps something of, [B, T] each: their tokens, taps and teachers."""
-
-    real_BT: np.ndarray
-    seen_BT: np.ndarray
-    kept_BT: np.ndarray
-
-    def of(self, name: str) -> np.ndarray:
-        """Where an array of that name has an entry."""
-        return self.seen_BT if name in PER_SEEN else self.kept_BT if name in PER_KEPT else self.real_BT
-
-
-def places_of(batch: Batch, aux_at: str) -> Places:
-    """What is kept of rows; `taps_at` as in `formats.Form`."""
-    real_BT = batch.segments_BT > 0
-    seen_BT = align.seen_positions(batch, xp=np) if aux_at == "seen" else real_BT
-    return Places(real_BT, seen_BT, align.near_supervised(batch, xp=np))
-
-
-def ragged(batch: Batch, stored: Stored, rows: Iterable[int] | None = None, *, aux_at: str = "all") -> Ragged:
-    """Cuts off what is not kept.
+def ragged_rows(batch: Batch, stored: StoredFeatures, rows: Iterable[int] | None = None) -> RaggedRows:
+    """The chosen rows of a batch and their features, without what a store leaves out.
 
     Args:
-      batch, stored: host arrays of some rows. rows: which of them; all by default. taps_at: as in `formats.Form`.
+      batch, stored: host arrays of some rows.
+      rows: which of these rows; None takes all.
+
+    Raises:
+      ValueError: where padding precedes a token.
     """
-    places = places_of(batch, aux_at)
+    lengths_B, near_BT = (batch.segments_BT > 0).sum(axis=1), align.near_supervised(batch, xp=np)
     chosen = range(len(batch.tokens_BT)) if rows is None else list(rows)
-    whole = dict(zip(TOKENS, batch, strict=True)) | by_name(stored)
-    if not all(_first(places.real_BT[b]) for b in chosen):
+    if not all(batch.segments_BT[b, : lengths_B[b]].all() for b in chosen):
         raise ValueError("padding stands before a token")
     arrays = {
-        name: np.concatenate([_cut(np.asarray(array[b]), places.of(name)[b]) for b in chosen])
-        for name, array in (whole.items() if len(chosen) else ())
+        name: np.concatenate(
+            [np.asarray(x[b])[near_BT[b] if name in TEACHER_ARRAYS else slice(lengths_B[b])] for b in chosen]
+        )
+        for name, x in (dict(zip(TOKEN_ARRAYS, batch, strict=True)) | arrays_by_name(stored)).items()
+        if len(chosen)
     }
-    lengths, seen, kept = ([int(where[b].sum()) for b in chosen] for where in places)
-    return Ragged(lengths, kept, seen, arrays)
+    return RaggedRows([int(lengths_B[b]) for b in chosen], [int(near_BT[b].sum()) for b in chosen], arrays)
 
 
-def _first(where_T: np.ndarray) -> bool:
-    """Whether these are the first positions of a row, and no others."""
-    return bool(where_T[: int(where_T.sum())].all())
-
-
-def _cut(array_TX: np.ndarray, where_T: np.ndarray) -> np.ndarray:
-    return array_TX[: int(where_T.sum())] if _first(where_T) else array_TX[where_T]
-
-
-def joined(parts: list[Ragged]) -> Ragged:
-    """Several Ragged one after the other."""
+def joined_rows(parts: list[RaggedRows]) -> RaggedRows:
+    """The rows of several parts one after the other."""
     arrays = {name: np.concatenate([p.arrays[name] for p in parts]) for name in parts[0].arrays}
-    lengths, kept, seen = (list(itertools.chain(*counts)) for counts in zip(*(p[:3] for p in parts), strict=True))
-    return Ragged(lengths, kept, seen, arrays)
+    lengths, teachers = (list(itertools.chain(*counts)) for counts in zip(*(p[:2] for p in parts), strict=True))
+    return RaggedRows(lengths, teachers, arrays)
 
 
 def empty_batch(rows: int, length: int) -> Batch:
-    """Rows of padding."""
+    """A batch [rows, length] of padding."""
     tokens, segments, positions = (np.zeros((rows, length), np.int32) for _ in range(3))
     return Batch(tokens, segments, positions, np.zeros((rows, length), bool))
 
 
-def empty_stored(rows: int, length: int, like: dict[str, Any]) -> Stored:
-    """Zeros for `rows` rows of `length` positions.
+def empty_stored(rows: int, length: int, described: dict[str, Any]) -> StoredFeatures:
+    """Zeros for `rows` rows of `length` positions, still without the scales of channels.
 
     Args:
-      like: a segment's description of its arrays, "taps" and "last" or those of TOP among them.
+      described: a segment's description of its arrays, by their names on disk.
     """
-    shape = (rows, length)
 
     def empty(name: str) -> np.ndarray:
-        dtype = like[name]["dtype"]
-        return np.zeros((*shape, *like[name]["shape"][1:]), np.dtype(DTYPES.get(_kind(dtype), dtype)))
+        dtype = described[name]["dtype"]
+        return np.zeros((rows, length, *described[name]["shape"][1:]), DTYPES["fp8"] if "float8" in dtype else dtype)
 
-    def scaled(name: str) -> Scaled:
-        if f"{name}_row" not in like:
-            return Scaled(empty(name))
-        return Scaled(empty(name), empty(f"{name}_row"), np.ones((rows, *like[name]["shape"][1:]), np.float32))
+    def scaled(name: str) -> ScaledVectors:
+        return ScaledVectors(empty(name), empty(f"{name}_row") if f"{name}_row" in described else None)
 
-    teacher = scaled("last") if "last" in like else TopK(*map(empty, TOP))
-    return Stored(scaled("taps"), teacher, np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-
-
-def _kind(dtype: str) -> str:
-    return "fp8" if dtype == DTYPES["fp8"].name else dtype
+    teacher = scaled("last") if "last" in described else TopK(*map(empty, TOP_K_ARRAYS))
+    return StoredFeatures(scaled("taps"), teacher, empty("greedy"), empty("lse"))

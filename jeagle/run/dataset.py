@@ -69,7 +69,7 @@ def finish(config: RunConfig, made: dict[str, Any], *, reused: bool) -> Prepared
     data = config.folder / "data"
     tables = _make_tables(config, made, data)
     manifest, vocabulary = finished_manifest(data), _coverage(data, tables)
-    if manifest.get("vocabulary") != (named := {"ids": room.ids_hash(room.load_tables(tables))} | vocabulary):
+    if manifest.get("vocabulary") != (named := {"ids": room.vocabulary_hash(room.load_tables(tables))} | vocabulary):
         write_manifest(data, manifest | {"vocabulary": named})
     return Prepared(data, tables, manifest["statistics"] | vocabulary, reused)
 
@@ -112,18 +112,6 @@ _SHAPING = (  # settings that change rows; --data.streaming reads the same ones 
 )
 
 
-def rules_of(config: RunConfig, end_token_ids: tuple[int, ...]) -> room.Rules:
-    """How the run's conversations are rendered."""
-    return room.Rules(
-        tuple(end_token_ids),
-        config.data.system_prompt,
-        config.data.thinking,
-        config.data.reasoning,
-        config.data.rewritten,
-        room.parse_arguments(config.data.template_arguments),
-    )
-
-
 def found(data: Path, made_from: dict[str, Any]) -> bool:
     """Whether rows made from the same inputs lie there, all files as long as they were made."""
     old = read_manifest(data)
@@ -149,23 +137,20 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[str, Any]) -> None:
-    rules = rules_of(config, made_from["end_token_ids"])
-    shape = room.Shape(
-        row_length=config.data.row_length,
-        vocab=made_from["target_vocab"],
-        long=config.data.long,
-        held_out=config.data.held_out,
-        max_conversations=config.data.max_conversations,
-        bad_share=config.data.bad_share,
-        near_duplicates=config.data.near_duplicates,
-        streaming=config.data.streaming,
-        target=(config.target.ref,),
-    )
     for part in parts:
         print(f"prepare: reading {part}", flush=True)
     total = config.data.max_conversations
     with Progress(total, "conversations", "prepare") as progress, new_rows(config) as aside:
-        statistics = room.build(parts, tokenizer, rules, shape, aside, progress.update)
+        statistics = room.prepare_rows(
+            parts,
+            tokenizer,
+            config.data,
+            aside,
+            end_token_ids=made_from["end_token_ids"],
+            vocab=made_from["target_vocab"],
+            target=config.target.ref,
+            on_done=progress.update,
+        )
         tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone
         statistics["template_reads_date"] = room.reads_date(tokenizer.chat_template)
         write_rows_manifest(aside, config, made_from, statistics)
@@ -188,7 +173,7 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
         if _whole(tables, counts):
             return tables
         print(f"prepare: {tables} lacks a file or has a damaged one; making it anew", flush=True)
-    ids = room.choose(counts, size, ends) if given is None else given
+    ids = room.choose_vocabulary(counts, size, ends) if given is None else given
     if fields and _trained(config.folder) and not np.array_equal(ids, room.load_tables(tables)):
         raise UserError(
             f"{tables} belongs to a draft that is trained already, and would change ({', '.join(fields)} differ): its "
@@ -210,9 +195,9 @@ def _given_vocabulary(config: RunConfig, made_from: dict[str, Any]) -> np.ndarra
     given = None
     source = config.data.vocabulary or config.draft.start  # a draft to start from brings its head's rows' meaning
     if source and not (size <= 0 and config.draft.start):  # the whole vocabulary needs no map
-        given = room.given_map(Path(source), size, made_from["target_vocab"], ends)
+        given = room.load_given_vocabulary(Path(source), size, made_from["target_vocab"], ends)
     if given is not None and config.data.vocabulary and config.draft.start:
-        begun = room.given_map(Path(config.draft.start), size, made_from["target_vocab"], ends)
+        begun = room.load_given_vocabulary(Path(config.draft.start), size, made_from["target_vocab"], ends)
         if not np.array_equal(given, begun):
             raise UserError(
                 f"--data.vocabulary {source} is not the vocabulary of the draft to start from, {config.draft.start}: "
@@ -250,4 +235,4 @@ def _coverage(data: Path, tables: Path) -> dict[str, Any]:
 def describe(prepared: Prepared) -> list[str]:
     """What was prepared, in a few lines."""
     lines = [f"{prepared.data} is made from the same inputs: reused"] if prepared.reused else []
-    return lines + room.describe(prepared.statistics, prepared.data)
+    return lines + room.describe_statistics(prepared.statistics, prepared.data)

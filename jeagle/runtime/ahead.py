@@ -1,4 +1,4 @@
-"""Work begun before its result is asked for."""
+"""Work that begins on threads before its result is asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _T = TypeVar("_T")
 
 
 def read_ahead(items: Iterable[_T], read: Callable[[_T], Any], *, threads: int, depth: int) -> Iterator[Any]:
-    """read(item) of each item, in order, begun up to `depth` items ahead on threads, whose errors are raised here."""
+    """Yields read(item) for each item, in order, while threads work up to `depth` items ahead.
+
+    An error in `read` is raised here, when its item's turn comes.
+    """
     source = iter(items)
     with ThreadPoolExecutor(threads, "ahead") as pool:
         waiting: collections.deque[Future] = collections.deque(
@@ -20,8 +23,8 @@ def read_ahead(items: Iterable[_T], read: Callable[[_T], Any], *, threads: int, 
         )
         try:
             while waiting:
-                found = waiting.popleft().result()
+                result = waiting.popleft().result()
                 waiting.extend(pool.submit(read, item) for item in itertools.islice(source, 1))
-                yield found
+                yield result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -94,18 +94,17 @@ class HeldOut:
             total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in metrics.items()}
         return total | {"loss": total["loss"] / _some(total["trained"])}
 
-    def _read(self, start: int) -> tuple[Batch, features.Stored | None]:
+    def _read(self, start: int) -> tuple[Batch, features.StoredFeatures | None]:
         """This process's share of the rows from `start` on; what fills the last batch up teaches nothing."""
         share = self._size // jax.process_count()
         places = start + np.arange(self._size)
         everyone = self._numbers[np.minimum(places, len(self._numbers) - 1)]
         here = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-        own, order, stored = everyone[here], np.arange(share), None
+        own, stored = everyone[here], None
         rows = Batch(*(np.ascontiguousarray(array[own]) for array in self._rows))
-        if self._stores:
-            order, stored = self._stores.dealt("held_out", own, rows, everyone)
-        rows = rows._replace(supervised_BT=rows.supervised_BT & (places[here] < len(self._numbers))[:, None])
-        return Batch(*(array[order] for array in rows)), stored
+        if self._stores and self._stores.has_all("held_out", everyone):
+            stored = self._stores.stored("held_out", own, rows)
+        return rows._replace(supervised_BT=rows.supervised_BT & (places[here] < len(self._numbers))[:, None]), stored
 
 
 def spread(total: int, most: int) -> np.ndarray:

@@ -37,7 +37,8 @@ class StepBatch(NamedTuple):
       stored: its features as a store holds them, on the mesh; None where the target computes them.
       width: N, to which live slots are gathered.
       tokens: how many tokens of the global batch are not padding.
-      read_share: the share of its rows whose features were read; None for a run whose batches are all of one kind.
+      read_share: 1 where its features were read and 0 where the target computes them; None for a run whose batches are
+        all of one kind.
     """
 
     step: int
@@ -62,7 +63,7 @@ class Run(NamedTuple):
     optimiser: optax.GradientTransformation
     frozen: Frozen
     stream: data.RowStream
-    stores: features.Mixture | None
+    stores: features.StoreSet | None
     steps: int
     widths: list[int]
 
@@ -71,7 +72,7 @@ class Run(NamedTuple):
         for step, widest, rows, stored in teacher.with_features(self.stream, start, self.steps, self.stores):
             width = next(width for width in self.widths if width >= widest)
             tokens = int((rows.segments_BT > 0).sum()) * jax.process_count()
-            share = teacher.share_read(self.stores, rows, stored)
+            share = teacher.share_read(self.stores, stored)
             yield StepBatch(step, put_rows(rows, self.mesh), put_rows(stored, self.mesh), width, tokens, share)
 
     def due(self, step: int) -> bool:
@@ -91,7 +92,7 @@ class Draft(NamedTuple):
 class Inputs(NamedTuple):
     """The run's rows and vocabulary tables, and the stores that they and their features come from, if any do."""
 
-    stores: features.Mixture | None
+    stores: features.StoreSet | None
     prepared: Prepared
 
 
@@ -116,11 +117,11 @@ def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainS
     check_parts(config, mesh)
     stores, prepared = inputs or open_inputs(config)
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
-    stores = teacher.complete_stores(config, stores, mesh)
+    stores = teacher.complete_stores(config, stores)
 
     target = teacher.open_teacher(config, stores, mesh)
     draft = open_draft(config, target, mesh)
-    stream = open_stream(config, stores)
+    stream = open_stream(config)
     steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
     trained = assemble.trained(config.draft)
     optimiser = make_optimiser(config.train, learning_rate(config.train, steps), trained=trained)
@@ -172,7 +173,7 @@ def make_program(
     )
 
 
-def open_stream(config: RunConfig, stores: features.Mixture | None = None) -> data.RowStream:
+def open_stream(config: RunConfig) -> data.RowStream:
     """This process's share of the run's training rows."""
     return data.RowStream(
         config.folder / "data" / "train",
@@ -180,7 +181,6 @@ def open_stream(config: RunConfig, stores: features.Mixture | None = None) -> da
         config.train.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        shares=teacher.shares(stores),
     )
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jeagle import align, drafts, objective, targets
-from jeagle.features import Stored, decode
+from jeagle.features import StoredFeatures, decode_features
 from jeagle.interfaces import PLAIN_LOGITS, Batch, Features, LogitShape, Tables
 from jeagle.run.parameters import ALL_TRAINED, Trained
 from jeagle.runtime.mesh import RULES, platform, replicated, row_parts
@@ -113,7 +113,7 @@ def train_step(
     frozen: Frozen,
     batch: Batch,
     width: int,
-    stored: Stored | None = None,
+    stored: StoredFeatures | None = None,
 ) -> tuple[TrainState, StepReport]:
     """One optimiser step; `state` is donated.
 
@@ -129,13 +129,13 @@ LossAndGradient = tuple[tuple[jax.Array, objective.Metrics], Any]
 
 
 def loss_gradient(
-    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: Stored | None = None
+    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: StoredFeatures | None = None
 ) -> LossAndGradient:
     """((loss, metrics), gradient) of the draft on a batch; `width` and `stored` as in `train_step`."""
 
-    def of_part(batch: Batch, stored: Stored | None, divisor_K: jax.Array | None) -> LossAndGradient:
+    def of_part(batch: Batch, stored: StoredFeatures | None, divisor_K: jax.Array | None) -> LossAndGradient:
         live = live_slots(program, batch, width)
-        features = teacher_features(program, frozen, batch, live) if stored is None else decode(stored)
+        features = teacher_features(program, frozen, batch, live) if stored is None else decode_features(stored)
 
         def loss_of(draft: Any) -> tuple[jax.Array, objective.Metrics]:
             draft = stop_frozen_gradients(draft, program.trained)
@@ -233,9 +233,9 @@ def draft_loss(
 
 def accumulated(
     program: Program,
-    gradient: Callable[[Batch, Stored | None, jax.Array | None], LossAndGradient],
+    gradient: Callable[[Batch, StoredFeatures | None, jax.Array | None], LossAndGradient],
     batch: Batch,
-    stored: Stored | None,
+    stored: StoredFeatures | None,
 ) -> LossAndGradient:
     """`gradient` of the whole batch, computed in `program.parts` parts of its rows one after the other.
 
@@ -249,7 +249,7 @@ def accumulated(
     divisor_K = objective.divisors(spec, counts, batch.segments_BT, batch.tokens_BT.shape)
     parts = jax.tree.map(lambda x: x.reshape(-1, program.parts, *x.shape[1:]).swapaxes(0, 1), (batch, stored))
 
-    def add(total: LossAndGradient, part: tuple[Batch, Stored | None]) -> tuple[LossAndGradient, None]:
+    def add(total: LossAndGradient, part: tuple[Batch, StoredFeatures | None]) -> tuple[LossAndGradient, None]:
         batch, stored = part
         return jax.tree.map(jnp.add, total, gradient(batch, stored, divisor_K)), None
 
@@ -288,11 +288,11 @@ def update(
 
 @functools.partial(jax.jit, static_argnames=("program", "width"))
 def evaluation_step(
-    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: Stored | None = None
+    program: Program, draft: Any, frozen: Frozen, batch: Batch, width: int, stored: StoredFeatures | None = None
 ) -> objective.Metrics:
     """The metrics of a draft on rows that it is not trained on; `stored` and `width` as in `train_step`."""
     live = live_slots(program, batch, width)
-    features = teacher_features(program, frozen, batch, live) if stored is None else decode(stored)
+    features = teacher_features(program, frozen, batch, live) if stored is None else decode_features(stored)
     return draft_loss(program, draft, batch, features, frozen.tables, live)[1]
 
 

@@ -14,13 +14,15 @@ import pytest
 
 from jeagle import data
 from jeagle import flags as configs
-from jeagle.data import Rules, Shape, build, parse_source, read_conversations, read_prompts
+from jeagle.config import DataConfig
+from jeagle.data import parse_source, prepare_rows, read_prompts
 from jeagle.errors import UserError
 from jeagle.run import dataset
 from jeagle.runtime.manifest import atomic_folder, write_manifest
 from tests import tiny
 from tests.data.chats import CHATS, TOOL, TOOL_CHAT, end_ids, tokenizer_for
-from tests.data.sources import ROWS, SHAPES
+from tests.data.helpers import read_conversations
+from tests.data.sources.dataset_rows import ROWS, SHAPES
 
 SUFFIXES = ("jsonl", "json", "jsonl.gz", "json.gz", "jsonl.zst", "parquet")
 GOOD = [*SHAPES.values(), *ROWS.values(), *({"messages": m} for m in CHATS.values())]
@@ -90,11 +92,12 @@ def spoil_bytes(data: bytes, random_: random.Random) -> bytes:
     return random_.randbytes(random_.randrange(60))
 
 
-def prepare_in(out: Path, source: str, tokenizer, shape: Shape) -> str:
+def prepare_in(out: Path, source: str, tokenizer, config: DataConfig) -> str:
     """What is said where it is refused; nothing where rows were made."""
     try:
         with atomic_folder(out, data.ROWS) as aside:
-            statistics = build(parse_source(source), tokenizer, Rules(end_ids(tokenizer)), shape, aside)
+            ends, vocab = end_ids(tokenizer), len(tokenizer)
+            statistics = prepare_rows(parse_source(source), tokenizer, config, aside, end_token_ids=ends, vocab=vocab)
             write_manifest(aside, {"made_from": {}, "statistics": statistics})
     except UserError as error:
         return str(error)
@@ -109,8 +112,8 @@ def test_a_thousand_malformed_files(tmp_path, suffix):
     outcomes = {"finished": 0, "refused": 0}
     for number in range(1000 // len(SUFFIXES) + 1):
         path.write_bytes(malformed(suffix, random_))
-        shape = Shape(row_length=256, vocab=len(tokenizer), bad_share=random_.choice([0.01, 1.0]))
-        said = prepare_in(out, str(path), tokenizer, shape)
+        config = DataConfig(row_length=256, held_out=0.0, bad_share=random_.choice([0.01, 1.0]))
+        said = prepare_in(out, str(path), tokenizer, config)
         assert "\n" not in said, number
         outcomes["refused" if said else "finished"] += 1
         for read in (read_conversations, read_prompts):
@@ -120,7 +123,7 @@ def test_a_thousand_malformed_files(tmp_path, suffix):
     assert min(outcomes.values()) > 5, outcomes
 
 
-def test_a_malformed_file_leaves_finished_data_as_they_were(tmp_path):
+def test_a_malformed_file_does_not_change_finished_data(tmp_path):
     flags = tiny.flags(tmp_path)
     base = configs.RunConfig(name="t")
     data = dataset.prepare(configs.parse_overrides(base, flags, program="t", description="")).data

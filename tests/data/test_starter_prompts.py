@@ -17,29 +17,29 @@ from jeagle.data.starter.prompts import CATEGORIES, load_templates
 RUN = 8  # words in a row that would count as copied
 
 
-def test_many_and_unique():
+def test_there_are_many_unique_prompts():
     prompts = starter_prompts()
     assert 2000 <= len(prompts) <= 3000
     assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts)
 
 
-def test_no_category_outweighs_another():
+def test_the_categories_are_balanced():
     counts = collections.Counter(p.category for p in starter_prompts())
     assert set(counts) == set(CATEGORIES) and len(CATEGORIES) == 8
     assert max(counts.values()) <= 1.6 * min(counts.values()), counts
 
 
-def test_any_first_part_is_mixed():
+def test_any_first_part_mixes_the_categories():
     prompts = starter_prompts()
     assert [p.id for p in prompts] == sorted(p.id for p in prompts)
     assert set(collections.Counter(p.category for p in prompts[:200])) == set(CATEGORIES)
 
 
-def test_deterministic():
+def test_the_prompts_are_deterministic():
     assert starter_prompts() == starter_prompts()
 
 
-def test_texts_are_whole_and_short():
+def test_texts_are_complete_and_short():
     for prompt in starter_prompts():
         assert not re.search(r"\{\w+\}", prompt.text), prompt
         assert prompt.text == prompt.text.strip() and "  " not in prompt.text, prompt
@@ -65,7 +65,7 @@ def test_shipped_answers_are_to_these_prompts():
 
 
 @pytest.mark.skipif(not os.environ.get("JEAGLE_EVAL_PROMPTS"), reason="JEAGLE_EVAL_PROMPTS names no files")
-def test_nothing_shared_with_evaluation_prompts():
+def test_no_text_is_shared_with_evaluation_prompts():
     """JEAGLE_EVAL_PROMPTS: jsonl files with `turns`, separated as in PATH."""
     runs: set[tuple[str, ...]] = set()
     for path in os.environ["JEAGLE_EVAL_PROMPTS"].split(os.pathsep):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jeagle import features, import_features
+from jeagle import features
 from jeagle import flags as configs
 from jeagle.errors import UserError
 from jeagle.extraction.capture import Capture
+from jeagle.extraction.peer_import import import_peer_features
 from jeagle.interfaces import Batch
 from jeagle.run import assemble
 from tests import tiny
@@ -22,14 +23,14 @@ AUX_LAYERS = (2, 4, 5)
 
 
 def config_of(folder: Path, **more):
-    flags = tiny.flags(folder, name="adopted", store__aux_dtype="bfloat16", store__last_dtype="bfloat16", **more)
+    flags = tiny.flags(folder, name="imported", store__aux_dtype="bfloat16", store__last_dtype="bfloat16", **more)
     return configs.from_command_line(["--config", RECIPE, *flags], program="", description="")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny target, and states of it as vLLM writes them: the last slot is from before the final norm."""
-    folder = tmp_path_factory.mktemp("adopt")
+    folder = tmp_path_factory.mktemp("import")
     settings = config_of(folder)
     mesh = assemble.mesh_of(settings)
     loaded = assemble.load_target(settings, mesh)
@@ -50,12 +51,12 @@ def folder(tmp_path_factory) -> Path:
 
 def test_states_of_vllm_become_a_store(folder):
     out = folder / "store"
-    import_features.adopt(config_of(folder), folder / "vllm", str(out))
+    import_peer_features(config_of(folder), folder / "vllm", str(out))
     store = features.Store(str(out))
     store.check_complete()
     assert store.rows("train") == 14 and store.rows("held_out") == 2
     batch = store.batch("train", range(14))
-    got = features.decode(store.stored("train", range(14), batch))
+    got = features.decode_features(store.stored("train", range(14), batch))
     expected = np.load(folder / "expected.npz")
     np.testing.assert_allclose(np.asarray(got.teacher)[:, :40], expected["last"][:14], rtol=0.05, atol=0.05)
     assert (np.asarray(got.greedy_BT)[:, :40] == expected["greedy"][:14]).mean() > 0.97
@@ -66,16 +67,13 @@ def test_states_of_vllm_become_a_store(folder):
 def test_what_a_store_keeps_of_others_states_is_the_users_to_say(folder):
     """The likeliest tokens are those of the states, by the target's own head."""
     out = folder / "likeliest"
-    import_features.adopt(
-        config_of(folder, store__teacher="top_k", store__top_k=5, store__aux_at="seen"), folder / "vllm", str(out)
-    )
+    import_peer_features(config_of(folder, store__teacher="top_k", store__top_k=5), folder / "vllm", str(out))
     store = features.Store(str(out))
     batch = store.batch("train", range(14))
     got, expected = store.stored("train", range(14), batch), np.load(folder / "expected.npz")
-    assert store.form == features.Form("bfloat16", top_k=5, aux_at="seen")
+    assert store.format == features.StoreFormat("bfloat16", top_k=5)
     np.testing.assert_array_equal(got.teacher.ids_BTP[..., 0], got.greedy_BT)
     assert (got.greedy_BT[:, :40] == expected["greedy"][:14]).mean() > 0.97
-    assert not got.aux.values[:, 39].any() and got.aux.values[:, 38].any(axis=(1, 2)).all()  # nothing follows the last
 
 
 def test_states_of_other_layers_or_another_target_are_refused(folder, tmp_path):
@@ -88,6 +86,6 @@ def test_states_of_other_layers_or_another_target_are_refused(folder, tmp_path):
         other = np.ascontiguousarray(tree["hidden_states"][::-1])
         save_file(tree | {"hidden_states": other}, tmp_path / "other" / f"hs_{i}.safetensors")
     with pytest.raises(UserError, match=r"after 2, 4, 8 layers, .* asks for 2, 4, 5: give --target.aux-layers 2 4 8"):
-        import_features.adopt(config_of(folder), tmp_path / "deeper", str(tmp_path / "s"))
-    with pytest.raises(UserError, match="no layer's of this target"):
-        import_features.adopt(config_of(folder), tmp_path / "other", str(tmp_path / "s"))
+        import_peer_features(config_of(folder), tmp_path / "deeper", str(tmp_path / "s"))
+    with pytest.raises(UserError, match="hidden states of no layer of this target"):
+        import_peer_features(config_of(folder), tmp_path / "other", str(tmp_path / "s"))

@@ -22,7 +22,7 @@ from jeagle.features import reader
 from jeagle.train import train
 from jeagle.training.held_out import spread
 from tests import tiny
-from tests.features import made
+from tests.features import random_store
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs" / "llama3_8b.py")
@@ -123,8 +123,8 @@ def test_a_store_in_bytes_comes_close(folder, online, stores, capsys):
 
 @pytest.fixture(scope="module")
 def likeliest(folder) -> Path:
-    """A store of as many likeliest tokens as there are, and of taps where a slot sees them."""
-    flags = {"store__taps": "float32", "store__taps_at": "seen", "store__teacher": "top_k", "store__top_k": VOCAB}
+    """A store of as many likeliest tokens as there are."""
+    flags = {"store__aux_dtype": "float32", "store__teacher": "top_k", "store__top_k": VOCAB}
     fill.extract(config_of(folder, name="extract", **flags), str(folder / "likeliest"))
     return folder / "likeliest"
 
@@ -140,25 +140,20 @@ def test_a_store_of_every_likely_token_gives_the_online_losses(folder, online, l
     assert storing.main(["verify", str(likeliest), "--target", str(folder / "target")]) == 0
     storing.main(["info", str(likeliest)])
     said = capsys.readouterr().out
-    assert f"the {VOCAB} likeliest tokens at" in said and "kept as float32 at" in said
+    assert f"the {VOCAB} likeliest tokens, at" in said and "stored as float32" in said
     assert storing.main(["sample", str(likeliest), "--rows", "1"]) == 0
 
 
 def test_what_a_store_cannot_teach_is_refused(folder, stores, likeliest, monkeypatch):
-    cases = {
-        "the loss reverse_kl is infinite": {"objective__loss": "reverse_kl"},
-        "slots run on into the next one": {"objective__cross_documents": True, "objective__slots": "speculators"},
-    }
-    for reason, switches in cases.items():
-        with pytest.raises(UserError, match=f"The store {likeliest} keeps .*{reason}"):
-            train(config_of(folder, name="cannot", features=likeliest, **switches))
-    with pytest.raises(UserError, match="The store asked for keeps the 256 likeliest tokens"):
+    with pytest.raises(UserError, match=f"The store {likeliest} contains .*the loss reverse_kl is infinite"):
+        train(config_of(folder, name="cannot", features=likeliest, objective__loss="reverse_kl"))
+    with pytest.raises(UserError, match="The store that these settings make contains only the 256 likeliest tokens"):
         fill.extract(
             config_of(folder, name="cannot", store__teacher="top_k", objective__loss="reverse_kl"), str(folder / "none")
         )
     with pytest.raises(UserError, match=rf"--store.top-k 1000 is more than the target's {VOCAB} tokens"):
         fill.extract(config_of(folder, name="extract", store__teacher="top_k", store__top_k=1000), str(folder / "none"))
-    with pytest.raises(UserError, match=r"arrays.taps_at, arrays.teacher"):
+    with pytest.raises(UserError, match=r"arrays.last, arrays.teacher differ"):
         train(config_of(folder, name="mixed3", features=f"{stores['float32']},{likeliest}"))
     read = reader.Store.stored
 
@@ -183,9 +178,9 @@ def test_auto_fills_a_store_of_its_own_and_goes_on_with_it(folder, stores):
     features.Store(str(folder / "runs" / "auto" / "features")).check_complete()
 
 
-def test_two_stores_mixed_with_weights(folder, stores):
+def test_two_stores_are_read_one_after_the_other(folder, stores):
     same = shutil.copytree(stores["int8"], folder / "int8 again")
-    config = config_of(folder, name="mixed", features=f"0.8*{stores['int8']},0.2*{same}", store__check_rows=0)
+    config = config_of(folder, name="mixed", features=f"{stores['int8']},{same}", store__check_rows=0)
     train(config)
     tokens = np.load(config.folder / "data" / "train" / "tokens.npy")
     half = len(tokens) // 2
@@ -256,7 +251,7 @@ def test_states_from_before_the_norm_are_noticed(folder, stores, tmp_path):
 
 def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, place, capsys):
     """On disk and in object storage alike; what is made again is trained from."""
-    there = features.Place(place)
+    there = features.Storage(place)
     kind = "on disk" if there.path else "in a bucket"
     for path in stores["int8"].rglob("*"):
         if path.is_file():
@@ -264,7 +259,7 @@ def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, place
     assert storing.main(["verify", place]) == 0
     with pytest.raises(UserError, match=r"does not fit this run: data.template differs"):
         train(config_of(folder, name="refused", features=place, data__template="llama3"))
-    key = made.find(place, "segments/train-*/taps/c/0/0/0")
+    key = random_store.find(place, "segments/train-*/taps/c/0/0/0")
     data = bytearray(there.read(key))
     data[len(data) // 2] ^= 1
     there.write(key, bytes(data))
@@ -278,7 +273,7 @@ def test_a_flipped_byte_is_found_by_verify_and_in_training(folder, stores, place
     config = config_of(folder, name="extract", store__segment_mb=1)
     fill.extract(config, place)
     assert storing.main(["verify", place, "--target", str(folder / "target")]) == 0
-    assert "argmax alike at 100.00%" in capsys.readouterr().out
+    assert "the argmax agrees at 100.00%" in capsys.readouterr().out
     again, same = (
         run(folder, name=f"{kind} {source is place}", features=source, store__check_rows=0)
         for source in (place, stores["int8"])
@@ -309,13 +304,13 @@ def test_two_processes_fill_one_store(folder, stores):
 def test_info_and_sample(folder, stores, capsys):
     assert storing.main(["info", str(stores["int8"])]) == 0
     said = capsys.readouterr().out
-    assert "kept as int8" in said and "all there" in said and "jeagle.extract" in said
+    assert "stored as int8" in said and "none missing" in said and "jeagle.extract" in said
     assert storing.main(["sample", str(stores["int8"]), "--rows", "2"]) == 0
     said = capsys.readouterr().out
     assert said.count("train row") == 2 and "<|im_start|>assistant" in said
 
 
 def test_a_disk_too_small_is_said_before_anything_is_computed(folder, monkeypatch):
-    monkeypatch.setattr("jeagle.features.storage.Place.free_bytes", lambda self: 50_000)
+    monkeypatch.setattr("jeagle.features.storage.Storage.free_bytes", lambda self: 50_000)
     with pytest.raises(UserError, match=r"needs .* GB for \d+ rows, the disk .* fits \d+ rows"):
         fill.extract(config_of(folder, name="extract"), str(folder / "none"))

@@ -7,10 +7,11 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from jeagle import features
+from jeagle import data, features
 from jeagle import flags as configs
 from jeagle.errors import UserError
 from jeagle.extraction import fill
@@ -19,13 +20,18 @@ from jeagle.train import train
 from tests import tiny
 
 RECIPE = str(Path(__file__).parents[2] / "configs" / "llama3_8b.py")
-STEPS = 4
+STEPS, ROWS = 4, 16
 FIGURES = ("loss", "gradient_norm", "accuracy_0", "acceptance_1")
 
 
 def config_of(folder: Path, **more):
     settings = {"train__steps": STEPS, "train__save_every": 2, "draft__ttt_steps": 2, "train__held_out_rows": 100}
-    settings |= {"train__batch_rows": 32, "train__accumulate": 2, "data__row_length": 32, "data__held_out": 0.2} | more
+    settings |= {
+        "train__batch_rows": ROWS,
+        "train__accumulate": 2,
+        "data__row_length": 32,
+        "data__held_out": 0.2,
+    } | more
     return configs.from_command_line(["--config", RECIPE, *tiny.flags(folder, **settings)], program="", description="")
 
 
@@ -44,27 +50,17 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder) -> Path:
-    """An exact store, eight rows a segment."""
-    config = config_of(
-        folder,
-        name="extract",
-        store__aux_dtype="float32",
-        store__last_dtype="float32",
-        train__batch_rows=8,
-        train__accumulate=1,
-    )
-    config = dataclasses.replace(config, store=dataclasses.replace(config.store, segment_mb=0))
-    fill.extract(config, str(folder / "whole"))
-    return folder / "whole"
-
-
-@pytest.fixture(scope="module")
-def partial(folder, whole) -> Path:
-    """The same without every third segment."""
-    shutil.copytree(whole, folder / "store")
-    names = [segment.name for segment in features.Store(str(whole)).segments if segment.split]
-    features.prune(features.Place(folder / "store"), names[::3])
+def partial(folder) -> Path:
+    """An exact store without the rows of the second batch, 16 of 48, and without the last rows held out."""
+    settings = {"store__aux_dtype": "float32", "store__last_dtype": "float32", "store__segment_mb": 1}
+    with pytest.MonkeyPatch.context() as patch:  # segments of one row: of a batch of one row, on one device
+        patch.setattr(jax, "devices", lambda real=jax.devices: real()[:1])
+        config = config_of(folder, name="extract", train__batch_rows=1, train__accumulate=1, **settings)
+        config = dataclasses.replace(config, store=dataclasses.replace(config.store, segment_mb=0))
+        fill.extract(config, str(folder / "store"))
+    stream = data.RowStream(config.folder / "data" / "train", ROWS, config.train.seed)
+    missing = [f"train-{row:06d}" for row in stream.row_numbers(1)] + [f"held_out-{row:06d}" for row in range(9, 12)]
+    assert len(features.prune_store(features.Storage(folder / "store"), missing)) == 2 * len(missing)
     return folder / "store"
 
 
@@ -86,10 +82,11 @@ def check_same(found: tuple[list[dict], list[dict]], wanted: tuple[list[dict], l
 
 
 def test_a_store_without_a_third_gives_the_online_losses(online, mixed, partial):
+    """Of the first epoch's three batches the second is computed, and so is a batch of the next epoch."""
     check_same(mixed, online)
-    assert [r["read_share"] for r in mixed[0]] == [0.5] * STEPS
+    assert [r["read_share"] for r in mixed[0]] == [1.0, 0.0, 1.0, 0.0]
     store = features.Store(str(partial))
-    assert [(len(store.present(s)), store.rows(s)) for s in ("train", "held_out")] == [(32, 48), (4, 12)]
+    assert [(len(store.present(s)), store.rows(s)) for s in features.SPLITS] == [(32, 48), (9, 12)]
     assert "read_share" not in online[0][0]
 
 

@@ -24,9 +24,8 @@ SAMPLES = Path(__file__).parent / "samples" / "features"
 
 
 def test_the_formats_of_speculators_agree():
-    """The writers were run on the same rows; format 1 taps one layer deeper than the later one, as its ids say."""
+    """The writers were run on the same rows."""
     found = {name: open_peer_features(SAMPLES / f"data_{name}") for name in ("v0", "v1", "current")}
-    assert found["v1"].boundaries == (3, 5, 6)
     assert not any(f.normed for f in found.values())
     for i in range(2):
         first, second, third = (found[name].read(i) for name in ("v0", "v1", "current"))
@@ -135,7 +134,7 @@ def test_specforge(tmp_path, specforge, suffix):
 def test_a_short_or_unfinite_file_is_refused(tmp_path, specforge):
     short = specforge | {"loss_mask": np.ones(5, np.int64)}
     broken = specforge | {"hidden_state": np.full((1, 6, 4), np.nan).astype(ml_dtypes.bfloat16)}
-    for name, tree, said in (("a", short, "cut short"), ("b", broken, "not numbers")):
+    for name, tree, said in (("a", short, "cut short"), ("b", broken, "not finite numbers")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "data_0.ckpt").write_bytes(torch_file(tree))
         with pytest.raises(UserError, match=said):

@@ -1,19 +1,14 @@
-"""A store is compared with its target: what is no number does not pass."""
-
-from types import SimpleNamespace
-from typing import Any
+"""A store is compared with its target: what is not a number does not pass."""
 
 import pytest
 
 from jeagle.errors import UserError
-from jeagle.extraction import agreement
-
-STORE: Any = SimpleNamespace(about={"made_from": {"arrays": {"taps": "int8"}}})
+from jeagle.extraction.agreement import Agreement, check_agreement
 
 
-def test_figures_that_are_not_numbers_do_not_pass():
-    agreement.check_agreement(STORE, agreement.Agreement(9, 1.0, 0.05))
-    with pytest.raises(UserError, match="taps are off by nan"):
-        agreement.check_agreement(STORE, agreement.Agreement(9, 1.0, float("nan")))
-    with pytest.raises(UserError, match="does not hold this target's features"):
-        agreement.check_agreement(STORE, agreement.Agreement(9, float("nan"), 0.05))
+def test_metrics_that_are_not_numbers_do_not_pass():
+    check_agreement(Agreement(9, 1.0, 0.05), "S", "int8")
+    with pytest.raises(UserError, match="aux hidden states are off by nan"):
+        check_agreement(Agreement(9, 1.0, float("nan")), "S", "int8")
+    with pytest.raises(UserError, match="does not contain this target's features"):
+        check_agreement(Agreement(9, float("nan"), 0.05), "S", "int8")

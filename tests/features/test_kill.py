@@ -10,7 +10,7 @@ import time
 import pytest
 
 from jeagle import features
-from tests.features import made
+from tests.features import random_store
 
 KILLS = int(os.environ.get("JEAGLE_KILLS", "6"))  # make kill-check asks for 50
 
@@ -25,7 +25,7 @@ def processes():
 
 def fill(environment: dict[str, str], url: str) -> None:
     os.environ.update(environment)  # the server of processes may have begun with another one
-    made.fill(url, "int8", 0.02)
+    random_store.fill(url, "int8", 0.02)
 
 
 def test_killed_writers_leave_nothing_wrong(root, processes):
@@ -37,7 +37,7 @@ def test_killed_writers_leave_nothing_wrong(root, processes):
             pair = [processes.Process(target=fill, args=(dict(os.environ), url)) for _ in range(2)]
             for process in pair:
                 process.start()
-            while features.Place(url).read("store.json") is None and pair[0].is_alive():
+            while features.Storage(url).read("store.json") is None and pair[0].is_alive():
                 time.sleep(0.002)
             time.sleep(rng.random() * (1.5 if slow else 0.5))
             for process in pair:
@@ -45,11 +45,11 @@ def test_killed_writers_leave_nothing_wrong(root, processes):
                 process.kill()
                 process.join()
             check_readable(url)
-        made.fill(url)
-        made.check_whole(url)
+        random_store.fill(url)
+        random_store.check_whole(url)
 
 
 def check_readable(url: str) -> None:
     """Whatever a kill leaves, what counts as finished is whole."""
-    if features.read_store(features.Place(url)) is not None:
-        assert list(features.verify(features.Store(url))) == []
+    if features.read_store(features.Storage(url)) is not None:
+        assert list(features.verify_store(features.Store(url))) == []

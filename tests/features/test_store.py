@@ -1,9 +1,8 @@
-"""What is written comes back; several writers share the work; damage is found; what does not fit is refused."""
+"""Rows come back as they were written, writers share the work, damage is detected, and other stores are refused."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import random
 import shutil
@@ -11,16 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from jeagle import align, features
+from jeagle import features
 from jeagle.errors import UserError
+from jeagle.features import verify
 from jeagle.features.manifests import sealed
-from jeagle.runtime.ahead import read_ahead
-from tests.features import made
-
-verify = importlib.import_module("jeagle.features.verify")  # the module, whose name a function has too
+from tests.features import random_store
 
 FOLDER = pytest.mark.parametrize("root", ["a folder"], indirect=True)  # the kind of place makes no difference
 
@@ -29,14 +25,14 @@ FOLDER = pytest.mark.parametrize("root", ["a folder"], indirect=True)  # the kin
 def whole(root) -> str:
     """A finished int8 store. Tests leave it whole."""
     url = f"{root}/whole"
-    assert made.fill(url) == 9
+    assert random_store.fill(url) == 9
     return url
 
 
 @contextlib.contextmanager
 def harmed(url: str, pattern: str, harm: Callable[[bytes], bytes | None]) -> Iterator[None]:
     """A store of which one file is meanwhile another, or gone."""
-    place, key = features.Place(url), made.find(url, pattern)
+    place, key = features.Storage(url), random_store.find(url, pattern)
     before = place.read(key)
     after = harm(before)
     place.delete(key) if after is None else place.write(key, after)
@@ -46,55 +42,64 @@ def harmed(url: str, pattern: str, harm: Callable[[bytes], bytes | None]) -> Ite
         place.write(key, before)
 
 
-@pytest.mark.parametrize("form", made.FORMS)
+@pytest.mark.parametrize("form", random_store.FORMS)
 def test_rows_come_back_as_they_were(tmp_path, form):
-    made.fill(tmp_path / "s", form)
-    made.check_whole(tmp_path / "s", form)
-    assert features.Store(str(tmp_path / "s")).form == made.FORMS[form]
+    random_store.fill(tmp_path / "s", form)
+    random_store.check_whole(tmp_path / "s", form)
+    assert features.Store(str(tmp_path / "s")).format == random_store.FORMS[form]
 
 
 @FOLDER
-def test_padding_and_unneeded_states_cost_nothing(whole):
+def test_padding_and_unneeded_teachers_are_not_stored(whole):
     store = features.Store(whole)
-    batch, _ = made.content("train", "int8")
+    batch, _ = random_store.content("train", "int8")
     segments = [s for s in store.segments if s.split == "train"]
     assert sum(s.arrays["taps"]["shape"][0] for s in segments) == (batch.segments_BT > 0).sum()
     assert 0 < sum(s.arrays["last"]["shape"][0] for s in segments) < (batch.segments_BT > 0).sum()
 
 
-def test_taps_that_nothing_sees_cost_nothing(tmp_path):
-    made.fill(tmp_path / "s", "seen")
-    store, (batch, _) = features.Store(str(tmp_path / "s")), made.content("train", "seen")
-    segments = [s for s in store.segments if s.split == "train"]
-    kept = sum(s.arrays["taps"]["shape"][0] for s in segments)
-    assert kept == align.seen_positions(batch, xp=np).sum() == sum(sum(s.aux) for s in segments)
-    assert 0 < kept < 0.8 * (batch.segments_BT > 0).sum()
+ARRAYS = {
+    "of two types": {"taps": "int8", "last": "int8"},
+    "of positions": {"taps": "int8", "taps_at": "all", "teacher": "last", "last": "int8"},
+}
 
 
-def test_a_store_from_before_there_was_a_choice_is_read(tmp_path):
-    """Its store.json names two types, and its segments count no taps."""
-    made.fill(tmp_path / "s")
-    path = tmp_path / "s" / "store.json"
-    tree = json.loads(path.read_text())
-    tree["made_from"]["arrays"] = {"taps": "int8", "last": "int8"}
-    path.write_bytes(sealed({k: v for k, v in tree.items() if k != "checksum"}))
+@pytest.mark.parametrize("arrays", ARRAYS.values(), ids=ARRAYS.keys())
+def test_stores_of_earlier_versions_are_read(tmp_path, arrays):
+    """Their store.json has other entries about arrays, and the segments of some count aux hidden states."""
+    random_store.fill(tmp_path / "s")
+    rewrite(tmp_path / "s" / "store.json", lambda tree: tree["made_from"].update(arrays=arrays))
     for path in (tmp_path / "s" / "manifests").iterdir():
-        tree = json.loads(path.read_text())
-        path.write_bytes(sealed({k: v for k, v in tree.items() if k not in ("checksum", "seen")}))
+        rewrite(path, lambda tree: tree.update({"seen": []} if "taps_at" in arrays else {}))
     (tmp_path / "s" / "index.json").unlink()
-    made.check_whole(tmp_path / "s")
-    assert made.fill(tmp_path / "s") == 0  # it is the same store
+    random_store.check_whole(tmp_path / "s")
+    assert random_store.fill(tmp_path / "s") == 0  # it is the same store
+
+
+def test_a_store_without_some_aux_hidden_states_is_refused(tmp_path):
+    random_store.fill(tmp_path / "s")
+    rewrite(tmp_path / "s" / "store.json", lambda tree: tree["made_from"]["arrays"].update(taps_at="seen"))
+    with pytest.raises(UserError, match=r"store .* was made with --store.aux-at seen .*: extract the features again"):
+        features.Store(str(tmp_path / "s"))
+
+
+def rewrite(path: Path, change: Callable[[dict], None]) -> None:
+    """Changes a sealed file, and seals it again."""
+    tree = json.loads(path.read_text())
+    del tree["checksum"]
+    change(tree)
+    path.write_bytes(sealed(tree))
 
 
 def test_writers_at_once_share_the_work(place):
     with ThreadPoolExecutor(4) as pool:
-        counts = list(pool.map(lambda _: made.fill(place, pause=0.01), range(4)))
+        counts = list(pool.map(lambda _: random_store.fill(place, pause=0.01), range(4)))
     assert sum(counts) == 9
-    made.check_whole(place)
+    random_store.check_whole(place)
 
 
-def test_of_many_that_write_a_key_one_is_the_first(place):
-    one = features.Place(place)
+def test_of_many_writers_of_a_key_exactly_one_is_the_first(place):
+    one = features.Storage(place)
     with ThreadPoolExecutor(8) as pool:
         for key in ("claims/a", "an odd name: ü ~+&=%25?#.json"):
             first = list(pool.map(lambda i, key=key: one.write_new(key, bytes([i])), range(8)))
@@ -104,60 +109,58 @@ def test_of_many_that_write_a_key_one_is_the_first(place):
     assert one.read("claims/a") is None and one.names("claims") == []
 
 
-def test_two_that_make_the_same_segment_leave_one(place):
-    place = features.Place(place)
-    writers = [features.Writer(place, made.about("int8")) for _ in range(2)]
-    unit = features.units_of(made.SPLITS, 3)[1]
-    found = features.ragged(*made.content("train", "int8"), unit.rows)
-    assert [w.commit(unit, found, 8) for w in writers] == [True, False]
+def test_two_writers_of_the_same_segment_leave_one(place):
+    place = features.Storage(place)
+    writers = [features.Writer(place, random_store.about("int8")) for _ in range(2)]
+    unit = features.work_units(random_store.SPLITS, 3)[1]
+    segment_rows = features.ragged_rows(*random_store.content("train", "int8"), unit.rows)
+    assert [w.commit(unit, segment_rows, 8) for w in writers] == [True, False]
     assert len(place.names("segments")) == 1
 
 
-def test_what_a_dead_writer_left_is_made_again(place):
-    one = features.Place(place)
-    dead = features.Writer(one, made.about("int8"))
-    unit = features.units_of(made.SPLITS, 3)[0]
+def test_the_segment_of_a_dead_writer_is_made_again(place):
+    one = features.Storage(place)
+    dead = features.Writer(one, random_store.about("int8"))
+    unit = features.work_units(random_store.SPLITS, 3)[0]
     assert dead.take_one(unit)
     key = f"claims/{unit.name}.json"
     one.write(key, json.dumps(json.loads(one.read(key)) | {"writer": "another", "started": "before"}).encode())
     one.write(f"segments/{unit.name}.gone/taps/zarr.json", b"{")
-    assert made.fill(place) == 9
+    assert random_store.fill(place) == 9
     assert f"{unit.name}.gone" not in one.names("segments") and one.names("claims") == []
     assert sorted(number for s in features.Store(place).segments if s.split == unit.split for number in s.rows) == [
         *range(20)
     ]
 
 
-def test_an_unfinished_store_is_not_trained_from(place):
-    writer = features.Writer(features.Place(place), made.about("int8"))
-    unit = features.units_of(made.SPLITS, 3)[0]
-    writer.commit(unit, features.ragged(*made.content("train", "int8"), unit.rows), 8)
+def test_an_unfinished_store_is_refused(place):
+    writer = features.Writer(features.Storage(place), random_store.about("int8"))
+    unit = features.work_units(random_store.SPLITS, 3)[0]
+    writer.commit(unit, features.ragged_rows(*random_store.content("train", "int8"), unit.rows), 8)
     with pytest.raises(UserError, match="22 of 25 rows are missing, and its tables"):
-        features.open_stores(place)
+        features.open_store_set(place)
 
 
 @FOLDER
-def test_another_store_is_not_written_over(whole):
+def test_a_store_made_from_something_else_is_not_overwritten(whole):
     with pytest.raises(UserError, match=r"arrays.last, arrays.taps, taps differ .*int8.*fp8"):
-        made.fill(whole, "fp8", aux=[1, 2, 4])
-    with pytest.raises(UserError, match=r"arrays.taps_at differs"):
-        made.fill(whole, "seen")
+        random_store.fill(whole, "fp8", taps=[1, 2, 4])
     with pytest.raises(UserError, match=r"arrays.taps, arrays.teacher, arrays.top_k differ"):
-        made.fill(whole, "top_k")
-    made.check_whole(whole)
+        random_store.fill(whole, "top_k")
+    random_store.check_whole(whole)
 
 
 def faults(folder: Path) -> list:
     """What verify finds, or why the store does not even open."""
     try:
-        return list(features.verify(features.Store(str(folder))))
+        return list(features.verify_store(features.Store(str(folder))))
     except UserError as error:
         return [error]
 
 
 @FOLDER
 def test_any_flipped_byte_is_found(whole, tmp_path):
-    """One random bit in every file of a segment, of the tables, and of what is said of them."""
+    """One random bit in every file of a segment, of the tables, and of their manifests."""
     copy, rng = tmp_path / "s", random.Random(1)
     shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("index.json", "train-*[1-9].*", "held_out-000001*"))
     files = [p for p in copy.rglob("*") if p.is_file()]
@@ -169,7 +172,7 @@ def test_any_flipped_byte_is_found(whole, tmp_path):
         path.write_bytes(flipped)
         assert len(faults(copy)) == 1, path
         path.write_bytes(data)
-    assert list(features.verify(features.Store(str(copy)))) == []
+    assert list(features.verify_store(features.Store(str(copy)))) == []
 
 
 HARMS = {"flip": lambda data: data[:10] + bytes([data[10] ^ 4]) + data[11:], "cut": lambda data: data[:-7]}
@@ -184,77 +187,44 @@ def test_damage_stops_a_reader(whole, harm):
 
 
 def test_damaged_segments_are_pruned_and_made_again(whole):
-    place = features.Place(whole)
+    place = features.Storage(whole)
     for pattern in ("train-000002.*/last/c/0/0", "held_out-000001.*/tokens/c/0", "tables.*/embed/zarr.json"):
-        key = made.find(whole, f"segments/{pattern}")
+        key = random_store.find(whole, f"segments/{pattern}")
         place.write(key, place.read(key)[:-1] + b"x")
     place.write("segments/train-000003.leftover/taps/zarr.json", b"{")
-    damaged = [d.segment for d in features.verify(features.Store(whole))]
+    damaged = [d.segment for d in features.verify_store(features.Store(whole))]
     assert damaged == ["held_out-000001", "tables", "train-000002"]
-    gone = features.prune(place, damaged)
+    gone = features.prune_store(place, damaged)
     assert "segments/train-000003.leftover" in gone
     assert features.Store(whole).missing() == 2 + 3
-    assert made.fill(whole) == 2
-    made.check_whole(whole)
+    assert random_store.fill(whole) == 2
+    random_store.check_whole(whole)
 
 
-def test_what_is_finished_while_prune_looks_stays(tmp_path, monkeypatch):
+def test_a_segment_that_is_finished_while_prune_runs_stays(tmp_path, monkeypatch):
     """A writer drops its claim once its manifest is there, which prune may have looked for a moment before."""
-    place = features.Place(tmp_path)
-    writer = features.Writer(place, made.about("int8"))
-    first, second = features.units_of(made.SPLITS, 3)[:2]
-    batch, found = made.content("train", "int8")
-    writer.commit(first, features.ragged(batch, found, first.rows), 8)
+    place = features.Storage(tmp_path)
+    writer = features.Writer(place, random_store.about("int8"))
+    first, second = features.work_units(random_store.SPLITS, 3)[:2]
+    batch, expected = random_store.content("train", "int8")
+    writer.commit(first, features.ragged_rows(batch, expected, first.rows), 8)
     assert writer.take_one(second)
     place.write(f"segments/{second.name}.{writer.claims.writer}/begun", b"")
     read_segment, left = verify.read_segment, [second]
 
-    def meanwhile(place: features.Place, name: str) -> features.Segment | None:
+    def meanwhile(place: features.Storage, name: str) -> features.Segment | None:
         if left:
-            writer.commit(unit := left.pop(), features.ragged(batch, found, unit.rows), 8)
+            writer.commit(unit := left.pop(), features.ragged_rows(batch, expected, unit.rows), 8)
         return read_segment(place, name)
 
     monkeypatch.setattr(verify, "read_segment", meanwhile)
-    assert features.prune(place, []) == []
+    assert features.prune_store(place, []) == []
     store = features.Store(str(tmp_path))
-    assert store.present("train") == [*range(6)] and list(features.verify(store)) == []
+    assert store.present("train") == [*range(6)] and list(features.verify_store(store)) == []
 
 
 @FOLDER
 def test_a_lost_or_stale_index_is_made_anew(whole):
     for harm in (None, b"{"):
         with harmed(whole, "index.json", lambda data, harm=harm: harm):
-            made.check_whole(whole)
-
-
-@FOLDER
-def test_stores_are_mixed_row_by_row(whole, tmp_path):
-    made.fill(tmp_path / "b", "int8")
-    both = features.open_stores(f"0.7*{whole},0.3*{tmp_path / 'b'}")
-    assert both.weights == [0.7, 0.3] and both.rows("train") == 40
-    order = np.array([31, 2, 19, 20, 39, 0])
-    batch, found = made.content("train", "int8")
-    got = both.batch("train", order)
-    np.testing.assert_array_equal(got.tokens_BT, batch.tokens_BT[order % 20])
-    back = both.stored("train", order, got)
-    np.testing.assert_array_equal(back.aux.values, found.aux.values[order % 20])
-    np.testing.assert_array_equal(back.lse_BT, found.lse_BT[order % 20])
-
-
-@FOLDER
-@pytest.mark.parametrize("source", ["0.7*{a},{a}", ",", "0*{a}", "x*{a}", "{a}/none"])
-def test_sources_that_make_no_sense(whole, source):
-    with pytest.raises(UserError):
-        features.open_stores(source.format(a=whole))
-
-
-def test_errors_of_a_thread_that_reads_ahead_are_raised():
-    def read(number: int) -> int:
-        if number == 3:
-            raise UserError("damaged")
-        return number
-
-    ahead = read_ahead(range(9), read, threads=2, depth=4)
-    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(UserError, match="damaged"):
-        next(ahead)
+            random_store.check_whole(whole)

@@ -38,24 +38,6 @@ def test_reads_cross_documents_only_when_asked():
     assert crossing[1][0].tolist() == [2, 3, 4, 5, 7, 12, 8, 12, 12, 12, 12, 12]
 
 
-def test_seen_positions_are_those_of_every_rule_and_no_others():
-    """A slot sees its document up to itself: over all rules and many steps, exactly what is kept."""
-    rng = np.random.default_rng(0)
-    segments = np.sort(rng.integers(1, 6, (40, 30)), axis=1)
-    segments[:, 27:] = 0
-    supervised = (rng.random((40, 30)) < 0.15) & (segments > 0)
-    batch, here = Batch(segments, segments, segments, supervised), np.arange(30)
-    needed = np.zeros((40, 30), bool)
-    for rule in align.SLOT_RULES:
-        live = align.counting_slots(batch, 9, rule, xp=np).any(axis=0)
-        together = (segments[:, :, None] == segments[:, None]) & (here[None, :, None] <= here[None, None])
-        needed |= (live[:, None] & together).any(axis=-1)
-    seen = align.seen_positions(batch, xp=np)
-    np.testing.assert_array_equal(seen, needed)
-    np.testing.assert_array_equal(seen, align.seen_positions(Batch(*map(jnp.asarray, batch))))
-    assert 0.2 < seen.sum() / (segments > 0).sum() < 0.9
-
-
 def test_select_keeps_order_and_marks_the_rest():
     wanted = jnp.asarray([[0, 1, 0, 1, 0], [0, 0, 0, 0, 1]], bool)
     chosen = align.select(wanted, 3)

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jeagle.data import ConversationError, Rendered, Rules, pack, unpack
-from jeagle.data.conversations import Conversation
-from jeagle.data.pack import Packer, RowWriter, load_rows, rows_of
-from jeagle.data.render import Renderer
+from jeagle.config import DataConfig
+from jeagle.data import ConversationError, Rendered, RowWriter, load_rows, rows_of, unpack
+from jeagle.data.chat.render import Renderer
+from jeagle.data.packing import Packer
+from jeagle.data.sources.conversations import Conversation
 from tests.data.chats import CALL, KINDS, TOOL, end_ids, tokenizer_for
+from tests.data.helpers import pack
 
 words = st.text(
     st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs"), include_characters="\n"), max_size=30
@@ -38,9 +40,8 @@ def test_every_answer_token_is_supervised_once_and_nothing_else_is(template, kin
     tokenizer = tokenizer_for(template, kind)
     conversations = [Conversation("", messages_of(*chat)) for chat in chats]
     options = {"enable_thinking": False, "thinking": False, "return_dict": False, "add_generation_prompt": True}
-    for conversation, made in zip(
-        conversations, Renderer(tokenizer, Rules(end_ids(tokenizer)))(conversations), strict=True
-    ):
+    renderer = Renderer(tokenizer, DataConfig(), end_ids(tokenizer))
+    for conversation, made in zip(conversations, renderer(conversations), strict=True):
         if isinstance(made, ConversationError):  # an answer that the tokenizer joins with what stands around it
             assert "joins" in str(made) or "other text" in str(made)
             continue
@@ -57,7 +58,7 @@ def test_every_answer_token_is_supervised_once_and_nothing_else_is(template, kin
 
 @settings(max_examples=30, deadline=None)
 @given(question=said, result=said, answer=said, city=said)
-def test_tool_calls_are_learnt_and_results_never(question, result, answer, city):
+def test_tool_calls_are_supervised_and_results_never(question, result, answer, city):
     tokenizer = tokenizer_for("qwen")
     call = {
         "type": "function",
@@ -69,7 +70,7 @@ def test_tool_calls_are_learnt_and_results_never(question, result, answer, city)
         {"role": "tool", "content": result},
         {"role": "assistant", "content": answer},
     )
-    made = Renderer(tokenizer, Rules(end_ids(tokenizer)))([Conversation("", messages, tools=(TOOL,))])[0]
+    [made] = Renderer(tokenizer, DataConfig(), end_ids(tokenizer))([Conversation("", messages, tools=(TOOL,))])
     if isinstance(made, ConversationError):
         return
     [document] = made
@@ -93,10 +94,11 @@ def key(document: Rendered) -> tuple:
 @pytest.mark.parametrize("long", ["cut", "split", "drop"])
 @settings(max_examples=50, deadline=None)
 @given(found=documents, row_length=st.integers(4, 24))
-def test_what_becomes_of_long_documents_is_what_the_switch_says(long, found, row_length):
+def test_long_documents_are_cut_split_or_dropped_as_configured(long, found, row_length):
     packed = pack(found, row_length, long)
     over = sum(len(d.ids) > row_length for d in found)
-    assert (packed.truncated, packed.split, packed.dropped) == tuple(
+    packer = packed.packer
+    assert (packer.truncated, packer.split, packer.dropped) == tuple(
         over * (long == n) for n in ("cut", "split", "drop")
     )
     learnt = sum(int(d.supervised.sum()) for d in unpack(packed.rows))
@@ -109,7 +111,7 @@ def test_what_becomes_of_long_documents_is_what_the_switch_says(long, found, row
 
 @settings(max_examples=30, deadline=None)
 @given(found=documents, row_length=st.integers(8, 24))
-def test_rows_that_go_to_disk_as_they_close_are_those_in_memory(tmp_path_factory, found, row_length):
+def test_rows_that_are_written_as_they_close_equal_rows_in_memory(tmp_path_factory, found, row_length):
     folder = tmp_path_factory.mktemp("rows")
     packer = Packer(row_length)
     with RowWriter(folder, row_length) as writer:

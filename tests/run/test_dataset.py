@@ -87,7 +87,7 @@ def test_a_failure_leaves_what_was_there(folder, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset.room.build.__globals__["RowSet"], "finish", fail)
+    monkeypatch.setattr(dataset.room.prepare_rows.__globals__["SplitWriter"], "finish", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, data__row_length=128)
     assert stamps(prepared.data) == before

@@ -181,7 +181,7 @@ def test_a_start_from_a_drafts_folder_carries_all_of_it(exported, tmp_path):
     for name, array in params.items():
         np.testing.assert_array_equal(start.params[name], array)
     np.testing.assert_array_equal(own_embedding(tmp_path, spec, jnp.zeros((40, 24)), start), embed)
-    kept = dataset.room.given_map(out, 16, 40, (2,))
+    kept = dataset.room.load_given_vocabulary(out, 16, 40, (2,))
     np.testing.assert_array_equal(kept, ids)
     twice = dataclasses.replace(config, draft=dataclasses.replace(config.draft, fc_norm=True))
     with pytest.raises(UserError, match="--draft.fc-norm"):

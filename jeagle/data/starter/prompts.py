@@ -1,6 +1,6 @@
 """The starter prompts: short, varied user turns in the eight MT-bench categories, written for jeagle (Apache-2.0).
 
-They lie as templates with slots in templates/*.json and are expanded deterministically.
+They are stored as templates with slots in templates/*.json and are expanded deterministically.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PER_TEMPLATE = 7
 
 @dataclasses.dataclass(frozen=True)
 class StarterPrompt:
-    """One user turn; `id` is the beginning of its text's sha256."""
+    """One user turn; `id` is the first 12 hex digits of its text's sha256."""
 
     id: str
     category: str
@@ -26,7 +26,7 @@ class StarterPrompt:
 
 
 def starter_prompts() -> list[StarterPrompt]:
-    """All starter prompts, each once, in the order of their ids: any first part is a fair mixture."""
+    """Returns all starter prompts without duplicates, sorted by id, so that any first part mixes the categories."""
     unique = {}
     for category in CATEGORIES:
         for text in _expand(category):
@@ -36,7 +36,7 @@ def starter_prompts() -> list[StarterPrompt]:
 
 
 def load_templates(category: str) -> tuple[list[str], dict[str, list[str]]]:
-    """The templates of a category, and the values of each slot."""
+    """Returns the templates of a category, and the values of each slot."""
     text = (resources.files(__package__) / "templates" / f"{category}.json").read_text(encoding="utf-8")
     tree = json.loads(text)
     return tree["templates"], tree["slots"]
@@ -46,7 +46,7 @@ def _expand(category: str) -> Iterator[str]:
     templates, slots = load_templates(category)
     for template in templates:
         seen: set[str] = set()
-        # Twice as many draws as wanted, since small slots repeat themselves.
+        # There are twice as many draws as texts are wanted, because small slots repeat themselves.
         for draw in range(2 * PER_TEMPLATE):
             text = _fill(template, slots, draw)
             if text not in seen and len(seen) < PER_TEMPLATE:
@@ -64,7 +64,7 @@ def _fill(template: str, slots: dict[str, list[str]], draw: int) -> str:
         return used[-1]
 
     text = re.sub(r"\{(\w+)\}", value, template)
-    # A value that opens the prompt is capitalised; a template in lower case means to be casual.
+    # A value at the beginning of the prompt is capitalised; a template in lower case is casual on purpose.
     return text[0].upper() + text[1:] if template.startswith("{") else text
 
 

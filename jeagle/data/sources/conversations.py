@@ -1,0 +1,221 @@
+"""Reads conversations from the rows of a source, and decides which of them are held out for evaluation."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jeagle.config import DataConfig
+from jeagle.data.sources.catalog import SourcePart
+from jeagle.data.sources.files import Record
+from jeagle.data.sources.schema import Columns, find_columns, messages_of, model_of, tools_of
+from jeagle.errors import UserError
+from jeagle.runtime.manifest import fingerprint
+
+FIRST_ROWS = 1000  # reading stops after this many rows if none of them can be used
+_EXAMPLES = 5  # places that are remembered for each reason; the log has all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """The messages of one chat.
+
+    Attributes:
+      id: 16 hex digits that follow from the messages and the tools.
+      messages: in the form that `schema` describes.
+      truncated: whether a length limit cut off the last answer.
+      tools: JSON schemas of the tools that the assistant may call.
+      model: the model that wrote the answers; empty if that is not known.
+      where: file and line.
+    """
+
+    id: str
+    messages: tuple[dict[str, Any], ...]
+    truncated: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
+    model: str = ""
+    where: str = ""
+
+
+@dataclasses.dataclass
+class SourceReport:
+    """Counts what was read from a source and what was rejected, and stops the reading when too much is rejected.
+
+    Attributes:
+      rows: rows that were read.
+      duplicates: conversations that were dropped because an earlier one is equal.
+      rendered, not_rendered: conversations that the chat template could render, and could not.
+      rejected: number of rejected rows for each reason.
+      examples: places of the first rejected rows for each reason.
+      notes: what was corrected, and how often.
+      columns: (label of the part, columns that hold the conversation) and the number of rows.
+      log: an open text file for one JSON line per rejected row, or None.
+      bad_share: the largest share of rows that may be rejected.
+    """
+
+    rows: int = 0
+    duplicates: int = 0
+    rendered: int = 0
+    not_rendered: int = 0
+    rejected: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    columns: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    log: Any = None
+    bad_share: float = DataConfig.bad_share
+
+    def reject(self, reason: str, where: str) -> None:
+        """Counts and logs a rejected row. UserError if none of the first `FIRST_ROWS` rows can be used."""
+        self.rejected[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(where)
+        if self.log is not None:
+            self.log.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
+        if self.rows == FIRST_ROWS and self.rejected.total() == self.rows:
+            self.check()
+
+    def reject_not_rendered(self, reason: str, where: str) -> None:
+        """Rejects a conversation that was read but cannot be rendered.
+
+        Raises:
+          UserError: if none of the first `FIRST_ROWS` conversations can be rendered.
+        """
+        self.not_rendered += 1
+        self.reject(reason, where)
+        if self.not_rendered == FIRST_ROWS and not self.rendered and self.bad_share < 1:
+            raise UserError(
+                f"None of the first {FIRST_ROWS} conversations can be rendered: {self._reasons()}. Correct them, or "
+                "choose a suitable chat template with --data.template."
+            )
+
+    def check(self) -> None:
+        """Raises a UserError that lists the reasons if more rows were rejected than `bad_share` allows."""
+        bad = self.rejected.total()
+        if bad > self.bad_share * max(self.rows, 1):
+            raise UserError(
+                f"{bad} of {self.rows} conversations cannot be used: {self._reasons()}. Correct or remove them; "
+                f"--data.bad-share {self.bad_share:g} is the share that may be rejected."
+            )
+
+    def _reasons(self) -> str:
+        common = self.rejected.most_common(8)
+        return "; ".join(f"{reason} ({n} times, first {self.examples[reason][0]})" for reason, n in common)
+
+
+def read_source(
+    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False
+) -> Iterator[Conversation]:
+    """Yields the conversations of a source one at a time, without duplicates.
+
+    Parts without weights are read one after another. Parts with weights are mixed in this proportion until one of
+    them is exhausted, which `report` notes.
+    """
+    streams = [_read_part(part, report, streaming) for part in parts]
+    mixed = _mix(parts, streams, report) if len(parts) > 1 and parts[0].weight is not None else None
+    known: set[int] = set()
+    for conversation in mixed or (c for stream in streams for c in stream):
+        number = int(conversation.id, 16)
+        if number in known:
+            report.duplicates += 1
+            continue
+        known.add(number)
+        yield conversation
+
+
+def is_held_out(conversation: Conversation, share: float) -> bool:
+    """Whether a conversation is held out for evaluation.
+
+    A hash of the user's turns decides, so that the same prompt is never on both sides of the split.
+    """
+    turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
+    turns = turns or [m["content"] for m in conversation.messages]
+    return int(fingerprint(turns)[:13], 16) / 16**13 < share
+
+
+def fitting_columns(row: Any, known: Columns | None = None) -> Columns:
+    """Returns the columns that hold the row's conversation: the known ones if the row has them, else recognised ones.
+
+    Raises:
+      ValueError: if the row has no such columns.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("the row is not a JSON object: write one conversation per line")
+    if known and all(name in row for name in (known.chat, known.prompt, known.answer, known.text) if name):
+        return known
+    if (columns := find_columns(row)) is None:
+        raise ValueError("the row has no messages, no conversations, no prompt with a response, and no text")
+    return columns
+
+
+def rejection_reason(error: Exception) -> str:
+    """Describes in a few words why a row cannot be used."""
+    if isinstance(error, RecursionError):
+        return "the line is not valid JSON"
+    if isinstance(error, UnicodeError):
+        return "the text is not valid Unicode"
+    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _read_part(part: SourcePart, report: SourceReport, streaming: bool) -> Iterator[Conversation]:
+    for record in part.rows(streaming=streaming):
+        report.rows += 1
+        try:
+            if record.reason:
+                raise ValueError(record.reason)
+            columns = fitting_columns(record.row, part.columns)
+            conversation = _parse_conversation(record, columns, part.model)
+            report.columns[part.label, columns] += 1
+            conversation = _without_leading_answers(conversation, report)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            report.reject(rejection_reason(error), record.where)
+            continue
+        yield conversation
+
+
+def _parse_conversation(record: Record, columns: Columns, model: str) -> Conversation:
+    row = record.row
+    messages, tools = messages_of(row, columns), tools_of(row)
+    if not any(m["role"] in ("assistant", "text") for m in messages):
+        raise ValueError("the conversation has no answer")
+    return Conversation(
+        fingerprint({"messages": messages, "tools": tools} if tools else messages),
+        tuple(messages),
+        row.get("finish_reason") == "length",
+        tuple(tools),
+        model_of(row) or model,
+        record.where,
+    )
+
+
+def _without_leading_answers(conversation: Conversation, report: SourceReport) -> Conversation:
+    """Removes answers before the first prompt, as they occur in conversations that were cut into pieces."""
+    messages = conversation.messages
+    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
+    if messages[first]["role"] != "assistant":
+        return conversation
+    stop = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
+    rest = (*messages[:first], *messages[stop:])
+    if not any(m["role"] == "assistant" for m in rest):
+        raise ValueError("the conversation has an answer without a prompt")
+    report.notes["a conversation begins with an answer, which is removed"] += 1
+    return dataclasses.replace(conversation, messages=rest)
+
+
+def _mix(
+    parts: Sequence[SourcePart], streams: Sequence[Iterator[Conversation]], report: SourceReport
+) -> Iterator[Conversation]:
+    weights = [part.weight or 1.0 for part in parts]
+    taken = [0] * len(parts)
+    while True:
+        chosen = min(range(len(parts)), key=lambda i: ((taken[i] + 1) / weights[i], i))
+        conversation = next(streams[chosen], None)
+        if conversation is None:
+            label = parts[chosen].label
+            report.notes[f"{label} is exhausted after {taken[chosen]} conversations, so the mixture ends"] += 1
+            return
+        taken[chosen] += 1
+        yield conversation

@@ -1,0 +1,183 @@
+"""Hidden states that other trainers wrote, into a store, once they have been compared with the target."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jeagle import data, exchange, features, targets
+from jeagle.config import RunConfig
+from jeagle.errors import UserError
+from jeagle.exchange import PeerFeatures
+from jeagle.extraction.capture import Capture, unit_channels
+from jeagle.extraction.fill import Finish, fill_store
+from jeagle.extraction.plan import plan_store, store_format
+from jeagle.interfaces import Batch, Features
+from jeagle.run import assemble, dataset
+from jeagle.run.claim import check_folder, new_rows
+from jeagle.runtime.manifest import fingerprint
+
+_COMPARED = 2  # samples that are compared with the target
+_MOST_DISTANT = 0.1  # relative distance up to which hidden states count as those of the same layer
+
+SamplesOfRows = list[list[int]]  # the numbers of the samples in each row
+
+
+def import_peer_features(config: RunConfig, source: Path, out: str) -> None:
+    """Writes the hidden states in the folder `source` into a store at `out`.
+
+    Raises:
+      UserError: for files of no known format, hidden states that are not this target's or not of these layers, or a
+        disk without room.
+    """
+    form = store_format(config)
+    check_folder(config)
+    features.check_storage(features.Storage(out))
+    peers, mesh = exchange.open_peer_features(source), assemble.mesh_of(config)
+    loaded = assemble.load_target(config, mesh)
+    spec = loaded.target.spec
+    aux_layers = targets.check_aux_layers(config.target.aux_layers, spec.layers)
+    every_layer = tuple(range(spec.layers + 1))
+    check_layers(peers, aux_layers, Capture(loaded.target, every_layer, mesh, width=config.data.row_length))
+    prepared, samples = _prepare(config, peers, source, loaded)
+    plan = plan_store(config, out, loaded, prepared, aux_layers, mesh)
+    channels = unit_channels(len(aux_layers), spec.width) | plan.channels
+
+    def produce(split: str, numbers: range, batch: Batch) -> Finish:
+        aux_BTAH, last_BTH = _hidden_states(peers, [samples[split][n] for n in numbers], batch)
+        encoded = _encoded(
+            loaded.target.graphdef,
+            loaded.target.state,
+            aux_BTAH,
+            last_BTH,
+            normed=peers.normed,
+            form=form,
+            channels=channels,
+        )
+        return lambda: jax.tree.map(np.asarray, encoded)
+
+    fill_store(config, plan, produce, label="import")
+
+
+def check_layers(peers: PeerFeatures, aux_layers: tuple[int, ...], capture: Capture) -> None:
+    """Raises UserError unless the first samples have the target's hidden states after the layers that the run asks for.
+
+    Args:
+      capture: of the hidden states after every number of layers, from 0 (the embeddings) to L.
+    """
+    devices = jax.device_count()
+    for number in range(min(_COMPARED, len(peers.files))):
+        sample, path = peers.read(number), peers.files[number]
+        tokens = np.tile(sample.tokens, (devices, 1))
+        positions = np.tile(np.arange(len(sample.tokens), dtype=np.int32), (devices, 1))
+        batch = Batch(tokens, np.ones_like(tokens), positions, np.tile(sample.supervised, (devices, 1)))
+        own_TLH = np.asarray(capture(batch).aux.values[0], np.float32)
+        nearest = tuple(
+            _nearest_layer(own_TLH, sample.aux[:, a].astype(np.float32), path) for a in range(sample.aux.shape[1])
+        )
+        if nearest != aux_layers:
+            raise UserError(
+                f"{path} contains the target's hidden states after {', '.join(map(str, nearest))} layers, and this run "
+                f"asks for {', '.join(map(str, aux_layers))}: give --target.aux-layers {' '.join(map(str, nearest))} "
+                "(other trainers count layers differently)."
+            )
+
+
+def _nearest_layer(own_TLH: np.ndarray, states_TH: np.ndarray, path: Path) -> int:
+    """The number of layers after which the target has these hidden states. UserError where it never has."""
+    norm_T1 = np.linalg.norm(states_TH, axis=-1)[:, None] + 1e-9
+    distance_L = np.median(np.linalg.norm(own_TLH - states_TH[:, None], axis=-1) / norm_T1, axis=0)
+    best = int(distance_L.argmin())
+    if not distance_L[best] <= _MOST_DISTANT:  # NaN is not
+        raise UserError(
+            f"{path} contains hidden states of no layer of this target (the nearest, after {best} layers, differs by "
+            f"{distance_L[best]:.0%}): give the target that they were made with, in the same weights."
+        )
+    return best
+
+
+def _prepare(
+    config: RunConfig, peers: PeerFeatures, source: Path, loaded: assemble.LoadedTarget
+) -> tuple[dataset.Prepared, dict[str, SamplesOfRows]]:
+    """Writes the rows that the samples make, in their order, into the run's folder, with as many in a row as fit."""
+    length, count = config.data.row_length, len(peers.files)
+    lengths = [min(len(peers.read(i).tokens), length) for i in range(count)]
+    first_held_out = count - round(config.data.held_out * count)
+    samples = {
+        "train": _packed(lengths, range(first_held_out), length),
+        "held_out": _packed(lengths, range(first_held_out, count), length),
+    }
+    files = [(str(f.relative_to(source)), f.stat().st_size) for f in peers.files]
+    made = dataset.made_from(config, loaded.tokenizer, targets.open_weights(loaded.files).config, [])
+    made["source"] = fingerprint([peers.format, files])
+    with new_rows(config) as aside:
+        statistics: dict[str, Any] = {}
+        for split, rows in samples.items():
+            counts = np.zeros(made["target_vocab"], np.int64)
+            with data.RowWriter(aside / split, length) as writer:
+                for row in rows:
+                    read = [peers.read(i) for i in row]
+                    documents = [data.Rendered(s.tokens[:length], s.supervised[:length]) for s in read]
+                    batch = data.rows_of([documents], length)
+                    counts += data.count_supervised(batch, len(counts))
+                    writer.write(batch)
+            np.save(aside / split / "counts.npy", counts)
+            statistics[split] = {"rows": len(rows), "supervised_tokens": int(counts.sum())}
+        loaded.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))
+        (aside / "held_out.jsonl").write_text("")
+        dataset.write_rows_manifest(aside, config, made, statistics)
+    return dataset.Prepared(config.folder / "data", config.folder / "tables", statistics), samples
+
+
+def _packed(lengths: list[int], numbers: range, length: int) -> SamplesOfRows:
+    """The numbers of the samples in each row, in order."""
+    rows: SamplesOfRows = []
+    free = 0
+    for number in numbers:
+        if lengths[number] > free:
+            rows.append([])
+            free = length
+        rows[-1].append(number)
+        free -= lengths[number]
+    return rows
+
+
+def _hidden_states(peers: PeerFeatures, rows: SamplesOfRows, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The rows' aux hidden states [B, T, A, H] and last hidden states [B, T, H], float32, zero on padding."""
+    size, length = batch.tokens_BT.shape
+    read = [[peers.read(i) for i in row] for row in rows]
+    aux_BTAH = np.zeros((size, length, *read[0][0].aux.shape[1:]), np.float32)
+    last_BTH = np.zeros((size, length, *read[0][0].last.shape[1:]), np.float32)
+    for b, samples in enumerate(read):
+        starts = itertools.accumulate([min(len(s.tokens), length) for s in samples], initial=0)
+        for start, sample in zip(starts, samples, strict=False):
+            count = min(len(sample.tokens), length)
+            here = slice(start, start + count)
+            aux_BTAH[b, here], last_BTH[b, here] = sample.aux[:count], sample.last[:count]
+    return aux_BTAH, last_BTH
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "normed", "form"))
+def _encoded(
+    graphdef: Any,
+    state: Any,
+    aux_BTAH: jax.Array,
+    last_BTH: jax.Array,
+    *,
+    normed: bool,
+    form: features.StoreFormat,
+    channels: Any,
+) -> features.StoredFeatures:
+    model = nnx.merge(graphdef, state)
+    last_BTH = last_BTH if normed else model.final_norm(last_BTH)
+    distributions = targets.distributions(model, last_BTH, form.top_k)
+    teacher = last_BTH if distributions.top is None else distributions.top
+    computed = Features(aux_BTAH, teacher, distributions.greedy, distributions.lse.astype(jnp.float32))
+    return features.encode_features(computed, form, channels)
