@@ -194,7 +194,7 @@ def decode_steps(
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """The target's answer to a prompt.
 
     Attributes:
@@ -219,7 +219,7 @@ def generate(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     stops: Stops | None = None,
-) -> Iterator[Answer]:
+) -> Iterator[GeneratedAnswer]:
     """Generates answers to `prompts` (int32 [n] each), in the order in which they finish.
 
     An answer follows from its prompt, the seed and the prompt's number, and not from the batch or the order, except for
@@ -268,7 +268,7 @@ class _Generation:
         room = max(limits, default=0) + 1
         self.state = idle_rows(target.graphdef, target.state, self.mesh, self.batch, bucket + room, room)
 
-    def run(self, stops: Stops | None) -> Iterator[Answer]:
+    def run(self, stops: Stops | None) -> Iterator[GeneratedAnswer]:
         while self.waiting or any(i is not None for i in self.in_row):
             self._admit()
             self.state = decode_steps(
@@ -305,7 +305,7 @@ class _Generation:
             rows_R[slot], limits[slot], numbers[slot] = row, self.limits[index], self.numbers[index]
         return Prompts(tokens, lengths, rows_R, limits, numbers)
 
-    def _finished(self, stops: Stops | None) -> Iterator[Answer]:
+    def _finished(self, stops: Stops | None) -> Iterator[GeneratedAnswer]:
         left, count = np.asarray(self.state.left_B), np.asarray(self.state.count_B)
         busy = [row for row, index in enumerate(self.in_row) if index is not None and (stops or left[row] == 0)]
         if not busy:
@@ -320,4 +320,4 @@ class _Generation:
             index, self.in_row[row] = self.in_row[row], None
             assert index is not None
             stopped = length is not None or tokens[-1] in ends
-            yield Answer(index, tokens[:length], "stop" if stopped else "length")
+            yield GeneratedAnswer(index, tokens[:length], "stop" if stopped else "length")
