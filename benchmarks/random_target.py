@@ -12,9 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jeagle.config import TargetConfig
 from jeagle.targets import Target, TargetSpec, abstract_target
-from jeagle.targets.checkpoint.layout import Layout, check_room, layouts, scale_path
-from jeagle.targets.checkpoint.narrow import narrowed
-from jeagle.targets.checkpoint.shards import empty_stack, put_in_stack
+from jeagle.targets.checkpoint.layout import ParameterLayout, check_room, layouts, narrowed, scale_path
+from jeagle.targets.checkpoint.load import empty_stack, put_in_stack
 
 DEVIATION = 0.02  # of matrices, as transformers starts them; vectors, which are norms, are ones
 
@@ -37,7 +36,7 @@ def random_target(spec: TargetSpec, mesh: Mesh, config: TargetConfig) -> Target:
     return abstract._replace(state=nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in leaves]))
 
 
-def _arrays(layout: Layout, key: jax.Array) -> tuple[jax.Array, ...]:
+def _arrays(layout: ParameterLayout, key: jax.Array) -> tuple[jax.Array, ...]:
     """A parameter, and its scale where it is narrow; layers one by one into their stack."""
     stacks: tuple[jax.Array, ...] = ()
     for place in range(len(layout.layers)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.tpu_shapes import Case, Chip
-from jeagle.layers.splash_attention import BLOCK
+from jeagle.layers.splash import BLOCK
 
 KERNEL_SHARE = 0.5  # of peak: what attention kernels of this kind are said to reach; none was run
 

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, and only that; those that ask transformers need torch."""
+"""The doctor reports a planted fault, and nothing for a sound target; comparing with transformers needs torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def torch():
 
 
 def test_without_torch_one_sentence_says_so(monkeypatch):
-    monkeypatch.setattr(doctor.tyro, "cli", lambda *_, **__: doctor.Arguments(str(GOLDEN)))  # it looks for torch too
+    monkeypatch.setattr(
+        doctor.tyro, "cli", lambda *_, **__: doctor.DoctorArguments(str(GOLDEN))
+    )  # it looks for torch too
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"needs torch.*jeagle\[parity\]"):
         doctor.main(["--target", str(GOLDEN)])

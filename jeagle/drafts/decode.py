@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jeagle.drafts.eagle3 import Eagle3, ResidualStream
 from jeagle.interfaces import Tables
-from jeagle.layers import Sight, attend
+from jeagle.layers import AttentionMask, masked_attention
 
 
 class DraftCache(NamedTuple):
@@ -51,7 +51,7 @@ def advance(
     """
     rows = jnp.arange(tokens_BT.shape[0])[:, None]
     length = cache[0].keys_BSGC.shape[1]
-    visible = Sight(positions_BT, jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length)))
+    mask = AttentionMask(positions_BT, jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length)))
     embedded = tables.embed_VW[tokens_BT].astype(jnp.float32)
     stream, new_cache = ResidualStream.of(hidden_BTW, draft.dtype), []
     for layer, past, window in zip(draft.layers, cache, draft.spec.windows, strict=True):
@@ -59,7 +59,7 @@ def advance(
         new = layer.self_attn.keys_values(read, positions_BT)
         past = DraftCache(*(cached.at[rows, positions_BT].set(x) for cached, x in zip(past, new, strict=True)))
         queries = layer.self_attn.queries(read, positions_BT)
-        mixed = attend(queries, *past, visible, draft.dtype, window=window)
+        mixed = masked_attention(queries, *past, mask, draft.dtype, window=window)
         stream = ResidualStream.of(layer.finish(residual, mixed), draft.dtype)
         new_cache.append(past)
     for_head, next_hidden = draft.finish(stream)

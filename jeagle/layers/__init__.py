@@ -1,33 +1,25 @@
-"""Parts that both targets and drafts are made of."""
+"""Layers that both targets and drafts are made of."""
 
-from jeagle.layers.attention import attend
-from jeagle.layers.delta import DeltaInputs, delta_chunks, delta_steps
-from jeagle.layers.experts import Experts
+from jeagle.layers.attention import LANES, AttentionMask, masked_attention
 from jeagle.layers.linear import Linear, matmul
-from jeagle.layers.mask import Sight
 from jeagle.layers.mlp import GATES, Dense, GatedMLP
-from jeagle.layers.norms import rms_norm, unit_norm
+from jeagle.layers.norms import rms_norm
 from jeagle.layers.rope import depends_on_length, inverse_frequencies, rotate_by, yarn_mscale
-from jeagle.layers.splash_attention import LANES, splash
+from jeagle.layers.splash import packed_attention
 
 __all__ = [
     "GATES",
     "LANES",
-    "DeltaInputs",
+    "AttentionMask",
     "Dense",
-    "Experts",
     "GatedMLP",
     "Linear",
-    "Sight",
-    "attend",
-    "delta_chunks",
-    "delta_steps",
     "depends_on_length",
     "inverse_frequencies",
+    "masked_attention",
     "matmul",
+    "packed_attention",
     "rms_norm",
     "rotate_by",
-    "splash",
-    "unit_norm",
     "yarn_mscale",
 ]

@@ -1,59 +1,34 @@
-"""Matrix products in a chosen type, summed and returned in float32, forward and backward."""
+"""Matrix products in a chosen type, summed and returned in float32."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Num
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]], out: Any) -> jax.Array:
-    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=out)
+def matmul(
+    x: Float[Array, "*B I"], kernel: Num[Array, "_ _"], dtype: Any, *, by_rows: bool = False
+) -> Float[Array, "*B O"]:
+    """x times kernel [I, O] (or, with `by_rows`, the transpose of kernel [O, I]) in float32.
 
-
-def _sum_type(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x: jax.Array, kernel: jax.Array, dtype: Any, rows: bool = False) -> jax.Array:
-    """x [..., I] times kernel [I, O] (or, with `rows`, kernel [O, I] by its rows) -> float32 [..., O].
-
-    Both operands are rounded to `dtype`; sums are float32 (float64 for float64 operands). The gradient's products are
-    made in the same way: JAX's own rule would multiply a float32 cotangent with a bfloat16 operand, which no backend
-    has a fast path for, and would round the kernel's gradient to bfloat16.
+    Both operands are rounded to `dtype`; sums are float32 (float64 for float64 operands).
     """
-    return _forward(x, kernel, dtype, rows)[0]
-
-
-def _forward(x: jax.Array, kernel: jax.Array, dtype: Any, rows: bool) -> tuple[jax.Array, Any]:
-    rounded_x, rounded_kernel = x.astype(dtype), kernel.astype(dtype)
     # Contracting over the kernel's own axis, rather than transposing it, spares XLA's CPU backend a copy of it.
-    y = _dot(rounded_x, rounded_kernel, ((x.ndim - 1,), (1 if rows else 0,)), _sum_type(dtype))
-    # Empty arrays carry the types to return: residuals must be arrays.
-    return y, (rounded_x, rounded_kernel, jnp.empty((0,), x.dtype), jnp.empty((0,), kernel.dtype))
-
-
-def _backward(dtype: Any, rows: bool, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel, x_like, kernel_like = residuals
-    dy = dy.astype(dtype)
-    lead = tuple(range(x.ndim - 1))
-    dx = _dot(dy, kernel, ((dy.ndim - 1,), (0 if rows else 1,)), _sum_type(dtype))
-    dkernel = _dot(*((dy, x) if rows else (x, dy)), (lead, lead), _sum_type(dtype))
-    return dx.astype(x_like.dtype), dkernel.astype(kernel_like.dtype)
-
-
-matmul.defvjp(_forward, _backward)
+    contract = ((x.ndim - 1,), (1 if by_rows else 0,))
+    total = jnp.promote_types(dtype, jnp.float32)
+    operands = x.astype(dtype), kernel.astype(dtype)
+    return jax.lax.dot_general(*operands, (contract, ((), ())), preferred_element_type=total)
 
 
 class Linear(nnx.Module):
-    """x -> x kernel (+ bias), the kernel [I, O], sums in float32.
+    """x -> x kernel (+ bias), with kernel [I, O] and sums in float32.
 
-    A kernel of int8 or float8 comes with a `scale` [O]: the product is made with the stored numbers (exact in
-    bfloat16) and scaled afterwards, so that the weights take half the bytes in memory.
+    A kernel stored as int8 or float8 has a `scale` [O]: the product is made with the stored numbers (which bfloat16
+    represents exactly) and scaled afterwards, so that the weights take half the bytes in memory.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Feed-forward parts."""
+"""Gated feed-forward layers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from jeagle.layers.linear import Linear, matmul
-
-
-def clamped_swiglu(gate: jax.Array, up: jax.Array, alpha: float, limit: float) -> jax.Array:
-    """(up + 1) * gate * sigmoid(alpha gate), gate and up clamped (gpt-oss)."""
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+from jeagle.layers.linear import Linear
 
 
 def _gated(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return lambda gate, up: activation(gate) * up
 
 
-# By the names of Hugging Face's configurations.
+# (gate, up) -> activation(gate) * up, by the activation's name in Hugging Face's configurations.
 GATES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "silu": _gated(jax.nn.silu),
     "swish": _gated(jax.nn.silu),
@@ -35,7 +28,7 @@ GATES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)), without biases.
+    """Kernels of down(silu(gate(x)) * up(x)), without biases; drafts compute it themselves, in chunks of positions.
 
     Source: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202).
     """
@@ -47,14 +40,12 @@ class GatedMLP(nnx.Module):
         self.down_proj = nnx.Param(init(rngs.params(), (inner, width)))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate = matmul(x, self.gate_proj[...], self.dtype)
-        up = matmul(x, self.up_proj[...], self.dtype)
-        return matmul(jax.nn.silu(gate) * up, self.down_proj[...], self.dtype)
-
 
 class Dense(nnx.Module):
-    """down(activation(gate(x)) * up(x)), with any activation, biases, and narrow weights."""
+    """down(activation(gate(x)) * up(x)), with any activation, optional biases, and optionally narrow weights.
+
+    Source: as for `GatedMLP`.
+    """
 
     def __init__(
         self,

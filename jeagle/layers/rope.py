@@ -1,4 +1,4 @@
-"""Rotary position embedding, in every scaling that Hugging Face's configurations name."""
+"""Rotary position embedding (RoPE), with every scaling that Hugging Face's configurations name."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jeagle.errors import UserError
 from jeagle.interfaces import Rope
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Angle per position of each rotated pair: float64 [rotary_dim / 2], up to head_dim / 2 of them.
+def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " pairs"]:
+    """The angle per position of each rotated pair, in radians: float64 [rotary_dim / 2].
 
-    For "dynamic" and "longrope", which depend on the sequence's length, these are the ones of short sequences.
+    For "dynamic" and "longrope", whose angles depend on the length of the sequence, these are the angles of short ones.
 
     Raises:
       UserError: for a scaling that is not one of `SCALINGS`.
+
+    Source: RoFormer (arXiv 2104.09864); the scalings as in transformers' modeling_rope_utils.py.
     """
-    return _scaling(rope)(rope, _plain(rope, head_dim))
+    kind: Any = rope.scaling_dict.get("rope_type", "default")
+    if kind not in SCALINGS:
+        raise UserError(f"RoPE scaling {kind!r} is not supported; supported are: {', '.join(SCALINGS)}.")
+    return SCALINGS[kind](rope, _unscaled(rope, head_dim))
 
 
 def attention_factor(rope: Rope) -> float:
-    """What rotated queries and keys are multiplied with each (YaRN, LongRoPE); 1 for the others.
+    """The factor that rotated queries and rotated keys are each multiplied by (YaRN, LongRoPE); 1 for other scalings.
 
     Source: YaRN (arXiv 2309.00071), section 3.4; LongRoPE (arXiv 2402.13753); DeepSeek's mscale.
     """
@@ -40,7 +46,7 @@ def attention_factor(rope: Rope) -> float:
         return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         return yarn_mscale(factor, scaling["mscale"]) / yarn_mscale(factor, scaling["mscale_all_dim"])
-    # attn_factor: DeepSeek-R1-0528-Qwen3-8B has it; vLLM and SGLang honour it, transformers passes over it.
+    # DeepSeek-R1-0528-Qwen3-8B has attn_factor, which vLLM and SGLang apply and transformers ignores.
     return yarn_mscale(factor, 1.0) * scaling.get("attn_factor", 1.0)
 
 
@@ -50,12 +56,12 @@ def yarn_mscale(factor: float, weight: float) -> float:
 
 
 def depends_on_length(rope: Rope) -> bool:
-    """Whether the angles depend on how long the sequence is."""
+    """Whether the angles depend on the length of the sequence."""
     return rope.scaling_dict.get("rope_type") in ("dynamic", "longrope")
 
 
 def rotary_dim(rope: Rope, head_dim: int) -> int:
-    """How many of a head's dimensions are rotated: the first ones."""
+    """The number of a head's dimensions that are rotated; they are the first ones."""
     if rope.scaling_dict.get("rope_type") == "proportional":
         return head_dim
     return int(head_dim * rope.scaling_dict.get("partial_rotary_factor", 1.0))
@@ -63,17 +69,17 @@ def rotary_dim(rope: Rope, head_dim: int) -> int:
 
 def rotate_by(
     rope: Rope,
-    x: jax.Array,
-    positions: jax.Array,
-    lengths: jax.Array | None = None,
+    x: Float[Array, "*T heads C"],
+    positions: Int[Array, "*T"],
+    lengths: Int[Array, "*T"] | None = None,
     *,
     interleaved: bool = False,
-) -> jax.Array:
-    """Rotates x [..., T, heads, head_dim] by the angles of positions [..., T].
+) -> Float[Array, "*T heads C"]:
+    """Rotates queries or keys by the angles of their positions, in float32 or better.
 
     Args:
-      lengths: [..., T] length of each token's sequence; read only where `depends_on_length`.
-      interleaved: pairs are neighbours (0, 1), (2, 3) and not the two halves.
+      lengths: length of each token's sequence; used only where `depends_on_length` is true.
+      interleaved: rotated pairs are neighbours (0, 1), (2, 3), ... instead of the two halves of a head.
     """
     head_dim = x.shape[-1]
     frequencies = _frequencies_at(rope, head_dim, lengths)
@@ -82,22 +88,19 @@ def rotate_by(
     kind = jnp.promote_types(x.dtype, jnp.float32)
     cos = (jnp.cos(angles) * factor)[..., None, :].astype(kind)
     sin = (jnp.sin(angles) * factor)[..., None, :].astype(kind)
-    turned, rest = jnp.split(x.astype(kind), [2 * frequencies.shape[-1]], axis=-1)
-    turned = _turn_neighbours(turned, cos, sin) if interleaved else _turn_halves(turned, cos, sin)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
-
-
-def _turn_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    low, high = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
-def _turn_neighbours(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
+    rotated, rest = jnp.split(x.astype(kind), [2 * frequencies.shape[-1]], axis=-1)
+    if interleaved:
+        even, odd = rotated[..., 0::2], rotated[..., 1::2]
+        pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+        rotated = pairs.reshape(rotated.shape)
+    else:
+        low, high = jnp.split(rotated, 2, axis=-1)
+        rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
 
 
 def _frequencies_at(rope: Rope, head_dim: int, lengths: jax.Array | None) -> jax.Array:
+    """`inverse_frequencies` of each token, float32, for the length of its sequence."""
     short = jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)
     if not depends_on_length(rope):
         return short
@@ -107,34 +110,31 @@ def _frequencies_at(rope: Rope, head_dim: int, lengths: jax.Array | None) -> jax
     original = scaling["original_max_position_embeddings"]
     lengths = lengths[..., None].astype(jnp.float32)
     if scaling["rope_type"] == "longrope":
-        long = _plain(rope, head_dim) / np.asarray(scaling["long_factor"], np.float64)
+        long = _unscaled(rope, head_dim) / np.asarray(scaling["long_factor"], np.float64)
         return jnp.where(lengths > original, jnp.asarray(long, jnp.float32), short)
     grown = scaling["factor"] * jnp.maximum(lengths, original) / original - (scaling["factor"] - 1)
     exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     return 1.0 / (rope.theta * grown ** (dim / (dim - 2))) ** exponents
 
 
-def _plain(rope: Rope, head_dim: int) -> np.ndarray:
+def _unscaled(rope: Rope, head_dim: int) -> np.ndarray:
+    """Inverse frequencies without any scaling."""
     dim = rotary_dim(rope, head_dim)
     return 1.0 / rope.theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
-def _longrope(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    return plain / np.asarray(rope.scaling_dict["short_factor"], np.float64)
-
-
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    """Long wavelengths are divided by `factor`, short ones kept, the band between interpolated (Llama 3.1)."""
+    """Frequencies of long wavelengths are divided by `factor`; those in a band below are interpolated (Llama 3.1)."""
     scaling = rope.scaling_dict
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelength = 2 * math.pi / plain
-    band = high - low or 1e-9  # Llama 4 Scout has none: each wavelength is either long or short
+    band = high - low or 1e-9  # in Llama 4 Scout the band is empty
     smooth = np.clip((scaling["original_max_position_embeddings"] / wavelength - low) / band, 0.0, 1.0)
     return plain * ((1 - smooth) / scaling["factor"] + smooth)
 
 
 def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    """A ramp over dimensions from unscaled to divided by `factor` (YaRN, arXiv 2309.00071, section 3.2)."""
+    """A ramp over dimensions from unscaled to divided by `factor`; YaRN (arXiv 2309.00071), section 3.2."""
     scaling, dim = rope.scaling_dict, 2 * len(plain)
 
     def dimension_of(turns: float) -> float:
@@ -151,10 +151,10 @@ def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _proportional(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    """The first share of pairs turns as in plain RoPE, the others stand still (Gemma 4)."""
+    """The first `partial_rotary_factor` of the pairs are rotated as in plain RoPE, the others not at all (Gemma 4)."""
     scaling = rope.scaling_dict
-    turning = int(scaling.get("partial_rotary_factor", 1.0) * len(plain))
-    return np.where(np.arange(len(plain)) < turning, plain, 0.0) / scaling.get("factor", 1.0)
+    rotating = int(scaling.get("partial_rotary_factor", 1.0) * len(plain))
+    return np.where(np.arange(len(plain)) < rotating, plain, 0.0) / scaling.get("factor", 1.0)
 
 
 SCALINGS: dict[str, Callable[[Rope, np.ndarray], np.ndarray]] = {
@@ -163,13 +163,6 @@ SCALINGS: dict[str, Callable[[Rope, np.ndarray], np.ndarray]] = {
     "dynamic": lambda rope, plain: plain,
     "llama3": _llama3,
     "yarn": _yarn,
-    "longrope": _longrope,
+    "longrope": lambda rope, plain: plain / np.asarray(rope.scaling_dict["short_factor"], np.float64),
     "proportional": _proportional,
 }
-
-
-def _scaling(rope: Rope) -> Callable[[Rope, np.ndarray], np.ndarray]:
-    kind: Any = rope.scaling_dict.get("rope_type", "default")
-    if kind not in SCALINGS:
-        raise UserError(f"RoPE scaling {kind!r} is not supported; these are: {', '.join(SCALINGS)}.")
-    return SCALINGS[kind]

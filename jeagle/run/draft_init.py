@@ -21,7 +21,7 @@ from jeagle.run.claim import EMBEDDING
 from jeagle.runtime import distributed
 from jeagle.runtime.manifest import atomic_write
 from jeagle.runtime.trackers import scores
-from jeagle.targets import TargetSpec
+from jeagle.targets import TargetSpec, is_target_embedding
 
 SHAPE = ("width", "heads", "kv_heads", "head_dim", "mlp_width")
 """Sizes in `DraftConfig` whose 0 is the target's own."""
@@ -201,7 +201,10 @@ def own_embedding(folder: Path, spec: DraftSpec, embed_VH: jax.Array, start: Sta
     if (folder / EMBEDDING_FILE).is_file():
         return jnp.asarray(np.load(folder / EMBEDDING_FILE))
     if spec.width == spec.target_width:
-        _check_shared(start, embed_VH)
+        if start is not None and start.embed_VW is not None and not is_target_embedding(start.embed_VW, embed_VH):
+            raise UserError(
+                "The draft to start from has an embedding that is not the target's: engines would replace it."
+            )
         return None
     if start is not None and start.embed_VW is not None:
         return jnp.asarray(start.embed_VW)
@@ -217,13 +220,3 @@ def keep_embedding(folder: Path, spec: DraftSpec, tables: Tables) -> None:
         whole = io.BytesIO()
         np.save(whole, np.asarray(tables.embed_VW, np.float32))
         atomic_write(path, whole.getvalue(), EMBEDDING)
-
-
-def _check_shared(start: Start | None, embed_VH: jax.Array) -> None:
-    """UserError where an older draft of the target's width has an embedding of its own, which engines would replace."""
-    if start is None or start.embed_VW is None:
-        return
-    rows = min(len(start.embed_VW), 4096)
-    theirs = jnp.asarray(start.embed_VW[:rows])
-    if float(jnp.abs(theirs - embed_VH[:rows].astype(jnp.float32)).max()) > 0.02 * float(jnp.abs(theirs).max()):
-        raise UserError("The draft to start from has an embedding that is not the target's: engines would replace it.")

@@ -1,27 +1,25 @@
-"""Frozen targets: finding and loading them, features of packed rows, KV-cached generation."""
+"""Frozen targets: their files and weights, features of packed rows, and generation with a KV cache."""
 
 import os
 
-# transformers, of which configurations and tokenizers are used, would say on every command that PyTorch is missing.
+# transformers, whose configurations and tokenizers are used, would warn in every command that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from jeagle.targets.checkpoint.load import Target, abstract_target, load_target, random_target
 from jeagle.targets.checkpoint.reference import TargetFiles, resolve
-from jeagle.targets.checkpoint.tables import Table, embedding_table, head_table
+from jeagle.targets.checkpoint.tables import Table, embedding_table, head_table, is_target_embedding
 from jeagle.targets.checkpoint.weights import open_weights
 from jeagle.targets.families import Family, Piece, Switches, own_family, read_spec
-from jeagle.targets.model.aux_layers import check_aux_layers
 from jeagle.targets.model.decoder import Decoder
 from jeagle.targets.model.features import distributions, features, greedy_and_gap
-from jeagle.targets.model.generate import Answer, generate
-from jeagle.targets.model.sampling import Sampling
-from jeagle.targets.model.spec import TargetSpec
+from jeagle.targets.model.generate import GeneratedAnswer, Sampling, generate
+from jeagle.targets.model.spec import TargetSpec, check_aux_layers
 from jeagle.targets.tokenizers.load import end_token_ids, load_tokenizer
 
 __all__ = [
-    "Answer",
     "Decoder",
     "Family",
+    "GeneratedAnswer",
     "Piece",
     "Sampling",
     "Switches",
@@ -38,6 +36,7 @@ __all__ = [
     "generate",
     "greedy_and_gap",
     "head_table",
+    "is_target_embedding",
     "load_target",
     "load_tokenizer",
     "open_weights",

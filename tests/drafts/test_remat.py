@@ -21,7 +21,8 @@ class DoubledLayer(eagle3.DraftLayer):
 
     def finish(self, residual, mixed):
         x, normed = self.attended(residual, mixed)
-        return x + 2 * self.mlp(normed)
+        gate, up = (normed @ kernel[...] for kernel in (self.mlp.gate_proj, self.mlp.up_proj))
+        return x + 2 * (jax.nn.silu(gate) * up) @ self.mlp.down_proj[...]
 
 
 class UsersDraft(Eagle3):

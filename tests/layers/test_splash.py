@@ -1,4 +1,4 @@
-"""The splash kernel, interpreted, against attention in plain blocks."""
+"""The splash kernel, run by an interpreter, equals attention in plain blocks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jeagle.layers import Sight, attend
-from jeagle.layers.splash_attention import splash
+from jeagle.layers import AttentionMask, masked_attention, packed_attention
 from jeagle.runtime.mesh import make_mesh
 
 B, T, Q, G = 2, 256, 4, 2
@@ -30,24 +29,24 @@ def case(width: int, values: int):
     segments[0, 64:80] = 1
     begins, here = np.diff(segments, axis=1, prepend=-1) != 0, np.arange(T)
     positions = here - np.maximum.accumulate(np.where(begins, here, 0), axis=1)
-    sight = Sight(*map(jnp.asarray, (positions, positions, segments, segments)))
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)], sight
+    mask = AttentionMask(*map(jnp.asarray, (positions, positions, segments, segments)))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)], mask
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_plain_attention(name):
     switches, width, values = CASES[name]
-    arrays, sight = case(width, values)
-    wanted = attend(*arrays, sight, jnp.float32, **switches)
-    found = splash(*arrays, sight, jnp.float32, interpret=True, **switches)
+    arrays, mask = case(width, values)
+    wanted = masked_attention(*arrays, mask, jnp.float32, **switches)
+    found = packed_attention(*arrays, mask, jnp.float32, interpret=True, **switches)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_over_a_mesh_of_rows_and_heads():
     """Each device runs the kernel on its own rows and heads."""
-    arrays, sight = case(128, 128)
+    arrays, mask = case(128, 128)
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
-    wanted = attend(*arrays, sight, jnp.float32, sinks_Q=SINKS)
+    wanted = masked_attention(*arrays, mask, jnp.float32, sinks_Q=SINKS)
     axes = {"mesh": mesh, "row_axes": ("fsdp",), "head_axis": "tensor"}
-    run = jax.jit(lambda *a: splash(*a, sight, jnp.float32, sinks_Q=SINKS, interpret=True, **axes))
+    run = jax.jit(lambda *a: packed_attention(*a, mask, jnp.float32, sinks_Q=SINKS, interpret=True, **axes))
     np.testing.assert_allclose(run(*arrays), wanted, atol=1e-5)

@@ -1,4 +1,4 @@
-"""docs/adding_a_target.md: its family is run as it stands, against a forward pass written out in float64."""
+"""The family in docs/adding_a_target.md runs as it is, and gives the numbers of a forward pass in float64."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_it_writes_what_its_forward_pass_would(acorn, monkeypatch):
         text = np.append(text, token)
 
 
-def test_a_switch_that_the_family_does_not_read_is_refused(acorn, monkeypatch, tmp_path):
+def test_a_key_that_the_family_does_not_read_is_refused(acorn, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(acorn)
     config = json.loads((acorn / "target" / "config.json").read_text())
     with pytest.raises(UserError, match="sharpness = 2, which jeagle does not know for AcornForCausalLM"):
@@ -149,7 +149,7 @@ def test_a_switch_that_the_family_does_not_read_is_refused(acorn, monkeypatch, t
         ("acorn:read", "acorn:read is a function; it must be a jeagle.targets.Family"),
     ],
 )
-def test_a_family_that_is_none_is_one_sentence(acorn, monkeypatch, family, said):
+def test_an_invalid_family_gives_one_sentence(acorn, monkeypatch, family, said):
     monkeypatch.syspath_prepend(acorn)
     with pytest.raises(UserError, match=said) as error:
         targets.own_family(family)

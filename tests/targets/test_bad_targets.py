@@ -1,4 +1,4 @@
-"""Whatever is wrong with a target, a command says it in one sentence and exits with status 2."""
+"""For every fault of a target, a command prints one sentence and exits with status 2."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def error_of(command: Callable, arguments: list[str], monkeypatch, capsys) -> str:
-    """What a command says when it fails; its status must be 2 and the sentence alone on its line."""
+    """The message of a command that fails; its status must be 2, and the sentence alone on its line."""
     monkeypatch.setattr(sys, "argv", ["jeagle", *arguments])
     with pytest.raises(SystemExit) as left:
         cli.run(command)
@@ -88,7 +88,7 @@ def asked(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_sentence_and_status_2(fault, tmp_path, monkeypatch, capsys):
+def test_a_fault_gives_one_sentence_and_status_2(fault, tmp_path, monkeypatch, capsys):
     folder = tiny.write_target(tmp_path / "target")
     break_it, named = FAULTS[fault]
     break_it(folder)
@@ -96,17 +96,16 @@ def test_a_fault_is_one_sentence_and_status_2(fault, tmp_path, monkeypatch, caps
     assert not (tmp_path / "answers.jsonl").exists()
 
 
-def test_too_little_memory_is_told_with_the_estimate(tmp_path, monkeypatch, capsys):
+def test_too_little_memory_is_reported_with_the_estimate(tmp_path, monkeypatch, capsys):
     folder = tiny.write_target(tmp_path / "target")
     monkeypatch.setattr(memory, "host_bytes_available", lambda: 10_000)
     said = error_of(regenerate.main, asked(folder), monkeypatch, capsys)
     assert "GiB on each of" in said and "are free there: use more devices" in said
 
 
-def test_a_layer_out_of_range_is_told(tmp_path, monkeypatch, capsys):
+def test_a_layer_out_of_range_is_reported(tmp_path, monkeypatch, capsys):
     arguments = ["--config", str(RECIPE), *tiny.flags(tmp_path), "--target.aux-layers", "1", "2", "99"]
     said = error_of(train.main, arguments, monkeypatch, capsys)
     assert (
-        f"--target.aux-layers 1 2 99: layer boundaries must rise, once each, from 0 (embeddings) to {tiny.LAYERS}"
-        in said
+        f"--target.aux-layers 1 2 99: layer boundaries must rise strictly, from 0 (embeddings) to {tiny.LAYERS}" in said
     )

@@ -1,6 +1,6 @@
-"""Every architecture against transformers' numbers, and against itself: packed, cached, stacked, on a mesh.
+"""Every architecture gives transformers' numbers, also with packed rows, a cache, stacked layers, and on a mesh.
 
-The goldens: make_goldens.py. JEAGLE_TARGET_GOLDENS names another folder of them, which `make parity` makes anew.
+make_goldens.py makes the goldens. JEAGLE_TARGET_GOLDENS names another folder of them, as `make parity` makes it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class States(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request) -> Iterator[str]:
-    """Of the module's scope, so that all tests of a case come one after the other and share its model."""
+    """The fixture has the module's scope, so that the tests of a case run one after the other and share its model."""
     yield request.param
     jax.clear_caches()  # eighty models' programs are gigabytes
 
@@ -103,7 +103,7 @@ def test_cached_decoding_equals_the_full_forward(case):
 
 @pytest.mark.parametrize("case", THOROUGH, indirect=True, scope="module")
 def test_stacked_layers_on_eight_devices_equal_separate_ones_on_one(case):
-    """Both at once, since each is a program to compile: what is wrong with either shows."""
+    """Both are checked at once, since each is a program to compile; an error in either of them is visible."""
     tokens, _ = golden(case)
     one = forward(case, tokens, *alone(tokens))
     split = jax.device_count() >= 8
@@ -112,7 +112,7 @@ def test_stacked_layers_on_eight_devices_equal_separate_ones_on_one(case):
 
 @functools.lru_cache
 def golden(case: str) -> tuple[np.ndarray, States]:
-    """tokens [B, T] and what transformers makes of them."""
+    """Tokens [B, T] and transformers' states and logits of them."""
     arrays = np.load(FOLDER / case / "golden.npz")
     return arrays["tokens"], States(arrays["hidden"], arrays["last"], arrays["logits"])
 
@@ -128,7 +128,7 @@ def single() -> jax.sharding.Mesh:
 
 
 def mesh_of(source: Any) -> jax.sharding.Mesh:
-    """Eight devices: fsdp x tensor, and experts where there are any."""
+    """Eight devices, split over fsdp and tensor, and over experts where there are any."""
     experts = "expert" in meshes.AXES and any("experts" in name for name in source.names())
     return meshes.make_mesh(fsdp=2, tensor=2, expert=2) if experts else meshes.make_mesh(fsdp=4, tensor=2)
 
@@ -169,7 +169,7 @@ def extending(case: str) -> Any:
 
 
 def decode(case: str, tokens: np.ndarray, block: int) -> States:
-    """The same states, by blocks of tokens that see what the cache holds; what is left over, one by one."""
+    """The same states, computed in blocks of tokens with a cache; the remaining tokens one by one."""
     rows, length = tokens.shape
     cache = loaded(case, False, False).model().empty_cache(rows, length, jnp.float32)
     pieces, start = [], 0
@@ -187,7 +187,7 @@ def states(aux: Any, last: Any, logits: Any) -> States:
 
 
 def alone(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """positions and segments of rows that hold one document each."""
+    """Positions and segments of rows that have one document each."""
     return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), np.ones_like(tokens)
 
 

@@ -1,7 +1,7 @@
-"""Models as they are published: the switches of their config.json are all understood, and none is ignored unread.
+"""Every key of published models' config.json is either supported or refused; none is ignored without being read.
 
-published.json holds the switches of published models, with the number of parameters that their cards or files state
-where they state one for the text part alone. The goldens have the same spellings in tiny, with numbers.
+published.json has the keys of published models, and the number of parameters where a model's card or files state one
+for the text part alone. The goldens have the same spellings in tiny models, with numbers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_every_family_has_a_published_model():
         ),
     ],
 )
-def test_what_would_change_its_numbers_is_refused_by_name(model, switches, said):
+def test_keys_that_change_numbers_are_refused_by_name(model, switches, said):
     inner = switches.pop("text_config", None)
     if inner:
         switches = {"text_config": config_of(model)["text_config"] | inner}
@@ -91,15 +91,15 @@ def test_su_is_longrope():
     assert first.rope == spec_of("Phi-3.5-mini-instruct").rope and first.rope.scaling_dict["rope_type"] == "longrope"
 
 
-def test_attn_factor_is_honoured_as_engines_do():
-    """DeepSeek-R1-0528-Qwen3-8B's undoes what YaRN multiplies queries and keys with."""
+def test_attn_factor_is_applied_as_in_engines():
+    """That of DeepSeek-R1-0528-Qwen3-8B cancels the factor by which YaRN multiplies queries and keys."""
     assert attention_factor(spec_of("DeepSeek-R1-0528-Qwen3-8B").rope) == pytest.approx(1.0)
     plain = spec_of("Qwen2.5-7B-Instruct, with the YaRN of its card").rope
     assert attention_factor(plain) == pytest.approx(0.1 * math.log(4) + 1)
 
 
 def test_a_band_without_width_splits_wavelengths_in_two():
-    """Llama 4 Scout: low_freq_factor = high_freq_factor."""
+    """In Llama 4 Scout, low_freq_factor equals high_freq_factor."""
     rope = spec_of("Llama-4-Scout-17B-16E-Instruct").rope
     scaled, plain = inverse_frequencies(rope, 128), inverse_frequencies(Rope(rope.theta), 128)
     long = 2 * math.pi / plain > 8192
@@ -130,8 +130,8 @@ def test_llama4s_experts_may_be_tensors_of_their_own(tmp_path):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_a_model_that_also_sees_is_prepared_for_by_its_text_part(tmp_path):
-    """Its vocabulary and layers are those of text_config; config.json itself has neither."""
+def test_a_multimodal_model_is_prepared_by_its_text_part(tmp_path):
+    """Its vocabulary and layers are those of text_config, since config.json itself has neither."""
     folder = tiny.write_target(tmp_path / "target")
     text = json.loads((folder / "config.json").read_text())
     outer = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
@@ -155,7 +155,7 @@ def test_a_model_that_also_sees_is_prepared_for_by_its_text_part(tmp_path):
 @pytest.mark.parametrize(
     ("model", "kind"), [("gpt-oss-20b", "chunked_attention"), ("gemma-3-1b-it", "chunked_attention")]
 )
-def test_a_kind_of_layer_that_is_not_honoured_is_named(model, kind):
+def test_an_unsupported_kind_of_layer_is_named(model, kind):
     layers = config_of(model)["num_hidden_layers"]
     with pytest.raises(UserError, match=f"{kind}' in its layer_types, which is not supported for"):
         spec_of(model, layer_types=["full_attention"] * (layers - 1) + [kind])

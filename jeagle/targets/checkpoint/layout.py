@@ -1,26 +1,30 @@
-"""How each parameter of a target lies on the mesh, and whether there is room for them."""
+"""How each parameter of a target is sharded and stored on the mesh, and whether the devices have room for it."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jeagle.errors import UserError
 from jeagle.runtime.memory import free_bytes
 from jeagle.runtime.mesh import logical_sharding
-from jeagle.targets.checkpoint.narrow import NARROW, scale_sharding
 from jeagle.targets.model.decoder import Decoder
 from jeagle.targets.model.spec import BlockSpec
 
 Path = tuple[Any, ...]
 
-# Logical axes of every kernel (of its bias and scale: the last of them) and of every other large parameter, layers'
-# leading stack axis left out. What is not here is whole on every device. The mesh axes behind them: runtime.mesh.RULES.
+# Types that kernels may be stored in to take half the bytes of bfloat16, by the values of --target.weights.
+NARROW: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+# Logical axes of every kernel (its bias and scale have the last of them) and of every other large parameter, without
+# the leading axis of a stack. Other parameters are replicated. runtime.mesh.RULES maps logical axes to the mesh's.
 AXES: dict[str, tuple[str | None, ...]] = {
     "embed_tokens": ("vocab", "width"),
     "lm_head": ("vocab", "width"),
@@ -56,7 +60,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def sharding_of(key: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """How the parameter `key` of this shape lies on the mesh."""
+    """The sharding of the parameter `key` of this shape."""
     parts = key.split(".")
     linear = parts[-1] in ("kernel", "bias", "scale")
     axes = AXES.get(".".join(parts[-3:-1] if linear else parts[-2:]))
@@ -66,14 +70,44 @@ def sharding_of(key: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, logical_sharding(axes, shape, mesh))
 
 
-class Layout(NamedTuple):
-    """A parameter as it is read and kept.
+def narrowed(kernel: jax.Array, kind: Any, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
+    """kernel [..., I, O] -> (narrow [..., I, O], scale [..., O] float32) with kernel = narrow * scale up to rounding.
+
+    The largest number of each output becomes the largest number that `kind` represents.
+    """
+    return _narrowed(kernel, kind, (sharding, scale_sharding(sharding, kernel.ndim)))
+
+
+def scale_sharding(sharding: NamedSharding, rank: int) -> NamedSharding:
+    """The sharding of the scale [..., O] of a kernel [..., I, O] with `rank` axes."""
+    axes = tuple(sharding.spec) + (None,) * (rank - len(sharding.spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes[:-2], axes[-1]))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "shardings"), donate_argnames=("kernel",))
+def _narrowed(kernel: jax.Array, kind: Any, shardings: tuple[NamedSharding, NamedSharding]):
+    numbers = kernel.astype(jnp.float32)
+    integer = jnp.issubdtype(kind, jnp.integer)
+    largest = float(jnp.iinfo(kind).max if integer else jnp.finfo(kind).max)
+    scale = jnp.maximum(jnp.abs(numbers).max(axis=-2), 1e-30) / largest
+    scaled = numbers / scale[..., None, :]
+    narrow = (jnp.round(scaled) if integer else scaled).astype(kind)
+    return (
+        jax.lax.with_sharding_constraint(narrow, shardings[0]),
+        jax.lax.with_sharding_constraint(scale, shardings[1]),
+    )
+
+
+class ParameterLayout(NamedTuple):
+    """How a parameter is read and stored.
 
     Attributes:
-      key: its name without layer numbers. layers: the numbers of the layers that it holds, one after the other; (None,)
-        outside the layers.
-      shape, dtype, sharding: of one layer, before it is narrowed. stacked: whether layers lie along a leading axis.
-      narrow: the type that it is kept in, beside a scale for each output; None = dtype.
+      key: its name without layer numbers.
+      block: the layers' specification; None outside the layers.
+      layers: the numbers of its layers, in order; (None,) outside the layers.
+      stacked: whether there is a leading axis of layers.
+      shape, dtype, sharding: of one layer, before it is narrowed.
+      narrow: the type that it is stored in, with a scale for each output; None = `dtype`.
     """
 
     key: str
@@ -87,23 +121,30 @@ class Layout(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes over all devices, before it is narrowed."""
+        """Bytes of one copy, before it is narrowed."""
         return len(self.layers) * math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def bytes_per_device(self) -> int:
-        kept = jnp.dtype(self.narrow or self.dtype).itemsize * math.prod(self.sharding.shard_shape(self.shape))
+        """Bytes on each device."""
+        each = jnp.dtype(self.narrow or self.dtype).itemsize * math.prod(self.sharding.shard_shape(self.shape))
         if self.narrow is not None:
             scale = scale_sharding(self.sharding, len(self.shape))
-            kept += 4 * math.prod(scale.shard_shape((*self.shape[:-2], self.shape[-1])))
-        return len(self.layers) * kept
+            each += 4 * math.prod(scale.shard_shape((*self.shape[:-2], self.shape[-1])))
+        return len(self.layers) * each
 
 
-def layouts(model: Decoder, state: Any, mesh: Mesh, dtype: Any, stored: str) -> dict[Path, Layout]:
-    """The parameters of an abstract decoder by path; scales belong to their kernels."""
+def layouts(model: Decoder, state: Any, mesh: Mesh, dtype: Any, stored: str) -> dict[Path, ParameterLayout]:
+    """The layouts of an abstract decoder's parameters by path; the scale of a kernel has no layout of its own.
+
+    Args:
+      state: the decoder's parameters, as shapes.
+      dtype: of kernels and embeddings; everything else is float32.
+      stored: one of `NARROW` or "".
+    """
     leaves = dict(nnx.to_flat_state(state))
     groups, scales = model.groups, {scale_path(path) for path in leaves} & set(leaves)
-    found = {}
+    by_path = {}
     for path, leaf in leaves.items():
         if path in scales:
             continue
@@ -115,20 +156,20 @@ def layouts(model: Decoder, state: Any, mesh: Mesh, dtype: Any, stored: str) -> 
         narrow = NARROW[stored] if scale_path(path) in scales else None
         sharding = sharding_of(key, shape, mesh)
         kind = jnp.dtype(dtype if wide else jnp.float32)
-        found[path] = Layout(key, block, layers, stacked, shape, kind, sharding, narrow)
-    return found
+        by_path[path] = ParameterLayout(key, block, layers, stacked, shape, kind, sharding, narrow)
+    return by_path
 
 
-def check_room(found: Iterable[Layout], mesh: Mesh) -> None:
-    """UserError where a device has less memory free than its part of the weights takes."""
-    found = list(found)
-    needed, free = sum(layout.bytes_per_device for layout in found), free_bytes(mesh)
+def check_room(parameters: Iterable[ParameterLayout], mesh: Mesh) -> None:
+    """Raises UserError where a device has less free memory than its part of the weights takes."""
+    parameters = list(parameters)
+    needed, free = sum(layout.bytes_per_device for layout in parameters), free_bytes(mesh)
     if free is None or needed <= free:
         return
-    whole = sum(layout.size for layout in found)
+    total = sum(layout.size for layout in parameters)
     device = mesh.devices.flat[0]
     raise UserError(
-        f"The target's weights, {_gib(whole)} in all, take {_gib(needed)} on each of {mesh.size} {device.platform} "
+        f"The target's weights, {_gib(total)} in all, take {_gib(needed)} on each of {mesh.size} {device.platform} "
         f"device{'s' * (mesh.size > 1)}, and only {_gib(free)} are free there: use more devices "
         "(--mesh.fsdp splits the weights over them), keep the weights in half the bytes (--target.weights int8), or "
         "take a smaller model."
@@ -146,7 +187,7 @@ def parameter_key(path: Path) -> tuple[str, int | None]:
 
 
 def scale_path(path: Path) -> Path | None:
-    """Where the scale of a kernel would lie; None for what is no kernel."""
+    """The path of a kernel's scale; None for a parameter that is not a kernel."""
     last = str(path[-1])
     if last == "kernel":
         return (*path[:-1], "scale")

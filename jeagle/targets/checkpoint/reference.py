@@ -1,4 +1,4 @@
-"""From a target's reference, as a user writes it, to its files on this machine."""
+"""Resolves a target's reference, as a user writes it, to files on this machine."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ FORMS = (
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)")
 _SPLIT_GGUF = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
-# Both sizes together bound what a fingerprint reads of a shard to 256 KiB, whatever its size.
+# A fingerprint samples 256 KiB of a shard, whatever its size.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """A target's files, found on this machine.
+    """A target's files on this machine.
 
     Attributes:
       reference: as the user wrote it.
-      path: the folder of safetensors, or the .gguf file (its first part, where it is split).
-      format: how the weights lie.
-      fingerprint: 16 hexadecimal digits that change when the weights change: caches of features are keyed by it.
+      path: the folder of safetensors, or the .gguf file (the first of its parts where it is split).
+      format: the format of the weights.
+      fingerprint: 16 hexadecimal digits that change when the weights change; stores of features record it.
     """
 
     reference: str
@@ -42,21 +42,21 @@ class TargetFiles:
 
 
 def default_cache_folder() -> Path:
-    """JEAGLE_CACHE, or jeagle under XDG_CACHE_HOME, or ~/.cache/jeagle."""
+    """Returns JEAGLE_CACHE, or jeagle under XDG_CACHE_HOME, or ~/.cache/jeagle."""
     if given := os.environ.get("JEAGLE_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jeagle"
 
 
 def resolve(reference: str, *, cache_folder: Path | None = None) -> TargetFiles:
-    """The files of a target, downloaded once if its reference is not a local path.
+    """Returns the files of a target, which are downloaded once if its reference is not a local path.
 
     Args:
-      reference: one of `FORMS`. An existing path wins over a hub id that reads the same.
-      cache_folder: where downloads are kept; `default_cache_folder()` if None (the hub's client then keeps its own).
+      reference: one of `FORMS`; an existing path takes precedence over a hub id of the same spelling.
+      cache_folder: for downloads; None = `default_cache_folder()`, and the hub client's own cache.
 
     Raises:
-      UserError: for a reference of no known form, a folder without usable weights, or a download that fails.
+      UserError: for a reference of no known form, a folder without usable weights, or a failed download.
     """
     reference = reference.strip()
     if reference.startswith("-"):
@@ -110,15 +110,15 @@ def _local(reference: str, path: Path) -> TargetFiles:
 def _gguf(reference: str, path: Path) -> TargetFiles:
     parts = gguf_parts(path)
     digests = [_recorded_sha256(part) for part in parts]
-    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return TargetFiles(reference, parts[0], "gguf", whole[:16])
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return TargetFiles(reference, parts[0], "gguf", digest[:16])
 
 
 def gguf_parts(path: Path) -> tuple[Path, ...]:
-    """All files of a GGUF, in order, given any of them: NAME-00001-of-0000N.gguf, ..., or just the one.
+    """Returns all files of a GGUF in order, given one of them: NAME-00001-of-0000N.gguf, ..., or the only file.
 
     Raises:
-      UserError: where a part is missing, naming it.
+      UserError: if a part is missing.
     """
     split = _SPLIT_GGUF.fullmatch(path.name)
     if not split:
@@ -133,7 +133,7 @@ def gguf_parts(path: Path) -> tuple[Path, ...]:
 
 
 def _recorded_sha256(path: Path) -> str:
-    """sha256 of a file, from the small record beside it unless size or modification time differ from the record's."""
+    """Returns the sha256 of a file; a record beside it is used while its size and modification time are unchanged."""
     record, status = path.with_name(path.name + ".sha256.json"), path.stat()
     key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     try:
@@ -148,14 +148,14 @@ def _recorded_sha256(path: Path) -> str:
         temporary.write_text(json.dumps(key | {"sha256": digest}))
         temporary.replace(record)
     except OSError:
-        pass  # a folder that cannot be written: the file is hashed again next time
+        pass  # the folder cannot be written, so that the file is hashed again next time
     return digest
 
 
 def _safetensors_fingerprint(folder: Path) -> str:
-    """Names, sizes, headers and evenly spaced samples of every shard, and config.json.
+    """Digest of config.json and of the name, size, header and evenly spaced samples of every shard.
 
-    The samples tell a fine-tuned model from the one it came from: those differ in nothing else here.
+    The samples distinguish a fine-tuned model from the model that it was made from.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in sorted(folder.glob("*.safetensors")):
@@ -163,7 +163,7 @@ def _safetensors_fingerprint(folder: Path) -> str:
         digest.update(f"{shard.name} {size}\n".encode())
         with shard.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
-            if header <= size:  # otherwise the file is broken, which reading the weights will say
+            if header <= size:  # otherwise the file is damaged, which is reported when the weights are read
                 digest.update(file.read(header))
             for i in range(_SAMPLES):
                 file.seek(min(8 + header, size) + i * max(size - 8 - header - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))

@@ -1,4 +1,4 @@
-"""The rows by vocabulary of a target's files, read when they are asked for: its model is not loaded for them."""
+"""A target's rows by vocabulary, read from its files as they are needed, without loading the model."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from jeagle.targets.checkpoint.layout import Layout
-from jeagle.targets.checkpoint.tensor_reader import Reader
+from jeagle.targets.checkpoint.layout import ParameterLayout
+from jeagle.targets.checkpoint.tensor_reader import ParameterReader
 from jeagle.targets.checkpoint.weights import WeightSource
 from jeagle.targets.families import Family, family_of, read_spec
 
-_NOWHERE: Any = None  # what is read into the host's memory lies on no mesh
+_COMPARED_ROWS = 4096  # enough to tell two embeddings apart
+_NO_SHARDING: Any = None  # rows are read into the host's memory
 
 
 class Table:
-    """Rows [V, H] in a target's files. `table[start:stop]` reads those rows, in the type that they are stored in."""
+    """Rows [V, H] of a target's files; `table[start:stop]` reads some of them, in the type that they are stored in."""
 
-    def __init__(self, reader: Reader, key: str, shape: tuple[int, ...]):
+    def __init__(self, reader: ParameterReader, key: str, shape: tuple[int, ...]):
         self._reader, self.shape = reader, shape
-        self._layout = Layout(key, None, (None,), False, shape, jnp.dtype("float32"), _NOWHERE, None)
+        self._layout = ParameterLayout(key, None, (None,), False, shape, jnp.dtype("float32"), _NO_SHARDING, None)
         reader.check(self._layout, None)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
@@ -29,20 +31,33 @@ class Table:
 
 
 def embedding_table(source: WeightSource, family: Family | None = None) -> Table:
-    """The embedding's rows as servers read them, without a family's multiplier.
+    """Returns the embedding's rows as servers read them, without a family's multiplier.
 
     Raises:
-      UserError: where the files lack it, or hold one of another shape than config.json says.
+      UserError: where the files lack it, or its shape is not what config.json says.
     """
     return _table(source, family, "embed_tokens")
 
 
 def head_table(source: WeightSource, family: Family | None = None) -> Table:
-    """lm_head's rows; the embedding's where the two are tied. Raises as `embedding_table`."""
+    """Returns the rows of lm_head, which are the embedding's where the two are tied; raises as `embedding_table`."""
     return _table(source, family, "embed_tokens" if read_spec(source.config, family).tied else "lm_head")
 
 
 def _table(source: WeightSource, family: Family | None, key: str) -> Table:
     spec = read_spec(source.config, family)
-    reader = Reader(source, (family or family_of(source.config)).names)
+    reader = ParameterReader(source, (family or family_of(source.config)).names)
     return Table(reader, key, (spec.vocab, spec.width))
+
+
+def is_target_embedding(embed_VW: Any, target_embed_VW: Float[Array, "V W"]) -> bool:
+    """Whether an embedding is the target's, up to the rounding of a stored type.
+
+    The first 4,096 rows must agree to 2 % of their largest number.
+
+    Args:
+      embed_VW: an array of the target's shape, on the host, on a device, or mapped from a file.
+    """
+    ours = jnp.asarray(np.asarray(embed_VW[:_COMPARED_ROWS], np.float32))
+    theirs = target_embed_VW[: len(ours)].astype(jnp.float32)
+    return float(jnp.abs(ours - theirs).max()) <= 0.02 * float(jnp.abs(ours).max())

@@ -1,6 +1,7 @@
-"""Target families: how each reads its config.json and what its weights are called.
+"""Target families: how each reads its config.json, and where it stores its weights.
 
-Adding a family is one entry in `FAMILIES` and one golden test; a user's own is `--target.family package.module:NAME`.
+To add a family, add an entry to `FAMILIES` of one of the files, and a golden test. A user's own family is given as
+`--target.family package.module:NAME`.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.targets.families import deepseek, fused, gemma, llama, qwen, qwen_hybrid
-from jeagle.targets.families.common import Family, Names, Piece
-from jeagle.targets.families.switches import Switches
+from jeagle.targets.families.common import Family, Names, Piece, Switches
 from jeagle.targets.model.spec import TargetSpec
 
 _FILES = (llama, qwen, qwen_hybrid, gemma, fused, deepseek)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 
-# Where the text part's weights lie in such models: what "model." and "lm_head." become.
+# What "model." and "lm_head." become in models of which the text part is only a part.
 PREFIXES: tuple[tuple[str, str], ...] = (
     ("model.", "lm_head."),
     ("language_model.model.", "language_model.lm_head."),
@@ -27,44 +27,45 @@ PREFIXES: tuple[tuple[str, str], ...] = (
 
 
 def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpec:
-    """The TargetSpec of a config.json. UserError for an unknown architecture or a switch that is not honoured."""
+    """Returns the TargetSpec of a config.json. Raises UserError for an unknown architecture or an unsupported key."""
     name, values = _text_part(config)
     chosen = family or _known(name)
     return chosen.read(Switches(name, _with_defaults(values, chosen.model_type)))
 
 
 def family_of(config: dict[str, Any]) -> Family:
+    """Returns the family of a config.json. Raises UserError for an unknown architecture."""
     return _known(architecture_of(config))
 
 
 def architecture_of(config: dict[str, Any]) -> str:
-    """The architecture's name; of a model that reads more than text, that of its text part."""
+    """Returns the architecture's name, which is that of the text part in a multimodal model."""
     return _text_part(config)[0]
 
 
 def own_family(path: str) -> Family:
-    """A user's family from `package.module:NAME`. UserError if there is none."""
+    """Returns a user's family from `package.module:NAME`. Raises UserError if there is none."""
     module, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        family = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--target.family {path} cannot be imported ({error}): give package.module:NAME.") from error
-    if not isinstance(found, Family):
-        raise UserError(f"--target.family {path} is a {type(found).__name__}; it must be a jeagle.targets.Family.")
-    return found
+    if not isinstance(family, Family):
+        raise UserError(f"--target.family {path} is a {type(family).__name__}; it must be a jeagle.targets.Family.")
+    return family
 
 
 def _known(name: str) -> Family:
     if name not in FAMILIES:
         raise UserError(
-            f"The target's architecture {name} is not supported; these are: {', '.join(sorted(FAMILIES))}. "
+            f"The target's architecture {name} is not supported; supported are: {', '.join(sorted(FAMILIES))}. "
             "docs/adding_a_target.md shows how to add one."
         )
     return FAMILIES[name]
 
 
 def _text_part(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The architecture's name and the switches of its text part, which has a model_type of its own."""
+    """The architecture's name and the keys of its text part, which has its own model_type."""
     name = (config.get("architectures") or ["(none given)"])[0]
     inner = config.get("text_config")
     if not isinstance(inner, dict):
@@ -75,14 +76,14 @@ def _text_part(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _with_defaults(values: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The switches with the defaults of their model type, in the newest spelling, as transformers reads them."""
-    import transformers  # two seconds
+    """The keys with the defaults of their model type, in the newest spelling, as transformers reads them."""
+    import transformers  # takes two seconds
 
     if kind not in transformers.CONFIG_MAPPING:
         return values
     given = {k: v for k, v in values.items() if k not in ("quantization_config", "model_type")}
     scaling = given.get("rope_scaling")
-    if isinstance(scaling, dict) and scaling.get("type") == "su":  # what LongRoPE was called at first
+    if isinstance(scaling, dict) and scaling.get("type") == "su":  # the first name of LongRoPE
         given["rope_scaling"] = scaling | {"type": "longrope"}
     try:
         return transformers.CONFIG_MAPPING[kind](**given).to_dict()

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3, and GLM-4-MoE, which routes as V3 does."""
+"""DeepSeek V2 and V3, and GLM-4-MoE, whose router is V3's."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from jeagle.targets.families.common import (
     Family,
     Names,
     Piece,
-    attention,
-    dense,
+    Switches,
+    attention_spec,
+    dense_spec,
     expert_names,
+    fused_rows,
     linear,
     merged,
     mlp_names,
     norm,
     pre_norm_names,
-    rope_of,
+    rope_from_switches,
     stem_names,
-    target,
+    target_spec,
 )
-from jeagle.targets.families.switches import Switches
 from jeagle.targets.model.spec import BlockSpec, DenseSpec, ExpertsSpec, LatentSpec, RouterSpec, TargetSpec
 
 
 def _latent(switches: Switches) -> LatentSpec:
-    switches.get("qk_head_dim")  # the sum of the two parts below
+    switches.get("qk_head_dim")  # the sum of nope_dim and rope_dim
     switches.get("head_dim")
     return LatentSpec(
         heads=switches["num_attention_heads"],
@@ -38,7 +39,7 @@ def _latent(switches: Switches) -> LatentSpec:
         nope_dim=switches["qk_nope_head_dim"],
         rope_dim=switches["qk_rope_head_dim"],
         value_dim=switches["v_head_dim"],
-        rope=rope_of(switches),
+        rope=rope_from_switches(switches),
         interleaved=bool(switches.get("rope_interleave", True)),
         bias=bool(switches.get("attention_bias", False)),
     )
@@ -73,8 +74,8 @@ def deepseek_v2(switches: Switches) -> TargetSpec:
         groups=groups if grouped else 0,
         chosen_groups=chosen if grouped else 0,
     )
-    blocks = _dense_first(switches, _latent(switches), _experts(switches, router), dense(switches))
-    return target(switches, blocks)
+    blocks = _dense_first(switches, _latent(switches), _experts(switches, router), dense_spec(switches))
+    return target_spec(switches, blocks)
 
 
 def _top2_router(switches: Switches) -> RouterSpec:
@@ -92,33 +93,28 @@ def _top2_router(switches: Switches) -> RouterSpec:
 def deepseek_v3(switches: Switches) -> TargetSpec:
     switches.only(topk_method=("noaux_tc",), scoring_func=("sigmoid",), moe_layer_freq=(1,))
     experts = _experts(switches, _top2_router(switches))
-    return target(switches, _dense_first(switches, _latent(switches), experts, dense(switches)))
+    return target_spec(switches, _dense_first(switches, _latent(switches), experts, dense_spec(switches)))
 
 
 def glm4_moe(switches: Switches) -> TargetSpec:
     bias = bool(switches.get("attention_bias", False))
-    mixer = attention(switches, qkv_bias=bias, qk_norm="head" if switches.get("use_qk_norm") else "")
+    mixer = attention_spec(switches, qkv_bias=bias, qk_norm="head" if switches.get("use_qk_norm") else "")
     experts = _experts(switches, _top2_router(switches))
-    return target(switches, _dense_first(switches, mixer, experts, dense(switches)))
+    return target_spec(switches, _dense_first(switches, mixer, experts, dense_spec(switches)))
 
 
-def _latent_rows(values: bool) -> Callable[[BlockSpec], np.ndarray]:
-    """kv_b_proj holds each head's key part and value part one after the other."""
-
-    def rows(block: BlockSpec) -> np.ndarray:
-        mixer = block.mixer
-        assert isinstance(mixer, LatentSpec)
-        places = np.arange(mixer.heads * (mixer.nope_dim + mixer.value_dim)).reshape(mixer.heads, -1)
-        return (places[:, mixer.nope_dim :] if values else places[:, : mixer.nope_dim]).reshape(-1)
-
-    return rows
+def _latent_rows(part: int) -> Callable[[BlockSpec], np.ndarray]:
+    """Rows of kv_b_proj, which has the key's part and then the value's part of each head."""
+    return fused_rows(
+        part, lambda block: [block.mixer.nope_dim, block.mixer.value_dim], lambda block: block.mixer.heads
+    )
 
 
 _SHARED_MOE: Names = merged(
     expert_names(),
-    linear("mixture.router.proj", "mlp.gate"),
-    {"blocks.mixture.router.correction": Piece("model.layers.{i}.mlp.gate.e_score_correction_bias")},
-    mlp_names("mixture.shared", "mlp.shared_experts"),
+    linear("moe.router.proj", "mlp.gate"),
+    {"blocks.moe.router.correction": Piece("model.layers.{i}.mlp.gate.e_score_correction_bias")},
+    mlp_names("moe.shared", "mlp.shared_experts"),
 )
 
 _DEEPSEEK: Names = merged(
@@ -132,8 +128,8 @@ _DEEPSEEK: Names = merged(
     linear("mixer.q_b_proj", "self_attn.q_b_proj"),
     linear("mixer.kv_a_proj", "self_attn.kv_a_proj_with_mqa"),
     norm("mixer.kv_a_norm", "self_attn.kv_a_layernorm"),
-    linear("mixer.k_b_proj", "self_attn.kv_b_proj", rows=_latent_rows(False)),
-    linear("mixer.v_b_proj", "self_attn.kv_b_proj", rows=_latent_rows(True)),
+    linear("mixer.k_b_proj", "self_attn.kv_b_proj", rows=_latent_rows(0)),
+    linear("mixer.v_b_proj", "self_attn.kv_b_proj", rows=_latent_rows(1)),
     linear("mixer.o_proj", "self_attn.o_proj"),
 )
 

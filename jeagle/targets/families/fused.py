@@ -1,9 +1,9 @@
-"""Families that keep several weights in one: Phi-3 and 4, GLM-4 (dense), gpt-oss."""
+"""Families that store several weights in one tensor: Phi-3 and 4, GLM-4 (dense), gpt-oss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,24 +11,25 @@ from jeagle.targets.families.common import (
     Family,
     Names,
     Piece,
-    attention,
+    Switches,
     attention_names,
-    dense,
-    layer_types,
+    attention_spec,
+    dense_spec,
+    fused_rows,
     linear,
     merged,
     norm,
     pre_norm_names,
+    sliding_windows,
     stem_names,
-    target,
+    target_spec,
 )
-from jeagle.targets.families.switches import Switches
-from jeagle.targets.model.spec import AttentionSpec, BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
+from jeagle.targets.model.spec import BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
 def glm(switches: Switches, norms: Literal["pre", "both"] = "pre") -> TargetSpec:
-    mixer = attention(switches, qkv_bias=bool(switches.get("attention_bias", True)), interleaved=True)
-    return target(switches, [BlockSpec(mixer, dense(switches), norms=norms)] * switches["num_hidden_layers"])
+    mixer = attention_spec(switches, qkv_bias=bool(switches.get("attention_bias", True)), interleaved=True)
+    return target_spec(switches, [BlockSpec(mixer, dense_spec(switches), norms=norms)] * switches["num_hidden_layers"])
 
 
 def glm4(switches: Switches) -> TargetSpec:
@@ -37,14 +38,14 @@ def glm4(switches: Switches) -> TargetSpec:
 
 def phi3(switches: Switches) -> TargetSpec:
     switches.get("original_max_position_embeddings")
-    switches.only(full_attn_mod=(1,), interpolate_factor=(1,))  # Phi-4-mini's own code reads these
-    mixer = attention(switches, window=switches.get("sliding_window", 0))
-    return target(switches, [BlockSpec(mixer, dense(switches))] * switches["num_hidden_layers"])
+    switches.only(full_attn_mod=(1,), interpolate_factor=(1,))  # keys of Phi-4-mini's own code
+    mixer = attention_spec(switches, window=switches.get("sliding_window", 0))
+    return target_spec(switches, [BlockSpec(mixer, dense_spec(switches))] * switches["num_hidden_layers"])
 
 
 def gpt_oss(switches: Switches) -> TargetSpec:
     switches.only(hidden_act=("silu",), experts_per_token=(switches["num_experts_per_tok"],))
-    bias, window = bool(switches.get("attention_bias", True)), switches.get("sliding_window", 0)
+    bias = bool(switches.get("attention_bias", True))
     experts = ExpertsSpec(
         switches["num_local_experts"],
         switches["num_experts_per_tok"],
@@ -55,55 +56,41 @@ def gpt_oss(switches: Switches) -> TargetSpec:
         clamp=(float(switches.get("swiglu_alpha", 1.702)), float(switches.get("swiglu_limit", 7.0))),
     )
     mixers = [
-        attention(
-            switches, window=window if kind == "sliding_attention" else 0, sinks=True, qkv_bias=bias, out_bias=bias
-        )
-        for kind in layer_types(switches)
+        attention_spec(switches, window=window, sinks=True, qkv_bias=bias, out_bias=bias)
+        for window in sliding_windows(switches)
     ]
-    return target(switches, [BlockSpec(mixer, experts=experts) for mixer in mixers])
+    return target_spec(switches, [BlockSpec(mixer, experts=experts) for mixer in mixers])
 
 
-def _fused_heads(part: int) -> Callable[[BlockSpec], np.ndarray]:
-    """Rows of q, k or v in one projection."""
-
-    def rows(block: BlockSpec) -> np.ndarray:
-        mixer = block.mixer
-        assert isinstance(mixer, AttentionSpec)
-        queries, keys = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-        return np.split(np.arange(queries + 2 * keys), [queries, queries + keys])[part]
-
-    return rows
+def _qkv(block: Any) -> list[int]:
+    """Numbers of rows of queries, keys and values in one projection."""
+    mixer = block.mixer
+    return [mixer.heads * mixer.head_dim] + [mixer.kv_heads * mixer.head_dim] * 2
 
 
-def _fused_mlp(second: bool) -> Callable[[BlockSpec], np.ndarray]:
-    def rows(block: BlockSpec) -> np.ndarray:
-        assert block.mlp is not None
-        return np.arange(block.mlp.width) + (block.mlp.width if second else 0)
-
-    return rows
+def _gate_up(block: Any) -> list[int]:
+    """Numbers of rows of gate and up in one projection."""
+    return [block.mlp.width] * 2
 
 
 def _every_other(first: int) -> Callable[[BlockSpec], np.ndarray]:
-    def rows(block: BlockSpec) -> np.ndarray:
-        assert block.experts is not None
-        return 2 * np.arange(block.experts.width) + first
-
-    return rows
+    """Every other row, beginning with row `first`."""
+    return fused_rows(first, lambda block: [1, 1], lambda block: block.experts.width)
 
 
 _LAYER = "model.layers.{i}."
 _FUSED_MLP: Names = merged(
-    linear("mlp.gate_proj", "mlp.gate_up_proj", rows=_fused_mlp(False)),
-    linear("mlp.up_proj", "mlp.gate_up_proj", rows=_fused_mlp(True)),
+    linear("mlp.gate_proj", "mlp.gate_up_proj", rows=fused_rows(0, _gate_up)),
+    linear("mlp.up_proj", "mlp.gate_up_proj", rows=fused_rows(1, _gate_up)),
     linear("mlp.down_proj", "mlp.down_proj"),
 )
 
 _PHI3: Names = merged(
     stem_names(),
     pre_norm_names(),
-    linear("mixer.q_proj", "self_attn.qkv_proj", rows=_fused_heads(0)),
-    linear("mixer.k_proj", "self_attn.qkv_proj", rows=_fused_heads(1)),
-    linear("mixer.v_proj", "self_attn.qkv_proj", rows=_fused_heads(2)),
+    linear("mixer.q_proj", "self_attn.qkv_proj", rows=fused_rows(0, _qkv)),
+    linear("mixer.k_proj", "self_attn.qkv_proj", rows=fused_rows(1, _qkv)),
+    linear("mixer.v_proj", "self_attn.qkv_proj", rows=fused_rows(2, _qkv)),
     linear("mixer.o_proj", "self_attn.o_proj"),
     _FUSED_MLP,
 )
@@ -125,20 +112,18 @@ _GPT_OSS: Names = merged(
     stem_names(),
     pre_norm_names(),
     attention_names(),
-    linear("mixture.router.proj", "mlp.router"),
+    linear("moe.router.proj", "mlp.router"),
     {
         "blocks.mixer.sinks": Piece(f"{_LAYER}self_attn.sinks"),
-        # Gate and up are interleaved, and the matrices lie [in, out].
-        "blocks.mixture.experts.gate_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(0), transposed=False),
-        "blocks.mixture.experts.up_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(1), transposed=False),
-        "blocks.mixture.experts.down_proj": Piece(f"{_GPT_OSS_EXPERTS}down_proj", transposed=False),
-        "blocks.mixture.experts.gate_bias": Piece(
+        # Gate and up are interleaved, and the matrices are [in, out].
+        "blocks.moe.experts.gate_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(0), transposed=False),
+        "blocks.moe.experts.up_proj": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj", _every_other(1), transposed=False),
+        "blocks.moe.experts.down_proj": Piece(f"{_GPT_OSS_EXPERTS}down_proj", transposed=False),
+        "blocks.moe.experts.gate_bias": Piece(
             f"{_GPT_OSS_EXPERTS}gate_up_proj_bias", _every_other(0), transposed=False
         ),
-        "blocks.mixture.experts.up_bias": Piece(
-            f"{_GPT_OSS_EXPERTS}gate_up_proj_bias", _every_other(1), transposed=False
-        ),
-        "blocks.mixture.experts.down_bias": Piece(f"{_GPT_OSS_EXPERTS}down_proj_bias", transposed=False),
+        "blocks.moe.experts.up_bias": Piece(f"{_GPT_OSS_EXPERTS}gate_up_proj_bias", _every_other(1), transposed=False),
+        "blocks.moe.experts.down_bias": Piece(f"{_GPT_OSS_EXPERTS}down_proj_bias", transposed=False),
     },
 )
 

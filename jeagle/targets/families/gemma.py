@@ -1,4 +1,4 @@
-"""Gemma 1 to 4: scaled embeddings, norms that are stored as their distance from 1 (up to Gemma 3), sliding windows."""
+"""Gemma 1 to 4: scaled embeddings, sliding windows, and (up to Gemma 3) norms stored as their difference from 1."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from jeagle.targets.families.common import (
     Family,
     Names,
     Piece,
-    attention,
+    Switches,
+    attention_biases,
     attention_names,
-    dense,
+    attention_spec,
+    dense_spec,
     expert_names,
     layer_types,
     linear,
@@ -19,19 +21,18 @@ from jeagle.targets.families.common import (
     mlp_names,
     norm,
     pre_norm_names,
-    rope_of,
+    rope_from_switches,
+    sliding_windows,
     stem_names,
-    target,
+    target_spec,
 )
-from jeagle.targets.families.switches import Switches
 from jeagle.targets.model.spec import BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
-def _checked(switches: Switches) -> dict[str, Any]:
-    """Switches that all Gemmas share: fields of AttentionSpec."""
+def _biases(switches: Switches) -> dict[str, bool]:
+    """`attention_biases`, after a check of a key that all Gemmas have."""
     switches.only(use_bidirectional_attention=(False, None, "vision"))
-    bias = bool(switches.get("attention_bias", False))
-    return {"qkv_bias": bias, "out_bias": bias}
+    return attention_biases(switches)
 
 
 def _embed_scale(switches: Switches) -> float:
@@ -39,33 +40,32 @@ def _embed_scale(switches: Switches) -> float:
 
 
 def gemma(switches: Switches) -> TargetSpec:
-    block = BlockSpec(attention(switches, **_checked(switches)), dense(switches))
-    return target(switches, [block] * switches["num_hidden_layers"], embed_scale=_embed_scale(switches))
+    block = BlockSpec(attention_spec(switches, **_biases(switches)), dense_spec(switches))
+    return target_spec(switches, [block] * switches["num_hidden_layers"], embed_scale=_embed_scale(switches))
 
 
 def gemma2(switches: Switches) -> TargetSpec:
     """Gemma 2 and 3."""
-    common = _checked(switches)
+    biases = _biases(switches)
     third = switches.architecture.startswith("Gemma3")
-    soft_cap = float(switches.get("attn_logit_softcapping", 0.0))  # Gemma 3 has the switch and no use for it
-    window = switches.get("sliding_window", 0)
-    switches.only(sliding_window_size=(window,))  # the same in Gemma 2's first files
+    soft_cap = float(switches.get("attn_logit_softcapping", 0.0))  # Gemma 3 has the key and ignores it
+    switches.only(sliding_window_size=(switches.get("sliding_window", 0),))  # the same key in Gemma 2's first files
     mixers = [
-        attention(
+        attention_spec(
             switches,
-            rope=rope_of(switches, kind),
-            window=window if kind == "sliding_attention" else 0,
+            rope=rope_from_switches(switches, kind),
+            window=window,
             scale=float(switches["query_pre_attn_scalar"]) ** -0.5,
             soft_cap=0.0 if third else soft_cap,
             qk_norm="head" if third else "",
-            **common,
+            **biases,
         )
-        for kind in layer_types(switches)
+        for kind, window in zip(layer_types(switches), sliding_windows(switches), strict=True)
     ]
-    return target(
+    return target_spec(
         switches,
-        [BlockSpec(mixer, dense(switches), norms="both") for mixer in mixers],
-        rope=rope_of(switches, "full_attention"),
+        [BlockSpec(mixer, dense_spec(switches), norms="both") for mixer in mixers],
+        rope=rope_from_switches(switches, "full_attention"),
         embed_scale=_embed_scale(switches),
         logits=LogitShape(cap=float(switches.get("final_logit_softcapping", 0.0))),
     )
@@ -75,22 +75,23 @@ def gemma4(switches: Switches) -> TargetSpec:
     kinds, shared = layer_types(switches), switches.get("num_kv_shared_layers", 0)
     first_shared = len(kinds) - shared
     extra = switches.get("hidden_size_per_layer_input", 0)
-    switches.get("vocab_size_per_layer_input")  # of no use without the width above
+    switches.get("vocab_size_per_layer_input")  # unused where the width is 0
     blocks = []
     for i, kind in enumerate(kinds):
-        reads = i >= first_shared
-        mlp = dense(switches)
-        if reads and switches.get("use_double_wide_mlp"):
-            mlp = dense(switches, width=2 * mlp.width)
-        keeps = shared and not reads and kind not in kinds[i + 1 : first_shared]
-        mixer = _gemma4_mixer(switches, i, kind, keep_as=kind if keeps else "", read_from=kind if reads else "")
+        reads_shared = i >= first_shared
+        mlp = dense_spec(switches)
+        if reads_shared and switches.get("use_double_wide_mlp"):
+            mlp = dense_spec(switches, width=2 * mlp.width)
+        shares = shared and not reads_shared and kind not in kinds[i + 1 : first_shared]  # the last of its kind
+        sharing = {"share_kv_as": kind if shares else "", "read_kv_from": kind if reads_shared else ""}
+        mixer = _gemma4_mixer(switches, i, kind, **sharing)
         blocks.append(
             BlockSpec(mixer, mlp, _gemma4_experts(switches), norms="both", per_layer_width=extra, scaled=True)
         )
-    return target(
+    return target_spec(
         switches,
         blocks,
-        rope=rope_of(switches, "full_attention"),
+        rope=rope_from_switches(switches, "full_attention"),
         embed_scale=_embed_scale(switches),
         logits=LogitShape(cap=float(switches.get("final_logit_softcapping", 0.0))),
         per_layer_vocab=switches["vocab_size_per_layer_input"] if extra else 0,
@@ -100,12 +101,12 @@ def gemma4(switches: Switches) -> TargetSpec:
 def _gemma4_mixer(switches: Switches, number: int, kind: str, **sharing: str) -> Any:
     own = {int(k): v for k, v in switches.get("per_layer_config", {}).items()}.get(number, {})
     sliding = kind == "sliding_attention"
-    return attention(
+    return attention_spec(
         switches,
-        **_checked(switches),
+        **_biases(switches),
         kv_heads=own.get("num_key_value_heads", switches["num_key_value_heads"]),
         head_dim=own.get("head_dim", switches["head_dim"]),
-        rope=rope_of(switches, kind),
+        rope=rope_from_switches(switches, kind),
         window=switches["sliding_window"] if sliding else 0,
         scale=1.0,
         qk_norm="head",
@@ -154,7 +155,7 @@ _GEMMA4: Names = merged(
     attention_names(),
     mlp_names(),
     expert_names("experts"),
-    linear("mixture.router.proj", "router.proj"),
+    linear("moe.router.proj", "router.proj"),
     norm("after_dense", "post_feedforward_layernorm_1"),
     norm("before_experts", "pre_feedforward_layernorm_2"),
     norm("after_experts", "post_feedforward_layernorm_2"),
@@ -162,8 +163,8 @@ _GEMMA4: Names = merged(
     linear("per_layer_out", "per_layer_projection"),
     norm("per_layer_norm", "post_per_layer_input_norm"),
     {
-        "blocks.mixture.router.input_scale": Piece(f"{_LAYER}router.scale"),
-        "blocks.mixture.router.expert_scale": Piece(f"{_LAYER}router.per_expert_scale"),
+        "blocks.moe.router.input_scale": Piece(f"{_LAYER}router.scale"),
+        "blocks.moe.router.expert_scale": Piece(f"{_LAYER}router.per_expert_scale"),
         "blocks.output_scale": Piece(f"{_LAYER}layer_scalar"),
         "per_layer.embed": Piece("model.embed_tokens_per_layer.weight", transposed=False),
         "per_layer.proj.kernel": Piece("model.per_layer_model_projection.weight"),

@@ -1,10 +1,8 @@
-"""Llama and what differs from it by a switch or two: Mistral, Ministral, SmolLM3, Granite, OLMo, Llama 4."""
+"""Llama and families that differ from it in a few options: Mistral, Ministral, SmolLM3, Granite, OLMo, Llama 4."""
 
 from __future__ import annotations
 
 import dataclasses
-
-import numpy as np
 
 from jeagle.interfaces import LogitShape
 from jeagle.targets.families.common import (
@@ -12,9 +10,13 @@ from jeagle.targets.families.common import (
     Family,
     Names,
     Piece,
-    attention,
+    Switches,
+    attention_biases,
     attention_names,
-    dense,
+    attention_spec,
+    dense_spec,
+    experts_gate_up,
+    fused_rows,
     head_dim,
     layer_types,
     linear,
@@ -22,64 +24,54 @@ from jeagle.targets.families.common import (
     mlp_names,
     norm,
     pre_norm_names,
-    rope_of,
+    rope_from_switches,
+    sliding_windows,
     stem_names,
-    target,
+    target_spec,
 )
-from jeagle.targets.families.switches import Switches
-from jeagle.targets.model.spec import BlockSpec, DenseSpec, ExpertsSpec, RouterSpec, TargetSpec, Temperature
+from jeagle.targets.model.spec import AttentionTemperature, BlockSpec, DenseSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
 def llama(switches: Switches) -> TargetSpec:
-    bias = bool(switches.get("attention_bias", False))
-    mixer = attention(switches, qkv_bias=bias, out_bias=bias)
-    block = BlockSpec(mixer, dense(switches, bias=bool(switches.get("mlp_bias", False))))
-    return target(switches, [block] * switches["num_hidden_layers"])
+    mixer = attention_spec(switches, **attention_biases(switches))
+    block = BlockSpec(mixer, dense_spec(switches, bias=bool(switches.get("mlp_bias", False))))
+    return target_spec(switches, [block] * switches["num_hidden_layers"])
 
 
 def mistral(switches: Switches) -> TargetSpec:
-    window = switches.get("sliding_window", 0)
     switches.only(attention_bias=(False,))
-    mixers = [
-        attention(switches, window=window if kind == "sliding_attention" else 0)
-        for kind in layer_types(switches, lambda i: "sliding_attention" if window else "full_attention")
-    ]
-    return target(switches, [BlockSpec(mixer, dense(switches)) for mixer in mixers])
+    kind = "sliding_attention" if switches.get("sliding_window", 0) else "full_attention"
+    windows = sliding_windows(switches, otherwise=lambda i: kind)
+    blocks = [BlockSpec(attention_spec(switches, window=window), dense_spec(switches)) for window in windows]
+    return target_spec(switches, blocks)
 
 
 def ministral3(switches: Switches) -> TargetSpec:
     parameters = switches["rope_parameters"]
     beta, span = parameters.get("llama_4_scaling_beta"), parameters.get("original_max_position_embeddings")
-    heat = Temperature(beta, span) if beta else None
-    window = switches.get("sliding_window", 0)
-    mixer = attention(switches, window=window, temperature=heat)
-    return target(switches, [BlockSpec(mixer, dense(switches))] * switches["num_hidden_layers"])
+    temperature = AttentionTemperature(beta, span) if beta else None
+    mixer = attention_spec(switches, window=switches.get("sliding_window", 0), temperature=temperature)
+    return target_spec(switches, [BlockSpec(mixer, dense_spec(switches))] * switches["num_hidden_layers"])
 
 
 def smollm3(switches: Switches) -> TargetSpec:
-    bias = bool(switches.get("attention_bias", False))
-    window = switches.get("sliding_window", 0) if switches.get("use_sliding_window") else 0
-    mlp = dense(switches, bias=bool(switches.get("mlp_bias", False)))
-    rope, turning = rope_of(switches), switches["no_rope_layers"]
+    windowed = bool(switches.get("use_sliding_window"))
+    mlp = dense_spec(switches, bias=bool(switches.get("mlp_bias", False)))
+    rope, rotates = rope_from_switches(switches), switches["no_rope_layers"]  # 1 for the layers with RoPE
     mixers = [
-        attention(
-            switches,
-            rope=rope if turning[i] else None,
-            window=window if kind == "sliding_attention" else 0,
-            qkv_bias=bias,
-            out_bias=bias,
+        attention_spec(
+            switches, rope=rope if rotates[i] else None, window=window * windowed, **attention_biases(switches)
         )
-        for i, kind in enumerate(layer_types(switches))
+        for i, window in enumerate(sliding_windows(switches))
     ]
-    return target(switches, [BlockSpec(mixer, mlp) for mixer in mixers])
+    return target_spec(switches, [BlockSpec(mixer, mlp) for mixer in mixers])
 
 
 def granite(switches: Switches) -> TargetSpec:
-    bias = bool(switches.get("attention_bias", False))
-    mixer = attention(switches, qkv_bias=bias, out_bias=bias, scale=float(switches["attention_multiplier"]))
-    mlp = dense(switches, bias=bool(switches.get("mlp_bias", False)))
+    mixer = attention_spec(switches, scale=float(switches["attention_multiplier"]), **attention_biases(switches))
+    mlp = dense_spec(switches, bias=bool(switches.get("mlp_bias", False)))
     block = BlockSpec(mixer, mlp, residual=float(switches["residual_multiplier"]))
-    return target(
+    return target_spec(
         switches,
         [block] * switches["num_hidden_layers"],
         embed_scale=float(switches["embedding_multiplier"]),
@@ -88,55 +80,43 @@ def granite(switches: Switches) -> TargetSpec:
 
 
 def olmo(switches: Switches) -> TargetSpec:
-    """OLMo 2 and 3: norms after mixer and MLP only, queries and keys normed over all heads together."""
-    bias = bool(switches.get("attention_bias", False))
-    window = switches.get("sliding_window", 0)
+    """OLMo 2 and 3, with norms after mixer and MLP only, and norms of queries and keys over all heads together."""
     mixers = [
-        attention(
+        attention_spec(
             switches,
-            rope=rope_of(switches, kind),
-            window=window if kind == "sliding_attention" else 0,
-            qk_norm="whole",
-            qkv_bias=bias,
-            out_bias=bias,
+            rope=rope_from_switches(switches, kind),
+            window=window,
+            qk_norm="all_heads",
+            **attention_biases(switches),
         )
-        for kind in layer_types(switches)
+        for kind, window in zip(layer_types(switches), sliding_windows(switches), strict=True)
     ]
-    blocks = [BlockSpec(mixer, dense(switches), norms="post") for mixer in mixers]
-    return target(switches, blocks, rope=rope_of(switches, "full_attention"))
+    blocks = [BlockSpec(mixer, dense_spec(switches), norms="post") for mixer in mixers]
+    return target_spec(switches, blocks, rope=rope_from_switches(switches, "full_attention"))
 
 
 def llama4(switches: Switches) -> TargetSpec:
-    rope, turning = rope_of(switches), switches["no_rope_layers"]
-    heat = Temperature(float(switches["attn_scale"]), float(switches["floor_scale"]), 1)
-    heat_on, normed = switches.get("attn_temperature_tuning"), switches.get("use_qk_norm")
-    bias = bool(switches.get("attention_bias", False))
-    chunk = switches.get("attention_chunk_size", 0)
-    plain = attention(switches, rope=rope, interleaved=True, qkv_bias=bias, out_bias=bias)
+    rotates, chunk = switches["no_rope_layers"], switches.get("attention_chunk_size", 0)  # 1 for the layers with RoPE
+    scale, span = float(switches["attn_scale"]), float(switches["floor_scale"])
+    temperature = AttentionTemperature(scale, span, 1) if switches.get("attn_temperature_tuning") else None
+    normed = switches.get("use_qk_norm")
+    plain = attention_spec(switches, interleaved=True, **attention_biases(switches))
     activation, width = switches.get("hidden_act", "silu"), switches["intermediate_size"]
     router = RouterSpec("sigmoid", weighs_input=True)
     experts = ExpertsSpec(
         switches["num_local_experts"], switches["num_experts_per_tok"], width, router, activation, shared_width=width
     )
     mlp = DenseSpec(switches["intermediate_size_mlp"], activation)
-    switches.get("interleave_moe_layer_step")  # which layers are sparse is listed in moe_layers
+    switches.get("interleave_moe_layer_step")  # moe_layers lists the layers with experts
     sparse, blocks = set(switches["moe_layers"]), []
     for i, kind in enumerate(layer_types(switches, beside_full="chunked_attention")):
         mixer = dataclasses.replace(plain, chunk=chunk if kind == "chunked_attention" else 0)
-        if turning[i]:
+        if rotates[i]:
             mixer = dataclasses.replace(mixer, qk_norm="rotated" if normed else "")
         else:
-            mixer = dataclasses.replace(mixer, rope=None, temperature=heat if heat_on else None)
+            mixer = dataclasses.replace(mixer, rope=None, temperature=temperature)
         blocks.append(BlockSpec(mixer, experts=experts) if i in sparse else BlockSpec(mixer, mlp))
-    return target(switches, blocks, head_dim=head_dim(switches))
-
-
-def _half(second: bool):
-    def rows(block: BlockSpec) -> np.ndarray:
-        assert block.experts is not None
-        return np.arange(block.experts.width) + (block.experts.width if second else 0)
-
-    return rows
+    return target_spec(switches, blocks, head_dim=head_dim(switches))
 
 
 _OLMO: Names = merged(
@@ -151,7 +131,7 @@ _LLAMA4_EXPERTS = "model.layers.{i}.feed_forward.experts"
 
 
 def _llama4_expert(part: str, together: Piece) -> tuple[Piece, Piece]:
-    """Experts one by one, as quantised checkpoints have them, or all of them in one tensor [E, in, out]."""
+    """Each expert in a tensor of its own, as in quantised checkpoints, or all of them in one tensor [E, in, out]."""
     return Piece(f"{_LLAMA4_EXPERTS}.{{e}}.{part}.weight"), together
 
 
@@ -160,13 +140,13 @@ _LLAMA4: Names = merged(
     pre_norm_names(),
     attention_names(),
     mlp_names(theirs="feed_forward"),
-    mlp_names("mixture.shared", "feed_forward.shared_expert"),
-    linear("mixture.router.proj", "feed_forward.router"),
+    mlp_names("moe.shared", "feed_forward.shared_expert"),
+    linear("moe.router.proj", "feed_forward.router"),
     {
-        f"blocks.mixture.experts.{part}": _llama4_expert(part, Piece(f"{_LLAMA4_EXPERTS}.{whole}", rows, False))
-        for part, whole, rows in (
-            ("gate_proj", "gate_up_proj", _half(False)),
-            ("up_proj", "gate_up_proj", _half(True)),
+        f"blocks.moe.experts.{part}": _llama4_expert(part, Piece(f"{_LLAMA4_EXPERTS}.{fused}", rows, False))
+        for part, fused, rows in (
+            ("gate_proj", "gate_up_proj", fused_rows(0, experts_gate_up)),
+            ("up_proj", "gate_up_proj", fused_rows(1, experts_gate_up)),
             ("down_proj", "down_proj", None),
         )
     },

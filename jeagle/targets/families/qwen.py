@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3, dense and with experts; and Mixtral, whose experts came first."""
+"""Qwen 2, 2.5 and 3, dense and with experts, and Mixtral."""
 
 from __future__ import annotations
 
@@ -6,45 +6,48 @@ from jeagle.targets.families.common import (
     LLAMA,
     Family,
     Names,
-    attention,
+    Switches,
+    attention_biases,
     attention_names,
-    dense,
+    attention_spec,
+    dense_spec,
     expert_names,
-    layer_types,
     linear,
     merged,
     mlp_names,
     pre_norm_names,
+    sliding_windows,
     stem_names,
-    target,
+    target_spec,
 )
-from jeagle.targets.families.switches import Switches
 from jeagle.targets.model.spec import BlockSpec, ExpertsSpec, RouterSpec, TargetSpec
 
 
 def _windows(switches: Switches) -> list[int]:
-    """Each layer's sliding window, 0 for none."""
-    on, window = switches.get("use_sliding_window", False), switches.get("sliding_window", 0)
-    first = switches.get("max_window_layers", 0)
-    kinds = layer_types(switches, lambda i: "sliding_attention" if on and i >= first else "full_attention")
-    return [window if kind == "sliding_attention" and on else 0 for kind in kinds]
+    """The sliding window of each layer, 0 = none."""
+    windowed, first = bool(switches.get("use_sliding_window", False)), switches.get("max_window_layers", 0)
+    rule = lambda i: "sliding_attention" if windowed and i >= first else "full_attention"  # noqa: E731
+    return [window * windowed for window in sliding_windows(switches, otherwise=rule)]
 
 
 def qwen2(switches: Switches) -> TargetSpec:
-    blocks = [BlockSpec(attention(switches, qkv_bias=True, window=w), dense(switches)) for w in _windows(switches)]
+    blocks = [
+        BlockSpec(attention_spec(switches, qkv_bias=True, window=w), dense_spec(switches)) for w in _windows(switches)
+    ]
     longest = switches["max_position_embeddings"]
-    if chunks := switches.get("dual_chunk_attention_config"):  # Qwen2.5-1M: plain attention within the first chunk
+    if chunks := switches.get("dual_chunk_attention_config"):  # Qwen2.5-1M has plain attention within the first chunk
         longest = min(longest, chunks["chunk_size"] - chunks["local_size"])
-    return target(switches, blocks, max_positions=longest)
+    return target_spec(switches, blocks, max_positions=longest)
 
 
 def qwen3(switches: Switches) -> TargetSpec:
-    bias = bool(switches.get("attention_bias", False))
-    mixers = [attention(switches, qk_norm="head", qkv_bias=bias, out_bias=bias, window=w) for w in _windows(switches)]
-    return target(switches, [BlockSpec(mixer, dense(switches)) for mixer in mixers])
+    biases = attention_biases(switches)
+    mixers = [attention_spec(switches, qk_norm="head", window=window, **biases) for window in _windows(switches)]
+    return target_spec(switches, [BlockSpec(mixer, dense_spec(switches)) for mixer in mixers])
 
 
 def experts_of(switches: Switches, *, shared: bool) -> ExpertsSpec:
+    """Qwen's experts; `shared` says whether every token goes through one more, gated MLP."""
     count = switches.get("num_experts") or switches["num_local_experts"]
     return ExpertsSpec(
         count,
@@ -58,29 +61,28 @@ def experts_of(switches: Switches, *, shared: bool) -> ExpertsSpec:
 
 
 def sparse_blocks(switches: Switches, mixers: list, experts: ExpertsSpec) -> list[BlockSpec]:
-    """Every `decoder_sparse_step`-th layer has experts, but for those listed as dense."""
+    """Layers of which every `decoder_sparse_step`-th has experts, except for those in `mlp_only_layers`."""
     step, plain = switches.get("decoder_sparse_step", 1), set(switches.get("mlp_only_layers", ()))
     blocks = []
     for i, mixer in enumerate(mixers):
         if i not in plain and experts.count > 0 and (i + 1) % step == 0:
             blocks.append(BlockSpec(mixer, experts=experts))
         else:
-            blocks.append(BlockSpec(mixer, dense(switches)))
+            blocks.append(BlockSpec(mixer, dense_spec(switches)))
     return blocks
 
 
 def qwen2_moe(switches: Switches) -> TargetSpec:
     bias = bool(switches.get("qkv_bias", True))
-    mixers = [attention(switches, qkv_bias=bias, window=w) for w in _windows(switches)]
-    return target(switches, sparse_blocks(switches, mixers, experts_of(switches, shared=True)))
+    mixers = [attention_spec(switches, qkv_bias=bias, window=w) for w in _windows(switches)]
+    return target_spec(switches, sparse_blocks(switches, mixers, experts_of(switches, shared=True)))
 
 
 def qwen3_moe(switches: Switches) -> TargetSpec:
-    bias = bool(switches.get("attention_bias", False))
     window = switches.get("sliding_window", 0) if switches.get("use_sliding_window") else 0
-    mixer = attention(switches, qk_norm="head", qkv_bias=bias, out_bias=bias, window=window)
+    mixer = attention_spec(switches, qk_norm="head", window=window, **attention_biases(switches))
     mixers = [mixer] * switches["num_hidden_layers"]
-    return target(switches, sparse_blocks(switches, mixers, experts_of(switches, shared=False)))
+    return target_spec(switches, sparse_blocks(switches, mixers, experts_of(switches, shared=False)))
 
 
 def mixtral(switches: Switches) -> TargetSpec:
@@ -91,15 +93,15 @@ def mixtral(switches: Switches) -> TargetSpec:
         RouterSpec("softmax", renormalised=True),
         switches.get("hidden_act", "silu"),
     )
-    mixer = attention(switches, window=switches.get("sliding_window", 0))
-    return target(switches, [BlockSpec(mixer, experts=experts)] * switches["num_hidden_layers"])
+    mixer = attention_spec(switches, window=switches.get("sliding_window", 0))
+    return target_spec(switches, [BlockSpec(mixer, experts=experts)] * switches["num_hidden_layers"])
 
 
 MOE: Names = merged(
     expert_names(),
-    linear("mixture.router.proj", "mlp.gate"),
-    mlp_names("mixture.shared", "mlp.shared_expert"),
-    linear("mixture.shared_gate", "mlp.shared_expert_gate"),
+    linear("moe.router.proj", "mlp.gate"),
+    mlp_names("moe.shared", "mlp.shared_expert"),
+    linear("moe.shared_gate", "mlp.shared_expert_gate"),
 )
 
 _MIXTRAL: Names = merged(
@@ -107,7 +109,7 @@ _MIXTRAL: Names = merged(
     pre_norm_names(),
     attention_names(),
     expert_names("block_sparse_moe.experts", ("w1", "w3", "w2")),
-    linear("mixture.router.proj", "block_sparse_moe.gate"),
+    linear("moe.router.proj", "block_sparse_moe.gate"),
 )
 
 FAMILIES = {

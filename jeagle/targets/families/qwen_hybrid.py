@@ -1,8 +1,10 @@
-"""Qwen 3-Next and 3.5: gated attention now and then, the gated delta rule in between."""
+"""Qwen3-Next and Qwen 3.5: most layers have the gated delta rule, the others gated attention."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -10,26 +12,26 @@ from jeagle.targets.families.common import (
     Family,
     Names,
     Piece,
-    attention,
+    Switches,
+    attention_biases,
     attention_names,
-    dense,
+    attention_spec,
+    dense_spec,
+    fused_rows,
     layer_types,
     merged,
     mlp_names,
     norm,
     pre_norm_names,
     stem_names,
-    target,
+    target_spec,
 )
 from jeagle.targets.families.qwen import MOE, experts_of, sparse_blocks
-from jeagle.targets.families.switches import Switches
-from jeagle.targets.model.spec import AttentionSpec, BlockSpec, DeltaSpec, ExpertsSpec, RouterSpec, TargetSpec
+from jeagle.targets.model.spec import AttentionSpec, BlockSpec, DeltaSpec, RouterSpec, TargetSpec
 
 
 def _hybrid_mixers(switches: Switches) -> list[AttentionSpec | DeltaSpec]:
-    """Gated attention now and then, the gated delta rule in between."""
-    bias = bool(switches.get("attention_bias", False))
-    full = attention(switches, qk_norm="head", gated=True, qkv_bias=bias, out_bias=bias)
+    full = attention_spec(switches, qk_norm="head", gated=True, **attention_biases(switches))
     delta = DeltaSpec(
         switches["linear_num_key_heads"],
         switches["linear_num_value_heads"],
@@ -37,91 +39,59 @@ def _hybrid_mixers(switches: Switches) -> list[AttentionSpec | DeltaSpec]:
         switches["linear_value_head_dim"],
         switches["linear_conv_kernel_dim"],
     )
-    switches.get("full_attention_interval")  # which layers are which is listed in layer_types
+    switches.get("full_attention_interval")  # layer_types lists the kinds of layers
     return [
         delta if kind == "linear_attention" else full for kind in layer_types(switches, beside_full="linear_attention")
     ]
 
 
 def qwen3_next(switches: Switches) -> TargetSpec:
-    return target(switches, sparse_blocks(switches, _hybrid_mixers(switches), experts_of(switches, shared=True)))
+    return target_spec(switches, sparse_blocks(switches, _hybrid_mixers(switches), experts_of(switches, shared=True)))
 
 
 def qwen3_5(switches: Switches) -> TargetSpec:
     switches.only(attn_output_gate=(True,), mamba_ssm_dtype=("float32",))
-    return target(switches, [BlockSpec(mixer, dense(switches)) for mixer in _hybrid_mixers(switches)])
+    return target_spec(switches, [BlockSpec(mixer, dense_spec(switches)) for mixer in _hybrid_mixers(switches)])
 
 
 def qwen3_5_moe(switches: Switches) -> TargetSpec:
     switches.only(attn_output_gate=(True,), mamba_ssm_dtype=("float32",))
-    found = experts_of(switches, shared=True)
-    router = RouterSpec("softmax", renormalised=True)
-    experts = ExpertsSpec(**{**vars(found), "router": router})
-    return target(switches, [BlockSpec(mixer, experts=experts) for mixer in _hybrid_mixers(switches)])
-
-
-# Gated attention: each head's query and gate lie one after the other in q_proj.
+    experts = dataclasses.replace(experts_of(switches, shared=True), router=RouterSpec("softmax", renormalised=True))
+    return target_spec(switches, [BlockSpec(mixer, experts=experts) for mixer in _hybrid_mixers(switches)])
 
 
 def _query_rows(gate: bool) -> Callable[[BlockSpec], np.ndarray]:
-    def rows(block: BlockSpec) -> np.ndarray:
-        mixer = block.mixer
-        assert isinstance(mixer, AttentionSpec)
-        places = np.arange(2 * mixer.heads * mixer.head_dim).reshape(mixer.heads, 2, mixer.head_dim)
-        return places[:, int(gate)].reshape(-1)
-
-    return rows
+    """Rows of queries or of the gate of gated attention, which are stored one after the other for each head."""
+    return fused_rows(int(gate), lambda block: [block.mixer.head_dim] * 2, lambda block: block.mixer.heads)
 
 
-def _grouped_rows(part: int, parts: Callable[[DeltaSpec], list[int]]) -> Callable[[BlockSpec], np.ndarray]:
-    """Rows of one part where each key head holds its share of every part, one after the other (Qwen3-Next)."""
-
-    def rows(block: BlockSpec) -> np.ndarray:
-        mixer = block.mixer
-        assert isinstance(mixer, DeltaSpec)
-        sizes = parts(mixer)
-        places = np.arange(mixer.key_heads * sum(sizes)).reshape(mixer.key_heads, sum(sizes))
-        start = sum(sizes[:part])
-        return places[:, start : start + sizes[part]].reshape(-1)
-
-    return rows
+def _key_heads(block: Any) -> int:
+    return block.mixer.key_heads
 
 
-def _qkvz(mixer: DeltaSpec) -> list[int]:
-    share = mixer.value_heads // mixer.key_heads * mixer.value_dim
-    return [mixer.key_dim, mixer.key_dim, share, share]
+def _qkvz(block: Any) -> list[int]:
+    """Numbers of rows of queries, keys, values and z for each key head of Qwen3-Next."""
+    mixer = block.mixer
+    values = mixer.value_heads // mixer.key_heads * mixer.value_dim
+    return [mixer.key_dim, mixer.key_dim, values, values]
 
 
-def _ba(mixer: DeltaSpec) -> list[int]:
-    return [mixer.value_heads // mixer.key_heads] * 2
+def _ba(block: Any) -> list[int]:
+    """Numbers of rows of b and a for each key head of Qwen3-Next."""
+    return [block.mixer.value_heads // block.mixer.key_heads] * 2
 
 
-def _qkv_rows(part: int) -> Callable[[BlockSpec], np.ndarray]:
-    """Rows of q, k or v where they lie one after the other (Qwen3.5)."""
-
-    def rows(block: BlockSpec) -> np.ndarray:
-        mixer = block.mixer
-        assert isinstance(mixer, DeltaSpec)
-        keys, values = mixer.key_heads * mixer.key_dim, mixer.value_heads * mixer.value_dim
-        return np.split(np.arange(2 * keys + values), [keys, 2 * keys])[part]
-
-    return rows
+def _qkv(block: Any) -> list[int]:
+    """Numbers of rows of queries, keys and values of Qwen3.5, which are stored one after the other."""
+    mixer = block.mixer
+    return [mixer.key_heads * mixer.key_dim] * 2 + [mixer.value_heads * mixer.value_dim]
 
 
 _DELTA = "model.layers.{i}.linear_attn."
 
 
-def _delta_names(own: Names) -> Names:
-    return own | {
-        "blocks.mixer.conv": Piece(f"{_DELTA}conv1d.weight", transposed=False, squeeze=True),
-        "blocks.mixer.a_log": Piece(f"{_DELTA}A_log"),
-        "blocks.mixer.dt_bias": Piece(f"{_DELTA}dt_bias"),
-        "blocks.mixer.norm": Piece(f"{_DELTA}norm.weight"),
-    }
-
-
 def _either(key: str, attention_piece: Piece, delta_piece: Piece) -> Names:
-    """Mixers of both kinds have this parameter; a layer has one of the two tensors."""
+    """A parameter that mixers of both kinds have; each layer has one of the two tensors."""
     return {f"blocks.mixer.{key}.kernel": (attention_piece, delta_piece)}
 
 
@@ -133,10 +103,14 @@ def _hybrid_names(q: Piece, k: Piece, v: Piece, z: Piece, b: Piece, a: Piece) ->
         attention_names(),
         norm("mixer.q_norm", "self_attn.q_norm", 1.0),
         norm("mixer.k_norm", "self_attn.k_norm", 1.0),
-        _delta_names(
-            {"blocks.mixer.z_proj.kernel": z, "blocks.mixer.b_proj.kernel": b, "blocks.mixer.a_proj.kernel": a}
-        ),
         {
+            "blocks.mixer.z_proj.kernel": z,
+            "blocks.mixer.b_proj.kernel": b,
+            "blocks.mixer.a_proj.kernel": a,
+            "blocks.mixer.conv": Piece(f"{_DELTA}conv1d.weight", transposed=False, squeeze=True),
+            "blocks.mixer.a_log": Piece(f"{_DELTA}A_log"),
+            "blocks.mixer.dt_bias": Piece(f"{_DELTA}dt_bias"),
+            "blocks.mixer.norm": Piece(f"{_DELTA}norm.weight"),
             "blocks.mixer.gate_proj.kernel": Piece(f"{own}q_proj.weight", _query_rows(True)),
             "blocks.mixer.gate_proj.bias": Piece(f"{own}q_proj.bias", _query_rows(True)),
             "blocks.mixer.q_proj.bias": Piece(f"{own}q_proj.bias", _query_rows(False)),
@@ -151,12 +125,12 @@ def _hybrid_names(q: Piece, k: Piece, v: Piece, z: Piece, b: Piece, a: Piece) ->
 
 
 _QWEN3_NEXT: Names = _hybrid_names(
-    *(Piece(f"{_DELTA}in_proj_qkvz.weight", _grouped_rows(part, _qkvz)) for part in range(4)),
-    *(Piece(f"{_DELTA}in_proj_ba.weight", _grouped_rows(part, _ba)) for part in range(2)),
+    *(Piece(f"{_DELTA}in_proj_qkvz.weight", fused_rows(part, _qkvz, _key_heads)) for part in range(4)),
+    *(Piece(f"{_DELTA}in_proj_ba.weight", fused_rows(part, _ba, _key_heads)) for part in range(2)),
 )
 
 _QWEN3_5: Names = _hybrid_names(
-    *(Piece(f"{_DELTA}in_proj_qkv.weight", _qkv_rows(part)) for part in range(3)),
+    *(Piece(f"{_DELTA}in_proj_qkv.weight", fused_rows(part, _qkv)) for part in range(3)),
     *(Piece(f"{_DELTA}in_proj_{part}.weight") for part in "zba"),
 )
 

@@ -1,7 +1,8 @@
-"""What each architecture of a GGUF adds to, or changes in, the configuration that all have in common.
+"""The entries of config.json in which the architectures of GGUF files differ.
 
-Each function is given the file's metadata and the common part, and returns the entries of config.json that differ. What
-a file does not say, because llama.cpp knows it by the architecture's name, is written out here.
+Each function takes the file's metadata and the common entries, and returns the entries that it adds or changes. They
+include properties that llama.cpp derives from the architecture's name, which are not in the file.
+
 Source: llama.cpp's convert_hf_to_gguf.py and src/models/*.cpp.
 """
 
@@ -13,8 +14,8 @@ from typing import Any
 from jeagle.targets.gguf.metadata import Metadata
 
 Config = dict[str, Any]
-_SIGMOID = 2  # expert_gating_func
-_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}  # both stand in Gemma's own files
+_SIGMOID = 2  # value of expert_gating_func
+_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}  # Gemma's own files have both
 
 
 def _named(architecture: str, model_type: str) -> Config:
@@ -29,21 +30,13 @@ def _llama(value: Metadata, common: Config) -> Config:
 
 
 def _mistral3(value: Metadata, common: Config) -> Config:
-    """Ministral 3: yarn, and queries that grow with the logarithm of their position."""
+    """Ministral 3: YaRN, and queries that grow with the logarithm of their position."""
     rope = {"rope_theta": common["rope_theta"], **(common["rope_scaling"] or {"rope_type": "default"})}
     if (log_multiplier := value("rope.scaling.yarn_log_multiplier", None)) is not None:
         rope |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
     if (beta := value("attention.temperature_scale", None)) is not None:
         rope["llama_4_scaling_beta"] = beta
     return _named("Ministral3", "ministral3") | {"rope_parameters": rope}
-
-
-def _qwen2(value: Metadata, common: Config) -> Config:
-    return _named("Qwen2", "qwen2")
-
-
-def _qwen3(value: Metadata, common: Config) -> Config:
-    return _named("Qwen3", "qwen3")
 
 
 def _experts(value: Metadata) -> Config:
@@ -67,12 +60,8 @@ def _qwen3_moe(value: Metadata, common: Config) -> Config:
     return _named("Qwen3Moe", "qwen3_moe") | _experts(value) | {"norm_topk_prob": True}
 
 
-def _gemma(value: Metadata, common: Config) -> Config:
-    return _named("Gemma", "gemma") | _GELU
-
-
 def _layers(value: Metadata, common: Config, period: int) -> list[str]:
-    """Which layers see a window only: as the file lists them, or all but every `period`-th."""
+    """Which layers have a sliding window: those that the file lists, or all but every `period`-th."""
     layers, listed = common["num_hidden_layers"], value.each("attention.sliding_window_pattern", period)
     if not isinstance(listed, list):
         listed = [(i + 1) % listed != 0 for i in range(layers)]
@@ -80,7 +69,7 @@ def _layers(value: Metadata, common: Config, period: int) -> list[str]:
 
 
 def _query_scalar(common: Config, layers_of_27b: int) -> int:
-    """The files do not hold it: it is the head dimension, but width over heads in the 27B, known by its layers."""
+    """query_pre_attn_scalar, which files lack: the head dimension, or width over heads in the 27B model."""
     if common["num_hidden_layers"] == layers_of_27b:
         return common["hidden_size"] // common["num_attention_heads"]
     return common["head_dim"]
@@ -98,7 +87,7 @@ def _gemma2(value: Metadata, common: Config) -> Config:
 
 
 def _two_ropes(value: Metadata, common: Config, local_theta: float) -> Config:
-    """Full layers rotate as the file scales them; windowed ones plainly, by a base of their own."""
+    """Rotary embeddings of full layers, as the file scales them, and of windowed ones, unscaled with another base."""
     scaled = common["rope_scaling"] or {"rope_type": "default"}
     local = {"rope_theta": value("rope.freq_base_swa", local_theta), "rope_type": "default"}
     return {
@@ -140,7 +129,7 @@ def _gpt_oss(value: Metadata, common: Config) -> Config:
 
 
 def _routed(value: Metadata) -> Config:
-    """The experts of DeepSeek and of those who follow it."""
+    """The experts of DeepSeek and of models like it."""
     return {
         "n_routed_experts": value("expert_count"),
         "num_experts_per_tok": value("expert_used_count"),
@@ -155,7 +144,7 @@ def _routed(value: Metadata) -> Config:
 
 
 def _deepseek2(value: Metadata, common: Config) -> Config:
-    """DeepSeek V2 and V3: the file names both alike; V3 chooses experts by sigmoids."""
+    """DeepSeek V2 and V3 have one architecture in GGUF; V3 is the one that chooses experts by sigmoids."""
     rotated, rope = value("rope.dimension_count"), common["rope_scaling"]
     routed, third = _routed(value), value("expert_gating_func", 1) == _SIGMOID
     if (log_multiplier := value("rope.scaling.yarn_log_multiplier", None)) is not None and rope:
@@ -178,10 +167,6 @@ def _deepseek2(value: Metadata, common: Config) -> Config:
     return _named("DeepseekV2", "deepseek_v2") | attention | routed | {"topk_method": method}
 
 
-def _glm4(value: Metadata, common: Config) -> Config:
-    return _named("Glm4", "glm4")
-
-
 def _glm4_moe(value: Metadata, common: Config) -> Config:
     value("expert_gating_func", _SIGMOID)
     own = {"use_qk_norm": "blk.0.attn_q_norm.weight" in value.tensors}
@@ -189,13 +174,13 @@ def _glm4_moe(value: Metadata, common: Config) -> Config:
 
 
 def _smollm3(value: Metadata, common: Config) -> Config:
-    """Every fourth layer does not rotate."""
+    """Every fourth layer has no rotary embedding."""
     rotates = [int((i + 1) % 4 != 0) for i in range(common["num_hidden_layers"])]
     return _named("SmolLM3", "smollm3") | {"no_rope_layers": rotates, "no_rope_layer_interval": 4}
 
 
 def _olmo2(value: Metadata, common: Config) -> Config:
-    """OLMo 2, or with a window OLMo 3."""
+    """OLMo 2, or OLMo 3 if there is a sliding window."""
     if not (window := value("attention.sliding_window", 0)):
         return _named("Olmo2", "olmo2")
     ropes = _two_ropes(value, common, common["rope_theta"])
@@ -214,10 +199,10 @@ def _granite(value: Metadata, common: Config) -> Config:
 
 FAMILIES: dict[str, Callable[[Metadata, Config], Config]] = {
     "deepseek2": _deepseek2,
-    "gemma": _gemma,
+    "gemma": lambda value, common: _named("Gemma", "gemma") | _GELU,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
-    "glm4": _glm4,
+    "glm4": lambda value, common: _named("Glm4", "glm4"),
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,
     "granite": _granite,
@@ -225,9 +210,9 @@ FAMILIES: dict[str, Callable[[Metadata, Config], Config]] = {
     "mistral3": _mistral3,
     "olmo2": _olmo2,
     "phi3": _phi3,
-    "qwen2": _qwen2,
+    "qwen2": lambda value, common: _named("Qwen2", "qwen2"),
     "qwen2moe": _qwen2_moe,
-    "qwen3": _qwen3,
+    "qwen3": lambda value, common: _named("Qwen3", "qwen3"),
     "qwen3moe": _qwen3_moe,
     "smollm3": _smollm3,
 }

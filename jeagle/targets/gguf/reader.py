@@ -1,6 +1,6 @@
-"""GGUF files: their headers, their tensors by slices, and files that are split into parts.
+"""Reads GGUF files: their headers, slices of their tensors, and files that are split into parts.
 
-Source: the GGUF specification of ggml; the block formats are decoded by the gguf package.
+Source: the GGUF specification of ggml. The gguf package decodes the block formats.
 """
 
 from __future__ import annotations
@@ -19,34 +19,33 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from jeagle.errors import UserError
 from jeagle.targets.checkpoint.reference import gguf_parts
-from jeagle.targets.quantised.storage import StoredArray
-from jeagle.targets.quantised.views import Index
+from jeagle.targets.quantised.views import Index, StoredArray
 
-_AT_ONCE = 1 << 20  # bytes of blocks
+_AT_ONCE = 1 << 20  # bytes of blocks that are decoded at a time
 
 
 @dataclass(frozen=True)
-class Gguf:
-    """A model's header and tensors, whatever number of files they lie in.
+class GgufFile:
+    """A model's header and tensors, from one file or from several parts.
 
     Attributes:
       path: the file, or the first of its parts.
-      metadata: key -> number, text or list of them, as the header says (the first part's, where it is split).
-      tensors: name -> tensor, none of which is read yet.
+      metadata: the header's entries, numbers, texts or lists of them (of the first part where it is split).
+      tensors: the tensors by name, none of which is read yet.
     """
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, GgufTensor]
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A View of one tensor of a file, decoded to float32, whole blocks at a time.
+class GgufTensor:
+    """A view of one tensor of a file, decoded to float32 in complete blocks.
 
     Attributes:
       blocks: the tensor's bytes, [..., bytes of a row].
-      kind: how they encode numbers.
+      kind: the format of its blocks.
     """
 
     blocks: StoredArray
@@ -64,26 +63,28 @@ class Stored:
             return out
         rows, flat = blocks.reshape(-1, blocks.shape[-1]), out.reshape(-1, out.shape[-1])
         step = max(1, _AT_ONCE // rows.shape[1])
-        for row in range(0, len(rows), step):  # the package holds what it decodes twice
+        for row in range(0, len(rows), step):  # the package needs twice the memory of what it decodes
             decoded = gguf.quants.dequantize(rows[row : row + step], self.kind)
             flat[row : row + step] = decoded[:, columns.start - first * block : columns.stop - first * block]
         return out
 
 
-def _stored(path: Path, tensor: ReaderTensor) -> Stored:
+def _tensor(path: Path, tensor: ReaderTensor) -> GgufTensor:
     shape = tuple(int(n) for n in reversed(tensor.shape))
     block, size = GGML_QUANT_SIZES[tensor.tensor_type]
     rows = (*shape[:-1], shape[-1] // block * size)
     blocks = StoredArray(path, tensor.name, int(tensor.data_offset), rows, np.dtype(np.uint8))
-    return Stored(blocks, tensor.tensor_type, shape)
+    return GgufTensor(blocks, tensor.tensor_type, shape)
 
 
-def open_gguf(path: Path) -> Gguf:
-    """A model's header, read once a process: weights and tokenizer both ask for it. `path` may be any of its parts.
+def open_gguf(path: Path) -> GgufFile:
+    """Opens a GGUF; its header is cached, since weights and tokenizer both need it.
+
+    Args:
+      path: the file, or any of its parts.
 
     Raises:
-      UserError: for a file that is not GGUF or is cut short, naming the tensor where it ends, or a missing
-        part.
+      UserError: for a file that is not GGUF or is cut short, naming the tensor where it ends, or for a missing part.
     """
     parts = gguf_parts(path)
     status = [part.stat() for part in parts]
@@ -91,55 +92,52 @@ def open_gguf(path: Path) -> Gguf:
 
 
 @functools.lru_cache(maxsize=2)
-def _open_gguf(parts: tuple[Path, ...], _stamps: tuple[tuple[int, int], ...]) -> Gguf:
+def _open_gguf(parts: tuple[Path, ...], _stamps: tuple[tuple[int, int], ...]) -> GgufFile:
     readers = [_read(part) for part in parts]
     metadata = {name: field.contents() for name, field in readers[0].fields.items()}
     tensors = {
-        tensor.name: _stored(part, tensor)
+        tensor.name: _tensor(part, tensor)
         for part, reader in zip(parts, readers, strict=True)
         for tensor in reader.tensors
     }
     expected = metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != expected:
         raise UserError(f"The target {parts[0]} and its parts hold {len(tensors)} tensors of {expected}: get it again.")
-    _check_types(tensors)
-    return Gguf(parts[0], metadata, tensors)
-
-
-def _check_types(tensors: Mapping[str, Stored]) -> None:
-    """UserError for a type that the gguf package cannot decode, by one block of each type."""
-    examples = {stored.kind: stored for stored in tensors.values()}
-    for kind, stored in examples.items():
-        try:
+    for kind, example in {tensor.kind: tensor for tensor in tensors.values()}.items():
+        try:  # one block of each type
             gguf.quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError as error:
             raise UserError(
-                f"The target's tensor {stored.blocks.name} in {stored.blocks.path} is of type {kind.name}, which the "
+                f"The target's tensor {example.blocks.name} in {example.blocks.path} is of type {kind.name}, which the "
                 "gguf package cannot decode: give another quantisation of the model."
             ) from error
+    return GgufFile(parts[0], metadata, tensors)
 
 
 def _read(path: Path) -> GGUFReader:
     try:
         reader = _Reader(path)
         if reader.byte_order != "I":
-            raise UserError(f"The target {path} is a GGUF of the other byte order, which is not supported: convert it.")
+            raise UserError(
+                f"The target {path} is a GGUF in big-endian byte order, which is not supported: convert it."
+            )
         return reader
     except UserError:
         raise
-    except Exception as error:  # the package raises whatever numpy does where the header is broken
+    except Exception as error:  # the package raises any error of numpy's where the header is damaged
         if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
             raise UserError(
                 f"The target {path} holds tensors of type number {unknown[1]}, which the gguf package does not know: "
                 "give another quantisation of the model."
             ) from error
-        raise UserError(f"The target {path} is not a whole GGUF file ({error}): download it again.") from error
+        raise UserError(f"The target {path} is not a complete GGUF file ({error}): download it again.") from error
 
 
 class _Reader(GGUFReader):
-    """GGUFReader that takes arrays whole (its own loop spends seconds on a vocabulary) and names what is cut off."""
+    """A GGUFReader that reads an array at once, where the base class spends seconds on a vocabulary, and that names the
+    tensor at which a file is cut short."""
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
         if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
@@ -154,7 +152,7 @@ class _Reader(GGUFReader):
             raise ValueError("its header is cut short")
         return 12 + int(values.nbytes), [kind, length, values], [2], types
 
-    def _strings(self, offset: int, count: int) -> tuple[list[memoryview], int]:
+    def _strings(self, offset: Any, count: int) -> tuple[list[memoryview], int]:
         data, texts = self.data.data, []
         for _ in range(count):
             start = offset + 8
@@ -164,7 +162,7 @@ class _Reader(GGUFReader):
             texts.append(data[start:offset])
         return texts, offset
 
-    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+    def _build_tensors(self, start_offs: Any, fields: list[Any]) -> None:
         for field in fields:
             _, name, _, dims, kind, offset = field.parts
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]

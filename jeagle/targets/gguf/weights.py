@@ -1,54 +1,162 @@
-"""Reading a target from a GGUF file: its configuration, and its weights under Hugging Face's names."""
+"""A target's weights from a GGUF file, under Hugging Face's names.
+
+The gguf package maps Hugging Face's names to those of a GGUF; this module undoes what llama.cpp's convert_hf_to_gguf.py
+changes in the numbers besides: it permutes, stacks, splits and transposes some tensors, and adds 1 to Gemma's norms.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
 
 from jeagle.errors import UserError
+from jeagle.targets.families import family_of
 from jeagle.targets.gguf.config import read_config
-from jeagle.targets.gguf.names import CONFIGURING, NAMES, Recipe
-from jeagle.targets.gguf.reader import Gguf, open_gguf
-from jeagle.targets.quantised.views import NamedViews, View
+from jeagle.targets.gguf.reader import GgufFile, GgufTensor, open_gguf
+from jeagle.targets.quantised.views import (
+    AsRow,
+    Flattened,
+    Interleaved,
+    Joined,
+    Mapped,
+    NamedViews,
+    Picked,
+    Reordered,
+    Swapped,
+    View,
+)
+
+Make = Callable[[list[GgufTensor], Mapping[str, Any]], View]
+
+
+class TensorRecipe(NamedTuple):
+    """How a tensor of a Hugging Face checkpoint is made.
+
+    Attributes:
+      sources: GGUF names, {i} the layer; the tensor exists where all of them do.
+      make: (the sources, config.json) -> the tensor.
+    """
+
+    sources: tuple[str, ...]
+    make: Make = lambda tensors, config: tensors[0]
+
+
+def _halves(heads: str) -> Make:
+    """Reorders the rows of each head for rotating its halves; `heads` is the entry of config.json that counts heads.
+
+    In some architectures llama.cpp rotates the pairs (0, 1), (2, 3), ..., where Hugging Face rotates (0, d/2), (1,
+    d/2 + 1), ...: the converter interleaves the two halves of each head's rows.
+    """
+
+    def make(tensors: list[GgufTensor], config: Mapping[str, Any]) -> View:
+        rows, expected = tensors[0].shape[0], config[heads] * config["head_dim"]
+        if rows != expected:
+            raise UserError(
+                f"The tensor {tensors[0].blocks.name} in {tensors[0].blocks.path} has {rows} rows, but the file's "
+                f"metadata makes it {expected}."
+            )
+        return Reordered(tensors[0], np.arange(rows).reshape(config[heads], -1, 2).swapaxes(1, 2).reshape(-1))
+
+    return make
+
+
+_LAYER, _BLOCK = "model.layers.{i}.", "blk.{i}."
+# Tensors that are made of others, or that the gguf package does not map, by their names in Hugging Face's checkpoint.
+RECIPES: dict[str, TensorRecipe] = {
+    # MLA: for each head the rows of its key without rotation, then those of its value; the keys' part is transposed.
+    f"{_LAYER}self_attn.kv_b_proj.weight": TensorRecipe(
+        (f"{_BLOCK}attn_k_b.weight", f"{_BLOCK}attn_v_b.weight"),
+        lambda tensors, config: Flattened(Joined([Swapped(tensors[0]), tensors[1]], axis=1)),
+    ),
+    f"{_LAYER}mlp.shared_expert_gate.weight": TensorRecipe(
+        (f"{_BLOCK}ffn_gate_inp_shexp.weight",), lambda tensors, config: AsRow(tensors[0])
+    ),
+    # gpt-oss: gate and up are interleaved, and matrices are [in, out].
+    f"{_LAYER}mlp.experts.gate_up_proj": TensorRecipe(
+        (f"{_BLOCK}ffn_gate_exps.weight", f"{_BLOCK}ffn_up_exps.weight"),
+        lambda tensors, config: Interleaved([Swapped(tensor) for tensor in tensors]),
+    ),
+    f"{_LAYER}mlp.experts.gate_up_proj_bias": TensorRecipe(
+        (f"{_BLOCK}ffn_gate_exps.bias", f"{_BLOCK}ffn_up_exps.bias"), lambda tensors, config: Interleaved(tensors)
+    ),
+    f"{_LAYER}mlp.experts.down_proj": TensorRecipe(
+        (f"{_BLOCK}ffn_down_exps.weight",), lambda tensors, config: Swapped(tensors[0])
+    ),
+}
+# Architectures in which llama.cpp rotates neighbouring pairs.
+_PAIRED = {"granite", "llama", "mistral3", "smollm3"}
+# Architectures whose norms multiply by 1 + weight; the converter stores the sum.
+_ZERO_CENTRED = {"gemma", "gemma2", "gemma3"}
+# Tensors that are read as part of the configuration.
+_OF_CONFIG = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
 class GgufWeights(NamedViews):
-    """The WeightSource of a GGUF, split or not. Arrays are float32, whatever their type in the file.
+    """The WeightSource of a GGUF file or its parts. Arrays are float32, whatever their type in the file.
 
     Raises:
-      UserError: for an architecture, a switch of its metadata or a tensor that is not honoured, naming it.
+      UserError: for an architecture, a metadata key or a tensor that is not supported.
     """
 
     def __init__(self, path: Path):
-        self._path = path  # named already by what `_made` refuses
         opened = open_gguf(path)
         self.config = read_config(opened)
-        super().__init__(path, self._made(opened, NAMES[opened.metadata["general.architecture"]]))
-
-    def _made(self, opened: Gguf, recipes: dict[str, Recipe]) -> dict[str, View]:
-        experts = self.config.get("num_local_experts") or self.config.get("num_experts")
-        experts = experts or self.config.get("n_routed_experts") or 0
-        made, used = {}, set(CONFIGURING)
-        for pattern, recipe in recipes.items():
-            for i in range(self.config["num_hidden_layers"]) if "{i}" in pattern else [0]:
-                sources = [source.format(i=i) for source in recipe.sources]
-                if not all(source in opened.tensors for source in sources):
-                    continue
-                used.update(sources)
-                views = [opened.tensors[source] for source in sources]
-                for e in range(experts) if "{e}" in pattern else [0]:
-                    made[pattern.format(i=i, e=e)] = recipe.make(views, self.config, e)
-        self._check_used(set(opened.tensors) - used)
-        return made
-
-    def _check_used(self, unused: set[str]) -> None:
-        """Layers that only predict further tokens (DeepSeek's and GLM's MTP) may stay unread; nothing else may."""
         layers = self.config["num_hidden_layers"]
-        strange = sorted(
-            name for name in unused if not ((m := re.match(r"blk\.(\d+)\.", name)) and int(m[1]) >= layers)
+        used = set(_OF_CONFIG)
+        views = dict(_views(opened, self.config, used))
+        # Layers that only predict further tokens (multi-token prediction of DeepSeek and GLM) are not part of a target.
+        unknown = sorted(
+            name
+            for name in set(opened.tensors) - used
+            if not ((match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= layers)
         )
-        if strange:
+        if unknown:
             raise UserError(
-                f"The target {self._path} has a tensor {strange[0]} that jeagle does not know for this architecture: "
+                f"The target {path} has a tensor {unknown[0]} that jeagle does not know for this architecture: "
                 "it would be left out of the model, so the file is refused."
             )
+        super().__init__(path, views)
+
+
+def _views(opened: GgufFile, config: dict[str, Any], used: set[str]) -> Iterator[tuple[str, View]]:
+    """Yields the tensors of the family's checkpoint that the file has; adds the file's own to `used`."""
+    architecture, layers = opened.metadata["general.architecture"], config["num_hidden_layers"]
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    name_map = gguf.get_tensor_name_map(kinds[architecture], layers)
+    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 0
+    for pieces in family_of(config).names.values():
+        patterns = [piece.name for piece in (pieces if isinstance(pieces, tuple) else (pieces,))]
+        for i in range(layers) if "{i}" in patterns[0] else [0]:
+            for pattern in patterns:
+                recipe = _recipe(pattern, i, architecture, name_map)
+                sources = [source.format(i=i) for source in recipe.sources]
+                if not sources or not all(source in opened.tensors for source in sources):
+                    continue
+                used.update(sources)
+                view = recipe.make([opened.tensors[source] for source in sources], config)
+                if "{e}" in pattern:
+                    yield from ((pattern.format(i=i, e=e), Picked(view, e)) for e in range(experts))
+                else:
+                    yield pattern.format(i=i), view
+                break
+
+
+def _recipe(pattern: str, layer: int, architecture: str, name_map: gguf.TensorNameMap) -> TensorRecipe:
+    """The recipe of a tensor of Hugging Face's checkpoint; without sources where the architecture has none."""
+    if pattern in RECIPES:
+        return RECIPES[pattern]
+    # The converter stacks experts and gives every tensor a suffix, as the names of the map have them.
+    name = re.sub(r"_bias$", ".bias", pattern.replace(".{e}", "").format(i=layer))
+    name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+    source = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+    sources = (source,) if source else ()
+    if architecture in _PAIRED and (projection := re.search(r"self_attn\.([qk])_proj", name)):
+        return TensorRecipe(sources, _halves("num_attention_heads" if projection[1] == "q" else "num_key_value_heads"))
+    if architecture in _ZERO_CENTRED and name.endswith("norm.weight"):
+        return TensorRecipe(sources, lambda tensors, config: Mapped(tensors[0], lambda weight: weight - 1))
+    return TensorRecipe(sources)

@@ -9,56 +9,61 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jeagle.layers import Linear, rms_norm, rotate_by
-from jeagle.targets.model.build import Build
-from jeagle.targets.model.mixing import mix
+from jeagle.targets.model.mixer import BuildOptions, KVCache, TokenContext, attend_on_mesh, write_cache
 from jeagle.targets.model.spec import AttentionSpec
-from jeagle.targets.model.view import Cache, View, stored
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention with every switch of `AttentionSpec`."""
+class GroupedQueryAttention(nnx.Module):
+    """Grouped-query attention with every option of `AttentionSpec`.
 
-    def __init__(self, spec: AttentionSpec, width: int, eps: float, build: Build):
-        queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    Source: GQA (arXiv 2305.13245).
+    """
+
+    def __init__(self, spec: AttentionSpec, width: int, eps: float, build: BuildOptions):
+        query_width, key_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
 
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
             return Linear(inputs, outputs, build.dtype, build.rngs, bias=bias, stored=build.stored)
 
-        self.q_proj = linear(width, queries, spec.qkv_bias)
-        self.o_proj = linear(queries, width, spec.out_bias)
-        if not spec.read_from:
-            self.k_proj = linear(width, keys, spec.qkv_bias)
+        self.q_proj = linear(width, query_width, spec.qkv_bias)
+        self.o_proj = linear(query_width, width, spec.out_bias)
+        if not spec.read_kv_from:
+            self.k_proj = linear(width, key_width, spec.qkv_bias)
             if not spec.values_are_keys:
-                self.v_proj = linear(width, keys, spec.qkv_bias)
+                self.v_proj = linear(width, key_width, spec.qkv_bias)
         if spec.gated:
-            self.gate_proj = linear(width, queries, spec.qkv_bias)
-        if spec.qk_norm in ("head", "whole"):
-            whole = spec.qk_norm == "whole"
-            self.q_norm = nnx.Param(jnp.ones(queries if whole else spec.head_dim))
-            if not spec.read_from:
-                self.k_norm = nnx.Param(jnp.ones(keys if whole else spec.head_dim))
+            self.gate_proj = linear(width, query_width, spec.qkv_bias)
+        if spec.qk_norm in ("head", "all_heads"):
+            over_all = spec.qk_norm == "all_heads"
+            self.q_norm = nnx.Param(jnp.ones(query_width if over_all else spec.head_dim))
+            if not spec.read_kv_from:
+                self.k_norm = nnx.Param(jnp.ones(key_width if over_all else spec.head_dim))
         if spec.sinks:
             self.sinks = nnx.Param(jnp.zeros(spec.heads))
         self.spec, self.eps, self.dtype, self.mesh = spec, eps, build.dtype, build.mesh
 
-    def __call__(self, x: jax.Array, view: View, kept: Cache | None, shared: dict[str, Cache]):
+    def __call__(self, x: jax.Array, context: TokenContext, cache: KVCache | None, shared: dict[str, KVCache]):
+        """Mixes x [B, T, H] over time; see `mixer` for arguments and results."""
         spec = self.spec
-        queries = self._placed(self.q_proj(x), "q_norm", view)
-        if spec.temperature is not None:
-            heat = spec.temperature
-            steps = jnp.floor((view.positions_BT + heat.start) / heat.span)
-            queries = queries * (1 + heat.beta * jnp.log1p(steps))[..., None, None]
-        if spec.read_from:
-            pair = shared[spec.read_from]
+        queries = self._heads_of(self.q_proj(x), "q_norm", context)
+        if (temperature := spec.temperature) is not None:
+            steps = jnp.floor((context.positions_BT + temperature.start) / temperature.span)
+            queries = queries * (1 + temperature.beta * jnp.log1p(steps))[..., None, None]
+        if spec.read_kv_from:
+            keys_values = shared[spec.read_kv_from]
         else:
-            pair = self._keys_values(x, view)
-            if kept is not None:
-                pair = kept = stored(kept, pair, view.positions_BT)
-        mixed = mix(
+            raw_keys = self.k_proj(x)
+            values = self._split_heads(raw_keys if spec.values_are_keys else self.v_proj(x))
+            if spec.value_norm:
+                values = rms_norm(values, None, self.eps)
+            keys_values = KVCache(self._heads_of(raw_keys, "k_norm", context), values)
+            if cache is not None:
+                keys_values = cache = write_cache(cache, keys_values, context.positions_BT)
+        mixed = attend_on_mesh(
             queries,
-            pair.keys,
-            pair.values,
-            view.sight,
+            keys_values.keys,
+            keys_values.values,
+            context.mask,
             self.dtype,
             self.mesh,
             window=spec.window,
@@ -70,32 +75,26 @@ class Attention(nnx.Module):
         mixed = mixed.reshape(*x.shape[:-1], -1)
         if spec.gated:
             mixed = mixed * jax.nn.sigmoid(self.gate_proj(x))
-        return self.o_proj(mixed), kept, pair
+        return self.o_proj(mixed), cache, keys_values
 
-    def _keys_values(self, x: jax.Array, view: View) -> Cache:
-        raw = self.k_proj(x)
-        values = self._heads(raw if self.spec.values_are_keys else self.v_proj(x))
-        if self.spec.value_norm:
-            values = rms_norm(values, None, self.eps)
-        return Cache(self._placed(raw, "k_norm", view), values)
-
-    def _heads(self, x: jax.Array) -> jax.Array:
+    def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], -1, self.spec.head_dim)
 
-    def _placed(self, x: jax.Array, norm: str, view: View) -> jax.Array:
-        """Queries or keys, normed and rotated, as heads."""
+    def _heads_of(self, x: jax.Array, norm: str, context: TokenContext) -> jax.Array:
+        """Normalised and rotated queries or keys, [B, T, heads, C], of their projection."""
         spec = self.spec
-        if spec.qk_norm == "whole":
+        if spec.qk_norm == "all_heads":
             x = rms_norm(x, getattr(self, norm)[...], self.eps)
-        x = self._heads(x)
+        x = self._split_heads(x)
         if spec.qk_norm == "head":
             x = rms_norm(x, getattr(self, norm)[...], self.eps)
         if spec.rope is not None:
-            x = rotate_by(spec.rope, x, view.positions_BT, view.lengths_BT, interleaved=spec.interleaved)
+            x = rotate_by(spec.rope, x, context.positions_BT, context.lengths_BT, interleaved=spec.interleaved)
         return rms_norm(x, None, self.eps) if spec.qk_norm == "rotated" else x
 
-    def empty(self, rows: int, length: int, dtype: Any, rollback: int) -> Cache | None:
-        if self.spec.read_from:
+    def empty(self, rows: int, length: int, dtype: Any, rollback: int) -> KVCache | None:
+        """An empty cache for `rows` sequences of up to `length` tokens; None where the layer has no keys of its own."""
+        if self.spec.read_kv_from:
             return None
         shape = (rows, length, self.spec.kv_heads, self.spec.head_dim)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -1,29 +1,71 @@
-"""The decoder that every target family is run by."""
+"""The decoder that runs every target family."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
-from jeagle.layers import Linear, Sight, depends_on_length, matmul, rms_norm
+from jeagle.layers import AttentionMask, Linear, depends_on_length, matmul, rms_norm
 from jeagle.runtime.mesh import by_rows
 from jeagle.targets.model.block import Block
-from jeagle.targets.model.build import Build
-from jeagle.targets.model.gated_delta import Recurrent
-from jeagle.targets.model.spec import TargetSpec
-from jeagle.targets.model.stacks import Group, runs
-from jeagle.targets.model.view import Cache, View
+from jeagle.targets.model.gated_delta import RecurrentCache
+from jeagle.targets.model.mixer import BuildOptions, KVCache, TokenContext
+from jeagle.targets.model.spec import BlockSpec, TargetSpec
 
 Caches = tuple[Any, ...]
 
 
-class PerLayer(nnx.Module):
-    """Gemma 4's second embedding: a few numbers for each token and layer, beside a projection of the first one."""
+class LayerGroup(NamedTuple):
+    """Layers of one shape, whose weights are stacked; `layers` are their numbers."""
 
-    def __init__(self, spec: TargetSpec, build: Build):
+    block: BlockSpec
+    layers: tuple[int, ...]
+
+
+Run = tuple[LayerGroup, ...]
+"""A short pattern of layers that repeats, one group for each layer of the pattern."""
+
+
+def repeating_runs(blocks: tuple[BlockSpec, ...], longest: int = 12) -> tuple[Run, ...]:
+    """Divides the layers into few runs, so that each pattern is compiled once and scanned over.
+
+    Gemma 3's 26 layers, with five windowed layers to each full one, are a run of a pattern of 6 layers that repeats
+    four times, and a run of one layer that repeats twice. Dynamic programming finds the runs with the fewest pattern
+    layers in total and, among those, the fewest runs.
+
+    Args:
+      longest: of a pattern, in layers.
+    """
+    total = len(blocks)
+    # For the layers from each one on: (pattern layers, runs, period and repeats of the first run) of the best division.
+    best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * (total + 1)
+    for start in reversed(range(total)):
+        options = []
+        for period in range(1, min(longest, total - start) + 1):
+            pattern, repeats = blocks[start : start + period], 1
+            while blocks[start + repeats * period : start + (repeats + 1) * period] == pattern:
+                repeats += 1
+            for times in {1, repeats}:
+                rest = best[start + period * times]
+                options.append((period + rest[0], 1 + rest[1], period, times))
+        best[start] = min(options)
+    runs, start = [], 0
+    while start < total:
+        _, _, period, times = best[start]
+        end = start + period * times
+        runs.append(tuple(LayerGroup(blocks[i], tuple(range(i, end, period))) for i in range(start, start + period)))
+        start = end
+    return tuple(runs)
+
+
+class PerLayerInputs(nnx.Module):
+    """Gemma 4's second embedding: a vector [P] for each token and layer, added to a projection of the first one."""
+
+    def __init__(self, spec: TargetSpec, build: BuildOptions):
         self.width = spec.blocks[0].per_layer_width
         total = spec.layers * self.width
         self.embed = nnx.Param(nnx.initializers.normal(0.02)(build.rngs.params(), (spec.per_layer_vocab, total)))
@@ -32,7 +74,7 @@ class PerLayer(nnx.Module):
         self.eps, self.dtype = spec.norm_eps, build.dtype
 
     def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
-        """-> [L, B, T, P]."""
+        """Tokens [B, T] and their embeddings x [B, T, H] -> [L, B, T, P]."""
         scale = jnp.asarray(self.width**0.5, self.dtype).astype(jnp.float32)
         own = self.embed[...][tokens].astype(jnp.float32) * scale
         projected = self.proj(x) * x.shape[-1] ** -0.5
@@ -42,14 +84,14 @@ class PerLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, L layers, final norm, lm_head.
+    """Embedding, L layers, final norm and lm_head.
 
     The residual stream is float32; matrix products are in `dtype`. Layers of one shape are stacked and scanned over,
-    so that compile time does not grow with depth, or (`stacked` false) separate and unrolled: XLA's CPU backend copies
-    every slice of a stacked bfloat16 weight, which makes it several times slower than separate ones.
+    so that compile time does not grow with depth. With `stacked` false they are separate and unrolled, because XLA's
+    CPU backend copies every slice of a stacked bfloat16 weight, which makes it several times slower.
 
     Attributes:
-      blocks: one module for each group of `groups`, its parameters with a leading axis where stacked.
+      blocks: one module for each group of `groups`; its parameters have a leading axis where layers are stacked.
     """
 
     def __init__(
@@ -63,180 +105,188 @@ class Decoder(nnx.Module):
         mesh: Any = None,
     ):
         init = nnx.initializers.normal(0.02)
-        build = Build(dtype, rngs, stored, mesh)
+        build = BuildOptions(dtype, rngs, stored, mesh)
         self.embed_tokens = nnx.Param(init(rngs.params(), (spec.vocab, spec.width)))
-        self.runs = runs(spec.blocks) if stacked else tuple((Group(b, (i,)),) for i, b in enumerate(spec.blocks))
-        self.blocks = nnx.List([self._block(group, spec, build, stacked) for run in self.runs for group in run])
+        one_by_one = tuple((LayerGroup(block, (i,)),) for i, block in enumerate(spec.blocks))
+        self.runs = repeating_runs(spec.blocks) if stacked else one_by_one
+
+        def make_block(group: LayerGroup) -> Block:
+            if not stacked:
+                return Block(group.block, spec, build)
+            one = lambda rngs: Block(group.block, spec, build._replace(rngs=rngs))  # noqa: E731
+            return nnx.vmap(one, in_axes=(0,), out_axes=0)(rngs.split(len(group.layers)))
+
+        self.blocks = nnx.List([make_block(group) for group in self.groups])
         self.norm = nnx.Param(jnp.ones(spec.width))
         if not spec.tied:
             self.lm_head = nnx.Param(init(rngs.params(), (spec.vocab, spec.width)))
         if spec.per_layer_vocab:
-            self.per_layer = PerLayer(spec, build)
+            self.per_layer = PerLayerInputs(spec, build)
         self.spec, self.dtype, self.stacked, self.mesh = spec, dtype, stacked, mesh
 
-    @staticmethod
-    def _block(group: Group, spec: TargetSpec, build: Build, stacked: bool) -> Block:
-        if not stacked:
-            return Block(group.block, spec, build)
-
-        def one(rngs: nnx.Rngs) -> Block:
-            return Block(group.block, spec, Build(build.dtype, rngs, build.stored, build.mesh))
-
-        return nnx.vmap(one, in_axes=(0,), out_axes=0)(build.rngs.split(len(group.layers)))
-
     @property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The groups of all runs, in the order of `blocks`."""
         return tuple(group for run in self.runs for group in run)
 
-    def head_rows(self) -> jax.Array:
-        """lm_head as rows [V, H]; the embedding where they are tied."""
+    def head_rows(self) -> Float[Array, "V H"]:
+        """The rows of lm_head, which are the embedding's where the two are tied."""
         return self.embed_tokens[...] if self.spec.tied else self.lm_head[...]
 
-    def logits(self, last: jax.Array, head: jax.Array | None = None) -> jax.Array:
-        """float32 logits [..., V] of states that the final norm has seen; `head` stands for `head_rows`."""
+    def logits(self, last: Float[Array, "*B H"], head: Float[Array, "V H"] | None = None) -> Float[Array, "*B V"]:
+        """float32 logits of states after the final norm; `head` replaces `head_rows`."""
         rows = self.head_rows() if head is None else head
-        return self.spec.logits(matmul(last, rows, self.dtype, True))
+        return self.spec.logits(matmul(last, rows, self.dtype, by_rows=True))
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B H"]:
+        """float32 embeddings, multiplied by the family's scale."""
         x = self.embed_tokens[...][tokens].astype(jnp.float32)
         scale = self.spec.embed_scale
         return x * jnp.asarray(scale, self.dtype).astype(jnp.float32) if scale != 1.0 else x
 
-    def final_norm(self, x: jax.Array) -> jax.Array:
+    def final_norm(self, x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+        """The norm between the last layer and lm_head."""
         return rms_norm(x, self.norm[...], self.spec.norm_eps)
 
-    def forward(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, aux_layers: tuple[int, ...]):
-        """Packed rows [B, T] -> (taps [B, T, A, H], last [B, T, H] after the final norm).
+    def forward(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        aux_layers: tuple[int, ...],
+    ) -> tuple[Float[Array, "B T A H"] | None, Float[Array, "B T H"]]:
+        """Runs packed rows; a token attends to the tokens of its own segment up to itself.
 
-        A token sees the tokens of its own segment up to itself.
+        Args:
+          aux_layers: layer boundaries, 0 (embeddings) to L (after the last layer).
+
+        Returns:
+          (float32 residual streams at `aux_layers`, None if there are none; float32 states after the final norm).
         """
         tokens, positions, segments = (by_rows(array, self.mesh) for array in (tokens, positions, segments))
         lengths = None
         if self._needs_lengths():
             same = segments[:, :, None] == segments[:, None, :]
             lengths = jnp.where(same, positions[:, None, :], 0).max(axis=-1) + 1
-        view = View(positions, segments, Sight(positions, positions, segments, segments), lengths)
-        x, aux, _ = self._through_layers(tokens, view, None, aux_layers)
+        mask = AttentionMask(positions, positions, segments, segments)
+        x, aux, _ = self._through_layers(tokens, TokenContext(positions, segments, mask, lengths), None, aux_layers)
         return aux, self.final_norm(x)
 
     def extend(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         cache: Caches,
         aux_layers: tuple[int, ...],
-        count_B: jax.Array | None = None,
-    ):
-        """Tokens [B, T] at their positions, seen after what the cache holds -> (taps, last, cache).
+        count_B: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T A H"] | None, Float[Array, "B T H"], Caches]:
+        """Runs tokens after those of the cache, in which their keys and values are written at `positions`.
 
-        Positions rise by one along a row. Keys and values are written at `positions`; a token sees every cached
-        position up to its own. Positions that were written for tokens since rejected are seen by nobody before they
-        are written anew.
+        A token attends to every cached position up to its own. Positions that hold rejected tokens are overwritten
+        before any token attends to them.
 
         Args:
-          count_B: how many tokens of each row are real, the first ones; None = all. Attention does not need it (what
-            lies behind is overwritten), a recurrent state does.
+          positions: rise by one along each row.
+          count_B: the number of real tokens in each row, which come first; None = all. A recurrent state needs it;
+            attention does not, since whatever follows is overwritten.
+
+        Returns:
+          (as `forward`, as `forward`, the new cache).
         """
-        length = next((c.keys.shape[-3] for c in cache if isinstance(c, Cache)), tokens.shape[1])
+        length = next((c.keys.shape[-3] for c in cache if isinstance(c, KVCache)), tokens.shape[1])
         keys = jnp.broadcast_to(jnp.arange(length), (tokens.shape[0], length))
         lengths = None
         if self._needs_lengths():
-            read = positions[:, 0] + (tokens.shape[1] if count_B is None else count_B)
-            lengths = jnp.broadcast_to(read[:, None], positions.shape)
-        view = View(positions, None, Sight(positions, keys), lengths, count_B)
-        x, aux, cache = self._through_layers(tokens, view, cache, aux_layers)
+            total = positions[:, 0] + (tokens.shape[1] if count_B is None else count_B)
+            lengths = jnp.broadcast_to(total[:, None], positions.shape)
+        context = TokenContext(positions, None, AttentionMask(positions, keys), lengths, count_B)
+        x, aux, cache = self._through_layers(tokens, context, cache, aux_layers)
         return aux, self.final_norm(x), cache
 
     def empty_cache(self, rows: int, length: int, dtype: Any, rollback: int = 0) -> Caches:
-        """Room for `rows` sequences of up to `length` tokens, for each group of layers.
+        """Empty caches of all layer groups, for `rows` sequences of up to `length` tokens.
 
         Args:
-          rollback: by how many tokens a row may go back, as rejected drafts make it do; only recurrent states need to
-            know.
+          rollback: number of tokens by which a row may go back when a draft is rejected; only recurrent states use it.
         """
 
-        def one(group: Group, block: Block) -> Any:
-            empty = block.mixer.empty(rows, length, dtype, rollback)
+        def empty(group: LayerGroup, block: Block) -> Any:
             lead = (len(group.layers),) if self.stacked else ()
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), empty)
+            one = block.mixer.empty(rows, length, dtype, rollback)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), one)
 
-        return tuple(one(group, block) for group, block in zip(self.groups, self.blocks, strict=True))
+        return tuple(empty(group, block) for group, block in zip(self.groups, self.blocks, strict=True))
 
-    def admit(self, cache: Caches, fresh: Caches, places_R: jax.Array) -> Caches:
-        """`cache` with the rows `places_R` replaced by those of `fresh`, which may be shorter; rows out of range are
+    def admit(self, cache: Caches, fresh: Caches, rows_R: Int[Array, " R"]) -> Caches:
+        """Replaces the rows `rows_R` of `cache` by those of `fresh`, which may be shorter; rows out of range are
         dropped."""
         lead = (slice(None),) if self.stacked else ()
 
-        def place(old: Any, new: Any) -> Any:
-            if isinstance(old, Recurrent):
-                return jax.tree.map(lambda a, b: a.at[(*lead, places_R)].set(b, mode="drop"), old, new)
-            width = slice(new.keys.shape[-3])
-            return jax.tree.map(lambda a, b: a.at[(*lead, places_R, width)].set(b, mode="drop"), old, new)
+        def put(old: Any, new: Any) -> Any:
+            slots = () if isinstance(old, RecurrentCache) else (slice(new.keys.shape[-3]),)
+            return jax.tree.map(lambda a, b: a.at[(*lead, rows_R, *slots)].set(b, mode="drop"), old, new)
 
-        return tuple(None if old is None else place(old, new) for old, new in zip(cache, fresh, strict=True))
+        return tuple(None if old is None else put(old, new) for old, new in zip(cache, fresh, strict=True))
 
-    def _through_layers(self, tokens: jax.Array, view: View, cache: Caches | None, aux_layers: tuple[int, ...]):
-        """-> (x after all layers, taps [B, T, A, H], what each group keeps)."""
-        x = self._by_rows(self.embed(tokens), view)
+    def _through_layers(self, tokens: jax.Array, context: TokenContext, cache: Caches | None, aux_layers: tuple):
+        """-> (x after all layers, aux hidden states [B, T, A, H], the new cache of each group)."""
+        x = self._split_by_rows(self.embed(tokens), context)
         extra = self.per_layer(tokens, x) if self.spec.per_layer_vocab else None
         aux, shared = {0: x}, {}
-        kept: list[Any] = []
-        for run, blocks in self._run_blocks():
-            caches = [None] * len(run) if cache is None else list(cache[len(kept) : len(kept) + len(run)])
+        new_caches: list[Any] = []
+        for run in self.runs:
+            groups = slice(len(new_caches), len(new_caches) + len(run))
+            blocks = list(self.blocks)[groups]
+            caches = [None] * len(run) if cache is None else list(cache[groups])
             if self.stacked:
-                x, new = self._scan(run, blocks, x, view, caches, shared, extra, aux_layers, aux)
+                x, new = self._scan(run, blocks, x, context, caches, shared, extra, aux_layers, aux)
             else:
                 number = run[0].layers[0]
                 own = None if extra is None else extra[number]
-                x, one, pair = blocks[0](x, view, caches[0], shared, own)
-                x, new = self._by_rows(x, view), [one]
+                x, one, keys_values = blocks[0](x, context, caches[0], shared, own)
+                x, new = self._split_by_rows(x, context), [one]
                 aux[number + 1] = x
-                if name := getattr(run[0].block.mixer, "keep_as", ""):
-                    shared[name] = pair
-            kept += new
-        found = [aux[tap] for tap in aux_layers]
-        return x, jnp.stack(found, axis=2) if aux_layers else None, tuple(kept)
+                if name := getattr(run[0].block.mixer, "share_kv_as", ""):
+                    shared[name] = keys_values
+            new_caches += new
+        wanted = [aux[layer] for layer in aux_layers]
+        return x, jnp.stack(wanted, axis=2) if aux_layers else None, tuple(new_caches)
 
-    def _by_rows(self, x: jax.Array, view: View) -> jax.Array:
-        """Packed rows stay split by rows: left to itself, the compiler follows the weights' split."""
-        return x if view.segments_BT is None else by_rows(x, self.mesh)
+    def _split_by_rows(self, x: jax.Array, context: TokenContext) -> jax.Array:
+        """Splits packed rows over devices by rows; left to itself, the compiler would split them as the weights are."""
+        return x if context.segments_BT is None else by_rows(x, self.mesh)
 
     def _needs_lengths(self) -> bool:
         ropes = (getattr(block.mixer, "rope", None) for block in self.spec.blocks)
         return any(rope is not None and depends_on_length(rope) for rope in ropes)
 
-    def _run_blocks(self):
-        start = 0
-        for run in self.runs:
-            yield run, list(self.blocks)[start : start + len(run)]
-            start += len(run)
-
-    def _scan(self, run, blocks, x, view, caches, shared, extra, aux_layers, aux):
-        """One run of layers under a scan over its repeats; taps and shared keys and values are put where they go."""
+    def _scan(self, run, blocks, x, context, caches, shared, extra, aux_layers, aux):
+        """Scans over the repeats of one run of layers; adds its aux hidden states to `aux` and its keys and values to
+        `shared`."""
         parts = [nnx.split(block) for block in blocks]
-        inside = [tap for tap in aux_layers if any(tap - 1 in group.layers for group in run)]
-        # A place for each tap inside, and a last one that untapped layers overwrite.
-        room = jnp.zeros((len(inside) + 1, *x.shape), x.dtype)
-        places = [[inside.index(i + 1) if i + 1 in inside else len(inside) for i in group.layers] for group in run]
+        inside = [layer for layer in aux_layers if any(layer - 1 in group.layers for group in run)]
+        # A slot for each aux layer in this run, and a last one that all other layers overwrite.
+        buffer = jnp.zeros((len(inside) + 1, *x.shape), x.dtype)
+        slots = [[inside.index(i + 1) if i + 1 in inside else len(inside) for i in group.layers] for group in run]
         extras = None if extra is None else [extra[jnp.array(group.layers)] for group in run]
         before = dict(shared)
 
         def repeat(carry, inputs):
-            x, room = carry
-            states, place, kept, own = inputs
-            new, pairs = [], {}
+            x, buffer = carry
+            states, slot, cache, own = inputs
+            new, shared_here = [], {}
             for j, (graphdef, _) in enumerate(parts):
                 block = nnx.merge(graphdef, states[j])
-                x, one, pair = block(x, view, kept[j], before | pairs, None if own is None else own[j])
-                x = self._by_rows(x, view)
-                room = jax.lax.dynamic_update_index_in_dim(room, x, place[j], 0)
+                x, one, keys_values = block(x, context, cache[j], before | shared_here, None if own is None else own[j])
+                x = self._split_by_rows(x, context)
+                buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, slot[j], 0)
                 new.append(one)
-                if name := getattr(run[j].block.mixer, "keep_as", ""):
-                    pairs[name] = pair
-            return (x, room), (new, pairs)
+                if name := getattr(run[j].block.mixer, "share_kv_as", ""):
+                    shared_here[name] = keys_values
+            return (x, buffer), (new, shared_here)
 
-        inputs = ([state for _, state in parts], [jnp.array(p, jnp.int32) for p in places], caches, extras)
-        (x, room), (new, pairs) = jax.lax.scan(repeat, (x, room), inputs)
-        aux.update({tap: room[place] for place, tap in enumerate(inside)})
-        shared.update({name: jax.tree.map(lambda a: a[-1], pair) for name, pair in pairs.items()})
+        inputs = ([state for _, state in parts], [jnp.array(s, jnp.int32) for s in slots], caches, extras)
+        (x, buffer), (new, shared_here) = jax.lax.scan(repeat, (x, buffer), inputs)
+        aux.update({layer: buffer[slot] for slot, layer in enumerate(inside)})
+        shared.update({name: jax.tree.map(lambda a: a[-1], pair) for name, pair in shared_here.items()})
         return x, new

@@ -1,4 +1,9 @@
-"""The gated delta rule as a target's layer."""
+"""The gated delta rule, linear attention whose state forgets and corrects itself, as a target's layer.
+
+    S_t = a_t S_{t-1} + k_t (b_t (v_t - (a_t S_{t-1})^T k_t))^T          o_t = S_t^T q_t
+
+Source: Gated Delta Networks (arXiv 2412.06464); the chunked form is the WY representation of its section 3.3.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +13,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jeagle.layers import DeltaInputs, Linear, delta_chunks, delta_steps, rms_norm, unit_norm
-from jeagle.targets.model.build import Build
+from jeagle.layers import Linear, rms_norm
+from jeagle.targets.model.mixer import Axes, BuildOptions, KVCache, TokenContext
 from jeagle.targets.model.spec import DeltaSpec
-from jeagle.targets.model.view import Axes, Cache, View
+
+CHUNK = 64  # tokens
 
 
-class Recurrent(NamedTuple):
-    """What a gated delta layer keeps, at each of the last R + 1 places between tokens: a row can go back up to R.
+class RecurrentCache(NamedTuple):
+    """Cache of a gated delta layer: snapshots after each of the last R + 1 tokens, so that a row can roll back up to R.
 
     Attributes:
-      inputs: [B, R + 1, kernel - 1, D] what the convolution has still to see.
-      states: [B, R + 1, V, K, E].
-      first: [B] int32: how many tokens had been read at the first of these places.
+      inputs: [B, R + 1, kernel - 1, D] the last inputs, which the convolution still needs.
+      states: [B, R + 1, V, K, E] the state of the rule.
+      first: [B] int32 number of tokens that had been read at the first snapshot.
     """
 
     inputs: jax.Array
@@ -29,14 +35,14 @@ class Recurrent(NamedTuple):
 
     @property
     def axes(self) -> tuple[Axes, ...]:
-        """Logical axes of each array, a leading stack axis left out."""
+        """Logical axes of each array, without the leading axis of a stack."""
         return ("rows", None, None, None), ("rows", None, "heads", None, None), ("rows",)
 
 
 class GatedDelta(nnx.Module):
-    """A short causal convolution, then the gated delta rule, then a gated norm."""
+    """A short causal convolution, then the gated delta rule, then a gated norm; Qwen3-Next's linear attention."""
 
-    def __init__(self, spec: DeltaSpec, width: int, eps: float, build: Build):
+    def __init__(self, spec: DeltaSpec, width: int, eps: float, build: BuildOptions):
         keys, values = spec.key_heads * spec.key_dim, spec.value_heads * spec.value_dim
 
         def linear(inputs: int, outputs: int) -> Linear:
@@ -44,7 +50,7 @@ class GatedDelta(nnx.Module):
 
         self.q_proj, self.k_proj = linear(width, keys), linear(width, keys)
         self.v_proj, self.z_proj = linear(width, values), linear(width, values)
-        # Two numbers a head: too few to be worth narrowing.
+        # Two numbers for each head are too few to be worth narrowing.
         self.a_proj = Linear(width, spec.value_heads, build.dtype, build.rngs)
         self.b_proj = Linear(width, spec.value_heads, build.dtype, build.rngs)
         self.conv = nnx.Param(jnp.zeros((2 * keys + values, spec.kernel)))
@@ -53,54 +59,57 @@ class GatedDelta(nnx.Module):
         self.o_proj = linear(values, width)
         self.spec, self.eps, self.dtype = spec, eps, build.dtype
 
-    def __call__(self, x: jax.Array, view: View, kept: Recurrent | None, shared: dict[str, Cache]):
+    def __call__(self, x: jax.Array, context: TokenContext, cache: RecurrentCache | None, shared: dict[str, KVCache]):
+        """Mixes x [B, T, H] over time; see `mixer` for arguments and results."""
         fresh = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
-        if kept is None:
+        if cache is None:
             before = jnp.zeros((x.shape[0], self.spec.kernel - 1, fresh.shape[-1]), fresh.dtype)
-            segments = jnp.ones(x.shape[:2], jnp.int32) if view.segments_BT is None else view.segments_BT
-            mixed, _ = delta_chunks(self._inputs(x, self._convolved(before, fresh, segments)), segments)
+            inputs = self._inputs(x, self._convolved(before, fresh, context.segments_BT))
+            mixed, _ = delta_chunks(inputs, context.segments_BT)
         else:
-            mixed, kept = self._onward(x, fresh, view, kept)
+            mixed, cache = self._continued(x, fresh, context, cache)
         z = self.z_proj(x).reshape(mixed.shape)
         mixed = rms_norm(mixed, self.norm[...], self.eps) * jax.nn.silu(z)
-        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), kept, None
+        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache, None
 
-    def _onward(self, x: jax.Array, fresh: jax.Array, view: View, kept: Recurrent) -> tuple[jax.Array, Recurrent]:
-        """From the kept place at which each row's first token stands."""
+    def _continued(
+        self, x: jax.Array, fresh: jax.Array, context: TokenContext, cache: RecurrentCache
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """Goes on from the snapshot that each row's first token follows -> (outputs, new cache)."""
         batch, length = x.shape[:2]
-        places = kept.states.shape[1]  # R + 1
-        count = jnp.full(batch, length) if view.count_B is None else view.count_B
-        start = view.positions_BT[:, 0]
-        rows, place = jnp.arange(batch), jnp.clip(start - kept.first, 0, places - 1)
-        before, state = kept.inputs[rows, place], kept.states[rows, place]
+        snapshots = cache.states.shape[1]  # R + 1
+        count = jnp.full(batch, length) if context.count_B is None else context.count_B
+        start = context.positions_BT[:, 0]
+        rows, snapshot = jnp.arange(batch), jnp.clip(start - cache.first, 0, snapshots - 1)
+        before, state = cache.inputs[rows, snapshot], cache.states[rows, snapshot]
         real = jnp.arange(length) < count[:, None]
         inputs = self._inputs(x, self._convolved(before, fresh, jnp.ones((batch, length), jnp.int32)))
-        # A token that is not real neither decays nor writes.
+        # A padding token neither decays nor writes.
         inputs = inputs._replace(
             log_decay=jnp.where(real[..., None], inputs.log_decay, 0.0),
             beta=jnp.where(real[..., None], inputs.beta, 0.0),
         )
-        if length < places:
+        if length < snapshots:
             mixed, after = delta_steps(inputs, state)
-            states = jnp.concatenate([jnp.repeat(state[:, None], places - length, axis=1), after], axis=1)
+            states = jnp.concatenate([jnp.repeat(state[:, None], snapshots - length, axis=1), after], axis=1)
         else:
             mixed, last = delta_chunks(inputs, jnp.ones((batch, length), jnp.int32), state)
-            states = jnp.repeat(last[:, None], places, axis=1)
+            states = jnp.repeat(last[:, None], snapshots, axis=1)
         history = jnp.concatenate([before, fresh.astype(before.dtype)], axis=1)
-        ends = count[:, None] - jnp.arange(places)[::-1]  # tokens of this call read at each place
+        ends = count[:, None] - jnp.arange(snapshots)[::-1]  # tokens of this call that each snapshot has read
         window = jnp.maximum(ends, 0)[..., None] + jnp.arange(self.spec.kernel - 1)
-        return mixed, Recurrent(history[rows[:, None, None], window], states, start + count - places + 1)
+        return mixed, RecurrentCache(history[rows[:, None, None], window], states, start + count - snapshots + 1)
 
     def _convolved(self, before: jax.Array, fresh: jax.Array, segments: jax.Array) -> jax.Array:
-        """silu of each channel's weighted sum of its last `kernel` inputs, those of its own document."""
+        """silu of each channel's weighted sum of its last `kernel` inputs of the same document, [B, T, D]."""
         kernel, length = self.spec.kernel, fresh.shape[1]
         history = jnp.concatenate([before.astype(fresh.dtype), fresh], axis=1)
         documents = jnp.pad(segments, ((0, 0), (kernel - 1, 0)), mode="edge")
         total = jnp.zeros_like(fresh)
         for back in range(kernel):
-            places = slice(kernel - 1 - back, kernel - 1 - back + length)
-            same = (documents[:, places] == segments)[..., None]
-            total = total + jnp.where(same, history[:, places], 0.0) * self.conv[...][:, kernel - 1 - back]
+            window = slice(kernel - 1 - back, kernel - 1 - back + length)
+            same = (documents[:, window] == segments)[..., None]
+            total = total + jnp.where(same, history[:, window], 0.0) * self.conv[...][:, kernel - 1 - back]
         return jax.nn.silu(total)
 
     def _inputs(self, x: jax.Array, convolved: jax.Array) -> DeltaInputs:
@@ -110,16 +119,121 @@ class GatedDelta(nnx.Module):
         shared = spec.value_heads // spec.key_heads
 
         def heads(x: jax.Array) -> jax.Array:
-            return jnp.repeat(unit_norm(x.reshape(*lead, spec.key_heads, spec.key_dim)), shared, axis=2)
+            return jnp.repeat(_unit_norm(x.reshape(*lead, spec.key_heads, spec.key_dim)), shared, axis=2)
 
         log_decay = -jnp.exp(self.a_log[...]) * jax.nn.softplus(self.a_proj(x) + self.dt_bias[...])
         values = values.reshape(*lead, spec.value_heads, spec.value_dim)
         beta = jax.nn.sigmoid(self.b_proj(x))
         return DeltaInputs(heads(queries) * spec.key_dim**-0.5, heads(key), values, log_decay, beta)
 
-    def empty(self, rows: int, length: int, dtype: Any, rollback: int) -> Recurrent:
+    def empty(self, rows: int, length: int, dtype: Any, rollback: int) -> RecurrentCache:
+        """An empty cache for `rows` sequences that may roll back by up to `rollback` tokens."""
         spec = self.spec
         channels = 2 * spec.key_heads * spec.key_dim + spec.value_heads * spec.value_dim
         inputs = jnp.zeros((rows, rollback + 1, spec.kernel - 1, channels), dtype)
         states = jnp.zeros((rows, rollback + 1, spec.value_heads, spec.key_dim, spec.value_dim), jnp.float32)
-        return Recurrent(inputs, states, jnp.full(rows, -rollback, jnp.int32))
+        return RecurrentCache(inputs, states, jnp.full(rows, -rollback, jnp.int32))
+
+
+def _unit_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(sum(x^2) + eps) over the last axis, in float32 or better."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)
+
+
+class DeltaInputs(NamedTuple):
+    """Inputs of the rule for each token and value head.
+
+    Attributes:
+      queries, keys: [B, T, V, K]. values: [B, T, V, E].
+      log_decay: log a <= 0, [B, T, V]. beta: b, [B, T, V].
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    log_decay: jax.Array
+    beta: jax.Array
+
+
+def delta_steps(inputs: DeltaInputs, state_BVKE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Applies the rule token by token, which is fast for a few tokens.
+
+    Args:
+      state_BVKE: the state before the first token.
+
+    Returns:
+      (outputs [B, T, V, E], the state after each token [B, T, V, K, E]).
+    """
+
+    def one(state: jax.Array, token: DeltaInputs) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        state = state * jnp.exp(token.log_decay)[..., None, None]
+        recalled = jnp.einsum("bvke,bvk->bve", state, token.keys)
+        change = (token.values - recalled) * token.beta[..., None]
+        state = state + token.keys[..., None] * change[..., None, :]
+        return state, (jnp.einsum("bvke,bvk->bve", state, token.queries), state)
+
+    by_time = DeltaInputs(*(jnp.moveaxis(x, 1, 0) for x in inputs))
+    _, (outputs, states) = jax.lax.scan(one, state_BVKE, by_time)
+    return jnp.moveaxis(outputs, 0, 1), jnp.moveaxis(states, 0, 1)
+
+
+def delta_chunks(
+    inputs: DeltaInputs, segments_BT: jax.Array, state_BVKE: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Applies the rule in chunks of `CHUNK` tokens.
+
+    Args:
+      segments_BT: document of each token. Each document starts from an empty state.
+      state_BVKE: the state that the first document of each row starts from instead; None = an empty one.
+
+    Returns:
+      (outputs [B, T, V, E], the state after the last token [B, V, K, E]).
+    """
+    batch, length, heads, key_dim = inputs.keys.shape
+    padding = -length % CHUNK
+    chunks = (length + padding) // CHUNK
+    # Padding belongs to the last document and neither decays nor writes, so that the state stays as it is.
+    segments = jnp.pad(segments_BT, ((0, 0), (0, padding)), mode="edge")
+    padded = DeltaInputs(*(jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in inputs))
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(batch, chunks, CHUNK, *x.shape[2:]), 1, 0)
+
+    empty = jnp.zeros((batch, heads, key_dim, inputs.values.shape[-1]), jnp.float32)
+    start = empty if state_BVKE is None else state_BVKE
+
+    def one(carry: tuple[jax.Array, jax.Array], parts: tuple[DeltaInputs, jax.Array]):
+        state, last = carry
+        outputs, state = _chunk(parts[0], parts[1], state, last)
+        return (state, parts[1][:, -1]), outputs
+
+    carry, outputs = jax.lax.scan(one, (start, segments[:, 0]), (jax.tree.map(split, padded), split(segments)))
+    joined = jnp.moveaxis(outputs, 0, 1).reshape(batch, chunks * CHUNK, heads, -1)
+    return joined[:, :length], carry[0]
+
+
+def _chunk(
+    inputs: DeltaInputs, segments_BC: jax.Array, state: jax.Array, last_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Applies the rule to one chunk -> (outputs [B, C, V, E], the state after it); `last_B` is the state's document."""
+    queries, keys, values, log_decay, beta = (jnp.moveaxis(x, 2, 1) for x in inputs)  # [B, V, C, ...]
+    total = jnp.cumsum(log_decay, axis=-1)
+    same = (segments_BC[:, :, None] == segments_BC[:, None, :])[:, None]
+    since = jnp.exp(jnp.where(same, total[..., :, None] - total[..., None, :], -jnp.inf))
+    # The carried state belongs to the last document of the chunk before; the other documents start from an empty one.
+    from_start = jnp.where((segments_BC == last_B[:, None])[:, None], jnp.exp(total), 0.0)
+    lower = jnp.tril(jnp.ones(since.shape[-2:], bool))
+    overlap = jnp.einsum("bvik,bvjk->bvij", keys, keys)
+    system = jnp.where(jnp.tril(lower, -1), overlap * jnp.where(lower, since, 0.0), 0.0) * beta[..., None]
+    system = system + jnp.eye(system.shape[-1])
+    recalled = jnp.einsum("bvik,bvke->bvie", keys, state) * from_start[..., None]
+    change = jax.lax.linalg.triangular_solve(
+        system, (values - recalled) * beta[..., None], left_side=True, lower=True, unit_diagonal=True
+    )
+    attention = jnp.einsum("bvik,bvjk->bvij", queries, keys) * jnp.where(lower, since, 0.0)
+    outputs = jnp.einsum("bvik,bvke->bvie", queries, state) * from_start[..., None]
+    outputs = outputs + jnp.einsum("bvij,bvje->bvie", attention, change)
+    state = state * from_start[..., -1, None, None]
+    state = state + jnp.einsum("bvjk,bvje->bvke", keys * since[..., -1, :, None], change)
+    return jnp.moveaxis(outputs, 1, 2), state

@@ -1,35 +1,211 @@
-"""Batched generation with a KV cache; a finished row is replaced by a waiting prompt."""
+"""Batched generation with a KV cache, greedy or sampled; a finished row is replaced by a waiting prompt."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jeagle.errors import UserError
-from jeagle.runtime.mesh import row_parts
+from jeagle.runtime.mesh import replicated, row_parts
+from jeagle.runtime.xla_workarounds import argmax_by_blocks
 from jeagle.targets.checkpoint.load import Target
-from jeagle.targets.model.generation_rows import Prompts, decode, empty_rows, prefill
-from jeagle.targets.model.sampling import Sampling
+from jeagle.targets.model.mixer import cache_shardings
 
 STEPS_BETWEEN_ADMISSIONS = 8
 ADMITTED_AT_ONCE = 8
-PROMPT_BUCKET = 64
+PROMPT_BUCKET = 64  # prompts are padded to a multiple of so many tokens
 
 Stops = Callable[[np.ndarray], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """What the target said: `index` of the prompt, ids with the end token if there is one, and why it ended."""
+class Sampling:
+    """How a token is chosen from its distribution.
+
+    Attributes:
+      temperature: logits are divided by it; 0 = the most likely token, whatever the other fields say.
+      top_p: only the fewest most likely tokens whose probabilities, at this temperature, sum to at least `top_p`;
+        1 = all.
+      top_k: only the `top_k` most likely tokens, applied before `top_p`; 0 = all.
+
+    Raises:
+      UserError: for a value that is out of range.
+
+    Source: nucleus sampling, Holtzman et al. (arXiv 1904.09751), for top_p.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UserError(f"The temperature is {self.temperature}; it must be 0 (the most likely token) or above.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it is a share, above 0 and up to 1.")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all.")
+
+
+def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
+    """Chooses one token for each row, int32; the randomness of row b comes from keys_B[b] alone.
+
+    Gumbel noise is added to the logit of each token id, so that logits which differ by rounding give the same token
+    unless two tokens were nearly equal.
+    """
+    if sampling.temperature == 0:
+        return argmax_by_blocks(logits_BV).astype(jnp.int32)
+    scaled_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / sampling.temperature
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(keys_B)
+    allowed_BV = eligible_tokens(scaled_BV, sampling.top_p, sampling.top_k)
+    return argmax_by_blocks(jnp.where(allowed_BV, scaled_BV + noise_BV, -jnp.inf)).astype(jnp.int32)
+
+
+def eligible_tokens(logits_BV: Float[Array, "B V"], top_p: float, top_k: int) -> Bool[Array, "B V"]:
+    """Whether a token is among those that `top_k` and then `top_p` leave; of equal logits the lower id comes first."""
+    rows, vocab = logits_BV.shape
+    top_k = min(top_k or vocab, vocab)
+    if top_k == vocab and top_p == 1:
+        return jnp.ones((rows, vocab), bool)
+    ranked_BK, ids_BK = jax.lax.top_k(logits_BV, top_k)
+    probabilities_BK = jax.nn.softmax(ranked_BK, axis=-1)
+    before_BK = jnp.cumsum(probabilities_BK, axis=-1) - probabilities_BK
+    within_BK = before_BK < top_p if top_p < 1 else jnp.ones_like(before_BK, bool)
+    return jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], ids_BK].set(within_BK)
+
+
+class GenerationState(NamedTuple):
+    """State of B rows on the device: the cache is split over the mesh, everything else is replicated.
+
+    Attributes:
+      last_B: the token that each row reads next. position_B: its position.
+      left_B: number of tokens that the row may still write; 0 = idle.
+      written_BS: the tokens written so far, `count_B` of each row.
+      number_B: number of the row's prompt, which its randomness follows from.
+    """
+
+    cache: Any
+    last_B: jax.Array
+    position_B: jax.Array
+    left_B: jax.Array
+    written_BS: jax.Array
+    count_B: jax.Array
+    number_B: jax.Array
+
+
+class Prompts(NamedTuple):
+    """R prompts of up to P tokens to prefill, with the rows that they go to; a row out of range marks padding."""
+
+    tokens_RP: np.ndarray
+    lengths_R: np.ndarray
+    rows_R: np.ndarray
+    limits_R: np.ndarray
+    numbers_R: np.ndarray
+
+
+def _constrained(state: GenerationState, mesh: Mesh | None) -> GenerationState:
+    """The state with its shardings on the mesh, inside jit."""
+    if mesh is None:
+        return state
+    shardings = GenerationState(cache_shardings(state.cache, mesh), *[replicated(mesh)] * (len(state) - 1))
+    return jax.lax.with_sharding_constraint(state, shardings)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "batch", "length", "room"))
+def idle_rows(graphdef: Any, params: Any, mesh: Mesh | None, batch: int, length: int, room: int) -> GenerationState:
+    """The state of `batch` idle rows, with caches of `length` tokens and room for `room` written ones."""
+    cache = nnx.merge(graphdef, params).empty_cache(batch, length, jnp.float32)
+    zeros = jnp.zeros(batch, jnp.int32)
+    written = jnp.zeros((batch, room), jnp.int32)
+    return _constrained(GenerationState(cache, zeros, zeros, zeros, written, zeros, zeros.astype(jnp.uint32)), mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames=("state",))
+def prefill(
+    graphdef: Any, params: Any, state: GenerationState, prompts: Prompts, *, mesh: Mesh | None
+) -> GenerationState:
+    """Reads prompts into their rows, except for the last token of each, which the next decoding step reads."""
+    model = nnx.merge(graphdef, params)
+    tokens_RP, last_R = prompts.tokens_RP, prompts.lengths_R - 1
+    positions = jnp.broadcast_to(jnp.arange(tokens_RP.shape[1]), tokens_RP.shape)
+    empty = model.empty_cache(*tokens_RP.shape, jnp.float32)
+    _, _, fresh = model.extend(tokens_RP, positions, empty, (), last_R)
+
+    def put(array: jax.Array, values: Any) -> jax.Array:
+        return array.at[prompts.rows_R].set(values, mode="drop")
+
+    filled = GenerationState(
+        cache=model.admit(state.cache, fresh, prompts.rows_R),
+        last_B=put(state.last_B, jnp.take_along_axis(tokens_RP, last_R[:, None], axis=1)[:, 0]),
+        position_B=put(state.position_B, last_R),
+        left_B=put(state.left_B, prompts.limits_R),
+        written_BS=put(state.written_BS, 0),
+        count_B=put(state.count_B, 0),
+        number_B=put(state.number_B, prompts.numbers_R),
+    )
+    return _constrained(filled, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "sampling", "steps"), donate_argnames=("state",))
+def decode_steps(
+    graphdef: Any,
+    params: Any,
+    state: GenerationState,
+    ends: jax.Array,
+    key: jax.Array,
+    *,
+    mesh: Mesh | None,
+    sampling: Sampling,
+    steps: int,
+) -> GenerationState:
+    """Lets every busy row write up to `steps` tokens; a row becomes idle after one of `ends` or at its limit."""
+    model = nnx.merge(graphdef, params)
+
+    def one_step(state: GenerationState, _: None) -> tuple[GenerationState, None]:
+        _, last, cache = model.extend(state.last_B[:, None], state.position_B[:, None], state.cache, ())
+        keys_B = jax.vmap(lambda number, count: jax.random.fold_in(jax.random.fold_in(key, number), count))(
+            state.number_B, state.count_B
+        )
+        token_B = sample_tokens(model.logits(last[:, 0]), keys_B, sampling)
+        busy_B = state.left_B > 0
+        ended_B = (token_B[:, None] == ends).any(axis=1)
+        slot_B = jnp.where(busy_B, state.count_B, state.written_BS.shape[1] - 1)  # idle rows write to a spare slot
+        return GenerationState(
+            cache=cache,
+            last_B=jnp.where(busy_B, token_B, state.last_B),
+            position_B=state.position_B + busy_B,
+            left_B=jnp.where(ended_B, 0, jnp.maximum(state.left_B - 1, 0)),
+            written_BS=state.written_BS.at[jnp.arange(token_B.shape[0]), slot_B].set(token_B),
+            count_B=state.count_B + busy_B,
+            number_B=state.number_B,
+        ), None
+
+    return _constrained(jax.lax.scan(one_step, state, None, length=steps)[0], mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedAnswer:
+    """The target's answer to a prompt.
+
+    Attributes:
+      index: of the prompt.
+      tokens: int32 ids, with the end token if there is one.
+      finish_reason: "stop" after an end token or stop text, "length" at the limit.
+    """
 
     index: int
     tokens: np.ndarray
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str
 
 
 def generate(
@@ -43,30 +219,24 @@ def generate(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     stops: Stops | None = None,
-) -> Iterator[Answer]:
-    """Answers to `prompts` (int32 [n] each), in the order in which they finish.
+) -> Iterator[GeneratedAnswer]:
+    """Generates answers to `prompts` (int32 [n] each), in the order in which they finish.
 
-    An answer follows from its prompt, the seed and the prompt's number: not from the batch, its neighbours or the
-    order. What remains of them is rounding, since XLA sums in an order that depends on shapes.
+    An answer follows from its prompt, the seed and the prompt's number, and not from the batch or the order, except for
+    rounding: XLA sums in an order that depends on shapes.
 
     Args:
-      max_new_tokens: of every answer, or of each.
-      batch: rows side by side; rounded up to what the mesh splits rows into.
-      sampling: greedy where None.
-      numbers: of the prompts, below 2**32; their indices where None.
-      stops: tokens written so far -> how many of them the answer keeps if it ends there, else None.
+      max_new_tokens: limit of every answer, or one limit for each.
+      batch: number of rows that are decoded together; rounded up to a multiple of what the mesh splits rows into.
+      sampling: None = greedy.
+      numbers: a number below 2**32 for each prompt; None = their indices.
+      stops: maps the tokens written so far to how many of them the answer keeps if it ends there, or to None.
 
     Raises:
-      UserError: for an empty prompt, a limit below 1, or what leaves no room within the target's longest sequence.
+      UserError: for an empty prompt, a limit below 1, or a prompt that exceeds the target's longest sequence together
+        with its limit.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    _check(target, prompts, limits)
-    numbers = range(len(prompts)) if numbers is None else numbers
-    how = sampling or Sampling()
-    yield from _Generation(target, prompts, limits, numbers, tuple(end_token_ids), batch, how, seed).run(stops)
-
-
-def _check(target: Target, prompts: Sequence[np.ndarray], limits: list[int]) -> None:
     if any(len(p) == 0 for p in prompts):
         raise UserError("A prompt has no tokens: check the chat template and the file of prompts.")
     if any(limit < 1 for limit in limits):
@@ -77,10 +247,13 @@ def _check(target: Target, prompts: Sequence[np.ndarray], limits: list[int]) -> 
                 f"A prompt of {len(prompt)} tokens and {limit} new ones exceed the target's longest sequence, "
                 f"{target.spec.max_positions}: shorten the prompts or lower the number of new tokens."
             )
+    numbers = range(len(prompts)) if numbers is None else numbers
+    sampling = sampling or Sampling()
+    yield from _Generation(target, prompts, limits, numbers, tuple(end_token_ids), batch, sampling, seed).run(stops)
 
 
 class _Generation:
-    """Host side: which prompt sits in which row."""
+    """The host's part: it decides which prompt sits in which row."""
 
     def __init__(self, target, prompts, limits, numbers, ends, batch, sampling, seed):
         self.target, self.prompts, self.limits, self.numbers = target, prompts, limits, numbers
@@ -88,20 +261,20 @@ class _Generation:
         self.ends, self.key = jnp.array(ends, jnp.int32), jax.random.key(seed)
         parts = row_parts(self.mesh) if self.mesh is not None else 1
         self.batch, self.admitted = (-(-rows // parts) * parts for rows in (batch, ADMITTED_AT_ONCE))
-        # Longest prompts first: what finishes last is then short.
+        # The longest prompts come first, so that the last rows to finish are short ones.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         self.in_row: list[int | None] = [None] * self.batch
         bucket = -(-max(map(len, prompts), default=0) // PROMPT_BUCKET) * PROMPT_BUCKET
         room = max(limits, default=0) + 1
-        self.rows = empty_rows(target.graphdef, target.state, self.mesh, self.batch, bucket + room, room)
+        self.state = idle_rows(target.graphdef, target.state, self.mesh, self.batch, bucket + room, room)
 
-    def run(self, stops: Stops | None) -> Iterator[Answer]:
+    def run(self, stops: Stops | None) -> Iterator[GeneratedAnswer]:
         while self.waiting or any(i is not None for i in self.in_row):
             self._admit()
-            self.rows = decode(
+            self.state = decode_steps(
                 self.target.graphdef,
                 self.target.state,
-                self.rows,
+                self.state,
                 self.ends,
                 self.key,
                 mesh=self.mesh,
@@ -111,40 +284,40 @@ class _Generation:
             yield from self._finished(stops)
 
     def _admit(self) -> None:
+        """Prefills waiting prompts into idle rows."""
         idle = [row for row, index in enumerate(self.in_row) if index is None]
         while idle and self.waiting:
             rows = [idle.pop(0) for _ in range(min(self.admitted, len(idle), len(self.waiting)))]
             indices = [self.waiting.popleft() for _ in rows]
             for row, index in zip(rows, indices, strict=True):
                 self.in_row[row] = index
-            self.rows = prefill(
-                self.target.graphdef, self.target.state, self.rows, self._padded(rows, indices), mesh=self.mesh
-            )
+            prompts = self._padded(rows, indices)
+            self.state = prefill(self.target.graphdef, self.target.state, self.state, prompts, mesh=self.mesh)
 
     def _padded(self, rows: list[int], indices: list[int]) -> Prompts:
         longest = max(len(self.prompts[i]) for i in indices)
         tokens = np.zeros((self.admitted, -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET), np.int32)
         lengths, limits = np.ones(self.admitted, np.int32), np.zeros(self.admitted, np.int32)
-        places, numbers = np.full(self.admitted, self.batch, np.int32), np.zeros(self.admitted, np.uint32)
+        rows_R, numbers = np.full(self.admitted, self.batch, np.int32), np.zeros(self.admitted, np.uint32)
         for slot, (row, index) in enumerate(zip(rows, indices, strict=True)):
             prompt = self.prompts[index]
             tokens[slot, : len(prompt)], lengths[slot] = prompt, len(prompt)
-            places[slot], limits[slot], numbers[slot] = row, self.limits[index], self.numbers[index]
-        return Prompts(tokens, lengths, places, limits, numbers)
+            rows_R[slot], limits[slot], numbers[slot] = row, self.limits[index], self.numbers[index]
+        return Prompts(tokens, lengths, rows_R, limits, numbers)
 
-    def _finished(self, stops: Stops | None) -> Iterator[Answer]:
-        left, count = np.asarray(self.rows.left_B), np.asarray(self.rows.count_B)
+    def _finished(self, stops: Stops | None) -> Iterator[GeneratedAnswer]:
+        left, count = np.asarray(self.state.left_B), np.asarray(self.state.count_B)
         busy = [row for row, index in enumerate(self.in_row) if index is not None and (stops or left[row] == 0)]
         if not busy:
             return
-        written, ends = np.asarray(self.rows.written_BS), np.asarray(self.ends)
+        written, ends = np.asarray(self.state.written_BS), np.asarray(self.ends)
         for row in busy:
             tokens = written[row, : count[row]].copy()
-            kept = stops(tokens) if stops else None
-            if kept is None and left[row] > 0:
+            length = stops(tokens) if stops else None
+            if length is None and left[row] > 0:
                 continue
-            # A row that was stopped here goes on idly until the next prompt takes its place.
+            # A row that stops here stays busy on the device until the next prompt takes its place.
             index, self.in_row[row] = self.in_row[row], None
             assert index is not None
-            stopped = kept is not None or tokens[-1] in ends
-            yield Answer(index, tokens[:kept], "stop" if stopped else "length")
+            stopped = length is not None or tokens[-1] in ends
+            yield GeneratedAnswer(index, tokens[:length], "stop" if stopped else "length")

@@ -1,12 +1,13 @@
-"""Checkpoints that were published quantised, shown as the unquantised ones that they stand for.
+"""Checkpoints that were published quantised, read as the unquantised checkpoints that they represent.
 
-Weights come out as numbers in float32 or bfloat16. Activations are not quantised: where a server rounds them to fp8
-too, its numbers differ from these by that rounding.
+Weights are float32 or bfloat16 numbers. Activations are not quantised; where a server rounds them to fp8 as well, its
+numbers differ from these by that rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,31 @@ import ml_dtypes
 import numpy as np
 
 from jeagle.errors import UserError
-from jeagle.targets.quantised.mxfp4 import experts
-from jeagle.targets.quantised.scaled import scaled
-from jeagle.targets.quantised.storage import StoredArray
-from jeagle.targets.quantised.views import View
+from jeagle.targets.quantised.views import Index, StoredArray, Swapped, View, full_index
 
 Arrays = Mapping[str, StoredArray]
 _FP8 = {np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)}
 _ONE_BYTE = _FP8 | {np.dtype(np.int8)}
-# Scales of activations and of the cache that a server would quantise.
+# Scales for activations and for a KV cache, which are not quantised here.
 _OF_ACTIVATIONS = ("input_scale", "input_scale_ub", "activation_scale", "output_scale", "q_scale", "k_scale", "v_scale")
-# What stands beside weights that are packed or reordered in ways that are not undone here.
+# Tensors of methods that pack or reorder weights in ways that are not supported.
 _PACKED = ("weight_packed", "qweight", "weight_g_idx", "weight_zero_point", "weight_scale_2", "weight_global_scale")
 _COMPRESSED = {"float-quantized", "naive-quantized", "int-quantized"}
+_MXFP4_VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+_MXFP4_VALUES = np.concatenate([_MXFP4_VALUES, -_MXFP4_VALUES])
+_MXFP4_BYTES, _MXFP4_GROUP, _MXFP4_BIAS = 16, 32, 127
 
 
 def dequantised(arrays: Arrays, quantisation: Mapping[str, Any] | None, folder: Path) -> dict[str, View]:
-    """Name -> view, by the names of an unquantised checkpoint.
+    """Returns the views of an unquantised checkpoint, by the names of its tensors.
 
     Args:
-      quantisation: config.json's quantization_config, None if it has none.
+      arrays: the tensors in the checkpoint's files.
+      quantisation: quantization_config of config.json; None if it has none.
       folder: the checkpoint, for messages.
 
     Raises:
-      UserError: for a method that is not supported, naming it, or tensors that do not fit together.
+      UserError: for a method that is not supported, and for tensors that do not fit together.
     """
     if quantisation is None:
         loose = sorted(name for name, array in arrays.items() if array.dtype in _FP8)
@@ -54,15 +56,10 @@ def dequantised(arrays: Arrays, quantisation: Mapping[str, Any] | None, folder: 
             f"{', '.join(METHODS)}): give the original bfloat16 model, or a GGUF."
         )
     views = METHODS[method](arrays, quantisation, folder)
-    _refuse_packed(views, method, folder)
-    return views
-
-
-def _refuse_packed(views: Mapping[str, View], method: str, folder: Path) -> None:
     for name, view in sorted(views.items()):
         if name.endswith(_PACKED):
             raise UserError(
-                f"The target {folder} is quantised ({method}), and its tensor {name} lies in a way that is not "
+                f"The target {folder} is quantised ({method}), and its tensor {name} has a layout that is not "
                 "supported: give the original bfloat16 model, or a GGUF."
             )
         if view.dtype in _ONE_BYTE:
@@ -70,30 +67,27 @@ def _refuse_packed(views: Mapping[str, View], method: str, folder: Path) -> None
                 f"The target {folder} is quantised ({method}), and its tensor {name} of {view.dtype} has no scales "
                 "beside it: is its download complete?"
             )
+    return views
 
 
 def _scaled_weights(arrays: Arrays, block: tuple[int, int] | None) -> dict[str, View]:
-    """Every array of one byte a number that has scales, times them; the scales themselves fall away."""
+    """Multiplies every array of one-byte numbers by its scales; the scales themselves are not among the views."""
     views: dict[str, View] = {name: array for name, array in arrays.items() if not name.endswith(_OF_ACTIVATIONS)}
     for name, array in arrays.items():
-        found = next((name + end for end in ("_scale_inv", "_scale") if name + end in arrays), None)
-        if found and array.dtype in _ONE_BYTE and len(array.shape) > 1:
-            views[name] = scaled(array, arrays[found], block)
-            del views[found]
+        scales = next((name + end for end in ("_scale_inv", "_scale") if name + end in arrays), None)
+        if scales and array.dtype in _ONE_BYTE and len(array.shape) > 1:
+            views[name] = scaled(array, arrays[scales], block)
+            del views[scales]
     return views
 
 
 def _fine_grained(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dict[str, View]:
-    """DeepSeek's: `weight` with `weight_scale_inv` for each block of weight_block_size, or one for the whole."""
+    """DeepSeek's method: `weight_scale_inv` has a scale for each block of weight_block_size, or one for the weight."""
     return _scaled_weights(arrays, _pair(quantisation.get("weight_block_size")))
 
 
-def _by_row(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dict[str, View]:
-    return _scaled_weights(arrays, None)
-
-
 def _compressed_tensors(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dict[str, View]:
-    """vLLM's: eight bits, symmetric, with `weight_scale` for the whole, each row, or each block."""
+    """vLLM's method: eight symmetric bits, with a `weight_scale` for the weight, for each row, or for each block."""
     groups = list((quantisation.get("config_groups") or {}).values())
     blocks = {_pair((group.get("weights") or {}).get("block_structure")) for group in groups}
     sparsity = (quantisation.get("sparsity_config") or {}).get("format", "dense")
@@ -114,7 +108,7 @@ def _compressed_tensors(arrays: Arrays, quantisation: Mapping[str, Any], folder:
 
 
 def _modelopt(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dict[str, View]:
-    """NVIDIA's: of its algorithms only FP8, with one `weight_scale` for a whole weight."""
+    """NVIDIA's method, of which only the algorithm FP8 is supported: one `weight_scale` for each weight."""
     algorithm = quantisation.get("quant_algo")
     if algorithm != "FP8":
         raise UserError(
@@ -125,15 +119,16 @@ def _modelopt(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> 
 
 
 def _mxfp4(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dict[str, View]:
-    """gpt-oss: `X_blocks` and `X_scales` for X."""
+    """gpt-oss's method: the tensor X is stored as `X_blocks` and `X_scales`."""
     views: dict[str, View] = dict(arrays)
     for name in arrays:
         if name.endswith("_blocks"):
-            whole = name.removesuffix("_blocks")
-            if whole + "_scales" not in arrays:
-                raise UserError(f"The target {folder} has the tensor {name}, but no {whole}_scales: download it again.")
-            views[whole] = experts(arrays[name], arrays[whole + "_scales"])
-            del views[name], views[whole + "_scales"]
+            weight = name.removesuffix("_blocks")
+            scales = weight + "_scales"
+            if scales not in arrays:
+                raise UserError(f"The target {folder} has the tensor {name}, but no {scales}: download it again.")
+            views[weight] = mxfp4_experts(arrays[name], arrays[scales])
+            del views[name], views[scales]
     return views
 
 
@@ -141,9 +136,115 @@ def _pair(size: Any) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if size else None
 
 
+@dataclass(frozen=True)
+class ScaledWeights:
+    """A view of a matrix, or a stack of matrices, multiplied by the scale of each of its blocks; float32.
+
+    Attributes:
+      values: [..., out, in], fp8 or int8.
+      scales: one for each block.
+      grid: shape of the scales, [..., ceil(out / rows), ceil(in / columns)]; leading axes may be 1.
+      block: (rows, columns) of a block; blocks at the far edges may be smaller.
+    """
+
+    values: StoredArray
+    scales: StoredArray
+    grid: tuple[int, ...]
+    block: tuple[int, int]
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def read(self, index: Index) -> np.ndarray:
+        rows, columns = index[-2:]
+        high, wide = self.block
+        product = self.values.read(index).astype(np.float32)
+        stored = self.scales.read(full_index(None, self.scales.shape))  # all of them, since they are few
+        if stored.dtype == np.uint8:  # exponents of two, plus 127
+            stored = stored.view(ml_dtypes.float8_e8m0fnu)
+        stored = stored.astype(np.float32).reshape(self.grid)
+        stored = np.broadcast_to(stored, (*self.shape[:-2], *self.grid[-2:]))[index[:-2]]
+        scales = np.take(stored, np.arange(rows.start, rows.stop) // high, axis=-2)
+        for number in range(columns.start // wide, -(-columns.stop // wide)):  # block by block, without a second array
+            start, stop = max(number * wide, columns.start), min((number + 1) * wide, columns.stop)
+            product[..., start - columns.start : stop - columns.start] *= scales[..., number : number + 1]
+        return product
+
+
+def scaled(values: StoredArray, scales: StoredArray, block: tuple[int, int] | None) -> ScaledWeights:
+    """Returns values with their scales, of which there is one for each block of the stated size, one a row, or one.
+
+    Raises:
+      UserError: where the shape of the scales is none of these.
+    """
+    *lead, rows, columns = values.shape
+    sizes = [(1, columns), (rows, columns)]
+    for size in [block, *sizes] if block else sizes:
+        blocks = (-(-rows // size[0]), -(-columns // size[1]))
+        for grid in ((*lead, *blocks), (*(1 for _ in lead), *blocks)):
+            if [n for n in scales.shape if n != 1] == [n for n in grid if n != 1]:
+                return ScaledWeights(values, scales, grid, size)
+    raise UserError(
+        f"The scales {scales.name} in {scales.path} are {scales.shape}, which fits neither the weight {values.name} of "
+        f"{values.shape} nor its blocks of {block}: download the model again."
+    )
+
+
+@dataclass(frozen=True)
+class Mxfp4Weights:
+    """A view [..., rows, groups * 32] of MXFP4 weights in bfloat16, which represents each of them exactly.
+
+    Two numbers of four bits share a byte, and 32 numbers share an exponent.
+
+    Attributes:
+      blocks: uint8 [..., rows, groups, 16]; the low half of a byte comes first.
+      scales: uint8 [..., rows, groups], exponents of two plus 127.
+
+    Source: the OCP Microscaling specification (E2M1 with E8M0 scales); transformers' integrations/mxfp4.py for the
+    layout.
+    """
+
+    blocks: StoredArray
+    scales: StoredArray
+    dtype = np.dtype(ml_dtypes.bfloat16)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, groups, _ = self.blocks.shape
+        return (*lead, groups * _MXFP4_GROUP)
+
+    def read(self, index: Index) -> np.ndarray:
+        *lead, columns = index
+        groups = slice(columns.start // _MXFP4_GROUP, -(-columns.stop // _MXFP4_GROUP))
+        packed = self.blocks.read((*lead, groups, slice(0, _MXFP4_BYTES)))
+        exponents = self.scales.read((*lead, groups)).astype(np.int32) - _MXFP4_BIAS
+        halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], _MXFP4_GROUP)
+        numbers = np.ldexp(_MXFP4_VALUES[halves], exponents[..., None]).astype(self.dtype)
+        numbers = numbers.reshape(*packed.shape[:-2], packed.shape[-2] * _MXFP4_GROUP)
+        start = columns.start - groups.start * _MXFP4_GROUP
+        return numbers[..., start : start + columns.stop - columns.start]
+
+
+def mxfp4_experts(blocks: StoredArray, scales: StoredArray) -> View:
+    """Returns the weight of the unquantised checkpoint, gate_up_proj [E, H, 2F] or down_proj [E, F, H].
+
+    Raises:
+      UserError: where shapes or types are not those of MXFP4.
+    """
+    right = blocks.shape[-1:] == (_MXFP4_BYTES,) and blocks.shape[:-1] == scales.shape
+    if not right or {blocks.dtype, scales.dtype} != {np.dtype(np.uint8)}:
+        raise UserError(
+            f"The tensors {blocks.name} {blocks.shape} and {scales.name} {scales.shape} in {blocks.path} are not "
+            f"MXFP4's [..., {_MXFP4_BYTES}] and [...] of bytes: download the model again."
+        )
+    return Swapped(Mxfp4Weights(blocks, scales))
+
+
 METHODS: dict[str, Callable[[Arrays, Mapping[str, Any], Path], dict[str, View]]] = {
     "compressed-tensors": _compressed_tensors,
-    "fbgemm_fp8": _by_row,
+    "fbgemm_fp8": lambda arrays, quantisation, folder: _scaled_weights(arrays, None),
     "fp8": _fine_grained,
     "modelopt": _modelopt,
     "mxfp4": _mxfp4,

@@ -1,22 +1,49 @@
-"""Arrays that are read slice by slice: how the tensors of a file become those of a Hugging Face checkpoint.
+"""Views: arrays that are read slice by slice from files, and how they become the tensors of a Hugging Face checkpoint.
 
-Every view reads only what its slice needs of the views beneath it, down to `View`s over the bytes of a file.
+Every view reads only what its slice needs of the views that it is made of, down to `StoredArray`, bytes of a file.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 
 from jeagle.errors import UserError
 
+# numpy types by safetensors' names; types narrower than a byte are not supported.
+DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+_MAX_HEADER = 100_000_000  # the format's own bound
+
 Index = tuple[slice, ...]
 
 
+@runtime_checkable
 class View(Protocol):
     """An array that is not in memory."""
 
@@ -27,17 +54,100 @@ class View(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def read(self, index: Index) -> np.ndarray:
-        """The part that `index` cuts out: one slice an axis, with start and stop within the shape, step 1."""
+        """Returns the part at `index`, which has a slice for each axis, with start and stop within it and step 1."""
 
 
-def whole(index: Index | None, shape: tuple[int, ...]) -> Index:
-    """`index` with every slice's start and stop spelled out; all of the array for None."""
+def full_index(index: Index | None, shape: tuple[int, ...]) -> Index:
+    """Returns `index` with a start and a stop in every slice, for every axis of the shape; None means all of it."""
     given = tuple(index or ()) + (slice(None),) * (len(shape) - len(index or ()))
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(given, shape, strict=True))
 
 
+@dataclass(frozen=True)
+class StoredArray:
+    """A view of an array that is stored row by row in a file, starting at byte `offset`.
+
+    Exactly the bytes of a slice are read, into memory of its size. The file is not mapped, since mapped pages count as
+    the process's memory until the system takes them back.
+    """
+
+    path: Path
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, index: Index) -> np.ndarray:
+        sizes = tuple(part.stop - part.start for part in index)
+        out = np.empty(math.prod(sizes) * self.dtype.itemsize, np.uint8)
+        if out.size:
+            self._fill(out.data, index)
+        return out.view(self.dtype).reshape(sizes)
+
+    def _fill(self, out: memoryview, index: Index) -> None:
+        """Reads contiguous runs: of the last axes that are read entirely, and the axis before them."""
+        strides = [math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize for axis in range(len(self.shape))]
+        starts = [range(part.start * n, part.stop * n, n) for part, n in zip(index, strides, strict=True)]
+        cut = [axis for axis, size in enumerate(self.shape) if len(starts[axis]) != size]
+        last = cut[-1] if cut else 0
+        run = len(starts[last]) * strides[last] if index else self.dtype.itemsize
+        outer = starts[:last] + [range(part.start, part.start + 1) for part in starts[last : last + 1]]
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            for number, offsets in enumerate(itertools.product(*outer)):
+                self._read_run(descriptor, out[number * run : (number + 1) * run], self.offset + sum(offsets))
+        finally:
+            os.close(descriptor)
+
+    def _read_run(self, descriptor: int, out: memoryview, start: int) -> None:
+        while out:
+            count = os.preadv(descriptor, [out], start)  # which may read less than was asked for
+            if not count:
+                raise UserError(f"The target's file {self.path} is cut short at its tensor {self.name}: get it again.")
+            out, start = out[count:], start + count
+
+
+def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
+    """Returns the arrays of a safetensors file by name; only its header is read.
+
+    Raises:
+      UserError: for a file that is missing or cut short, and for a header that is damaged or has an unknown type.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 0 < length <= min(size - 8, _MAX_HEADER) else None
+    except FileNotFoundError as error:
+        raise UserError(f"The target's file {path} is missing: download it again.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"The target's file {path} cannot be read ({error}): download it again.") from error
+    if not isinstance(header, dict):
+        raise UserError(f"The target's file {path} cannot be read: its header is cut short or damaged.")
+    return {name: _array(path, name, entry, 8 + length, size) for name, entry in header.items() if name[:2] != "__"}
+
+
+def _array(path: Path, name: str, entry: dict, base: int, size: int) -> StoredArray:
+    try:
+        kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+        start, stop = (base + int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The target's file {path} cannot be read: its header's entry {name} is damaged.") from error
+    if kind not in DTYPES:
+        raise UserError(f"The target's tensor {name} in {path} is of the type {kind}, which is not supported.")
+    dtype = np.dtype(DTYPES[kind])
+    if stop - start != math.prod(shape) * dtype.itemsize or start < base:
+        raise UserError(f"The target's file {path} cannot be read: its header's entry {name} contradicts itself.")
+    if stop > size:
+        raise UserError(
+            f"The target's file {path} cannot be read: it is cut short at its tensor {name} ({size} bytes of at least "
+            f"{stop}); download it again."
+        )
+    return StoredArray(path, name, start, shape, dtype)
+
+
 class NamedViews:
-    """The arrays of a `weights.WeightSource`: views by name, out of the target at `path`."""
+    """The arrays of a `weights.WeightSource`: views by name, of the target at `path`."""
 
     def __init__(self, path: Path, views: dict[str, View]):
         self._path, self._views = path, views
@@ -53,7 +163,7 @@ class NamedViews:
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         view = self._view(name)
-        return view.read(whole(index, view.shape))
+        return view.read(full_index(index, view.shape))
 
     def _view(self, name: str) -> View:
         if name not in self._views:
@@ -62,8 +172,8 @@ class NamedViews:
 
 
 @dataclass(frozen=True)
-class _On:
-    """What most views share: one view beneath them, whose shape and dtype are theirs too."""
+class _OfOne:
+    """Base of views of one other view, with its shape and dtype."""
 
     base: View
 
@@ -77,7 +187,7 @@ class _On:
 
 
 @dataclass(frozen=True)
-class Reordered(_On):
+class Reordered(_OfOne):
     """Row r is row `order[r]` of the base."""
 
     order: np.ndarray
@@ -89,8 +199,8 @@ class Reordered(_On):
 
 
 @dataclass(frozen=True)
-class Mapped(_On):
-    """A function of every element, such as adding a number."""
+class Mapped(_OfOne):
+    """A function applied to every element."""
 
     function: Callable[[np.ndarray], np.ndarray]
 
@@ -99,8 +209,8 @@ class Mapped(_On):
 
 
 @dataclass(frozen=True)
-class Picked(_On):
-    """One entry of the first axis, which falls away: expert e of a stack of experts."""
+class Picked(_OfOne):
+    """One entry of the first axis, such as one expert of a stack; the axis is dropped."""
 
     entry: int
 
@@ -112,8 +222,8 @@ class Picked(_On):
         return self.base.read((slice(self.entry, self.entry + 1), *index))[0]
 
 
-class Swapped(_On):
-    """The last two axes exchanged."""
+class Swapped(_OfOne):
+    """The transpose: the last two axes are exchanged."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,8 +235,8 @@ class Swapped(_On):
         return self.base.read((*lead, rows, columns)).swapaxes(-1, -2)
 
 
-class AsRow(_On):
-    """A vector as a matrix of one row; a matrix as it is."""
+class AsRow(_OfOne):
+    """A vector as a matrix of one row; a matrix stays as it is."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -138,8 +248,8 @@ class AsRow(_On):
         return self.base.read(index[1:])[None][index[0]]
 
 
-class Flattened(_On):
-    """The first two axes as one."""
+class Flattened(_OfOne):
+    """The first two axes are merged."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,8 +268,8 @@ class Flattened(_On):
 
 
 @dataclass(frozen=True)
-class _OnSeveral:
-    """What views of several views share."""
+class _OfSeveral:
+    """Base of views of several other views, with the dtype of the first."""
 
     parts: Sequence[Any]
 
@@ -169,8 +279,8 @@ class _OnSeveral:
 
 
 @dataclass(frozen=True)
-class Joined(_OnSeveral):
-    """Parts one after another along an axis."""
+class Joined(_OfSeveral):
+    """The parts concatenated along an axis."""
 
     axis: int
 
@@ -190,8 +300,8 @@ class Joined(_OnSeveral):
         return np.concatenate(read, self.axis)
 
 
-class Interleaved(_OnSeveral):
-    """Two parts taken in turn along the last axis: a0 b0 a1 b1 ..."""
+class Interleaved(_OfSeveral):
+    """Two parts interleaved along the last axis: a0 b0 a1 b1 ..."""
 
     @property
     def shape(self) -> tuple[int, ...]:

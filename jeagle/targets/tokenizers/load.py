@@ -1,4 +1,4 @@
-"""A target's tokenizer, from its folder or from a GGUF's metadata. No torch is needed."""
+"""Loads a target's tokenizer from its folder or from a GGUF's metadata; torch is not needed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(files: TargetFiles) -> PreTrainedTokenizerFast:
-    """The tokenizer of a target, with its chat template and its special tokens.
+    """Returns the tokenizer of a target, with its chat template and its special tokens.
 
-    A folder's tokenizer.json wins over its tokenizer.model; beside a GGUF it wins over the file's own metadata.
+    A tokenizer.json takes precedence over a tokenizer.model in the folder, and over the metadata of a GGUF beside it.
 
     Raises:
-      UserError: where there is no tokenizer, one of a kind that is not supported, or one of another model: it has
-        tokens for which the target has no embedding.
+      UserError: if there is no tokenizer, if its kind is not supported, or if it belongs to another model, in that it
+        has tokens for which the target has no embedding.
     """
     folder = files.path if files.format == "safetensors" else files.path.parent
     if files.format == "gguf" and not (folder / "tokenizer.json").is_file():
@@ -37,17 +37,17 @@ def load_tokenizer(files: TargetFiles) -> PreTrainedTokenizerFast:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, target: str) -> None:
-    """Refuses a tokenizer with tokens that the target has no embedding for.
+    """Checks that the target has an embedding for every token of its tokenizer.
 
-    Special tokens without a role may lie beyond the embedding: text never becomes one of them unless it spells it out.
-    (Gemma 3's text models have such a token, for images.)
+    Special tokens without a role may lie beyond the embedding, since only a text that spells them out contains them.
+    (Gemma 3's text models have such a token for images.)
 
     Args:
       rows: the target's vocab_size.
-      target: how to name it in messages.
+      target: its name in messages.
 
     Raises:
-      UserError: with the two sizes.
+      UserError: if tokens have no embedding.
     """
     roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
     added = tokenizer.added_tokens_decoder
@@ -61,7 +61,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, target: str)
 
 
 def _embedding_rows(files: TargetFiles) -> int | None:
-    """vocab_size, None where the files do not say."""
+    """Returns vocab_size; None if the files do not have it."""
     if files.format == "gguf":
         from jeagle.targets.gguf.reader import open_gguf
 
@@ -74,31 +74,31 @@ def _embedding_rows(files: TargetFiles) -> int | None:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end an answer, ascending: by the tokenizer, by the configuration, and by the chat template.
+    """Returns the ascending ids that end an answer, by the tokenizer, the configuration or the chat template.
 
     Args:
-      config: a WeightSource's config: its eos_token_id includes that of generation_config.json.
+      config: of a WeightSource, whose eos_token_id includes that of generation_config.json.
     """
     turn_end = chat_turn_end(tokenizer)
     return tuple(sorted({*as_ids(tokenizer.eos_token_id), *as_ids(config.get("eos_token_id")), *as_ids(turn_end)}))
 
 
 def chat_turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The id of the special token that the chat template writes right after an answer; None if it writes none."""
+    """Returns the id of the special token that the chat template writes after an answer; None if it writes none."""
     if not tokenizer.chat_template:
         return None
     answer = "jeagle's answer"
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # a template may refuse this chat in any way that Jinja allows; then it tells nothing
+    except Exception:  # a template may refuse this chat with any error of Jinja's
         return None
-    _, found, tail = text.rpartition(answer)
-    ids = tokenizer(tail, add_special_tokens=False).input_ids if found else []
+    _, matched, tail = text.rpartition(answer)
+    ids = tokenizer(tail, add_special_tokens=False).input_ids if matched else []
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
-def wrapped(
+def wrap_tokenizer(
     tokenizer: Tokenizer,
     roles: Mapping[str, str],
     *,
@@ -107,13 +107,13 @@ def wrapped(
     chat_template: Any,
     longest: int | None,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer as transformers uses it.
+    """Returns transformers' tokenizer of a tokenizer of the tokenizers library.
 
     Args:
-      roles: "bos", "eos", "unk" or "pad" -> token; those that are not in the vocabulary fall away.
-      add_bos, add_eos: whether these are put around a text, where they exist.
+      roles: "bos", "eos", "unk" or "pad" -> token; tokens that are not in the vocabulary are left out.
+      add_bos, add_eos: whether these tokens, if they exist, are added before and after a text.
       chat_template: Jinja, or name -> Jinja, or None.
-      longest: how many tokens the model was made for.
+      longest: the longest sequence that the model was made for, in tokens.
     """
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
@@ -137,49 +137,37 @@ def wrapped(
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    has = {name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()}
-    if not has:
+    files = {name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()}
+    if not files:
         raise UserError(
             f"The target folder {folder} has no tokenizer (neither tokenizer.json nor tokenizer.model): copy the "
             "model's own there."
         )
-    if has == {"tokenizer.model"}:
-        from jeagle.targets.tokenizers.sentencepiece_folder import sentencepiece_folder
+    if files == {"tokenizer.model"}:
+        from jeagle.targets.tokenizers.sentencepiece import sentencepiece_folder
 
         return sentencepiece_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for files that are missing or broken
-        if _brings_code(folder):
-            return _without_its_code(folder)
-        raise _unreadable(folder, error) from error
+    except Exception as error:  # transformers raises errors of many kinds for files that are missing or damaged
+        settings = folder / "tokenizer_config.json"
+        if not (settings.is_file() and read_json(settings).get("auto_map")):
+            raise _unreadable(folder, error) from error
+        # The folder names a class of its own, whose code is never run; a tokenizer.json does not need it.
+        if "tokenizer.json" not in files:
+            raise UserError(
+                f"The target's tokenizer in {folder} needs Python code of that folder, which jeagle never runs: put "
+                "the tokenizer.json of the same model there."
+            ) from error
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as second:
+            raise _unreadable(folder, second) from second
     if not tokenizer.is_fast:
         raise UserError(f"The target {folder} has no tokenizer.json: copy the model's own there.")
     return tokenizer
-
-
-def _brings_code(folder: Path) -> bool:
-    """Whether the folder names a tokenizer class of its own, which would have to be run."""
-    path = folder / "tokenizer_config.json"
-    return path.is_file() and bool(read_json(path).get("auto_map"))
-
-
-def _without_its_code(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that tokenizer.json and tokenizer_config.json describe. UserError where there is no tokenizer.json,
-    so that only the folder's Python code says how it splits a text."""
-    from transformers import PreTrainedTokenizerFast
-
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"The target's tokenizer in {folder} needs Python code of that folder, which jeagle never runs: put the "
-            "tokenizer.json of the same model there."
-        )
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise _unreadable(folder, error) from error
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

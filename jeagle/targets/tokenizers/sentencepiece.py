@@ -1,48 +1,186 @@
-"""A sentencepiece vocabulary as a tokenizer of the tokenizers library, giving sentencepiece's own ids."""
+"""Tokenizers of sentencepiece vocabularies, built with the tokenizers library; they give sentencepiece's own ids.
+
+transformers has a converter too, but its ids differ from sentencepiece's, as at spaces that start a text: of the 329
+texts in tests/targets/tokenizers/test_sentencepiece.py they differ in 44 for a Llama-like BPE vocabulary, and in 4 to
+248 for the other kinds.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from jeagle.errors import UserError
-from jeagle.targets.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pieces
+from jeagle.targets.checkpoint.weights import read_json
+from jeagle.targets.tokenizers.load import wrap_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+# Types of pieces, with the same numbers in sentencepiece's files and in tokenizer.ggml.token_type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "\u2581"  # sentencepiece's spelling of a space
+_KINDS: dict[int, Literal["unigram", "bpe"]] = {1: "unigram", 2: "bpe"}
+_OTHER_KINDS = {3: "word", 4: "char"}
 
 
-def build_tokenizer(pieces: Pieces, added: Mapping[int, Mapping[str, Any]]) -> Tokenizer:
-    """The tokenizer, without any token put before or after a text.
+@dataclasses.dataclass(frozen=True)
+class SentencePieceVocabulary:
+    """A sentencepiece vocabulary and how texts are prepared for it.
 
-    Control pieces are found in text and are special; user-defined ones are found and are not. They are looked for
-    first, so that none of sentencepiece's spaces comes before one that starts a text.
+    Attributes:
+      kind: the algorithm that splits a text into pieces.
+      texts, scores, types: of the piece of each id; spaces are spelled as `SPACE`.
+      byte_fallback: a character without a piece becomes the pieces of its bytes, <0x00> to <0xFF>.
+      charsmap: sentencepiece's compiled table of normalisation; empty = none.
+      space_first: where a space is inserted: before a text ("first"), also after each special token ("always"), or
+        nowhere ("never").
+      trim: spaces at both ends are removed, and several spaces in a row become one.
+      unknown, bos, eos, pad: ids, or None.
+    """
+
+    kind: Literal["unigram", "bpe"]
+    texts: list[str]
+    scores: list[float]
+    types: list[int]
+    byte_fallback: bool = True
+    charsmap: bytes = b""
+    space_first: Literal["first", "always", "never"] = "first"
+    trim: bool = False
+    unknown: int | None = 0
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+
+def read_vocabulary(path: Path) -> SentencePieceVocabulary:
+    """Reads a tokenizer.model.
+
+    Raises:
+      UserError: for a file that is not a sentencepiece model, or is one of a kind that is not supported.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # the class is made on import
+    try:
+        model.ParseFromString(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise UserError(f"The target's {path} is not a sentencepiece model ({error}): copy the model's own.") from error
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if not model.pieces or trainer.model_type not in _KINDS or trainer.treat_whitespace_as_suffix:
+        what = "spaces after words" if trainer.treat_whitespace_as_suffix else _OTHER_KINDS.get(trainer.model_type)
+        raise UserError(
+            f"The target's {path} is not a sentencepiece model of a kind that is supported ({what or 'no pieces'}): "
+            "copy the model's tokenizer.json there."
+        )
+
+    def id_or_none(i: int) -> int | None:
+        return i if 0 <= i < len(model.pieces) else None
+
+    return SentencePieceVocabulary(
+        kind=_KINDS[trainer.model_type],
+        texts=[piece.piece for piece in model.pieces],
+        scores=[piece.score for piece in model.pieces],
+        types=[piece.type for piece in model.pieces],
+        byte_fallback=trainer.byte_fallback,
+        charsmap=normalizer.precompiled_charsmap,
+        space_first="first" if normalizer.add_dummy_prefix else "never",
+        trim=normalizer.remove_extra_whitespaces,
+        unknown=next((i for i, piece in enumerate(model.pieces) if piece.type == UNKNOWN), None),
+        bos=id_or_none(trainer.bos_id),
+        eos=id_or_none(trainer.eos_id),
+        pad=id_or_none(trainer.pad_id),
+    )
+
+
+def sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
+    """Returns the tokenizer of a folder that has a tokenizer.model and no tokenizer.json.
+
+    The added tokens, the roles of special tokens and the chat template are those of tokenizer_config.json and the files
+    beside it.
+
+    Raises:
+      UserError: for files that are damaged or of a kind that is not supported.
+    """
+    config = _optional(folder / "special_tokens_map.json") | _optional(folder / "tokenizer_config.json")
+    vocabulary = read_vocabulary(folder / "tokenizer.model")
+    # `legacy` inserts a space after every special token too; `add_prefix_space` false inserts none.
+    if vocabulary.space_first != "never":
+        first: Literal["first", "always", "never"]
+        first = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
+        vocabulary = dataclasses.replace(vocabulary, space_first=first)
+    # Older folders have their added tokens in a file of their own.
+    added = {int(i): {"content": text, "special": False} for text, i in _optional(folder / "added_tokens.json").items()}
+    added |= {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    defaults = {"bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad, "unk": vocabulary.unknown}
+    roles = {
+        role: _text(config[f"{role}_token"])
+        if f"{role}_token" in config
+        else None
+        if i is None
+        else vocabulary.texts[i]
+        for role, i in defaults.items()
+    }
+    return wrap_tokenizer(
+        build_tokenizer(vocabulary, added),
+        {role: text for role, text in roles.items() if text},
+        add_bos=bool(config.get("add_bos_token", True)),
+        add_eos=bool(config.get("add_eos_token", False)),
+        chat_template=_chat_template(folder, config),
+        longest=config.get("model_max_length"),
+    )
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> Any:
+    """The text of chat_template.jinja, or the configuration's template, or its several templates by name."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    return {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else template
+
+
+def _text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def build_tokenizer(vocabulary: SentencePieceVocabulary, added: Mapping[int, Mapping[str, Any]]) -> Tokenizer:
+    """Builds a tokenizer that adds no tokens before or after a text.
+
+    Control pieces (special tokens) and user-defined pieces (not special) are matched in the text before it is split, so
+    that sentencepiece inserts no space before one that starts a text.
 
     Args:
-      added: id -> {"content", "special", "lstrip", "rstrip", "single_word", "normalized"} of tokens that are taken
-        whole too; they may replace pieces or follow them.
+      added: id -> {"content", "special", "lstrip", "rstrip", "single_word", "normalized"} of further tokens that are
+        matched in the text; they replace pieces or come after them.
 
     Raises:
       UserError: where added tokens leave ids without a token.
     """
     from tokenizers import Tokenizer, decoders
 
-    pieces = _with_added(pieces, added)
-    tokenizer = Tokenizer(_bpe(pieces) if pieces.kind == "bpe" else _unigram(pieces))
-    _prepare(tokenizer, pieces)
+    vocabulary = _with_added(vocabulary, added)
+    tokenizer = Tokenizer(_bpe(vocabulary) if vocabulary.kind == "bpe" else _unigram(vocabulary))
+    _set_pre_tokenizer(tokenizer, vocabulary)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if pieces.space_first != "never":
+    if vocabulary.space_first != "never":
         steps.append(decoders.Strip(content=" ", left=1))
     tokenizer.decoder = decoders.Sequence(steps)
-    _take_whole(tokenizer, pieces, added)
+    _add_tokens(tokenizer, vocabulary, added)
     return tokenizer
 
 
-def _with_added(pieces: Pieces, added: Mapping[int, Mapping[str, Any]]) -> Pieces:
-    texts, scores, types = list(pieces.texts), list(pieces.scores), list(pieces.types)
+def _with_added(vocabulary: SentencePieceVocabulary, added: Mapping[int, Mapping[str, Any]]) -> SentencePieceVocabulary:
+    texts, scores, types = list(vocabulary.texts), list(vocabulary.scores), list(vocabulary.types)
     for i, kind in enumerate(types):
-        if kind == USER_DEFINED:  # these are looked for in the text as it was written
+        if kind == USER_DEFINED:  # which are matched in the text as it was written
             texts[i] = texts[i].replace(SPACE, " ")
     for i, token in sorted(added.items()):
         if i < len(texts):
@@ -57,14 +195,16 @@ def _with_added(pieces: Pieces, added: Mapping[int, Mapping[str, Any]]) -> Piece
                 f"The target's tokenizer_config.json adds the token {token['content']} as {i}, but no token has the id "
                 f"{len(texts)}: copy the model's own files there."
             )
-    return dataclasses.replace(pieces, texts=texts, scores=scores, types=types)
+    return dataclasses.replace(vocabulary, texts=texts, scores=scores, types=types)
 
 
-def _take_whole(tokenizer: Tokenizer, pieces: Pieces, added: Mapping[int, Mapping[str, Any]]) -> None:
+def _add_tokens(
+    tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary, added: Mapping[int, Mapping[str, Any]]
+) -> None:
     from tokenizers import AddedToken
 
     flags = ("lstrip", "rstrip", "single_word")
-    for i, (text, kind) in enumerate(zip(pieces.texts, pieces.types, strict=True)):
+    for i, (text, kind) in enumerate(zip(vocabulary.texts, vocabulary.types, strict=True)):
         given = added.get(i, {})
         if not given and kind not in (CONTROL, USER_DEFINED, UNKNOWN):
             continue
@@ -73,68 +213,68 @@ def _take_whole(tokenizer: Tokenizer, pieces: Pieces, added: Mapping[int, Mappin
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
 
 
-def _bpe(pieces: Pieces) -> Any:
-    """BPE whose merges follow from the scores: of two neighbours, those whose joint piece scores best are joined."""
+def _bpe(vocabulary: SentencePieceVocabulary) -> Any:
+    """BPE with merges that follow from the scores: neighbours whose joint piece scores best are merged first."""
     from tokenizers import models
 
-    texts, vocab = _with_letters(pieces), {}
+    texts, vocab = _with_letters(vocabulary), {}
     for i, text in enumerate(texts):
         vocab.setdefault(text, i)
-    merging = {text for text, kind in zip(texts, pieces.types, strict=True) if kind == NORMAL}
-    merging |= {text for text, kind in zip(texts, pieces.types, strict=True) if kind == BYTE and len(text) == 1}
+    merging = {text for text, kind in zip(texts, vocabulary.types, strict=True) if kind == NORMAL}
+    merging |= {text for text, kind in zip(texts, vocabulary.types, strict=True) if kind == BYTE and len(text) == 1}
     ranked = []
     for i, text in enumerate(texts):
         if text in merging and vocab[text] == i:
             splits = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
-            ranked += [(-pieces.scores[i], i, pair) for pair in splits if pair[0] in merging and pair[1] in merging]
+            ranked += [(-vocabulary.scores[i], i, pair) for pair in splits if pair[0] in merging and pair[1] in merging]
     ranked.sort(key=lambda entry: (*entry[:2], len(entry[2][0])))
-    unknown = None if pieces.unknown is None else texts[pieces.unknown]
+    unknown = None if vocabulary.unknown is None else texts[vocabulary.unknown]
     return models.BPE(
         vocab=vocab,
         merges=[pair for _, _, pair in ranked],
         unk_token=unknown,
         fuse_unk=True,
-        byte_fallback=pieces.byte_fallback,
+        byte_fallback=vocabulary.byte_fallback,
     )
 
 
-def _with_letters(pieces: Pieces) -> list[str]:
-    """The texts, with ASCII letters that have no piece but are part of one put in the place of their byte's.
+def _with_letters(vocabulary: SentencePieceVocabulary) -> list[str]:
+    """The texts of pieces, with missing ASCII letters in place of the pieces of their bytes.
 
-    Sentencepiece joins letters whether or not they are pieces themselves; the tokenizers library joins pieces only.
+    Sentencepiece merges letters whether or not they are pieces themselves; the tokenizers library merges only pieces.
     """
-    texts, present = list(pieces.texts), set(pieces.texts)
+    texts, present = list(vocabulary.texts), set(vocabulary.texts)
     needed = {letter for text in texts if len(text) > 1 for letter in text if letter.isascii()} - present
     where = {text: i for i, text in enumerate(texts)}
     for letter in sorted(needed):
-        if (i := where.get(f"<0x{ord(letter):02X}>")) is not None and pieces.types[i] == BYTE:
+        if (i := where.get(f"<0x{ord(letter):02X}>")) is not None and vocabulary.types[i] == BYTE:
             texts[i] = letter
     return texts
 
 
-def _unigram(pieces: Pieces) -> Any:
+def _unigram(vocabulary: SentencePieceVocabulary) -> Any:
     from tokenizers import models
 
-    vocab = list(zip(pieces.texts, pieces.scores, strict=True))
-    return models.Unigram(vocab=vocab, unk_id=pieces.unknown, byte_fallback=pieces.byte_fallback)
+    vocab = list(zip(vocabulary.texts, vocabulary.scores, strict=True))
+    return models.Unigram(vocab=vocab, unk_id=vocabulary.unknown, byte_fallback=vocabulary.byte_fallback)
 
 
-def _prepare(tokenizer: Tokenizer, pieces: Pieces) -> None:
-    """Spaces become `SPACE`, and one comes first.
+def _set_pre_tokenizer(tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary) -> None:
+    """Spells spaces as `SPACE`, and inserts one before the text.
 
-    `Metaspace` puts no space before a text that starts with one. That is right where spaces are trimmed; where they are
-    kept, one of two of them puts it there, which looks for blanks after the normaliser has left none.
+    `Metaspace` inserts no space before a text that starts with one, which is right only where spaces are trimmed.
+    Otherwise a first `Metaspace` inserts it: it looks for blanks, of which the normaliser has left none.
     """
     from tokenizers import Regex, normalizers, pre_tokenizers
 
-    steps: list[Any] = [normalizers.Precompiled(pieces.charsmap)] if pieces.charsmap else []
-    if pieces.trim:
-        left = pieces.space_first == "never"  # otherwise the spaces there become the one that comes first
+    steps: list[Any] = [normalizers.Precompiled(vocabulary.charsmap)] if vocabulary.charsmap else []
+    if vocabulary.trim:
+        left = vocabulary.space_first == "never"  # otherwise they become the inserted space
         steps += [normalizers.Strip(left=left), normalizers.Replace(Regex(" {2,}"), " ")]
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    looked_for = SPACE if pieces.trim else " "
-    first = pre_tokenizers.Metaspace(looked_for, prepend_scheme=pieces.space_first, split=False)
+    looked_for = SPACE if vocabulary.trim else " "
+    first = pre_tokenizers.Metaspace(looked_for, prepend_scheme=vocabulary.space_first, split=False)
     then: list[Any] = [first, pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False)]
-    if pieces.kind == "unigram" and pieces.byte_fallback:  # a byte's name in a text is not that byte
+    if vocabulary.kind == "unigram" and vocabulary.byte_fallback:  # the name of a byte in a text is not that byte
         then.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(then)

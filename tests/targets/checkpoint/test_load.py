@@ -1,4 +1,4 @@
-"""Loading: the same numbers whatever road they take, no more read than needed, and what stops it before it begins."""
+"""Loading gives the same numbers in every way, reads no more than necessary, and fails before it reads anything."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from jeagle.run import assemble
 from jeagle.runtime import memory
 from jeagle.runtime.mesh import make_mesh
 from jeagle.targets.checkpoint import layout, load
-from jeagle.targets.checkpoint.shards import from_slices
+from jeagle.targets.checkpoint.load import from_slices
 from tests import tiny
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ["llama", "gpt_oss", "deepseek_v2", "qwen3_next", "mixtral", "phi3"]
 
 
@@ -101,7 +101,7 @@ def test_progress_counts_every_byte():
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("stored", ["", "int8", "fp8"])
 @pytest.mark.parametrize("case", ["llama", "gpt_oss", "deepseek_v2", "qwen3_next"])
-def test_the_estimate_is_what_a_device_then_holds(case, stored, monkeypatch):
+def test_the_estimate_equals_the_memory_used_on_a_device(case, stored, monkeypatch):
     source, mesh = source_of(GOLDENS / case), make_mesh(fsdp=2, tensor=2, expert=2)
     asked: list[int] = []
     monkeypatch.setattr(layout, "free_bytes", lambda mesh: asked.append(1))
@@ -133,7 +133,7 @@ def refused(folder: Path, said: str, **how) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_too_little_memory_is_told_with_numbers_and_what_to_do(folder, monkeypatch):
+def test_too_little_memory_is_reported_with_numbers_and_what_to_do(folder, monkeypatch):
     monkeypatch.setattr(memory, "host_bytes_available", lambda: 30_000)
     said = (
         r"weights, 8.09e-05 GiB in all, take 8.09e-05 GiB on each of 1 cpu device, and only 2.79e-05 GiB are free "
@@ -180,9 +180,11 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder, name, shape
     refused(folder, rf"tensor {name} is \({shape[0]},.*\); config\.json makes it \(")
 
 
-def test_an_unknown_architecture_is_told_which_there_are(folder):
+def test_an_unknown_architecture_is_refused_with_the_supported_ones(folder):
     edit(folder, architectures=["MambaForCausalLM"], model_type="mamba")
-    refused(folder, "architecture MambaForCausalLM is not supported; these are: .*LlamaForCausalLM.*adding_a_target")
+    refused(
+        folder, "architecture MambaForCausalLM is not supported; supported are: .*LlamaForCausalLM.*adding_a_target"
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,21 +195,21 @@ def test_an_unknown_architecture_is_told_which_there_are(folder):
         ({"layer_types": ["linear_attention"] * 3}, "layer_types = .*not supported"),
     ],
 )
-def test_a_switch_that_is_not_honoured_is_named(folder, switches, said):
+def test_an_unsupported_key_is_named(folder, switches, said):
     edit(folder, **switches)
     refused(folder, said)
 
 
 @pytest.mark.parametrize("aux_layers", [(1, 2, 99), (3, 2, 1), (-1, 2)])
-def test_a_layer_out_of_range_is_told_before_anything_is_read(tmp_path, monkeypatch, aux_layers):
+def test_a_layer_out_of_range_is_reported_before_anything_is_read(tmp_path, monkeypatch, aux_layers):
     folder = tiny.write_target(tmp_path / "target")
     config = RunConfig("x", target=TargetConfig(ref=str(folder), aux_layers=aux_layers))
     monkeypatch.setattr(targets, "load_target", lambda *_, **__: pytest.fail("it is loaded"))
-    with pytest.raises(UserError, match=f"layer boundaries must rise, once each, from 0 .* to {tiny.LAYERS}"):
+    with pytest.raises(UserError, match=f"layer boundaries must rise strictly, from 0 .* to {tiny.LAYERS}"):
         assemble.load_target(config, one_device())
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_told_before_anything_is_read(tmp_path, monkeypatch):
+def test_a_tokenizer_larger_than_the_embedding_is_reported_before_anything_is_read(tmp_path, monkeypatch):
     folder = tiny.write_target(tmp_path / "target")
     edit(folder, vocab_size=100)
     monkeypatch.setattr(targets, "load_target", lambda *_, **__: pytest.fail("it is loaded"))
@@ -216,7 +218,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_told_before_anything_is_read(t
 
 
 def test_sizes_add_up():
-    """What the progress bar counts is what the file holds, where nothing is narrowed or tied."""
+    """The progress bar counts the bytes of the file if nothing is narrowed or tied."""
     source = source_of(GOLDENS / "llama")
     target = targets.load_target(source, one_device(), "float32", stacked=True)
     numbers = sum(math.prod(source.shape(name)) for name in source.names())

@@ -17,7 +17,7 @@ CONTENT = b"GGUF not really" * 1000
 
 
 @pytest.mark.parametrize("reference", ["", "no such thing", "./nowhere", "/nowhere/at/all", "a/b/c", "model.gguf"])
-def test_what_is_no_reference_hears_the_three_forms(reference: str):
+def test_an_invalid_reference_is_refused_with_the_valid_forms(reference: str):
     with pytest.raises(UserError, match=r"local folder.*hub id.*pypi:NAME==VERSION"):
         resolve(reference)
 
@@ -54,7 +54,7 @@ def test_folders_that_cannot_be_used(names: list[str], message: str, tmp_path: P
         resolve(str(tmp_path))
 
 
-def test_a_file_that_is_no_gguf(tmp_path: Path):
+def test_a_file_that_is_not_gguf(tmp_path: Path):
     (tmp_path / "model.pt").write_bytes(b"x")
     with pytest.raises(UserError, match=r"not a \.gguf"):
         resolve(str(tmp_path / "model.pt"))

@@ -1,4 +1,4 @@
-"""Attention of packed rows on TPUs, by the splash kernel that JAX brings: no scores are ever written to memory."""
+"""Attention of packed rows on TPUs by JAX's splash kernel, which never writes scores to memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
-from jeagle.layers.mask import Sight
+from jeagle.layers.attention import LANES, AttentionMask
 
-LANES = 128  # lengths are multiples of it
-BLOCK = 512  # of queries and keys: scores of a block are 1 MB, in a TPU core's own memory
+BLOCK = 512  # queries and keys; the scores of a block take 1 MB of a TPU core's own memory
 
 
-def splash(
-    queries_BTQC: jax.Array,
-    keys_BTGC: jax.Array,
-    values_BTGE: jax.Array,
-    sight: Sight,
+def packed_attention(
+    queries_BTQC: Float[Array, "B T Q C"],
+    keys_BTGC: Float[Array, "B T G C"],
+    values_BTGE: Float[Array, "B T G E"],
+    mask: AttentionMask,
     dtype: Any,
     *,
     mesh: Mesh | None = None,
@@ -32,55 +32,52 @@ def splash(
     chunk: int = 0,
     scale: float = 0.0,
     soft_cap: float = 0.0,
-    sinks_Q: jax.Array | None = None,
+    sinks_Q: Float[Array, " Q"] | None = None,
     interpret: bool = False,
-) -> jax.Array:
-    """As `attend`, of packed rows; each device runs the kernel on its own rows and heads.
+) -> Float[Array, "B T Q E"]:
+    """Computes `masked_attention` of packed rows; each device runs the kernel on its own rows and heads.
 
     Args:
-      mesh: of the devices; rows are split over `row_axes` of it, heads over `head_axis`.
+      mesh: the devices; rows are split over its axes `row_axes`, heads over its axis `head_axis`. None = one device.
+      window, chunk, scale, soft_cap, sinks_Q: as for `masked_attention`. T must be a multiple of `LANES`.
       interpret: run the kernel in Python, on any platform.
 
     Source: jax.experimental.pallas.ops.tpu.splash_attention; FlashAttention-2 (arXiv 2307.08691).
     """
     length, heads, width = queries_BTQC.shape[1:]
     scaled = (queries_BTQC * (scale or 1 / math.sqrt(width))).astype(dtype)
-    segments = _segments(sight, chunk, length)
+    segments = mask.query_segments_BT
+    assert segments is not None
+    if chunk:  # a chunk of a document becomes a document of its own
+        segments = segments * (length // chunk + 1) + mask.queries_BT // chunk
     run = _kernel(length, heads // (mesh.shape[head_axis] if mesh and head_axis else 1), window, soft_cap, interpret)
 
-    def local(queries, keys, values, segments, sinks):
-        def row(queries, keys, values, segments):
+    def on_device(queries, keys, values, segments, sinks):
+        def one_row(queries, keys, values, segments):
             ids = kernel.SegmentIds(q=segments, kv=segments)
             by_head = (x.swapaxes(0, 1) for x in (queries, keys, values))
             return run(*by_head, segment_ids=ids, sinks=sinks).swapaxes(0, 1)
 
-        return jax.vmap(row)(queries, keys, values, segments)
+        return jax.vmap(one_row)(queries, keys, values, segments)
 
-    given = scaled, keys_BTGC.astype(dtype), values_BTGE.astype(dtype), segments
-    sinks = None if sinks_Q is None else sinks_Q.astype(jnp.float32)
     if mesh is not None and mesh.size > 1:
         rows = row_axes or None
         by_heads = PartitionSpec(rows, None, head_axis)
-        local = jax.shard_map(
-            local,
+        on_device = jax.shard_map(
+            on_device,
             mesh=mesh,
             in_specs=(by_heads, by_heads, by_heads, PartitionSpec(rows), PartitionSpec(head_axis)),
             out_specs=by_heads,
             check_vma=False,
         )
-    return local(*given, sinks).astype(jnp.promote_types(dtype, jnp.float32))
-
-
-def _segments(sight: Sight, chunk: int, length: int) -> jax.Array:
-    """Documents [B, T], or chunks of documents: queries see keys of their own alone."""
-    segments = sight.query_segments_BT
-    assert segments is not None
-    return segments if not chunk else segments * (length // chunk + 1) + sight.queries_BT // chunk
+    sinks = None if sinks_Q is None else sinks_Q.astype(jnp.float32)
+    out = on_device(scaled, keys_BTGC.astype(dtype), values_BTGE.astype(dtype), segments, sinks)
+    return out.astype(jnp.promote_types(dtype, jnp.float32))
 
 
 @functools.lru_cache
 def _kernel(length: int, heads: int, window: int, soft_cap: float, interpret: bool) -> Any:
-    """The kernel for one row. A window of positions is one of places: positions rise by one within a document."""
+    """The kernel for one row; positions rise by one within a document, so that a window of them is one of slots."""
     shape = (length, length)
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
     block = next(size for size in (BLOCK, 256, LANES) if length % size == 0)

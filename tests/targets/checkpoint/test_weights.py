@@ -1,4 +1,4 @@
-"""Weights of safetensors folders, read whole and in slices, and folders that are broken."""
+"""Weights of safetensors folders are read entirely and by slices, and damaged folders are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation: what a loop over full forwards would say, whatever the batch, the neighbours, the order and the mesh."""
+"""Generation gives the tokens of a loop over full forward passes, for any batch, order and mesh."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import pytest
 from jeagle import targets
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import make_mesh
-from jeagle.targets.model.generate import _Generation
-from jeagle.targets.model.sampling import Sampling, choose, eligible
+from jeagle.targets.model.generate import Sampling, _Generation, eligible_tokens, sample_tokens
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ["llama", "gemma3", "gpt_oss", "deepseek_v2", "qwen3_next", "gemma4_shared_kv"]
 SAMPLED = Sampling(temperature=0.8, top_p=0.9, top_k=30)
 SEED, END, ROOM = 11, 2, 80
@@ -33,7 +32,7 @@ def loaded(case: str, mesh: tuple[int, int, int] = (1, 1, 1)) -> targets.Target:
 
 
 class Asked(NamedTuple):
-    """Prompts shorter and longer than what is padded to, and how many tokens each may get."""
+    """Prompts shorter and longer than a padding bucket, and the limit of each answer in tokens."""
 
     prompts: list[np.ndarray]
     limits: list[int]
@@ -54,7 +53,7 @@ def answers(target: targets.Target, prompts, limits, batch: int, **how) -> dict[
 
 
 def logits_behind(target: targets.Target, texts: list[np.ndarray]) -> np.ndarray:
-    """[N, ROOM, V] of full forwards, without a cache."""
+    """Logits [N, ROOM, V] of full forward passes, without a cache."""
     tokens = np.zeros((len(texts), ROOM), np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text
@@ -68,7 +67,7 @@ def logits_behind(target: targets.Target, texts: list[np.ndarray]) -> np.ndarray
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_those_of_a_loop_over_full_forwards(case, sampling):
-    """Each token, given the text before it, is what its own key chooses from the logits of a full forward."""
+    """Each token is the one that its own key chooses from the logits of a full forward pass over the text before it."""
     target, (prompts, limits) = loaded(case), asked()
     found = answers(target, prompts, limits, batch=4, sampling=sampling)
     assert sorted(found) == list(range(len(prompts)))
@@ -78,7 +77,7 @@ def test_answers_are_those_of_a_loop_over_full_forwards(case, sampling):
         key = jax.random.fold_in(jax.random.key(SEED), i)
         keys = jnp.stack([jax.random.fold_in(key, place) for place in range(len(tokens))])
         here = logits[i, len(prompt) - 1 :][: len(tokens)]
-        assert tokens == np.asarray(choose(here, keys, sampling)).tolist()
+        assert tokens == np.asarray(sample_tokens(jnp.asarray(here), keys, sampling)).tolist()
         ended = tokens[-1] == END
         assert found[i].finish_reason == ("stop" if ended else "length") and END not in tokens[:-1]
         assert ended or len(tokens) == limits[i]
@@ -122,13 +121,13 @@ def test_eight_devices_write_what_one_writes(case):
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("case", MESHES)
 def test_the_cache_is_split_like_the_model(case):
-    """Rows over fsdp, heads over tensor, before and after a step; a latent has one head, which stays whole."""
+    """Rows are split over fsdp and heads over tensor, before and after a step; a latent's only head is not split."""
     fsdp, tensor, _ = MESHES[case]
     prompts, limits = asked()
     run = _Generation(loaded(case, MESHES[case]), prompts, limits, range(11), (END,), 3, SAMPLED, 0)
     assert run.batch == -(-3 // fsdp) * fsdp
     for _ in range(2):
-        leaves = jax.tree_util.tree_leaves_with_path(run.rows.cache)
+        leaves = jax.tree_util.tree_leaves_with_path(run.state.cache)
         assert leaves
         for path, leaf in leaves:
             name = str(path[-1])
@@ -138,7 +137,7 @@ def test_the_cache_is_split_like_the_model(case):
 
 
 def test_stop_strings_end_an_answer_where_they_stand():
-    """The host's word, whatever the chunk of steps in which it comes."""
+    """The host decides where an answer ends, in whichever group of steps that is."""
     target, (prompts, _) = loaded("llama"), asked()
     free = answers(target, prompts, 30 - 15, batch=4)
     seen: list[int] = []
@@ -154,13 +153,13 @@ def test_stop_strings_end_an_answer_where_they_stand():
         assert cut[i].finish_reason == ("stop" if len(answer.tokens) >= 3 else answer.finish_reason)
 
 
-def test_chance_follows_the_distribution():
+def test_samples_follow_the_distribution():
     """30,000 draws over 6 tokens: chi-square below its 1 - 1e-4 quantile (5 and 2 degrees of freedom)."""
     logits = jnp.asarray([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
     count = 30_000
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(count))
     for sampling, allowed, limit in ((Sampling(0.7), 6, 25.7), (Sampling(1.3, top_k=3), 3, 18.4)):
-        drawn = np.asarray(choose(jnp.broadcast_to(logits, (count, 6)), keys, sampling))
+        drawn = np.asarray(sample_tokens(jnp.broadcast_to(logits, (count, 6)), keys, sampling))
         shares = np.exp(np.asarray(logits)[:allowed] / sampling.temperature)
         expected = count * shares / shares.sum()
         counts = np.bincount(drawn, minlength=6)
@@ -169,7 +168,7 @@ def test_chance_follows_the_distribution():
 
 
 def reference_cut(logits: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
-    """Which tokens top-k, then top-p leave, one row at a time."""
+    """The tokens that top-k and then top-p leave, one row at a time."""
     kept = np.zeros(logits.shape, bool)
     for row, values in enumerate(logits.astype(np.float64)):
         order = np.argsort(-values, kind="stable")[: top_k or len(values)]
@@ -183,11 +182,13 @@ def reference_cut(logits: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 40, 1000])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
-def test_the_cut_is_that_of_the_reference(top_p, top_k):
+def test_eligible_tokens_equal_a_reference(top_p, top_k):
     rng = np.random.default_rng(top_k)
     logits = rng.standard_normal((20, 100)).astype(np.float32) * 3
     logits[:5] = np.round(logits[:5])  # ties: the lower id comes first
-    np.testing.assert_array_equal(np.asarray(eligible(logits, top_p, top_k)), reference_cut(logits, top_p, top_k))
+    np.testing.assert_array_equal(
+        np.asarray(eligible_tokens(jnp.asarray(logits), top_p, top_k)), reference_cut(logits, top_p, top_k)
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_the_cut_is_that_of_the_reference(top_p, top_k):
         ((1.0, 1.0, -1), "top_k"),
     ],
 )
-def test_sampling_that_cannot_be_is_refused(values, said):
+def test_invalid_sampling_is_refused(values, said):
     with pytest.raises(UserError, match=said):
         Sampling(*values)
 

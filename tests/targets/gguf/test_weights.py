@@ -1,4 +1,4 @@
-"""GGUF files give back the checkpoint that llama.cpp's converter made them from, whole and slice by slice."""
+"""GGUF files give the checkpoint that llama.cpp's converter made them from, entirely and by slices."""
 
 from __future__ import annotations
 
@@ -74,17 +74,17 @@ KINDS += [Kind.IQ4_NL, Kind.IQ4_XS, Kind.IQ3_S, Kind.TQ2_0, Kind.MXFP4, Kind.F16
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_type_decodes_as_the_gguf_package_does(kind: Kind, tmp_path: Path):
     """Rows and columns of a matrix, and of an expert in a stack, whose edges lie within blocks."""
-    up, stack = blocks(kind, 6, 512), np.stack([blocks(kind, 4, 512)] * 3)
+    matrix, stack = blocks(kind, 6, 512), np.stack([blocks(kind, 4, 512)] * 3)
     stack[1] ^= 1
     path = tmp_path / "m.gguf"
     writer = tiny_llama(path)
     writer.add_uint32("llama.expert_count", 3)
     writer.add_uint32("llama.expert_used_count", 2)
-    writer.add_tensor("blk.0.ffn_up.weight", up, raw_dtype=kind)
+    writer.add_tensor("blk.0.attn_v.weight", matrix, raw_dtype=kind)
     writer.add_tensor("blk.0.ffn_up_exps.weight", stack, raw_dtype=kind)
     finish(writer)
     source = open_weights(resolve(str(path)))
-    for name, stored in (("mlp.up_proj", up), ("block_sparse_moe.experts.1.w3", stack[1])):
+    for name, stored in (("self_attn.v_proj", matrix), ("block_sparse_moe.experts.1.w3", stack[1])):
         name, expected = f"model.layers.0.{name}.weight", gguf.quants.dequantize(stored, kind)
         assert source.shape(name) == expected.shape and np.isfinite(expected).all() and expected.std() > 0
         for rows, columns in ((slice(0, 4), slice(0, 512)), (slice(1, 3), slice(37, 300)), (slice(2, 3), slice(5, 6))):
@@ -109,9 +109,9 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def test_metadata_that_is_not_honoured_is_named(tmp_path: Path):
+def test_unsupported_metadata_is_named(tmp_path: Path):
     finish(tiny_llama(tmp_path / "a.gguf", **{"attention.clamp_kqv": 8}))
-    with pytest.raises(UserError, match=r"llama\.attention\.clamp_kqv = 8, which jeagle does not honour"):
+    with pytest.raises(UserError, match=r"llama\.attention\.clamp_kqv = 8, which jeagle does not support"):
         open_weights(resolve(str(tmp_path / "a.gguf")))
 
 
@@ -169,7 +169,7 @@ def test_split_files_are_one_model(tmp_path: Path):
         resolve(str(tmp_path))
 
 
-def test_layers_that_predict_further_tokens_stay_unread(tmp_path: Path):
+def test_layers_for_multi_token_prediction_are_skipped(tmp_path: Path):
     path = tmp_path / "m.gguf"
     writer = tiny_llama(path, block_count=2, nextn_predict_layers=1)
     for layer in (0, 1):
@@ -181,10 +181,10 @@ def test_layers_that_predict_further_tokens_stay_unread(tmp_path: Path):
     assert source.config["num_hidden_layers"] == 1
 
 
-def test_the_other_byte_order_is_refused(tmp_path: Path):
+def test_big_endian_files_are_refused(tmp_path: Path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_block_count(1)
     writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
     finish(writer)
-    with pytest.raises(UserError, match="of the other byte order"):
+    with pytest.raises(UserError, match="in big-endian byte order"):
         open_weights(resolve(str(tmp_path / "m.gguf")))

@@ -14,7 +14,7 @@ from jeagle import targets
 from jeagle.runtime.mesh import make_mesh
 from tests import tiny
 
-GOLDEN = Path(__file__).parents[1] / "goldens" / "smollm2_135m.npz"
+GOLDEN = Path(__file__).parents[2] / "goldens" / "smollm2_135m.npz"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The tokenizer built from a GGUF gives llama.cpp's ids, and the ends of answers are found."""
+"""The tokenizer of a GGUF gives llama.cpp's ids, and the tokens that end an answer are those of its chat template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jeagle.errors import UserError
 from jeagle.targets import TargetFiles, end_token_ids, load_tokenizer
 from jeagle.targets.tokenizers.load import chat_turn_end
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "smollm2_tokenizer.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "goldens" / "smollm2_tokenizer.json").read_text())
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
 
 

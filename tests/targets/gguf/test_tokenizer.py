@@ -1,4 +1,4 @@
-"""Tokenizers built from GGUF metadata give llama.cpp's ids, whatever text is cut by."""
+"""Tokenizers built from GGUF metadata give llama.cpp's ids, for every pre-tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jeagle.targets import TargetFiles, load_tokenizer
-from jeagle.targets.gguf.pre_tokenizers import PRES
+from jeagle.targets.gguf.tokenizer import PRE_TOKENIZERS
 from tests.goldens.make_gguf_tokenizers import HERE, STRINGS, cases, write
 
 GOLDEN = json.loads((HERE / "tokenizers.json").read_text())
@@ -26,8 +26,8 @@ def load(name: str, folder: Path):
     return load_tokenizer(TargetFiles(name, path, "gguf", ""))
 
 
-def test_goldens_cover_every_way_of_cutting():
-    assert {f"gpt2 {pre}" for pre in PRES} <= set(GOLDEN["ids"]) == set(dict(cases()))
+def test_goldens_cover_every_pre_tokenizer():
+    assert {f"gpt2 {pre}" for pre in PRE_TOKENIZERS} <= set(GOLDEN["ids"]) == set(dict(cases()))
 
 
 @pytest.mark.parametrize("name", GOLDEN["ids"])
@@ -43,7 +43,7 @@ def test_ids_are_llama_cpps_and_decode_to_the_text(name: str, tmp_path: Path):
             assert tokenizer.decode(plain) == text
 
 
-def test_tokens_that_end_with_their_role(tmp_path: Path):
+def test_bos_and_eos_are_added(tmp_path: Path):
     path = write(tmp_path / "t.gguf", "gpt2", GOLDEN["gpt2"], "qwen2", add_eos_token=True, add_bos_token=True)
     tokenizer = load_tokenizer(TargetFiles("", path, "gguf", ""))
     ids = tokenizer("hi").input_ids
@@ -51,7 +51,7 @@ def test_tokens_that_end_with_their_role(tmp_path: Path):
     assert tokenizer("hi", add_special_tokens=False).input_ids == ids[1:-1]
 
 
-def test_gemma_4s_kind(tmp_path: Path):
+def test_gemma4_tokenizer(tmp_path: Path):
     """Merges over the text itself, spaces as sentencepiece writes them, bytes for what has no token."""
     letters = [*"abc", "\u2581", "\n", *(f"<0x{byte:02X}>" for byte in range(256))]
     merges = ["a b", "\u2581 ab", "\n \n", "\u2581 \u2581"]

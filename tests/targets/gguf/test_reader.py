@@ -1,4 +1,4 @@
-"""Weights of GGUF files, read whole and in slices, and files that are broken."""
+"""Weights of GGUF files are read entirely and by slices, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from jeagle.errors import UserError
 from jeagle.targets import TargetFiles, open_weights, resolve
 
-GOLDEN = Path(__file__).parents[1] / "goldens" / "smollm2_135m.npz"
+GOLDEN = Path(__file__).parents[2] / "goldens" / "smollm2_135m.npz"
 WIDTH, MLP, VOCAB, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 40, 4, 2, 16, 2
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 SHAPES = {
@@ -133,7 +133,7 @@ def test_gguf_llama3_rope(tmp_path: Path):
         open_tiny(tmp_path / "other.gguf", tensors)
 
 
-def test_gguf_that_is_not_understood_is_refused(tmp_path: Path):
+def test_unsupported_gguf_files_are_refused(tmp_path: Path):
     tensors = tiny_tensors()
     with pytest.raises(UserError, match=r"architecture mamba; supported in GGUF: deepseek2, .*llama"):
         open_tiny(tmp_path / "a.gguf", tensors, arch="mamba")
