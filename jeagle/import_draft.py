@@ -84,7 +84,7 @@ def import_draft(args: ImportDraftArguments) -> list[str]:
         for, or an output folder that exists. Nothing is written then.
     """
     check_replaceable(args.out, NEW_FOLDER)
-    draft = exchange.open_draft(args.source)
+    draft = exchange.open_draft_folder(args.source)
     target = open_target(TargetConfig(ref=args.target, family=args.family)) if args.target else None
     hints = exchange.Hints(args.aux_layers or None, args.norm_output, args.norm_before_residual)
     interpretations = exchange.interpretations(draft, hints, target.spec.layers if target else None)

@@ -6,7 +6,7 @@ In jeagle a draft is a `DraftSpec` and a flat dict of float32 arrays with the na
 from jeagle.exchange.card import EXPORT_FOLDER, Export, ExportCard, model_card
 from jeagle.exchange.config_file import read_draft_config
 from jeagle.exchange.config_read import Hints
-from jeagle.exchange.draft_reader import FileArray, ImportedDraft, OpenDraft, open_draft, read_draft
+from jeagle.exchange.draft_reader import FileArray, ImportedDraft, OpenDraft, open_draft_folder, read_draft
 from jeagle.exchange.draft_tensors import check_params, expected_shapes, same_embedding
 from jeagle.exchange.export_writer import write_export
 from jeagle.exchange.interpretation import Interpretation, interpretations
@@ -29,7 +29,7 @@ __all__ = [
     "expected_shapes",
     "interpretations",
     "model_card",
-    "open_draft",
+    "open_draft_folder",
     "open_peer_features",
     "read_draft",
     "read_draft_config",

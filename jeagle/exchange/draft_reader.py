@@ -154,7 +154,7 @@ class OpenDraft:
         return None if stored is None else FileArray(stored, transposed=False, name=EMBEDDING, where=self.where)
 
 
-def open_draft(folder: str | Path) -> OpenDraft:
+def open_draft_folder(folder: str | Path) -> OpenDraft:
     """Opens the draft in `folder`, an export of jeagle's or what a trainer in `config_file` wrote.
 
     Args:
@@ -177,7 +177,7 @@ def open_draft(folder: str | Path) -> OpenDraft:
 
 
 def read_draft(folder: str | Path, hints: Hints | None = None) -> ImportedDraft:
-    """Reads the draft in `folder` into memory; see `open_draft`.
+    """Reads the draft in `folder` into memory; see `open_draft_folder`.
 
     Args:
       hints: answers to the questions that the folder leaves open; an export of jeagle's needs none.
@@ -186,7 +186,7 @@ def read_draft(folder: str | Path, hints: Hints | None = None) -> ImportedDraft:
       UserError: for a missing or damaged file, a tensor that is missing, unknown, wrongly shaped or not finite, tables
         of ids that are not valid, or a config that leaves a question open or that jeagle's draft does not support.
     """
-    draft = open_draft(folder)
+    draft = open_draft_folder(folder)
     spec = draft.spec(hints)
     embedding = draft.open_embedding(spec)
     params = {name: parameter[...] for name, parameter in draft.params(spec).items()}

@@ -55,7 +55,7 @@ def check_export(
     Raises:
       UserError: where the vocabulary or the embedding differs, or the logits differ by more than `TOLERANCE`.
     """
-    draft = exchange.open_draft(out)
+    draft = exchange.open_draft_folder(out)
     written = draft.spec()
     if not np.array_equal(draft.draft_to_target(written), vocabulary):
         raise UserError(f"The draft vocabulary in {out} is not the trained draft's: the export was removed.")

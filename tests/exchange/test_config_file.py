@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jeagle.errors import UserError
-from jeagle.exchange import Hints, open_draft, read_draft
+from jeagle.exchange import Hints, open_draft_folder, read_draft
 from tests.exchange.drafts import edit_config, parameters, target_ids
 from tests.exchange.peers import CONFIG, PEERS, SPEC, weights, write_peer
 from tests.exchange.test_peer_features import torch_file
@@ -57,13 +57,13 @@ def test_an_unsupported_switch_of_a_known_trainer_is_refused_by_name(fault, tmp_
     folder = write_peer(peer, tmp_path / "draft", weights(tmp_path), CONFIG)
     edit_config(folder, lambda config: config["eagle_config"].update(changed))
     with pytest.raises(UserError, match=named):
-        open_draft(folder)
+        open_draft_folder(folder)
 
 
 def test_a_parallel_draft_of_automodel_is_refused(tmp_path):
     folder = write_peer("automodel", tmp_path / "draft", weights(tmp_path), CONFIG, parallel_drafting=True)
     with pytest.raises(UserError, match="parallel_drafting"):
-        open_draft(folder)
+        open_draft_folder(folder)
 
 
 def test_an_older_eagle_is_refused(tmp_path):
@@ -82,7 +82,7 @@ def test_parts_are_one_draft_and_a_missing_part_is_refused(tmp_path):
     first = {name: named[name] for name in half}
     (folder / "pytorch_model-00001-of-00002.bin").write_bytes(torch_file(first))
     with pytest.raises(UserError, match="1 of 2 parts"):
-        open_draft(folder)
+        open_draft_folder(folder)
     rest = {name: array for name, array in named.items() if name not in half}
     (folder / "pytorch_model-00002-of-00002.bin").write_bytes(torch_file(rest))
     assert read_draft(folder, Hints(aux_layers=(2, 4, 5))).spec == SPEC

@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 
 from jeagle.errors import UserError
-from jeagle.exchange import Hints, Interpretation, interpretations, open_draft
+from jeagle.exchange import Hints, Interpretation, interpretations, open_draft_folder
 from tests.exchange.drafts import PLAIN, edit_config, to_sglang
 from tests.exchange.peers import CONFIG, SPEC, weights, write_peer
 
 
 def answers(folder, target_layers, **hints):
-    return [(each.answers, each.spec) for each in interpretations(open_draft(folder), Hints(**hints), target_layers)]
+    return [
+        (each.answers, each.spec) for each in interpretations(open_draft_folder(folder), Hints(**hints), target_layers)
+    ]
 
 
 @pytest.mark.parametrize("peer", ["specforge", "sglang", "speculators", "model_optimizer"])
