@@ -158,6 +158,8 @@ def _serving(export: Export, target: str) -> str:
     where, tokens, reasons = shell_word(export.out), export.card.speculative_tokens, limits_of(export)
     settings = {"method": "eagle3", "model": export.out, "num_speculative_tokens": tokens}
     vllm = f"vllm serve {shell_word(target)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
+    mixed = len(set(export.spec.windows)) > 1  # vLLM asserts that a draft's layers are in one group of its KV cache
+    vllm += " \\\n  --disable-hybrid-kv-cache-manager" if mixed else ""
     chain = (
         f"--model-path {shell_word(target)} \\\n"
         f"  --speculative-algorithm EAGLE3 --speculative-draft-model-path {where} \\\n"
@@ -169,6 +171,8 @@ def _serving(export: Export, target: str) -> str:
         "sglang-jax": f"python -m sgl_jax.launch_server {chain}",
     }
     parts = [_command(engine, command, reasons[engine]) for engine, command in commands.items()]
+    if mixed:
+        parts.append("That vLLM serves a draft whose layers are of both kinds was checked by reading its source only.")
     if target == "TARGET":
         parts.append("TARGET is the target's safetensors folder or hub id: engines cannot load the reference above.")
     return "\n\n".join(parts if export.engine == "SGLang" else [parts[1], parts[0], *parts[2:]])

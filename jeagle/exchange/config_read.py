@@ -9,12 +9,12 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jeagle.errors import UserError
 from jeagle.exchange.config_write import DECODER_SIZES, LAYER_IDS, NORM_SWITCHES, PLAIN_ARCHITECTURE, WRITTEN_BY
 from jeagle.exchange.limits import Layout
-from jeagle.interfaces import DraftSpec, Rope
+from jeagle.interfaces import DraftSpec, LayerType, Rope
 
 NormOutput = Literal["carry", "head"]
 NORM_OUTPUT_MEANS = "norm_output_means"
@@ -85,8 +85,7 @@ def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         **(_plain_norms(config, hints) if layout == "plain" else _speculators_norms(config, hints)),
         qk_norm=decoder["model_type"] == "qwen3",
         attention_bias=bool(decoder.get("attention_bias")),
-        sliding_window=_window(decoder),
-        layer_types=(),
+        **_attention(decoder, sizes["layers"]),
         end_token_ids=() if ends is None else tuple(ends) if isinstance(ends, list) else (ends,),
     )
 
@@ -149,18 +148,25 @@ def _aux_layers(
     return aux_layers
 
 
-def _window(decoder: Mapping[str, Any]) -> int:
-    kinds, window = set(decoder.get("layer_types") or ()), decoder.get("sliding_window") or 0
+def _attention(decoder: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Layers of one kind need no `layer_types` in a `DraftSpec`, whatever number of them config.json lists."""
+    kinds, window = tuple(decoder.get("layer_types") or ()), decoder.get("sliding_window") or 0
     if not kinds:
-        return window if decoder.get("use_sliding_window") else 0
-    if kinds == {"full_attention"}:
-        return 0
-    if kinds == {"sliding_attention"} and window:
-        return window
-    raise UserError(
-        f"config.json has layer_types {sorted(kinds)} and sliding_window {window or None}: jeagle's draft has the same "
-        "window in all of its layers, or none."
-    )
+        return {"sliding_window": window if decoder.get("use_sliding_window") else 0}
+    if unknown := sorted(set(kinds) - set(get_args(LayerType))):
+        raise UserError(
+            f"config.json has {unknown[0]!r} in its layer_types; jeagle's draft supports "
+            f"{' and '.join(get_args(LayerType))}."
+        )
+    if set(kinds) == {"full_attention"}:
+        return {"sliding_window": 0}
+    if not window:
+        raise UserError("config.json has sliding_attention in its layer_types, but no sliding_window.")
+    if set(kinds) == {"sliding_attention"}:
+        return {"sliding_window": window}
+    if len(kinds) != layers:
+        raise UserError(f"config.json has {len(kinds)} layer_types for num_hidden_layers {layers}.")
+    return {"sliding_window": window, "layer_types": kinds}
 
 
 def _check_supported(config: Mapping[str, Any], decoder: Mapping[str, Any], kinds: tuple[str, ...]) -> None:

@@ -55,7 +55,7 @@ def config_json(export: Export) -> dict[str, Any]:
             "dtype": export.dtype,
             "torch_dtype": export.dtype,
             **_decoder(spec),
-            **(_window(spec) if spec.sliding_window else {}),
+            **(_attention(spec) if any(spec.windows) else {}),
             **_fusion(spec),
             **({"norm_output": True} if spec.carry_normed else {}),
             "eagle_config": {LAYER_IDS: [layer - 1 for layer in spec.aux_layers], "use_aux_hidden_state": True},
@@ -70,7 +70,7 @@ def config_json(export: Export) -> dict[str, Any]:
         "dtype": export.dtype,
         **_fusion(spec),
         "norm_output": spec.carry_normed,
-        "transformer_layer_config": {"model_type": model_type, **_decoder(spec), **_window(spec)},
+        "transformer_layer_config": {"model_type": model_type, **_decoder(spec), **_attention(spec)},
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
@@ -110,10 +110,10 @@ def _fusion(spec: DraftSpec) -> dict[str, Any]:
     }
 
 
-def _window(spec: DraftSpec) -> dict[str, Any]:
-    kind = "sliding_attention" if spec.sliding_window else "full_attention"
+def _attention(spec: DraftSpec) -> dict[str, Any]:
+    window = max(spec.windows)
     return {
-        "layer_types": [kind] * spec.layers,
-        "sliding_window": spec.sliding_window or None,
-        "use_sliding_window": bool(spec.sliding_window),
+        "layer_types": ["sliding_attention" if width else "full_attention" for width in spec.windows],
+        "sliding_window": window or None,
+        "use_sliding_window": window > 0,
     }
