@@ -46,27 +46,29 @@ def expected_shapes(spec: DraftSpec) -> dict[str, TensorShape]:
         shapes["input_norm"] = (fused,)
     if spec.fc_norm:
         shapes |= {f"fc_norm.{a}": (spec.target_width,) for a in range(len(spec.aux_layers))}
-    for i in range(spec.layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in _layer_shapes(spec, first=i == 0).items()}
-    return shapes | {"norm": (spec.width,), "lm_head": (spec.draft_vocab, spec.width)}
-
-
-def _layer_shapes(spec: DraftSpec, *, first: bool) -> dict[str, TensorShape]:
-    """The first layer reads the token's embedding beside the state, so that its q, k and v kernels are [2 W, ...]."""
     width, query, key = spec.width, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    read = 2 * width if first else width
-    shapes: dict[str, TensorShape] = {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
-    if first:
-        shapes["hidden_norm"] = (width,)
-    attention: dict[str, TensorShape] = {"q_proj": (read, query), "k_proj": (read, key), "v_proj": (read, key)}
-    attention["o_proj"] = (query, width)
-    if spec.attention_bias:
-        attention |= {"q_bias": (query,), "k_bias": (key,), "v_bias": (key,), "o_bias": (width,)}
-    if spec.qk_norm:
-        attention |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
-    shapes |= {f"self_attn.{name}": shape for name, shape in attention.items()}
-    up, down = (width, spec.mlp_width), (spec.mlp_width, width)
-    return shapes | {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
+    for i in range(spec.layers):
+        read = 2 * width if i == 0 else width  # the first layer reads the token's embedding beside the state
+        layer: dict[str, TensorShape] = {
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
+            "self_attn.q_proj": (read, query),
+            "self_attn.k_proj": (read, key),
+            "self_attn.v_proj": (read, key),
+            "self_attn.o_proj": (query, width),
+            "mlp.gate_proj": (width, spec.mlp_width),
+            "mlp.up_proj": (width, spec.mlp_width),
+            "mlp.down_proj": (spec.mlp_width, width),
+        }
+        if i == 0:
+            layer["hidden_norm"] = (width,)
+        if spec.attention_bias:
+            sizes = {"q": query, "k": key, "v": key, "o": width}
+            layer |= {f"self_attn.{kernel}_bias": (size,) for kernel, size in sizes.items()}
+        if spec.qk_norm:
+            layer |= {"self_attn.q_norm": (spec.head_dim,), "self_attn.k_norm": (spec.head_dim,)}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"norm": (width,), "lm_head": (spec.draft_vocab, width)}
 
 
 def canonical_tensor_name(name: str) -> str:
@@ -144,15 +146,9 @@ def check_finite(name: str, array: Shaped[np.ndarray, "..."], *, where: str) -> 
 
 def same_embedding(one: Readable, other: Readable, vocab: int) -> bool:
     """Returns whether two embeddings [V, W] are equal up to rounding to bfloat16; rows are compared block by block."""
-    for start in range(0, vocab, _ROWS):
-        rows, other_rows = (np.asarray(e[start : start + _ROWS], np.float32) for e in (one, other))
-        if not np.allclose(rows, other_rows, rtol=_BFLOAT16_STEP, atol=1e-30):
-            return False
-    return True
-
-
-_ROWS = 8192  # rows of an embedding that are compared at a time
-_BFLOAT16_STEP = 2.0**-8
+    blocks = (slice(start, start + 8192) for start in range(0, vocab, 8192))
+    pairs = ((np.asarray(one[rows], np.float32), np.asarray(other[rows], np.float32)) for rows in blocks)
+    return all(np.allclose(*pair, rtol=2.0**-8, atol=1e-30) for pair in pairs)
 
 
 def check_draft_vocabulary(

@@ -40,11 +40,8 @@ class Interpretation(NamedTuple):
 
     def describe(self) -> str:
         """Returns the answers in words."""
-        words = []
-        for name, answer in self.answers.items():
-            value = " ".join(map(str, answer)) if isinstance(answer, tuple) else str(answer).lower()
-            words.append(f"{name} {value}")
-        return ", ".join(words) or "as its files say"
+        words = {name: " ".join(map(str, a)) if isinstance(a, tuple) else str(a) for name, a in self.answers.items()}
+        return ", ".join(f"{name} {value.lower()}" for name, value in words.items()) or "as its files say"
 
     def flags(self) -> str:
         """Returns the flags of `jeagle import_draft` that answer the open questions."""
@@ -106,13 +103,12 @@ def _aux_layers(draft: OpenDraft, hints: Hints, target_layers: int | None) -> li
     else:
         default = (2, target_layers // 2, target_layers - 3)
         candidates = [default, _plus_one(default)]
-    possible = [layers for layers in dict.fromkeys(candidates) if _is_possible(layers, target_layers)]
+    possible = [
+        ids
+        for ids in dict.fromkeys(candidates)
+        if list(ids) == sorted(set(ids)) and ids[0] >= 0 and (target_layers is None or ids[-1] <= target_layers)
+    ]
     return possible or candidates[:1]  # check_spec reports what is wrong with it
-
-
-def _is_possible(aux_layers: AuxLayers, target_layers: int | None) -> bool:
-    last = aux_layers[-1] if target_layers is None else target_layers
-    return list(aux_layers) == sorted(set(aux_layers)) and aux_layers[0] >= 0 and aux_layers[-1] <= last
 
 
 def _plus_one(ids: AuxLayers) -> AuxLayers:
