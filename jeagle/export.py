@@ -59,30 +59,26 @@ class VllmExportArguments(ExportArguments):
 ENGINES: dict[str, type[ExportArguments]] = {"sglang": ExportArguments, "vllm": VllmExportArguments}
 
 
-def main(arguments: list[str]) -> None:
-    """The command `jeagle export sglang|vllm ...`."""
+def main(arguments: list[str], program: str = "") -> None:
+    """The command `jeagle export sglang|vllm ...`, and, with their names as `program`, the two converters."""
     if not arguments or arguments[0] not in ENGINES:
         raise UserError("jeagle export needs an engine first: sglang or vllm, then --checkpoint runs/NAME.")
-    _run(arguments[1:], ENGINES[arguments[0]], f"jeagle export {arguments[0]}")
+    args = tyro.cli(ENGINES[arguments[0]], args=arguments[1:], prog=program or f"jeagle export {arguments[0]}")
+    # Less freed memory is kept than `prepare_host` keeps, because large arrays come and go one by one (keeping none
+    # costs a third more time). Nothing is dispatched asynchronously, because waiting work keeps its operands in memory.
+    keep_freed_memory(largest=64 << 20, most=256 << 20)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    print(export(args))
 
 
 def to_sglang(arguments: list[str]) -> None:
     """The command converters/to_sglang.py."""
-    _run(arguments, ExportArguments, "to_sglang.py")
+    main(["sglang", *arguments], "to_sglang.py")
 
 
 def to_vllm(arguments: list[str]) -> None:
     """The command converters/to_vllm.py."""
-    _run(arguments, VllmExportArguments, "to_vllm.py")
-
-
-def _run(arguments: list[str], kind: type[ExportArguments], program: str) -> None:
-    """Keeps less freed memory than `prepare_host` does, because large arrays come and go one by one (keeping none costs
-    a third more time), and dispatches nothing asynchronously, because waiting work keeps its operands in memory."""
-    args = tyro.cli(kind, args=arguments, prog=program)
-    keep_freed_memory(largest=64 << 20, most=256 << 20)
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    print(export(args))
+    main(["vllm", *arguments], "to_vllm.py")
 
 
 def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> str:

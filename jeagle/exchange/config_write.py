@@ -14,7 +14,6 @@ from typing import Any
 
 import jeagle
 from jeagle.exchange.card import Export
-from jeagle.interfaces import DraftSpec
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 PLAIN_ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -47,16 +46,43 @@ def config_json(export: Export) -> dict[str, Any]:
     when it is given the draft's folder as the model.
     """
     spec, card = export.spec, export.card
+    written_by = {WRITTEN_BY: jeagle.__version__, "dtype": export.dtype}
+    scaling = {name: list(v) if isinstance(v, tuple) else v for name, v in spec.rope.scaling}
+    ends, window = list(spec.end_token_ids), max(spec.windows)
+    decoder = {
+        **{field: getattr(spec, name) for field, name in DECODER_SIZES.items()},
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.norm_eps,
+        "attention_bias": spec.attention_bias,
+        "mlp_bias": False,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "num_aux_hidden_states": len(spec.aux_layers),
+        "tie_word_embeddings": False,
+        "rope_theta": spec.rope.theta,  # as transformers 4 reads it; rope_parameters are of transformers 5
+        **({"rope_scaling": scaling} if scaling else {}),
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": spec.rope.theta},
+    }
+    attention = {
+        "layer_types": ["sliding_attention" if width else "full_attention" for width in spec.windows],
+        "sliding_window": window or None,
+        "use_sliding_window": window > 0,
+    }
+    fusion = {
+        "draft_vocab_size": spec.draft_vocab,
+        "target_hidden_size": spec.target_width,
+        LAYER_IDS: list(spec.aux_layers),
+        **{name: getattr(spec, name) for name in NORM_SWITCHES},
+        "tie_word_embeddings": False,
+    }
     if export.layout == "plain":
         return {
             "architectures": [PLAIN_ARCHITECTURE],
             "model_type": "llama",
-            WRITTEN_BY: jeagle.__version__,
-            "dtype": export.dtype,
+            **written_by,
             "torch_dtype": export.dtype,
-            **_decoder(spec),
-            **(_attention(spec) if any(spec.windows) else {}),
-            **_fusion(spec),
+            **decoder,
+            **(attention if window else {}),
+            **fusion,
             **({"norm_output": True} if spec.carry_normed else {}),
             "eagle_config": {LAYER_IDS: [layer - 1 for layer in spec.aux_layers], "use_aux_hidden_state": True},
         }
@@ -66,54 +92,14 @@ def config_json(export: Export) -> dict[str, Any]:
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "speculators_version": _SPECULATORS_FORMAT,
-        WRITTEN_BY: jeagle.__version__,
-        "dtype": export.dtype,
-        **_fusion(spec),
+        **written_by,
+        **fusion,
         "norm_output": spec.carry_normed,
-        "transformer_layer_config": {"model_type": model_type, **_decoder(spec), **_attention(spec)},
+        "transformer_layer_config": {"model_type": model_type, **decoder, **attention},
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [{**proposal, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
             "verifier": {"name_or_path": card.target_ref, "architectures": list(card.target_architectures)},
         },
-    }
-
-
-def _decoder(spec: DraftSpec) -> dict[str, Any]:
-    """The fields of the decoder layers in both layouts; RoPE has the fields of transformers 4 and of 5."""
-    scaling = {name: list(v) if isinstance(v, tuple) else v for name, v in spec.rope.scaling}
-    ends = list(spec.end_token_ids)
-    return {
-        **{field: getattr(spec, name) for field, name in DECODER_SIZES.items()},
-        "hidden_act": "silu",
-        "rms_norm_eps": spec.norm_eps,
-        "attention_bias": spec.attention_bias,
-        "mlp_bias": False,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "num_aux_hidden_states": len(spec.aux_layers),
-        "tie_word_embeddings": False,
-        "rope_theta": spec.rope.theta,
-        **({"rope_scaling": scaling} if scaling else {}),
-        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": spec.rope.theta},
-    }
-
-
-def _fusion(spec: DraftSpec) -> dict[str, Any]:
-    """The fields of aux layers, vocabulary and norms, which stand at the top level of both layouts."""
-    return {
-        "draft_vocab_size": spec.draft_vocab,
-        "target_hidden_size": spec.target_width,
-        LAYER_IDS: list(spec.aux_layers),
-        **{name: getattr(spec, name) for name in NORM_SWITCHES},
-        "tie_word_embeddings": False,
-    }
-
-
-def _attention(spec: DraftSpec) -> dict[str, Any]:
-    window = max(spec.windows)
-    return {
-        "layer_types": ["sliding_attention" if width else "full_attention" for width in spec.windows],
-        "sliding_window": window or None,
-        "use_sliding_window": window > 0,
     }

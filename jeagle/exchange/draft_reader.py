@@ -21,7 +21,7 @@ from jeagle.exchange.draft_tensors import (
     TABLES,
     check_embedding,
     check_finite,
-    check_names,
+    check_shapes,
     draft_vocabulary,
     expected_shapes,
     is_transposed,
@@ -123,19 +123,14 @@ class OpenDraft:
                 f"{self.where}: {LM_HEAD} is missing, so that an engine would use the target's: import the draft with "
                 "converters/from_eagle3.py and --target, which adds these rows to it."
             )
-        expected = {torch_name(name, "layers.0"): (name, shape) for name, shape in expected_shapes(spec).items()}
-        check_names(expected, self.tensors, where=self.where)
-        params = {}
-        for stored_name, (name, shape) in expected.items():
-            transposed = is_transposed(name, shape)
-            parameter = FileArray(self.tensors[stored_name], transposed=transposed, name=stored_name, where=self.where)
-            if parameter.shape != shape:
-                wanted, stored = shape[::-1] if transposed else shape, self.tensors[stored_name].shape
-                raise UserError(
-                    f"{self.where}: {stored_name} has the shape {list(stored)}; config.json says that it is "
-                    f"{list(wanted)}."
-                )
-            params[name] = parameter
+        params, expected = {}, {}
+        for name, shape in expected_shapes(spec).items():
+            stored, transposed = torch_name(name, "layers.0"), is_transposed(name, shape)
+            expected[stored] = shape[::-1] if transposed else shape
+            if stored in self.tensors:
+                tensor = self.tensors[stored]
+                params[name] = FileArray(tensor, transposed=transposed, name=stored, where=self.where)
+        check_shapes(expected, self.tensors, where=self.where)
         return params
 
     def draft_to_target(self, spec: DraftSpec) -> Int[np.ndarray, " D"]:

@@ -8,7 +8,7 @@ speculators `layers.0.`; SGLang and vLLM load both.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -94,14 +94,7 @@ def check_params(spec: DraftSpec, params: Mapping[str, Any]) -> None:
     Raises:
       UserError: for a missing, unknown or wrongly shaped parameter. The message names it.
     """
-    expected = expected_shapes(spec)
-    check_names(expected, params, where="The draft's parameters")
-    for name, shape in expected.items():
-        if params[name].shape != shape:
-            raise UserError(
-                f"The draft's parameters: {name} has the shape {list(params[name].shape)}; this draft needs "
-                f"{list(shape)}."
-            )
+    check_shapes(expected_shapes(spec), params, where="The draft's parameters")
 
 
 def check_embedding(spec: DraftSpec, shape: TensorShape | None, *, where: str) -> None:
@@ -124,18 +117,23 @@ def check_embedding(spec: DraftSpec, shape: TensorShape | None, *, where: str) -
         raise UserError(f"{where}: {EMBEDDING} has the shape {list(shape or ())}; this draft needs {list(wanted)}.")
 
 
-def check_names(expected: Collection[str], names: Collection[str], *, where: str) -> None:
-    """Raises UserError, naming one tensor, where a name is missing or unknown; `where` begins the sentence."""
+def check_shapes(expected: Mapping[str, TensorShape], tensors: Mapping[str, Any], *, where: str) -> None:
+    """Raises UserError, naming one tensor, for one that is missing, unknown or wrongly shaped; `where` begins the
+    sentence."""
 
     def first(names: list[str]) -> str:
         return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
-    missing, unknown = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:
         hint = f", and the unknown tensor {first(unknown)} is present" if unknown else ""
         raise UserError(f"{where}: {first(missing)} is missing{hint}.")
     if unknown:
         raise UserError(f"{where}: a draft of this configuration has no tensor {first(unknown)}.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            stored = list(tensors[name].shape)
+            raise UserError(f"{where}: {name} has the shape {stored}; a draft of this configuration has {list(shape)}.")
 
 
 def check_finite(name: str, array: Shaped[np.ndarray, "..."], *, where: str) -> None:

@@ -81,7 +81,7 @@ def sglang_limits(spec: DraftSpec, target_layers: int, architectures: Sequence[s
         f"layers is {spec.layers}, and its draft has one": spec.layers != 1,
         f"sliding_window is {spec.sliding_window}, which it does not read from a draft's config": any(spec.windows),
     }
-    return _shared_limits("SGLang", spec, architectures) + [reason for reason, broken in rules.items() if broken]
+    return _broken("SGLang", spec, architectures, rules)
 
 
 def vllm_limits(spec: DraftSpec, layout: Layout, architectures: Sequence[str] = ()) -> list[str]:
@@ -92,7 +92,7 @@ def vllm_limits(spec: DraftSpec, layout: Layout, architectures: Sequence[str] = 
             spec.qk_norm and spec.attention_bias
         ),
     }
-    return _shared_limits("vLLM", spec, architectures) + [reason for reason, broken in rules.items() if broken]
+    return _broken("vLLM", spec, architectures, rules)
 
 
 def sglang_jax_limits(spec: DraftSpec, target_layers: int, architectures: Sequence[str] = ()) -> list[str]:
@@ -120,7 +120,8 @@ def sglang_jax_limits(spec: DraftSpec, target_layers: int, architectures: Sequen
     return [reason for reason, broken in rules.items() if broken] + shared
 
 
-def _shared_limits(engine: str, spec: DraftSpec, architectures: Sequence[str]) -> list[str]:
+def _broken(engine: str, spec: DraftSpec, architectures: Sequence[str], rules: dict[str, bool]) -> list[str]:
     refused = [name for name in architectures if name in WITHOUT_AUX_HIDDEN_STATES[engine]]
-    reasons = [f"the target is {refused[0]}, whose aux hidden states it hands to no draft"] if refused else []
-    return reasons if spec.head_norm else [*reasons, "head_norm is false, and it always norms what lm_head reads"]
+    shared = {f"the target is {name}, whose aux hidden states it hands to no draft": True for name in refused[:1]}
+    shared["head_norm is false, and it always norms what lm_head reads"] = not spec.head_norm
+    return [reason for reason, broken in (shared | rules).items() if broken]
