@@ -32,7 +32,6 @@ DECODER_SIZES = {
 """Sizes of the decoder layers: from config.json's name to that of `DraftSpec`."""
 NORM_SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm")
 """Switches of the same name in config.json and in `DraftSpec`."""
-_SPECULATORS_FORMAT = "0.9.0"
 
 
 def config_json(export: Export) -> dict[str, Any]:
@@ -86,16 +85,19 @@ def config_json(export: Export) -> dict[str, Any]:
             **({"norm_output": True} if spec.carry_normed else {}),
             "eagle_config": {LAYER_IDS: [layer - 1 for layer in spec.aux_layers], "use_aux_hidden_state": True},
         }
-    model_type = "qwen3" if spec.qk_norm else "llama"
     proposal = {"proposal_type": "greedy", "speculative_tokens": card.speculative_tokens}
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
-        "speculators_version": _SPECULATORS_FORMAT,
+        "speculators_version": "0.9.0",
         **written_by,
         **fusion,
         "norm_output": spec.carry_normed,
-        "transformer_layer_config": {"model_type": model_type, **decoder, **attention},
+        "transformer_layer_config": {
+            "model_type": "qwen3" if spec.qk_norm else "llama",
+            **decoder,
+            **attention,
+        },
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",

@@ -123,7 +123,8 @@ class OpenDraft:
                 f"{self.where}: {LM_HEAD} is missing, so that an engine would use the target's: import the draft with "
                 "converters/from_eagle3.py and --target, which adds these rows to it."
             )
-        params, expected = {}, {}
+        params: dict[str, FileArray] = {}
+        expected: dict[str, tuple[int, ...]] = {}
         for name, shape in expected_shapes(spec).items():
             stored, transposed = torch_name(name, "layers.0"), is_transposed(name, shape)
             expected[stored] = shape[::-1] if transposed else shape

@@ -24,8 +24,6 @@ from jeagle.exchange.config_write import LAYER_IDS, WRITTEN_BY
 from jeagle.exchange.draft_reader import OpenDraft
 from jeagle.interfaces import DraftSpec
 
-AuxLayers = tuple[int, ...]
-
 
 class Interpretation(NamedTuple):
     """One way to understand a draft's configuration.
@@ -81,7 +79,7 @@ def interpretations(draft: OpenDraft, hints: Hints, target_layers: int | None) -
     return list(by_spec.values())
 
 
-def _aux_layers(draft: OpenDraft, hints: Hints, target_layers: int | None) -> list[AuxLayers]:
+def _aux_layers(draft: OpenDraft, hints: Hints, target_layers: int | None) -> list[tuple[int, ...]]:
     """Returns the possible aux layers, the most likely ones first."""
     if hints.aux_layers:
         return [hints.aux_layers]
@@ -111,5 +109,5 @@ def _aux_layers(draft: OpenDraft, hints: Hints, target_layers: int | None) -> li
     return possible or candidates[:1]  # check_spec reports what is wrong with it
 
 
-def _plus_one(ids: AuxLayers) -> AuxLayers:
+def _plus_one(ids: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(i + 1 for i in ids)

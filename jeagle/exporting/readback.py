@@ -86,7 +86,13 @@ def _same_rows(ours: Readable | None, theirs: Readable | None, dtype: str) -> bo
 
 def _probe(spec: DraftSpec, params: Mapping[str, Readable], vocabulary: np.ndarray) -> np.ndarray:
     """Returns float32 logits [2, slots, D] of six slots on the target's features and six on the draft's own states."""
-    draft = _unread_draft(spec, params)
+    exchange.check_params(spec, params)
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Eagle3(spec, jnp.dtype("float32"), nnx.Rngs(0))))
+    unread = [
+        (path, leaf.replace(_DeviceParameter(params[".".join(map(str, path))])))
+        for path, leaf in nnx.to_flat_state(abstract)
+    ]
+    draft = nnx.merge(graphdef, nnx.from_flat_state(unread))
     noise = np.random.Generator(np.random.PCG64(0))
     embed = jnp.asarray(noise.standard_normal((64, spec.width), np.float32))
     tables = Tables(embed, jnp.zeros((1, spec.target_width)), jnp.asarray(vocabulary))
@@ -128,14 +134,3 @@ def _release(shape: tuple[int, ...]) -> None:
     if np.prod(shape) >= _LARGE:
         gc.collect()
         release_freed_memory()
-
-
-def _unread_draft(spec: DraftSpec, params: Mapping[str, Readable]) -> Eagle3:
-    """Returns a draft whose forward pass reads each parameter when it needs it, and drops it afterwards."""
-    exchange.check_params(spec, params)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Eagle3(spec, jnp.dtype("float32"), nnx.Rngs(0))))
-    leaves = [
-        (path, leaf.replace(_DeviceParameter(params[".".join(map(str, path))])))
-        for path, leaf in nnx.to_flat_state(abstract)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves))

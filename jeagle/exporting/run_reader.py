@@ -37,11 +37,8 @@ _SMALL_FILES = (
 )
 """The files that are read besides the checkpoints."""
 ACCEPTANCE_METRICS = (
-    "acceptance_length",
-    "acceptance_by_position",
-    "prompts_measured",
-    "draft_tokens",
-    "max_new_tokens",
+    *("acceptance_length", "acceptance_by_position"),
+    *("prompts_measured", "draft_tokens", "max_new_tokens"),
 )
 """The measured values that the model card shows."""
 _TENSORSTORE_ERRORS = (ValueError, RuntimeError, OSError)
@@ -94,11 +91,6 @@ class CheckpointArray:
             return ts.open(self._spec, open=True).result()
         except _TENSORSTORE_ERRORS as error:
             raise _damaged(self._where, error) from error
-
-
-def local_store(folder: Path) -> KvStore:
-    """Returns the tensorstore of a folder on this machine."""
-    return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
 def open_checkpoint(
@@ -173,18 +165,15 @@ class RunDraft(NamedTuple):
     def acceptance(self) -> dict[str, Any] | None:
         """What the run's report or `jeagle.bench --out RUN/bench.json` has measured at this step; None without it."""
         measured = _read_json(self.folder / MEASURED_FILE)
-        if measured is None or measured.get("step") != self.step:
-            report, stage = (
-                _read_json(self.folder / "report.json"),
-                _read_json(self.folder / "stages/measure_after.json"),
-            )
-            measured = (stage or {}).get("result") or {} if report and report.get("steps") == self.step else {}
+        if measured.get("step") != self.step:
+            reported = _read_json(self.folder / "report.json").get("steps") == self.step
+            measured = _read_json(self.folder / "stages/measure_after.json").get("result") or {} if reported else {}
         return {name: measured[name] for name in ACCEPTANCE_METRICS if name in measured} or None
 
     @property
     def data(self) -> dict[str, Any] | None:
         """What the draft was trained on, from the data's manifest; None for an imported draft."""
-        manifest = _read_json(self.folder / "data" / "manifest.json") or {}
+        manifest = _read_json(self.folder / "data" / "manifest.json")
         made_from, train = manifest.get("made_from", {}), manifest.get("statistics", {}).get("train")
         if not train:
             return None
@@ -222,7 +211,7 @@ def _files(checkpoint: str) -> Iterator[tuple[Path, KvStore, str]]:
     """Yields (folder of the small files, store of the checkpoints, the run's name in error messages)."""
     if "://" not in checkpoint:
         folder = assemble.run_folder(checkpoint)
-        yield folder, local_store(folder / "checkpoints"), str(folder)
+        yield folder, features.Storage(folder / "checkpoints").kvstore(), str(folder)
         return
     place = features.Storage(checkpoint)
     with tempfile.TemporaryDirectory(prefix="jeagle-") as temporary:
@@ -266,9 +255,10 @@ def _draft_params(arrays: Mapping[str, CheckpointArray]) -> dict[str, Any]:
     return params
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
     try:
         tree = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return tree if isinstance(tree, dict) else None
+        return {}
+    return tree if isinstance(tree, dict) else {}
