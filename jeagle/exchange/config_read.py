@@ -77,7 +77,7 @@ def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         **sizes,
         target_width=config.get("target_hidden_size") or sizes["width"],
         draft_vocab=config.get("draft_vocab_size") or _rows(shapes, "lm_head.weight"),
-        aux_layers=_aux_layers(config, decoder, layout, hints.aux_layers),
+        aux_layers=_aux_layers(config, decoder, hints.aux_layers),
         norm_eps=float(_required(decoder, "rms_norm_eps")),
         rope=_read_rope(decoder, sizes["head_dim"]),
         **_norms(config, layout, hints),
@@ -111,18 +111,26 @@ def _norms(config: Mapping[str, Any], layout: Layout, hints: Hints) -> dict[str,
     return norms | {"carry_normed" if means == "carry" else "head_norm": bool(config["norm_output"])}
 
 
-def _aux_layers(
-    config: Mapping[str, Any], decoder: Mapping[str, Any], layout: Layout, hint: tuple[int, ...] | None
-) -> tuple[int, ...]:
+def stored_aux_layers(config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the layer ids at the top level of config.json, and those in eagle_config; () where there are none."""
+    nested = (config.get("eagle_config") or {}).get(LAYER_IDS) if layout_of(config) == "plain" else None
+    return tuple(config.get(LAYER_IDS) or ()), tuple(nested or ())
+
+
+def plus_one(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns aux layers from ids that count the layers from 0."""
+    return tuple(i + 1 for i in ids)
+
+
+def _aux_layers(config: Mapping[str, Any], decoder: Mapping[str, Any], hint: tuple[int, ...] | None) -> tuple[int, ...]:
     """vLLM uses the list at the top level as it is; SGLang adds one to the nested list, as SpecForge means it."""
-    nested = (config.get("eagle_config") or {}).get(LAYER_IDS) if layout == "plain" else None
-    candidates = {tuple(config[LAYER_IDS])} if config.get(LAYER_IDS) else set()
-    candidates |= {tuple(i + 1 for i in nested)} if nested else set()
+    top, nested = stored_aux_layers(config)
+    candidates = {ids for ids in (top, plus_one(nested)) if ids}
     if len(candidates) > 1 and hint not in candidates:
         raise UserError(
-            f"config.json names two sets of target layers: {LAYER_IDS} is {config[LAYER_IDS]} at its top level, which "
-            f"vLLM reads, and {nested} in eagle_config, to which SGLang adds one: give the aux layers that the draft "
-            "was trained on."
+            f"config.json names two sets of target layers: {LAYER_IDS} is {list(top)} at its top level, which "
+            f"vLLM reads, and {list(nested)} in eagle_config, to which SGLang adds one: give the aux layers that the "
+            "draft was trained on."
         )
     if not candidates and hint is None:
         raise UserError(

@@ -7,8 +7,9 @@ speculators `layers.0.`; SGLang and vLLM load both.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,6 +37,17 @@ class Readable(Protocol):
     def shape(self) -> TensorShape: ...
 
     def __getitem__(self, index: Any, /) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that `read` reads from storage, or computes, each time it is indexed with `...` or a slice of rows."""
+
+    shape: TensorShape
+    read: Callable[[Any], np.ndarray]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.read(index)
 
 
 def expected_shapes(spec: DraftSpec) -> dict[str, TensorShape]:
@@ -216,14 +228,9 @@ def draft_vocabulary(
     Raises:
       UserError: for a missing map, token ids in the place of offsets, or a mask that contradicts the offsets.
     """
-    if d2t_D is not None and d2t_D.shape != (spec.draft_vocab,):
-        raise UserError(
-            f"{where}: d2t has the shape {list(d2t_D.shape)}; config.json says that it is [{spec.draft_vocab}]."
-        )
-    if t2d_V is not None and t2d_V.shape != (spec.target_vocab,):
-        raise UserError(
-            f"{where}: t2d has the shape {list(t2d_V.shape)}; config.json says that it is [{spec.target_vocab}]."
-        )
+    for name, table, size in ((D2T, d2t_D, spec.draft_vocab), (T2D, t2d_V, spec.target_vocab)):
+        if table is not None and table.shape != (size,):
+            raise UserError(f"{where}: {name} has the shape {list(table.shape)}; config.json says that it is [{size}].")
     rows_D = np.arange(spec.draft_vocab)
     marked = None if t2d_V is None else np.flatnonzero(t2d_V)
     if d2t_D is not None and marked is not None and not np.array_equal(d2t_D + rows_D, marked):

@@ -13,16 +13,16 @@ import gzip
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jeagle.errors import UserError
-from jeagle.exchange.draft_tensors import D2T, T2D, canonical_tensor_name
+from jeagle.exchange.draft_tensors import D2T, T2D, LazyArray, canonical_tensor_name
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COMPUTED = "rotary_emb.inv_freq"  # follows from config.json
@@ -41,26 +41,14 @@ _STORAGES: dict[str, Any] = {
 }
 
 
-class StoredTensor(NamedTuple):
-    """A tensor in a file.
-
-    Attributes:
-      shape: in torch's orientation.
-      read: returns the array for `...`, or those of its rows that a slice selects.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[Any], np.ndarray]
-
-
-def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Returns every tensor of a folder by its canonical name.
+def open_tensors(folder: Path) -> dict[str, LazyArray]:
+    """Returns every tensor of a folder, in torch's orientation, by its canonical name.
 
     Raises:
       UserError: for a folder without weights, a truncated or damaged file, a pickle that would run code, two tensors of
         the same name, or a type that no draft is stored in.
     """
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, LazyArray] = {}
     for path in _weight_files(folder):
         reader = _safetensors if path.suffix == ".safetensors" else _torch
         for torch_name, dtype, tensor in reader(path):
@@ -75,7 +63,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _safetensors(path: Path) -> Iterator[tuple[str, str, StoredTensor]]:
+def _safetensors(path: Path) -> Iterator[tuple[str, str, LazyArray]]:
     def read(name: str, index: Any) -> np.ndarray:
         with _opened(path) as file:
             if index is ...:
@@ -88,7 +76,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, str, StoredTensor]]:
             view = file.get_slice(name)
             dtype = view.get_dtype()
             dtype = _FLOATS.get(dtype, dtype.replace("I", "int") if dtype.startswith("I") else dtype)
-            yield name, dtype, StoredTensor(tuple(view.get_shape()), functools.partial(read, name))
+            yield name, dtype, LazyArray(tuple(view.get_shape()), functools.partial(read, name))
 
 
 @contextlib.contextmanager
@@ -100,13 +88,13 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} cannot be read: {error}. Was the copy of the file complete?") from error
 
 
-def _torch(path: Path) -> Iterator[tuple[str, str, StoredTensor]]:
+def _torch(path: Path) -> Iterator[tuple[str, str, LazyArray]]:
     tree = read_torch(path)
     tree = tree["state_dict"] if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict) else tree
     if not isinstance(tree, dict) or not all(isinstance(array, np.ndarray) for array in tree.values()):
         raise UserError(f"{path} does not contain a dict of tensors, as torch.save writes it of a model's state.")
     for name, array in tree.items():
-        yield str(name), array.dtype.name, StoredTensor(array.shape, array.__getitem__)
+        yield str(name), array.dtype.name, LazyArray(array.shape, array.__getitem__)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -122,10 +110,6 @@ def _weight_files(folder: Path) -> list[Path]:
         return others
     hint = f": it contains {', '.join(p.name for p in others)}; rename the right one" if others else ""
     raise UserError(f"{folder} contains no model.safetensors and no pytorch_model.bin{hint}.")
-
-
-class _Refused(Exception):
-    """The pickle asks for something other than a tensor."""
 
 
 def read_torch(path: Path) -> Any:
@@ -144,37 +128,36 @@ def read_torch(path: Path) -> Any:
             prefix = pickled.removesuffix("data.pkl")
             if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
                 raise UserError(f"{path} was written on a big-endian machine, which this reader does not support.")
-            return _Unpickler(archive, prefix, archive.read(pickled)).load()
-    except _Refused as error:
-        raise UserError(
-            f"{path} asks for {error} to be called: reading it might run code, so jeagle does not read it. It may "
-            "contain only tensors, numbers, strings, dicts and lists."
-        ) from error
+            return _Unpickler(path, archive, prefix, archive.read(pickled)).load()
     except (OSError, EOFError, LookupError, StopIteration, ValueError, zipfile.BadZipFile, pickle.PickleError) as error:
         raise UserError(f"{path} is not a complete file of torch.save ({type(error).__name__}: {error}).") from error
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, archive: zipfile.ZipFile, prefix: str, data: bytes):
+    def __init__(self, path: Path, archive: zipfile.ZipFile, prefix: str, data: bytes):
         super().__init__(io.BytesIO(data))
-        self._archive, self._prefix = archive, prefix
+        self._path, self._archive, self._prefix = path, archive, prefix
         self._loaded: dict[str, np.ndarray] = {}
+
+    def _refusal(self, name: str) -> UserError:
+        return UserError(
+            f"{self._path} asks for {name} to be called: reading it might run code, so jeagle does not read it. It may "
+            "contain only tensors, numbers, strings, dicts and lists."
+        )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+            return _tensor if name == "_rebuild_tensor_v2" else lambda tensor, *_: tensor
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return np.dtype(_STORAGES[name])  # in the place of the storage class
-        raise _Refused(f"{module}.{name}")
+        raise self._refusal(f"{module}.{name}")
 
     def persistent_load(self, key: Any) -> np.ndarray:
         kind, storage, name, _, count = key
         if kind != "storage" or not isinstance(storage, np.dtype):
-            raise _Refused(str(kind))
+            raise self._refusal(str(kind))
         if name not in self._loaded:
             data = self._archive.read(f"{self._prefix}data/{name}")
             self._loaded[name] = np.frombuffer(data, storage)[:count]
