@@ -133,8 +133,13 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 class TensorPlan(NamedTuple):
-    """A tensor that is going to be written: the name of its type and its shape in the file, and a function that returns
-    an iterator over its rows, some at a time and in order, in that type."""
+    """A tensor that is going to be written.
+
+    Attributes:
+      dtype: name of a type in the file.
+      shape: in the file.
+      blocks: returns an iterator over the tensor's rows, some at a time and in order, in that type.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -174,7 +179,11 @@ def _blocks(name: str, array: Readable, dtype: str, shape: tuple[int, ...]) -> I
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, TensorPlan]) -> None:
-    """Writes wide types first and sorts names, so that equal tensors give equal bytes."""
+    """Writes the file. Wide types come first and names are sorted, so that equal tensors give equal bytes.
+
+    Raises:
+      OSError: when the file cannot be written.
+    """
     width = {name: np.dtype(plan.dtype).itemsize for name, plan in tensors.items()}
     order = sorted(tensors, key=lambda name: (-width[name], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
