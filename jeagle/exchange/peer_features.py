@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file
 
 from jeagle.errors import UserError
-from jeagle.exchange.weight_files import read_torch
+from jeagle.exchange.torch_pickle import read_torch
 
 
 class Sample(NamedTuple):

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from jeagle.errors import UserError
 from jeagle.exchange.peer_features import open_peer_features
-from jeagle.exchange.weight_files import read_torch
+from jeagle.exchange.torch_pickle import read_torch
 
 SAMPLES = Path(__file__).parent / "samples" / "features"
 
