@@ -9,6 +9,8 @@ from jeagle.features.formats import (
     channel_scales,
     decode_features,
     encode_features,
+    joined_rows,
+    ragged_rows,
 )
 from jeagle.features.manifests import (
     DATA,
@@ -22,9 +24,8 @@ from jeagle.features.manifests import (
     read_store,
 )
 from jeagle.features.reader import Store, StoreSet, open_store_set
-from jeagle.features.rows import RaggedRows, joined_rows, ragged_rows
 from jeagle.features.storage import Storage
-from jeagle.features.verify import DamagedSegment, prune_store, verify_store
+from jeagle.features.verify import prune_store, verify_store
 from jeagle.features.writer import WorkUnit, Writer, work_units
 
 __all__ = [
@@ -33,8 +34,6 @@ __all__ = [
     "SPLITS",
     "STORE_FOLDER",
     "TABLES",
-    "DamagedSegment",
-    "RaggedRows",
     "ScaledVectors",
     "Segment",
     "Storage",

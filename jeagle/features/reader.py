@@ -14,9 +14,16 @@ from jaxtyping import Int
 from jeagle import align
 from jeagle.errors import UserError
 from jeagle.features.arrays import damage, open_array, read_into
-from jeagle.features.formats import ScaledVectors, StoredFeatures, StoreFormat, arrays_by_name
+from jeagle.features.formats import (
+    TEACHER_ARRAYS,
+    TOKEN_ARRAYS,
+    ScaledVectors,
+    StoredFeatures,
+    StoreFormat,
+    arrays_by_name,
+    empty_stored,
+)
 from jeagle.features.manifests import DATA, SPLITS, TABLES, Segment, read_segments, read_store
-from jeagle.features.rows import TEACHER_ARRAYS, TOKEN_ARRAYS, empty_batch, empty_stored
 from jeagle.features.storage import Storage
 from jeagle.interfaces import Batch
 
@@ -57,12 +64,11 @@ class Store:
 
     def __init__(self, url: str):
         self.storage = Storage(url)
-        about = read_store(self.storage)
-        if about is None:
+        self.about: dict[str, Any] = read_store(self.storage) or {}
+        if not self.about:
             raise UserError(f"There is no store at {url}: python -m jeagle.extract --config C --out {url} makes one.")
-        self.about: dict[str, Any] = about
-        self.row_length: int = about["layout"]["row_length"]
-        self.format = StoreFormat.from_json(about["made_from"]["arrays"])
+        self.row_length: int = self.about["layout"]["row_length"]
+        self.format = StoreFormat.from_json(self.about["made_from"]["arrays"])
         self.segments = read_segments(self.storage)
         self._by_name = {segment.name: segment for segment in self.segments}
         self._locations: dict[str, dict[int, RowLocation]] = {split: {} for split in SPLITS}
@@ -79,10 +85,6 @@ class Store:
     def rows(self, split: str) -> int:
         """The number of rows of a split, finished or not."""
         return int(self.about["splits"].get(split, {}).get("rows", 0))
-
-    def has(self, split: str, row: int) -> bool:
-        """Whether the row is finished."""
-        return row in self._locations[split]
 
     def present(self, split: str) -> list[int]:
         """The numbers of the finished rows, ascending."""
@@ -111,11 +113,13 @@ class Store:
     def batch(self, split: str, rows: RowNumbers) -> Batch:
         """The tokens and loss masks of rows, [B, T], in the order given. UserError for a row that is missing."""
         locations = self._locate(split, rows)
-        out, reads = empty_batch(len(locations), self.row_length), _Reads(self)
-        for b, location in enumerate(locations):
-            for name, array in zip(TOKEN_ARRAYS, out, strict=True):
-                reads.add(location.segment, name, location.start, array[b], range(location.length))
-        reads.wait()
+        shape = len(locations), self.row_length
+        out = Batch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, bool))
+        self._read(
+            (location, name, array[b], range(location.length))
+            for b, location in enumerate(locations)
+            for name, array in zip(TOKEN_ARRAYS, out, strict=True)
+        )
         return out
 
     def stored(self, split: str, rows: RowNumbers, batch: Batch) -> StoredFeatures:
@@ -128,22 +132,20 @@ class Store:
           UserError: for a row that is missing, bytes that are damaged, or a batch of other rows.
         """
         locations = self._locate(split, rows)
-        out, reads = empty_stored(len(locations), self.row_length, locations[0].segment.arrays), _Reads(self)
+        out = empty_stored(len(locations), self.row_length, locations[0].segment.arrays)
+        reads: list[tuple[RowLocation, str, np.ndarray, Any]] = []
         lengths_B, near_BT = (batch.segments_BT > 0).sum(axis=1), align.near_supervised(batch, xp=np)
         for b, location in enumerate(locations):
             taught = np.flatnonzero(near_BT[b])
             if (lengths_B[b], len(taught)) != (location.length, location.teachers):
                 raise UserError(f"The store {self} was made for other rows than these: prepare the data from it again.")
-            for name, array in arrays_by_name(out).items():
-                if name in TEACHER_ARRAYS:
-                    reads.add(location.segment, name, location.teacher_start, array[b], taught)
-                else:
-                    reads.add(location.segment, name, location.start, array[b], range(location.length))
-        reads.wait()
-        last = out.teacher
-        if isinstance(last, ScaledVectors):
-            last = self._with_channel("last", last)
-        return out._replace(aux=self._with_channel("taps", out.aux), teacher=last)
+            reads += [
+                (location, name, array[b], taught if name in TEACHER_ARRAYS else range(location.length))
+                for name, array in arrays_by_name(out).items()
+            ]
+        self._read(reads)
+        teacher = self._with_channel("last", out.teacher) if isinstance(out.teacher, ScaledVectors) else out.teacher
+        return StoredFeatures(self._with_channel("taps", out.aux), teacher, *out[2:])
 
     def table_shape(self, name: str) -> tuple[int, ...]:
         """The shape of an array of the tables; empty where there is none of that name."""
@@ -159,7 +161,7 @@ class Store:
         try:
             return np.asarray(self._array(segment.name, name)[index].read().result())
         except (ValueError, OSError) as error:
-            raise damage(self, segment.name, name, error) from error
+            raise damage(self.storage, segment.name, name, error) from error
 
     def data_file(self, name: str) -> bytes | None:
         """A file of the prepared data's folder, such as tokenizer.json; None where there is none."""
@@ -173,8 +175,7 @@ class Store:
     def _with_channel(self, name: str, scaled: ScaledVectors) -> ScaledVectors:
         if scaled.row is None:
             return scaled
-        channel = self.channels[name]
-        return scaled._replace(channel=np.repeat(channel[None], len(scaled.row), axis=0))
+        return scaled._replace(channel=np.repeat(self.channels[name][None], len(scaled.row), axis=0))
 
     def _locate(self, split: str, rows: RowNumbers) -> list[RowLocation]:
         try:
@@ -188,41 +189,27 @@ class Store:
         found = self._by_name[segment]
         return open_array(self.storage, f"{found.folder}/{name}", found.arrays[name])
 
-    def begin_read(self, segment: Segment, name: str, start: int, out: np.ndarray) -> Any:
-        """Begins to read entries of a segment's array, from `start` on, into `out` [N, ...]; returns a future."""
-        return read_into(out, self._array(segment.name, name), start, start + len(out))
+    def _read(self, reads: Iterable[tuple[RowLocation, str, np.ndarray, Any]]) -> None:
+        """Reads an array of each row to some positions of `out_TX`, all at the same time. UserError for damaged bytes.
 
-
-class _Reads:
-    """Reads that run at the same time."""
-
-    def __init__(self, store: Store):
-        self._store = store
-        self._waiting: list[tuple[Any, Segment, str, Callable[[], None] | None]] = []
-
-    def add(self, segment: Segment, name: str, start: int, out_TX: np.ndarray, positions: range | np.ndarray) -> None:
-        """Begins to read an entry of a segment's array, from `start` on, for each of some positions of a row."""
-        count = len(positions)
-        if not count:
-            return
-        first, last = int(positions[0]), int(positions[-1])
-        scatter: Callable[[], None] | None = None
-        if last - first + 1 == count:
-            into = out_TX[first : last + 1]  # without a copy
-        else:
-            into = np.empty((count, *out_TX.shape[1:]), out_TX.dtype)
-            scatter = functools.partial(out_TX.__setitem__, positions, into)
-        self._waiting.append((self._store.begin_read(segment, name, start, into), segment, name, scatter))
-
-    def wait(self) -> None:
-        """Waits for all reads. UserError for damaged bytes."""
-        for future, segment, name, scatter in self._waiting:
+        Args:
+          reads: (the row, the array's name, out_TX, positions in it, one for each entry that the store has).
+        """
+        waiting = []
+        for location, name, out_TX, positions in (read for read in reads if len(read[3])):
+            into = out_TX[positions[0] : positions[-1] + 1]
+            if len(into) > len(positions):  # otherwise it is read without a copy
+                into = np.empty_like(into[: len(positions)])
+            start = location.teacher_start if name in TEACHER_ARRAYS else location.start
+            future = read_into(into, self._array(location.segment.name, name), start)
+            waiting.append((future, location.segment.name, name, out_TX, positions, into))
+        for future, segment, name, out_TX, positions, into in waiting:
             try:
                 future.result()
             except (ValueError, OSError) as error:
-                raise damage(self._store, segment.name, name, error) from error
-            if scatter:
-                scatter()
+                raise damage(self.storage, segment, name, error) from error
+            if not np.may_share_memory(into, out_TX):
+                out_TX[positions] = into
 
 
 class StoreSet:

@@ -65,7 +65,7 @@ class Storage:
                 f"The store {self.url} must be a local path, gs://BUCKET/PATH or s3://BUCKET/PATH: give one of these."
             )
         self.path = None if scheme else Path(self.url).expanduser().resolve()
-        self._spec = {"driver": "file", "path": f"{self.path}/"} if scheme is None else _bucket_spec(self.url, scheme)
+        self._spec = _bucket_spec(self.url, scheme) if scheme else {"driver": "file", "path": f"{self.path}/"}
         self._opened: Any = None
 
     def __str__(self) -> str:
@@ -139,29 +139,27 @@ def named_faults(storage: Storage) -> Iterator[None]:
                 f"The disk of {storage} is full, {free:,.3f} MB are free: make room, and start the same command again; "
                 "it continues."
             ) from error
-        if storage.path is None and (fault := unreachable(str(storage), error)):
+        if fault := unreachable(storage, error):
             raise fault from error
         raise
 
 
-def unreachable(url: str, error: Exception) -> StorageUnreachable | None:
+def unreachable(storage: Storage, error: Exception) -> StorageUnreachable | None:
     """A plain sentence for an error that object storage, or the network, gave; None for any other error."""
-    text = str(error)
-    if not any(sign in text for sign in _SIGNS_OF_NETWORK):
+    text, url = str(error), storage.url
+    if storage.path is not None or not any(sign in text for sign in _SIGNS_OF_NETWORK):
         return None
-    if "NoSuchBucket" in text:
-        return StorageUnreachable(f"{url} cannot be used: there is no such bucket. Make it, or give another one.")
-    if "bucket name" in text:
-        return StorageUnreachable(f"{url} cannot be used: {url.split('/')[2]} is not a valid name of a bucket.")
-    if "credentials" in text:
-        return StorageUnreachable(f"{url} cannot be used: no credentials were found. Set {_CREDENTIALS[url[:5]]}.")
-    if any(sign in text for sign in _SIGNS_OF_REFUSAL):
-        code = re.search(r"<Code>(\w+)</Code>|: (\w+): ", text)
-        reason = code.group(1) or code.group(2) if code else "no reason given"
-        return StorageUnreachable(
-            f"{url} cannot be used: access is refused ({reason}). Check the credentials and their permissions in "
-            "this bucket."
-        )
+    code = re.search(r"<Code>(\w+)</Code>|: (\w+): ", text)
+    refusal = (
+        f"access is refused ({code.group(1) or code.group(2) if code else 'no reason given'}). Check the credentials"
+    )
+    says = {
+        "NoSuchBucket": "there is no such bucket. Make it, or give another one.",
+        "bucket name": f"{url.split('/')[2]} is not a valid name of a bucket.",
+        "credentials": f"no credentials were found. Set {_CREDENTIALS[url[:5]]}.",
+    } | dict.fromkeys(_SIGNS_OF_REFUSAL, f"{refusal} and their permissions in this bucket.")
+    if sign := next((sign for sign in says if sign in text), None):
+        return StorageUnreachable(f"{url} cannot be used: {says[sign]}")
     reason = re.sub(r" \[.*", "", text.split("failed: ")[-1]).splitlines()[0][:200]
     endpoint = ", and AWS_ENDPOINT_URL where it is set" if url.startswith("s3://") else ""
     return StorageUnreachable(f"{url} cannot be reached ({reason}). Check the network{endpoint}.")

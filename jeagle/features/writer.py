@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ import numpy as np
 
 from jeagle.errors import UserError
 from jeagle.features.arrays import metadata_sha256, write_array
+from jeagle.features.formats import RaggedRows
 from jeagle.features.manifests import (
     CLAIMS,
     FORMAT,
@@ -32,7 +34,6 @@ from jeagle.features.manifests import (
     sealed,
     write_index,
 )
-from jeagle.features.rows import RaggedRows
 from jeagle.features.storage import Storage, StorageFull
 
 STALE_SECONDS = 600.0  # a writer on another host that has been silent for so long counts as dead
@@ -176,11 +177,7 @@ class Writer:
     def take(self, units: list[WorkUnit], count: int = 1) -> list[WorkUnit]:
         """Up to `count` units to make. It waits while living writers have claimed all others; empty: all are done."""
         while left := self.pending(units):
-            taken: list[WorkUnit] = []
-            for unit in left:
-                if len(taken) < count and self.take_one(unit):
-                    taken.append(unit)
-            if taken:
+            if taken := list(itertools.islice(filter(self.take_one, left), count)):
                 return taken
             time.sleep(POLL_SECONDS)
         return []
