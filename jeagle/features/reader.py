@@ -114,7 +114,7 @@ class Store:
         """The tokens and loss masks of rows, [B, T], in the order given. UserError for a row that is missing."""
         locations = self._locate(split, rows)
         shape = len(locations), self.row_length
-        out = Batch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, bool))
+        out = Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.int32, np.bool_)))
         self._read(
             (location, name, array[b], range(location.length))
             for b, location in enumerate(locations)

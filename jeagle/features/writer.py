@@ -9,7 +9,6 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,10 +203,10 @@ class Writer:
         segment = Segment(unit.name, data, unit.split, tuple(unit.rows), tuple(rows.lengths), tuple(rows.teachers))
         return self._commit(segment, rows.arrays, chunk)
 
-    def commit_tables(self, make: Callable[[], dict[str, np.ndarray]]) -> None:
+    def commit_tables(self, arrays: dict[str, np.ndarray]) -> None:
         """Writes the arrays that belong to no row, unless they are there."""
         if not is_finished(self.storage, TABLES):
-            self._commit(Segment(TABLES, f"{TABLES}.{self.claims.writer}"), make(), 2**16)
+            self._commit(Segment(TABLES, f"{TABLES}.{self.claims.writer}"), arrays, 2**16)
 
     def finish(self) -> None:
         """Writes the index of a store with all its segments, and removes what dead writers left."""

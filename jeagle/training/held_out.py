@@ -14,9 +14,8 @@ from jeagle.run.draft_init import BEST_BY, HELD_OUT
 from jeagle.run.parameters import served_draft
 from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
-from jeagle.runtime.mesh import row_sharding
 from jeagle.runtime.trackers import Trackers, open_trackers
-from jeagle.training.setup import Run
+from jeagle.training.setup import Run, put_rows
 from jeagle.training.step import Program, TrainState, evaluation_step
 
 _BLOCK = 1024  # rows whose slots are counted at a time
@@ -38,7 +37,7 @@ class HeldOut:
         # Divided by the slots that count, whose number adds up over batches, whatever the dialect divides by.
         measured = dataclasses.replace(program.objective, normaliser="counting")
         self._program, self._frozen, self._stores = program._replace(objective=measured), run.frozen, run.stores
-        self._size = config.train.batch_rows // config.train.accumulate
+        self._mesh, self._size = run.mesh, config.train.batch_rows // config.train.accumulate
         self._numbers, self._trackers, self._scores = np.arange(0), Trackers([]), scores
         for later in [step for step in scores if step > start]:  # of steps that are taken anew
             del scores[later]
@@ -83,11 +82,9 @@ class HeldOut:
     def _summed(self, draft: Any) -> dict[str, np.ndarray]:
         """Sums of every figure over the rows; the loss is the mean over the slots that carry it."""
         total: dict[str, np.ndarray] = {}
-        assert self._program.mesh is not None
-        sharding = row_sharding(self._program.mesh)
         starts = range(0, len(self._numbers), self._size)
         for both in read_ahead(starts, self._read, threads=1, depth=2):
-            batch, stored = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), both)
+            batch, stored = put_rows(both, self._mesh)
             found = evaluation_step(self._program, draft, self._frozen, batch, self._width, stored)
             metrics = jax.device_get(found)._asdict()
             metrics["loss"] = metrics["loss"] * metrics["trained"]
