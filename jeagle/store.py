@@ -80,8 +80,8 @@ def _verify(args: StoreArguments) -> None:
     total = sum(segment.bytes for segment in store.segments)
     with bytes_progress("verify") as progress:
         damaged = list(features.verify_store(store, lambda done: progress(done, total)))
-    for segment in damaged:
-        print(f"{segment.segment}: {segment.reason}")
+    for segment, reason in damaged:
+        print(f"{segment}: {reason}")
     if damaged:
         raise UserError(
             f"{len(damaged)} of {len(store.segments)} segments of {store} are damaged. python -m jeagle.store prune "
@@ -149,7 +149,7 @@ def _prune(args: StoreArguments) -> None:
         raise UserError(f"There is no store at {storage}.")
     removed = features.prune_store(storage, [])  # damaged manifests first: they cannot be opened
     if args.damaged:
-        damaged = [damage.segment for damage in features.verify_store(features.Store(args.store))]
+        damaged = [segment for segment, _ in features.verify_store(features.Store(args.store))]
         removed += features.prune_store(storage, damaged)
     print(f"{storage}: {f'removed {len(removed)} keys and folders' if removed else 'there is nothing to remove'}")
     for key in removed:

@@ -23,10 +23,9 @@ from jeagle.features.manifests import (
     is_finished,
     read_store,
 )
-from jeagle.features.reader import Store, StoreSet, open_store_set
+from jeagle.features.reader import Store, StoreSet, verify_store
 from jeagle.features.storage import Storage
-from jeagle.features.verify import prune_store, verify_store
-from jeagle.features.writer import WorkUnit, Writer, work_units
+from jeagle.features.writer import WorkUnit, Writer, prune_store, work_units
 
 __all__ = [
     "DATA",
@@ -51,7 +50,6 @@ __all__ = [
     "encode_features",
     "is_finished",
     "joined_rows",
-    "open_store_set",
     "prune_store",
     "ragged_rows",
     "read_store",

@@ -43,7 +43,7 @@ class Segment:
       rows: their numbers in the split.
       lengths: tokens of each row.
       kept: positions of each row whose teacher is stored.
-      arrays: by name, as `arrays.write_array` describes them.
+      arrays: by name, as `storage.write_array` describes them.
       bytes: the size of its arrays.
     """
 

@@ -1,10 +1,10 @@
-"""Reading stores: rows by number, many at a time, straight into the arrays of a batch."""
+"""Reading stores: rows by number, many at a time, straight into the arrays of a batch; and every byte, to verify it."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,6 @@ from jaxtyping import Int
 
 from jeagle import align
 from jeagle.errors import UserError
-from jeagle.features.arrays import damage, open_array, read_into
 from jeagle.features.formats import (
     TEACHER_ARRAYS,
     TOKEN_ARRAYS,
@@ -24,7 +23,15 @@ from jeagle.features.formats import (
     empty_stored,
 )
 from jeagle.features.manifests import DATA, SPLITS, TABLES, Segment, read_segments, read_store
-from jeagle.features.storage import Storage
+from jeagle.features.storage import (
+    Storage,
+    StorageUnreachable,
+    checksum,
+    damage,
+    metadata_sha256,
+    open_array,
+    read_into,
+)
 from jeagle.interfaces import Batch
 
 _OPEN_ARRAYS = 4096  # handles that stay open; each is small
@@ -213,24 +220,31 @@ class Store:
 
 
 class StoreSet:
-    """Several stores that are read as one, their rows one after the other.
+    """One or several stores that are read as one, their rows one after the other.
 
     Args:
-      members: stores made from the same target, in the same format.
+      source: their places, with commas between them. They are made from the same target, in the same format.
       partial: rows may be missing.
       agree: maps a bool array of which rows are present to those that are present on all processes, because a store
         that grows looks different a moment later; None for a single process.
 
     Attributes:
-      members, partial: as given.
+      members: the stores.
+      partial: as given.
+
+    Raises:
+      UserError: where one of them is not a store, or, unless `partial`, where one is not finished.
     """
 
-    def __init__(
-        self, members: list[Store], *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None
-    ):
-        self.members, self.partial, self._present = members, partial, {}
+    def __init__(self, source: str, *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None):
+        self.members = [Store(part.strip()) for part in source.split(",") if part.strip()]
+        if not self.members:
+            raise UserError(f"--features {source!r} names no store: give online, auto, STORE, or several as A,B.")
+        for store in self.members:
+            store.check_tables() if partial else store.check_complete()
+        self.partial, self._present = partial, {}
         for split in SPLITS:
-            present = np.concatenate([np.isin(np.arange(s.rows(split)), s.present(split)) for s in members])
+            present = np.concatenate([np.isin(np.arange(s.rows(split)), s.present(split)) for s in self.members])
             self._present[split] = agree(present) if agree else present
 
     def rows(self, split: str) -> int:
@@ -272,21 +286,38 @@ class StoreSet:
         return jax.tree.map(lambda *arrays: np.concatenate(arrays)[order], *parts)
 
 
-def open_store_set(
-    source: str, *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None
-) -> StoreSet:
-    """The stores that --features names: one, or several with commas between them.
+def verify_store(store: Store, on_done: Callable[[int], None] = lambda done: None) -> Iterator[tuple[str, str]]:
+    """Reads every byte of a store; yields the name of each damaged segment, and what shows the damage.
 
     Args:
-      partial, agree: as in `StoreSet`.
+      on_done: called with the number of bytes read so far.
 
     Raises:
-      UserError: where one of them is not a store, or, unless `partial`, where one is not finished.
+      StorageUnreachable: object storage gave no answer, which says nothing about the bytes.
     """
-    urls = [part.strip() for part in source.split(",") if part.strip()]
-    if not urls:
-        raise UserError(f"--features {source!r} names no store: give online, auto, STORE, or several as A,B.")
-    stores = [Store(url) for url in urls]
-    for store in stores:
-        store.check_tables() if partial else store.check_complete()
-    return StoreSet(stores, partial=partial, agree=agree)
+    done = 0
+    for segment in store.segments:
+        if reason := _damage_of(store, segment):
+            yield segment.name, reason
+        done += segment.bytes
+        on_done(done)
+
+
+def _damage_of(store: Store, segment: Segment) -> str | None:
+    """What shows that a segment is damaged; None where nothing does."""
+    lengths = {name: described["shape"][0] for name, described in segment.arrays.items()}
+    expected = {"tokens": sum(segment.lengths), "taps": sum(segment.lengths), "greedy": sum(segment.kept)}
+    if any(lengths.get(name, -1) != n for name, n in expected.items() if segment.split):
+        return "its arrays are not as long as its rows"
+    for name, described in segment.arrays.items():
+        if metadata_sha256(store.storage, f"{segment.folder}/{name}") != described["metadata_sha256"]:
+            return f"{name}/zarr.json is not what was written"
+        try:
+            array = store.segment_array(segment, name)
+        except StorageUnreachable:
+            raise
+        except UserError as error:
+            return str(error)
+        if checksum(array) != described["crc32"]:
+            return f"{name} is not what was written"
+    return None

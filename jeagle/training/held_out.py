@@ -60,10 +60,10 @@ class HeldOut:
         if not self._numbers.size:
             return ""
         metrics = self._summed(served_draft(state.draft, state.optimiser, state.average))
-        accuracy = metrics["correct"] / _some(metrics["counting"])
-        found = {f"accuracy_{k}": float(v) for k, v in enumerate(accuracy)}
-        found |= {f"acceptance_{k}": float(v) for k, v in enumerate(metrics["accepted"] / _some(metrics["trained"]))}
-        found |= {f"loss_{k}": float(v) for k, v in enumerate(metrics["loss"])}
+        accuracy = metrics["correct"] / np.maximum(metrics["counting"], 1)
+        acceptance = metrics["accepted"] / np.maximum(metrics["trained"], 1)
+        named = {"accuracy": accuracy, "acceptance": acceptance, "loss": metrics["loss"]}
+        found = {f"{name}_{k}": float(v) for name, values in named.items() for k, v in enumerate(values)}
         found[BEST_BY] = float(1 + np.cumprod(accuracy).sum())
         self._trackers.log(step, found)
         self._scores[step] = found[BEST_BY]
@@ -89,7 +89,7 @@ class HeldOut:
             metrics = jax.device_get(found)._asdict()
             metrics["loss"] = metrics["loss"] * metrics["trained"]
             total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in metrics.items()}
-        return total | {"loss": total["loss"] / _some(total["trained"])}
+        return total | {"loss": total["loss"] / np.maximum(total["trained"], 1)}
 
     def _read(self, start: int) -> tuple[Batch, features.StoredFeatures | None]:
         """This process's share of the rows from `start` on; what fills the last batch up teaches nothing."""
@@ -108,10 +108,6 @@ def spread(total: int, most: int) -> np.ndarray:
     """At most `most` of `total` row numbers, rising, evenly apart."""
     count = min(total, most)
     return np.arange(count) * total // max(count, 1)
-
-
-def _some(count: np.ndarray) -> np.ndarray:
-    return np.maximum(count, 1)
 
 
 def _width(rows: Batch, numbers: np.ndarray, program: Program) -> int:

@@ -62,7 +62,7 @@ def open_stores(config: RunConfig, *, joined: bool = False) -> features.StoreSet
         return None
     partial = config.features_rest == "online"
     agree = distributed.everywhere if joined else None
-    stores = features.open_store_set(config.features, partial=partial, agree=agree)
+    stores = features.StoreSet(config.features, partial=partial, agree=agree)
     if partial and len(stores.members) > 1:
         raise UserError(f"--features-rest online takes the rows of one store: --features {config.features} has more.")
     first = stores.members[0]
