@@ -24,6 +24,7 @@ from jeagle.targets import TargetFiles, TargetSpec
 # The limits, by the type that the store has.
 _LEAST_ARGMAX = {"bfloat16": 0.99, "float32": 0.99, "fp8": 0.85, "int8": 0.9}  # share of equal argmaxes
 _MOST_AUX_ERROR = {"bfloat16": 0.02, "float32": 0.02, "fp8": 0.1, "int8": 0.1}  # relative
+_SAMPLED = 64  # positions at which a store is checked against itself
 _MOST_MOVED = 0.05  # probability mass of a truncated teacher that may lie on other tokens than the target's
 
 
@@ -192,7 +193,7 @@ def check_agreement(agreement: Agreement, store: str, kind: str) -> None:
         )
 
 
-def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShape, positions: int = 64) -> float:
+def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShape) -> float:
     """The share of positions at which the stored last hidden state, put through the stored head, has the stored argmax.
 
     This shows, without the target, a hidden state that was taken before the final norm or after another layer. Of a
@@ -200,7 +201,6 @@ def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShap
 
     Args:
       tables: with the target's whole vocabulary.
-      positions: how many are sampled.
 
     Raises:
       UserError: for a share that is too low for the type of the teacher.
@@ -212,7 +212,7 @@ def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShap
     near = np.argwhere(align.near_supervised(batch, xp=np))
     if not len(near):
         return 1.0  # rows without any supervised token
-    near = near[np.unique(np.linspace(0, len(near) - 1, positions).astype(int))]
+    near = near[np.unique(np.linspace(0, len(near) - 1, _SAMPLED).astype(int))]
     teacher, greedy = jax.tree.map(lambda x: np.asarray(x)[near[:, 0], near[:, 1]], (stored.teacher, stored.greedy_BT))
     if isinstance(teacher, TopK):
         mass = np.exp(teacher.log_probs_BTP).sum(axis=-1) + teacher.rest_BT

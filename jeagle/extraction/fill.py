@@ -76,12 +76,11 @@ def fill_store(config: RunConfig, plan: StorePlan, produce: Producer, *, label: 
     tokens = {u.name: int(plan.sizes[u.split].tokens[u.rows.start : u.rows.stop].sum()) for u in plan.units}
     done = sum(tokens.values()) - sum(tokens[unit.name] for unit in writer.pending(plan.units))
     chunk = min(max(config.data.row_length // 8, 16), 1024)
-    shown = distributed.is_leader()
     with (
-        Progress(sum(tokens.values()), "tokens", label, done=done, shown=shown) as progress,
+        Progress(sum(tokens.values()), "tokens", label, done=done, shown=distributed.is_leader()) as progress,
         ThreadPoolExecutor(1, "segments") as pool,
     ):
-        writing: Future | None = None
+        writing: Future = pool.submit(int)  # nothing yet
         for unit in _units_by_turns(writer, plan.units):
             parts = []
             for count, batch, finish in _batches_one_ahead(plan, unit, share, produce):
@@ -91,12 +90,10 @@ def fill_store(config: RunConfig, plan: StorePlan, produce: Producer, *, label: 
                     done += sum(parts[-1].lengths)
                 writer.claims.renew()
                 progress.update(done, written=f"{writer.bytes / 1e9:.2f} GB")
-            if writing is not None:
-                writing.result()
+            writing.result()
             if unit is not None:
                 writing = pool.submit(writer.commit, unit, features.joined_rows(parts), chunk)
-        if writing is not None:
-            writing.result()
+        writing.result()
     if distributed.is_leader():
         writer.finish()
 

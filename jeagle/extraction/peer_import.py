@@ -87,28 +87,24 @@ def check_layers(peers: PeerFeatures, aux_layers: tuple[int, ...], capture: Capt
         positions = np.tile(np.arange(len(sample.tokens), dtype=np.int32), (devices, 1))
         batch = Batch(tokens, np.ones_like(tokens), positions, np.tile(sample.supervised, (devices, 1)))
         own_TLH = np.asarray(capture(batch).aux.values[0], np.float32)
-        nearest = tuple(
-            _nearest_layer(own_TLH, sample.aux[:, a].astype(np.float32), path) for a in range(sample.aux.shape[1])
-        )
-        if nearest != aux_layers:
+        nearest = []
+        for states_TH in np.moveaxis(sample.aux, 1, 0).astype(np.float32):
+            norm_T1 = np.linalg.norm(states_TH, axis=-1)[:, None] + 1e-9
+            distance_L = np.median(np.linalg.norm(own_TLH - states_TH[:, None], axis=-1) / norm_T1, axis=0)
+            best = int(distance_L.argmin())
+            if not distance_L[best] <= _MOST_DISTANT:  # NaN is not
+                raise UserError(
+                    f"{path} contains hidden states of no layer of this target (the nearest, after {best} layers, "
+                    f"differs by {distance_L[best]:.0%}): give the target that they were made with, in the same "
+                    "weights."
+                )
+            nearest.append(best)
+        if tuple(nearest) != aux_layers:
             raise UserError(
                 f"{path} contains the target's hidden states after {', '.join(map(str, nearest))} layers, and this run "
                 f"asks for {', '.join(map(str, aux_layers))}: give --target.aux-layers {' '.join(map(str, nearest))} "
                 "(other trainers count layers differently)."
             )
-
-
-def _nearest_layer(own_TLH: np.ndarray, states_TH: np.ndarray, path: Path) -> int:
-    """The number of layers after which the target has these hidden states. UserError where it never has."""
-    norm_T1 = np.linalg.norm(states_TH, axis=-1)[:, None] + 1e-9
-    distance_L = np.median(np.linalg.norm(own_TLH - states_TH[:, None], axis=-1) / norm_T1, axis=0)
-    best = int(distance_L.argmin())
-    if not distance_L[best] <= _MOST_DISTANT:  # NaN is not
-        raise UserError(
-            f"{path} contains hidden states of no layer of this target (the nearest, after {best} layers, differs by "
-            f"{distance_L[best]:.0%}): give the target that they were made with, in the same weights."
-        )
-    return best
 
 
 def _pack_samples(config: RunConfig, peers: PeerFeatures) -> dict[str, SamplesOfRows]:

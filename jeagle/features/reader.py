@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,22 +38,6 @@ _OPEN_ARRAYS = 4096  # handles that stay open; each is small
 RowNumbers = Iterable[int] | Int[np.ndarray, " B"]
 
 
-class RowLocation(NamedTuple):
-    """Where a row lies.
-
-    Attributes:
-      segment: the segment that contains the row.
-      start, length: the entries of the row in the arrays with one entry a token.
-      teacher_start, teachers: the entries of the row in the arrays with one entry for each teacher.
-    """
-
-    segment: Segment
-    start: int
-    length: int
-    teacher_start: int
-    teachers: int
-
-
 class Store:
     """A store that is read.
 
@@ -78,12 +61,11 @@ class Store:
         self.format = StoreFormat.from_json(self.about["made_from"]["arrays"])
         self.segments = read_segments(self.storage)
         self._by_name = {segment.name: segment for segment in self.segments}
-        self._locations: dict[str, dict[int, RowLocation]] = {split: {} for split in SPLITS}
+        # The segment of each row, and its place among the segment's rows.
+        self._locations: dict[str, dict[int, tuple[Segment, int]]] = {split: {} for split in SPLITS}
         for segment in (s for s in self.segments if s.split):
-            starts, teacher_starts = (itertools.accumulate(n, initial=0) for n in (segment.lengths, segment.kept))
-            counts = zip(starts, segment.lengths, teacher_starts, segment.kept, strict=False)
-            for row, count in zip(segment.rows, counts, strict=True):
-                self._locations[segment.split].setdefault(row, RowLocation(segment, *count))
+            for place, row in enumerate(segment.rows):
+                self._locations[segment.split].setdefault(row, (segment, place))
         self._array = functools.lru_cache(_OPEN_ARRAYS)(self._open)
 
     def __str__(self) -> str:
@@ -103,19 +85,13 @@ class Store:
 
     def check_complete(self) -> None:
         """Raises UserError unless every row and the tables are finished."""
-        lacks_tables = TABLES not in self._by_name
-        if self.missing() or lacks_tables:
-            total = sum(self.rows(split) for split in SPLITS)
+        tables = "" if TABLES in self._by_name else ", and its tables"
+        if self.missing() or tables:
             raise UserError(
-                f"The store {self} is not finished: {self.missing()} of {total} rows are missing"
-                f"{', and its tables' if lacks_tables else ''}. Run the extract command that began it again "
+                f"The store {self} is not finished: {self.missing()} of {sum(map(self.rows, SPLITS))} rows are missing"
+                f"{tables}. Run the extract command that began it again "
                 f"({self.about.get('command', '')}): it makes only what is missing."
             )
-
-    def check_tables(self) -> None:
-        """Raises UserError for a store that has finished rows but not its tables."""
-        if TABLES not in self._by_name and any(self._locations.values()):
-            raise UserError(f"The store {self} has lost its {TABLES}: run the extract command that began it again.")
 
     def batch(self, split: str, rows: RowNumbers) -> Batch:
         """The tokens and loss masks of rows, [B, T], in the order given. UserError for a row that is missing."""
@@ -123,8 +99,8 @@ class Store:
         shape = len(locations), self.row_length
         out = Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.int32, np.bool_)))
         self._read(
-            (location, name, array[b], range(location.length))
-            for b, location in enumerate(locations)
+            (segment, name, sum(segment.lengths[:place]), array[b], range(segment.lengths[place]))
+            for b, (segment, place) in enumerate(locations)
             for name, array in zip(TOKEN_ARRAYS, out, strict=True)
         )
         return out
@@ -139,17 +115,18 @@ class Store:
           UserError: for a row that is missing, bytes that are damaged, or a batch of other rows.
         """
         locations = self._locate(split, rows)
-        out = empty_stored(len(locations), self.row_length, locations[0].segment.arrays)
-        reads: list[tuple[RowLocation, str, np.ndarray, Any]] = []
+        out = empty_stored(len(locations), self.row_length, locations[0][0].arrays)
+        reads: list[tuple[Segment, str, int, np.ndarray, Any]] = []
         lengths_B, near_BT = (batch.segments_BT > 0).sum(axis=1), align.near_supervised(batch, xp=np)
-        for b, location in enumerate(locations):
+        for b, (segment, place) in enumerate(locations):
             taught = np.flatnonzero(near_BT[b])
-            if (lengths_B[b], len(taught)) != (location.length, location.teachers):
+            if (lengths_B[b], len(taught)) != (segment.lengths[place], segment.kept[place]):
                 raise UserError(f"The store {self} was made for other rows than these: prepare the data from it again.")
-            reads += [
-                (location, name, array[b], taught if name in TEACHER_ARRAYS else range(location.length))
-                for name, array in arrays_by_name(out).items()
-            ]
+            tokens = sum(segment.lengths[:place]), range(lengths_B[b])
+            teachers = sum(segment.kept[:place]), taught
+            for name, array in arrays_by_name(out).items():
+                start, positions = teachers if name in TEACHER_ARRAYS else tokens
+                reads.append((segment, name, start, array[b], positions))
         self._read(reads)
         teacher = self._with_channel("last", out.teacher) if isinstance(out.teacher, ScaledVectors) else out.teacher
         return StoredFeatures(self._with_channel("taps", out.aux), teacher, *out[2:])
@@ -184,7 +161,7 @@ class Store:
             return scaled
         return scaled._replace(channel=np.repeat(self.channels[name][None], len(scaled.row), axis=0))
 
-    def _locate(self, split: str, rows: RowNumbers) -> list[RowLocation]:
+    def _locate(self, split: str, rows: RowNumbers) -> list[tuple[Segment, int]]:
         try:
             return [self._locations[split][row] for row in rows]
         except KeyError as error:
@@ -196,25 +173,25 @@ class Store:
         found = self._by_name[segment]
         return open_array(self.storage, f"{found.folder}/{name}", found.arrays[name])
 
-    def _read(self, reads: Iterable[tuple[RowLocation, str, np.ndarray, Any]]) -> None:
-        """Reads an array of each row to some positions of `out_TX`, all at the same time. UserError for damaged bytes.
+    def _read(self, reads: Iterable[tuple[Segment, str, int, np.ndarray, Any]]) -> None:
+        """Reads entries of arrays, all at the same time. UserError for damaged bytes.
 
         Args:
-          reads: (the row, the array's name, out_TX, positions in it, one for each entry that the store has).
+          reads: (the segment, the array's name, the first entry, out_TX, the position in it of each entry).
         """
         waiting = []
-        for location, name, out_TX, positions in (read for read in reads if len(read[3])):
+        for segment, name, start, out_TX, positions in (read for read in reads if len(read[4])):
             into = out_TX[positions[0] : positions[-1] + 1]
             if len(into) > len(positions):  # otherwise it is read without a copy
                 into = np.empty_like(into[: len(positions)])
-            start = location.teacher_start if name in TEACHER_ARRAYS else location.start
-            future = read_into(into, self._array(location.segment.name, name), start)
-            waiting.append((future, location.segment.name, name, out_TX, positions, into))
+            waiting.append(
+                (read_into(into, self._array(segment.name, name), start), segment, name, out_TX, positions, into)
+            )
         for future, segment, name, out_TX, positions, into in waiting:
             try:
                 future.result()
             except (ValueError, OSError) as error:
-                raise damage(self.storage, segment, name, error) from error
+                raise damage(self.storage, segment.name, name, error) from error
             if not np.may_share_memory(into, out_TX):
                 out_TX[positions] = into
 
@@ -241,7 +218,12 @@ class StoreSet:
         if not self.members:
             raise UserError(f"--features {source!r} names no store: give online, auto, STORE, or several as A,B.")
         for store in self.members:
-            store.check_tables() if partial else store.check_complete()
+            if not partial:
+                store.check_complete()
+            elif not store.table_shape("embed") and any(map(store.present, SPLITS)):
+                raise UserError(
+                    f"The store {store} has lost its {TABLES}: run the extract command that began it again."
+                )
         self.partial, self._present = partial, {}
         for split in SPLITS:
             present = np.concatenate([np.isin(np.arange(s.rows(split)), s.present(split)) for s in self.members])

@@ -91,7 +91,8 @@ class Storage:
     def _kv(self) -> Any:
         if self._opened is None:
             if self.path is None:
-                ts.KvStore.open(_with_retries(self._spec, FIRST_RETRIES)).result().read("store.json").result()
+                hasty = self._spec | {f"{self._spec['driver']}_request_retries": FIRST_RETRIES}
+                ts.KvStore.open(hasty).result().read("store.json").result()
             self._opened = ts.KvStore.open(self._spec).result()
         return self._opened
 
@@ -186,7 +187,9 @@ def _bucket_spec(url: str, scheme: str) -> dict[str, Any]:
     bucket, _, path = url[len(scheme) :].partition("/")
     if not bucket or not path:
         raise UserError(f"The store {url} needs a bucket and a path: {scheme}BUCKET/PATH.")
-    spec: dict[str, Any] = {"driver": DRIVERS[scheme], "bucket": bucket, "path": f"{path}/"}
+    driver = DRIVERS[scheme]
+    spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
+    spec[f"{driver}_request_retries"] = LATER_RETRIES
     if scheme == "s3://":
         # tensorstore assumes that only Amazon knows conditional writes. Without them two writers could both succeed.
         spec["use_conditional_write"] = True
@@ -196,11 +199,7 @@ def _bucket_spec(url: str, scheme: str) -> dict[str, Any]:
             spec["aws_region"] = region
         if os.environ.get("AWS_ACCESS_KEY_ID"):  # otherwise tensorstore tries files, containers and instance metadata
             spec["aws_credentials"] = {"type": "environment"}
-    return _with_retries(spec, LATER_RETRIES)
-
-
-def _with_retries(spec: dict[str, Any], retries: dict[str, Any]) -> dict[str, Any]:
-    return spec | {f"{spec['driver']}_request_retries": retries}
+    return spec
 
 
 def _prefix_range(prefix: str) -> Any:

@@ -21,11 +21,14 @@ from jeagle.run.claim import CONFIG, DRAFT
 from jeagle.run.dataset import Prepared
 from jeagle.run.draft_init import check_engines, draft_spec, keep_embedding
 from jeagle.runtime import distributed
+from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.manifest import atomic_write, differences, finished_manifest
 from jeagle.runtime.mesh import row_parts, row_sharding
 from jeagle.training import teacher
 from jeagle.training.optimiser import learning_rate, make_optimiser
 from jeagle.training.step import Frozen, Program, TrainState, first_state
+
+_AHEAD = 4  # batches read before they are needed
 
 
 class StepBatch(NamedTuple):
@@ -68,9 +71,19 @@ class Run(NamedTuple):
     widths: list[int]
 
     def batches(self, start: int) -> Iterator[StepBatch]:
-        """What the steps from `start` on read, in order. It is read ahead on threads."""
-        for step, widest, rows, stored in teacher.with_features(self.stream, start, self.steps, self.stores):
-            width = next(width for width in self.widths if width >= widest)
+        """What the steps from `start` on read, in order. It is read ahead on threads.
+
+        The features of a batch are read from a store whole, or computed whole, on all processes alike.
+        """
+
+        def read(step: int) -> tuple[int, Batch, features.StoredFeatures | None]:
+            rows, stored = self.stream.batch(step), None
+            if self.stores and self.stores.has_all("train", self.stream.row_numbers(step)):
+                stored = self.stores.stored("train", self.stream.own_row_numbers(step), rows)
+            return step, rows, stored
+
+        for step, rows, stored in read_ahead(range(start, self.steps), read, threads=2, depth=_AHEAD):
+            width = next(width for width in self.widths if width >= self.stream.widest(step))
             tokens = int((rows.segments_BT > 0).sum()) * jax.process_count()
             share = float(stored is not None) if self.stores and self.stores.partial else None
             yield StepBatch(step, put_rows(rows, self.mesh), put_rows(stored, self.mesh), width, tokens, share)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +19,14 @@ from jeagle.errors import UserError
 from jeagle.extraction.agreement import check_stores, local_target_files, stored_tables, stored_target_spec
 from jeagle.extraction.fill import extract
 from jeagle.extraction.plan import check_teacher_suffices, template_settings
-from jeagle.interfaces import Batch, Tables
+from jeagle.interfaces import Tables
 from jeagle.run import assemble, dataset
 from jeagle.run.claim import check_folder, new_rows
 from jeagle.runtime import distributed
-from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.manifest import fingerprint, finished_manifest
 from jeagle.targets import TargetFiles, TargetSpec
 
 _ROWS = 256  # read and written at a time
-_AHEAD = 4  # batches read before they are needed
 _DOING = "Extract anew with these settings, or give those that the store was made with."
 
 
@@ -187,22 +185,3 @@ def _check_same_rows(config: RunConfig, partial: features.StoreSet, loaded: asse
             "need others",
             flush=True,
         )
-
-
-def with_features(
-    stream: data.RowStream, start: int, stop: int, stores: features.StoreSet | None
-) -> Iterator[tuple[int, int, Batch, features.StoredFeatures | None]]:
-    """Yields what the steps from `start` to `stop` - 1 read. Threads read ahead.
-
-    Yields:
-      (step, the most live slots of a row of the global batch, this process's rows, their stored features). The features
-      are None, on all processes alike, where the target computes those of the whole batch.
-    """
-
-    def read(step: int) -> tuple[int, int, Batch, features.StoredFeatures | None]:
-        rows, stored = stream.batch(step), None
-        if stores is not None and stores.has_all("train", stream.row_numbers(step)):
-            stored = stores.stored("train", stream.own_row_numbers(step), rows)
-        return step, stream.widest(step), rows, stored
-
-    yield from read_ahead(range(start, stop), read, threads=2, depth=_AHEAD)
