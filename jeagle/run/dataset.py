@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jeagle import data as room
 from jeagle import targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
+from jeagle.interfaces import Batch
 from jeagle.run.claim import check_folder, claimed, new_rows
 from jeagle.runtime.manifest import (
     differences,
@@ -124,6 +126,18 @@ def found(data: Path, made_from: dict[str, Any]) -> bool:
     elif wrong:
         print(f"prepare: {', '.join(wrong)} in {data} has gone or has another length; making it anew", flush=True)
     return not (fields or wrong)
+
+
+def write_split(folder: Path, batches: Iterable[Batch], row_length: int, vocab: int) -> dict[str, int]:
+    """Writes the rows of a split, [B, row_length] at a time, and how often each token is supervised; counts them."""
+    counts, tokens = np.zeros(vocab, np.int64), 0
+    with room.RowWriter(folder, row_length) as writer:
+        for batch in batches:
+            counts += room.count_supervised(batch, vocab)
+            tokens += int((batch.segments_BT > 0).sum())
+            writer.write(batch)
+    np.save(folder / "counts.npy", counts)
+    return {"rows": writer.rows, "tokens": tokens, "supervised_tokens": int(counts.sum())}
 
 
 def write_rows_manifest(folder: Path, config: RunConfig, made_from: dict[str, Any], statistics: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
     Trees are compared as JSON would hold them, so a tuple equals a list.
     """
-    old, new = _flat(json.loads(canonical(old))), _flat(json.loads(canonical(new)))
+    old, new = flat(json.loads(canonical(old))), flat(json.loads(canonical(new)))
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
@@ -120,15 +120,15 @@ def write_manifest(folder: str | Path, tree: dict) -> None:
 _ANY_MANIFEST = json_file("manifest")  # of a folder whose kind has been checked
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
+def flat(tree: dict, prefix: str = "") -> dict[str, str]:
     """Canonical JSON of each leaf by its dotted name: unlike Python, JSON tells true from 1."""
-    flat = {}
+    leaves = {}
     for name, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
+            leaves |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = canonical(value)
-    return flat
+            leaves[prefix + name] = canonical(value)
+    return leaves
 
 
 def _aside(path: Path, suffix: str = ".partial") -> Path:

@@ -21,11 +21,14 @@ from jeagle.run.claim import CONFIG, DRAFT
 from jeagle.run.dataset import Prepared
 from jeagle.run.draft_init import check_engines, draft_spec, keep_embedding
 from jeagle.runtime import distributed
+from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.manifest import atomic_write, differences, finished_manifest
 from jeagle.runtime.mesh import row_parts, row_sharding
 from jeagle.training import teacher
 from jeagle.training.optimiser import learning_rate, make_optimiser
 from jeagle.training.step import Frozen, Program, TrainState, first_state
+
+_AHEAD = 4  # batches read before they are needed
 
 
 class StepBatch(NamedTuple):
@@ -68,11 +71,21 @@ class Run(NamedTuple):
     widths: list[int]
 
     def batches(self, start: int) -> Iterator[StepBatch]:
-        """What the steps from `start` on read, in order. It is read ahead on threads."""
-        for step, widest, rows, stored in teacher.with_features(self.stream, start, self.steps, self.stores):
-            width = next(width for width in self.widths if width >= widest)
+        """What the steps from `start` on read, in order. It is read ahead on threads.
+
+        The features of a batch are read from a store whole, or computed whole, on all processes alike.
+        """
+
+        def read(step: int) -> tuple[int, Batch, features.StoredFeatures | None]:
+            rows, stored = self.stream.batch(step), None
+            if self.stores and self.stores.has_all("train", self.stream.row_numbers(step)):
+                stored = self.stores.stored("train", self.stream.own_row_numbers(step), rows)
+            return step, rows, stored
+
+        for step, rows, stored in read_ahead(range(start, self.steps), read, threads=2, depth=_AHEAD):
+            width = next(width for width in self.widths if width >= self.stream.widest(step))
             tokens = int((rows.segments_BT > 0).sum()) * jax.process_count()
-            share = teacher.share_read(self.stores, stored)
+            share = float(stored is not None) if self.stores and self.stores.partial else None
             yield StepBatch(step, put_rows(rows, self.mesh), put_rows(stored, self.mesh), width, tokens, share)
 
     def due(self, step: int) -> bool:
@@ -101,7 +114,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_settings(config)
     check_draft(config)
     stores = teacher.open_stores(config)
-    return Inputs(stores, teacher.prepare(config, stores))
+    return Inputs(stores, teacher.prepare_inputs(config, stores))
 
 
 def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainState]:
@@ -117,16 +130,15 @@ def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainS
     check_parts(config, mesh)
     stores, prepared = inputs or open_inputs(config)
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
-    stores = teacher.complete_stores(config, stores)
 
-    target = teacher.open_teacher(config, stores, mesh)
+    stores, target = teacher.open_teacher(config, stores, prepared, mesh)
     draft = open_draft(config, target, mesh)
     stream = open_stream(config)
     steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
     trained = assemble.trained(config.draft)
     optimiser = make_optimiser(config.train, learning_rate(config.train, steps), trained=trained)
 
-    top_k = teacher.top_k(stores)
+    top_k = stores.members[0].format.top_k if stores else 0
     program = make_program(config, draft.spec, draft.graphdef, mesh, target.graphdef, target.spec.logits, top_k=top_k)
     widths = slot_widths(stream, program, steps, config.train.slot_buckets, config.data.row_length)
     write_folder(config, draft, target.fingerprint)
