@@ -2,13 +2,7 @@
 
 from jeagle.data.chat.render import Rendered
 from jeagle.data.chat.templates import reads_date, use_template
-from jeagle.data.chat.texts import (
-    ConversationError,
-    parse_arguments,
-    render_prompt,
-    template_hash,
-    tokenizer_hash,
-)
+from jeagle.data.chat.texts import ConversationError, parse_arguments, render_prompt, template_hash, tokenizer_hash
 from jeagle.data.display import describe_statistics, token_texts
 from jeagle.data.near_duplicates import variety
 from jeagle.data.packing import RowWriter, load_rows, rows_of, unpack
@@ -28,45 +22,3 @@ from jeagle.data.vocabulary import (
     save_tables,
     vocabulary_hash,
 )
-
-__all__ = [
-    "ANSWER_FILES",
-    "ROWS",
-    "TABLES",
-    "VARIETY",
-    "AnswerFile",
-    "AnswerServer",
-    "ConversationError",
-    "Rendered",
-    "RowStream",
-    "RowWriter",
-    "WrittenPrompts",
-    "ask_server",
-    "choose_vocabulary",
-    "collect_prompts",
-    "count_supervised",
-    "coverage",
-    "describe_statistics",
-    "load_given_vocabulary",
-    "load_rows",
-    "load_tables",
-    "parse_arguments",
-    "parse_source",
-    "prepare_rows",
-    "prompt_requests",
-    "read_prompts",
-    "read_rows",
-    "reads_date",
-    "render_prompt",
-    "rows_of",
-    "save_tables",
-    "source_fingerprint",
-    "starter_answers",
-    "template_hash",
-    "token_texts",
-    "tokenizer_hash",
-    "unpack",
-    "use_template",
-    "variety",
-    "vocabulary_hash",
-]

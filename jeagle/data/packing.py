@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -117,9 +117,9 @@ class RowWriter:
 
     def __init__(self, folder: Path, row_length: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self.rows, self._row_length = 0, row_length
+        self.rows, self.row_length = 0, row_length
         self._files = {name: open(folder / f"{name}.npy", "wb") for name in _DTYPES}  # noqa: SIM115
-        self._write_headers()
+        self._write_headers()  # which keep their place until the number of rows is known
 
     def write(self, rows: Batch) -> None:
         """Appends rows [B, T]."""
@@ -127,16 +127,11 @@ class RowWriter:
             self._files[name].write(np.ascontiguousarray(array, dtype).data)
         self.rows += len(rows.tokens_BT)
 
-    def __enter__(self) -> RowWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Fills in the number of rows and closes the files. A second call does nothing."""
-        if not next(iter(self._files.values())).closed:
-            self._write_headers()
+        self._write_headers()
         for file in self._files.values():
             file.close()
 
@@ -144,7 +139,7 @@ class RowWriter:
         # numpy pads a header so that its first axis can grow, and so the header keeps its length.
         for name, dtype in _DTYPES.items():
             self._files[name].seek(0)
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (self.rows, self._row_length)}
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (self.rows, self.row_length)}
             np.lib.format.write_array_header_1_0(self._files[name], header)
 
 

@@ -91,43 +91,40 @@ class ChatTemplate:
     def texts(self, requests: Sequence[RenderRequest]) -> list[str | ConversationError]:
         """Returns a text for each request, or the reason why the template cannot render it."""
         texts: list[str | ConversationError] = [ConversationError("not rendered")] * len(requests)
-        groups: dict[tuple[bool, bool], list[int]] = {}
-        for i, request in enumerate(requests):
-            if request.tools or not request.messages:
-                texts[i] = self._text(request)
-            else:
-                groups.setdefault((request.thinking, request.prompt), []).append(i)
-        for (thinking, prompt), members in groups.items():
+        groups: dict[tuple[int, bool, bool], list[int]] = {}
+        for i, request in enumerate(requests):  # requests with tools are rendered one by one
+            groups.setdefault((i if request.tools else -1, request.thinking, request.prompt), []).append(i)
+        for members in groups.values():
             try:
-                many = self._apply([list(requests[i].messages) for i in members], None, thinking, prompt)
+                many = self._apply([requests[i] for i in members])
             except Exception:  # one of them failed: rendering them one by one shows which, and why
                 many = [self._text(requests[i]) for i in members]
             for i, text in zip(members, many, strict=True):
                 texts[i] = text
         return texts
 
-    def ids(self, messages: Messages, tools: Sequence[dict[str, Any]], thinking: bool) -> list[int]:
-        """Returns the ids that transformers' apply_chat_template(tokenize=True) gives for the messages."""
-        return list(self._apply(list(messages), list(tools) or None, thinking, False, tokenize=True, return_dict=False))
+    def ids(self, request: RenderRequest) -> list[int]:
+        """Returns the ids that transformers' apply_chat_template(tokenize=True) gives for the request."""
+        return list(self._apply([request], tokenize=True, return_dict=False)[0])
 
     def _text(self, request: RenderRequest) -> str | ConversationError:
         try:
-            tools = list(request.tools) or None
-            return self._apply(list(request.messages), tools, request.thinking, request.prompt)
+            return self._apply([request])[0]
         except Exception as error:  # a template may refuse in any way that Jinja allows
             return ConversationError(f"the chat template refuses it: {error}")
 
-    def _apply(self, messages: list, tools: list | None, thinking: bool, prompt: bool, **more: Any) -> Any:
+    def _apply(self, requests: Sequence[RenderRequest], **more: Any) -> list[Any]:
+        """Renders requests that differ in their messages alone."""
+        conversations, (_, tools, thinking, prompt) = [list(request.messages) for request in requests], requests[0]
         if self._thinking_field:
-            is_batch = bool(messages) and isinstance(messages[0], list)
-            messages = [*map(_with_thinking_field, messages)] if is_batch else _with_thinking_field(messages)
+            for messages in conversations:
+                messages[:] = [
+                    m | {"thinking": m["reasoning_content"]} if "reasoning_content" in m else m for m in messages
+                ]
         options = {"tokenize": False, "add_generation_prompt": prompt}
         options |= {"enable_thinking": thinking, "thinking": thinking}  # the names that Qwen and DeepSeek use
-        return self._tokenizer.apply_chat_template(messages, tools=tools, **(options | self._arguments | more))
-
-
-def _with_thinking_field(messages: Messages) -> list[dict[str, Any]]:
-    return [m | {"thinking": m["reasoning_content"]} if "reasoning_content" in m else m for m in messages]
+        options |= self._arguments | more
+        return self._tokenizer.apply_chat_template(conversations, tools=list(tools) or None, **options)
 
 
 def render_prompt(

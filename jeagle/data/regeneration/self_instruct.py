@@ -62,7 +62,7 @@ def prompt_requests(count: int, seed: int) -> list[dict[str, Any]]:
     """Returns the first `count` requests for a prompt, in the form of prompts and in order of their ids."""
     texts: dict[str, list[str]] = {}
     for prompt in starter_prompts():
-        texts.setdefault(prompt.category, []).append(prompt.text)
+        texts.setdefault(prompt["category"], []).append(prompt["messages"][0]["content"])
     categories, requests = sorted(texts), []
     for number in range(count):
         generator = random.Random(f"{seed} {number}")
@@ -88,7 +88,7 @@ def collect_prompts(rows: Sequence[dict[str, Any]], count: int) -> WrittenPrompt
     """
     distinct, prompts, unusable = NearDuplicateFilter(), [], 0
     for prompt in starter_prompts():
-        distinct.add(prompt.text)
+        distinct.add(prompt["messages"][0]["content"])
     known = len(distinct.signatures)
     distinct.repeated = distinct.near = 0
     for row in rows:

@@ -11,7 +11,7 @@ from typing import Any
 from jeagle.config import DataConfig
 from jeagle.data.sources.catalog import SourcePart
 from jeagle.data.sources.files import Record
-from jeagle.data.sources.schema import Columns, find_columns, messages_of, model_of, tools_of
+from jeagle.data.sources.schema import find_columns, messages_of, model_of, tools_of
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
@@ -136,21 +136,6 @@ def is_held_out(conversation: Conversation, share: float) -> bool:
     return int(fingerprint(turns)[:13], 16) / 16**13 < share
 
 
-def fitting_columns(row: Any, known: Columns | None = None) -> Columns:
-    """Returns the columns that hold the row's conversation: the known ones if the row has them, else recognised ones.
-
-    Raises:
-      ValueError: if the row has no such columns.
-    """
-    if not isinstance(row, dict):
-        raise ValueError("the row is not a JSON object: write one conversation per line")
-    if known and all(name in row for name in (known.chat, known.prompt, known.answer, known.text) if name):
-        return known
-    if (columns := find_columns(row)) is None:
-        raise ValueError("the row has no messages, no conversations, no prompt with a response, and no text")
-    return columns
-
-
 def rejection_reason(error: Exception) -> str:
     """Describes in a few words why a row cannot be used."""
     if isinstance(error, RecursionError):
@@ -164,45 +149,33 @@ def _read_part(part: SourcePart, report: SourceReport, streaming: bool) -> Itera
     for record in part.rows(streaming=streaming):
         report.rows += 1
         try:
-            if record.reason:
-                raise ValueError(record.reason)
-            columns = fitting_columns(record.row, part.columns)
-            conversation = _parse_conversation(record, columns, part.model)
-            report.columns[part.label, columns] += 1
-            conversation = _without_leading_answers(conversation, report)
+            conversation = _parse_conversation(record, part, report)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             report.reject(rejection_reason(error), record.where)
-            continue
-        yield conversation
+        else:
+            yield conversation
 
 
-def _parse_conversation(record: Record, columns: Columns, model: str) -> Conversation:
-    row = record.row
+def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) -> Conversation:
+    """Parses a row. Answers before the first prompt, as conversations that were cut into pieces have them, go."""
+    if record.reason:
+        raise ValueError(record.reason)
+    row, columns = record.row, find_columns(record.row, part.columns)
     messages, tools = messages_of(row, columns), tools_of(row)
-    if not any(m["role"] in ("assistant", "text") for m in messages):
+    roles = [m["role"] for m in messages]
+    if not {"assistant", "text"} & set(roles):
         raise ValueError("the conversation has no answer")
-    return Conversation(
-        fingerprint({"messages": messages, "tools": tools} if tools else messages),
-        tuple(messages),
-        row.get("finish_reason") == "length",
-        tuple(tools),
-        model_of(row) or model,
-        record.where,
-    )
-
-
-def _without_leading_answers(conversation: Conversation, report: SourceReport) -> Conversation:
-    """Removes answers before the first prompt, as they occur in conversations that were cut into pieces."""
-    messages = conversation.messages
-    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
-    if messages[first]["role"] != "assistant":
-        return conversation
-    stop = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
-    rest = (*messages[:first], *messages[stop:])
-    if not any(m["role"] == "assistant" for m in rest):
-        raise ValueError("the conversation has an answer without a prompt")
-    report.notes["a conversation begins with an answer, which is removed"] += 1
-    return dataclasses.replace(conversation, messages=rest)
+    report.columns[part.label, columns] += 1
+    number = fingerprint({"messages": messages, "tools": tools} if tools else messages)
+    first = next(i for i, role in enumerate(roles) if role != "system")
+    if roles[first] == "assistant":
+        stop = roles.index("user") if "user" in roles else len(roles)
+        if "assistant" not in roles[stop:]:
+            raise ValueError("the conversation has an answer without a prompt")
+        messages = [*messages[:first], *messages[stop:]]
+        report.notes["a conversation begins with an answer, which is removed"] += 1
+    cut_off, model = row.get("finish_reason") == "length", model_of(row) or part.model
+    return Conversation(number, tuple(messages), cut_off, tuple(tools), model, record.where)
 
 
 def _mix(

@@ -21,6 +21,7 @@ from jeagle.errors import UserError
 
 _JSON_LINES, _JSON, _TABLES = (".jsonl", ".ndjson"), (".json",), (".parquet", ".arrow")
 _COMPRESSED = (".gz", ".zst")
+_METADATA = ("dataset_info.json", "dataset_dict.json", "state.json")  # what the `datasets` library adds to its tables
 _CHUNK = 1 << 20  # characters of a long JSON list that are read at a time
 
 
@@ -46,7 +47,8 @@ def expand(path: str) -> list[Path]:
     """
     named = Path(path)
     if named.is_dir():
-        files = sorted(p for p in named.rglob("*") if p.is_file() and kind_of(p) and not _is_metadata(p, named))
+        files = sorted(p for p in named.rglob("*") if p.is_file() and kind_of(p) and p.name not in _METADATA)
+        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(named).parts)]
         if not files:
             raise UserError(f"The folder {path} contains no .jsonl, .json or .parquet files of conversations.")
         return files
@@ -113,12 +115,6 @@ def kind_of(path: Path) -> str | None:
 def first_line(error: Exception) -> str:
     """Returns the first line of an exception's text, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _is_metadata(path: Path, folder: Path) -> bool:
-    """Whether a file is hidden, or is one that the `datasets` library writes beside its tables."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return hidden or path.name in ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def _json_lines(path: Path, lines: Iterable[bytes], first: int = 1) -> Iterator[Record]:

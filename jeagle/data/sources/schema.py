@@ -8,7 +8,7 @@ are an object. A row of plain text without turns becomes one message with the ro
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 _ROLES = (
@@ -44,17 +44,25 @@ class Columns(NamedTuple):
         return ("column " if len(names) == 1 else "columns ") + " and ".join(names)
 
 
-def find_columns(names: Iterable[str]) -> Columns | None:
-    """Recognises the columns that hold a conversation by their names; returns None if there are none."""
-    names = set(names)
-    if chat := next((name for name in _CHATS if name in names), ""):
+def find_columns(row: Any, known: Columns | None = None) -> Columns:
+    """Returns the columns that hold the row's conversation: the known ones if the row has them, else recognised ones.
+
+    Raises:
+      ValueError: if the row has no such columns.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("the row is not a JSON object: write one conversation per line")
+    if known and all(name in row for name in (known.chat, known.prompt, known.answer, known.text) if name):
+        return known
+    if chat := next((name for name in _CHATS if name in row), ""):
         return Columns(chat=chat)
-    prompt = next((name for name in _PROMPTS if name in names), "")
-    answer = next((name for name in _ANSWERS if name in names and name != prompt), "")
+    prompt = next((name for name in _PROMPTS if name in row), "")
+    answer = next((name for name in _ANSWERS if name in row and name != prompt), "")
     if prompt and answer:
-        more = "input" if prompt == "instruction" and "input" in names else ""
-        return Columns(prompt=prompt, answer=answer, more=more)
-    return Columns(text="text") if "text" in names else None
+        return Columns(prompt=prompt, answer=answer, more="input" if prompt == "instruction" and "input" in row else "")
+    if "text" in row:
+        return Columns(text="text")
+    raise ValueError("the row has no messages, no conversations, no prompt with a response, and no text")
 
 
 def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]]:
