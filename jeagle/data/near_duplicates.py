@@ -6,8 +6,6 @@ that agree in a whole band are compared, so that the number of comparisons does 
 of sequences.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Sequence
 

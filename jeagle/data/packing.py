@@ -1,7 +1,5 @@
 """Packs documents into rows of one length by first fit, stores the rows on disk, and unpacks them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Turns a source into packed rows on disk, with statistics. Only a few conversations are in memory at a time."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Reads batches of rows in an order that depends on the seed and the epoch alone, for any number of processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import grain

@@ -1,7 +1,5 @@
 """The draft vocabulary: which tokens the draft can predict, and the maps (d2t, t2d) that servers read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

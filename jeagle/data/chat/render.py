@@ -5,8 +5,6 @@ the end token included. No pattern has to recognise headers. Every answer is ver
 text of the answer.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Chat templates: the tokenizer's own, a user's file, a named one, or one made of headers as in SpecForge."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from importlib import resources

@@ -1,7 +1,5 @@
 """Renders messages to text with the chat template, and checks that the text of an answer is what was rendered."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Tokenizers spend a fifth of their time on offsets. For byte-level BPE without a 
 ids alone, because every token stands for a known number of consecutive bytes of the text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

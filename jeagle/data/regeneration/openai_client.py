@@ -1,7 +1,5 @@
 """Asks any OpenAI-compatible server for answers, many at a time, with retries; every prompt is answered once."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

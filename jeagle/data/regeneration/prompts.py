@@ -1,7 +1,5 @@
 """Reads prompts, and writes files of answers that survive an interruption."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json

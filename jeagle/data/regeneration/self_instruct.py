@@ -5,8 +5,6 @@ prompts, and is asked for another one. Each request follows from the seed and it
 not depend on the order, on the batch size or on where a run was interrupted.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple

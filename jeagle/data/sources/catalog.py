@@ -8,8 +8,6 @@ A source is one part or several parts separated by commas. A part is `[WEIGHT*]P
   OWNER/NAME[:CONFIG][#SPLIT]    any dataset of the Hub
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re

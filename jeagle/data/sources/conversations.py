@@ -1,7 +1,5 @@
 """Reads conversations from the rows of a source, and decides which of them are held out for evaluation."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json
@@ -11,7 +9,7 @@ from typing import Any
 from jeagle.config import DataConfig
 from jeagle.data.sources.catalog import SourcePart
 from jeagle.data.sources.files import Record
-from jeagle.data.sources.schema import find_columns, messages_of, model_of, tools_of
+from jeagle.data.sources.schema import find_columns, messages_of, tools_of
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
@@ -174,7 +172,8 @@ def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) 
             raise ValueError("the conversation has an answer without a prompt")
         messages = [*messages[:first], *messages[stop:]]
         report.notes["a conversation begins with an answer, which is removed"] += 1
-    cut_off, model = row.get("finish_reason") == "length", model_of(row) or part.model
+    model = next((row[name] for name in ("model", "generator") if isinstance(row.get(name), str)), "") or part.model
+    cut_off = row.get("finish_reason") == "length"
     return Conversation(number, tuple(messages), cut_off, tuple(tools), model, record.where)
 
 

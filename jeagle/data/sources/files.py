@@ -4,8 +4,6 @@ Every row carries its place (file and line), so that a message about a bad row c
 memory as a whole, except a .json file that is one single object.
 """
 
-from __future__ import annotations
-
 import codecs
 import glob
 import gzip

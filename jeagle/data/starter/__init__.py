@@ -4,8 +4,6 @@ The starter prompts are short, varied user turns in the eight MT-bench categorie
 They are stored as templates with slots in templates/*.json and are expanded deterministically.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
