@@ -1,16 +1,22 @@
 """From conversations to token rows, batches and the draft vocabulary, and answers to prompts."""
 
 from jeagle.data.chat.render import Rendered
-from jeagle.data.chat.templates import reads_date, use_template
-from jeagle.data.chat.texts import ConversationError, parse_arguments, render_prompt, template_hash, tokenizer_hash
+from jeagle.data.chat.templates import (
+    ConversationError,
+    parse_arguments,
+    reads_date,
+    render_prompt,
+    template_hash,
+    tokenizer_hash,
+    use_template,
+)
 from jeagle.data.display import describe_statistics, token_texts
 from jeagle.data.near_duplicates import variety
-from jeagle.data.packing import RowWriter, load_rows, rows_of, unpack
 from jeagle.data.preparation import ROWS, prepare_rows
 from jeagle.data.regeneration.openai_client import AnswerServer, ask_server
 from jeagle.data.regeneration.prompts import ANSWER_FILES, VARIETY, AnswerFile, read_prompts, read_rows
 from jeagle.data.regeneration.self_instruct import WrittenPrompts, collect_prompts, prompt_requests
-from jeagle.data.row_stream import RowStream
+from jeagle.data.rows import RowStream, RowWriter, load_rows, rows_of, unpack
 from jeagle.data.sources.catalog import parse_source, source_fingerprint, starter_answers
 from jeagle.data.vocabulary import (
     TABLES,

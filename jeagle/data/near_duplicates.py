@@ -122,9 +122,8 @@ def variety(texts: Sequence[str], signatures: Sequence[np.ndarray] = ()) -> dict
         grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
         result[f"distinct_{n}"] = round(len(set(grams)) / max(len(grams), 1), 4)
     table = np.stack(list(signatures) or [text_signature(t) for t in texts]) if texts else np.zeros((0, _HASHES))
-    nearest = []
-    for i in range(0, len(texts), -(-len(texts) // _COMPARED)) if len(texts) > 1 else ():
-        nearest.append(float(np.delete(estimated_jaccard(table[i], table), i).max()))
+    compared = range(0, len(texts), -(-len(texts) // _COMPARED)) if len(texts) > 1 else ()
+    nearest = [float(np.delete(estimated_jaccard(table[i], table), i).max()) for i in compared]
     return result | {"nearest_mean": round(sum(nearest) / max(len(nearest), 1), 4)}
 
 

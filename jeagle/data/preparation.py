@@ -11,9 +11,9 @@ import numpy as np
 
 from jeagle.config import DataConfig
 from jeagle.data.chat.render import Rendered, Renderer
-from jeagle.data.chat.texts import ConversationError, enables_thinking
+from jeagle.data.chat.templates import ConversationError, enables_thinking
 from jeagle.data.near_duplicates import NearDuplicateIndex, document_signatures
-from jeagle.data.packing import Packer, RowWriter, rows_of
+from jeagle.data.rows import Packer, RowWriter, rows_of
 from jeagle.data.sources.catalog import SourcePart
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
 from jeagle.data.vocabulary import count_supervised

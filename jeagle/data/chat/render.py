@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from jeagle.config import DataConfig
-from jeagle.data.chat.texts import (
+from jeagle.data.chat.templates import (
     THINK_END,
     THINK_START,
     ChatTemplate,

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 
-from jeagle.data.chat.texts import with_system
+from jeagle.data.chat.templates import with_system
 from jeagle.data.regeneration.prompts import AnswerFile, Row
 from jeagle.errors import UserError
 

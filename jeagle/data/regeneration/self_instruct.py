@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jeagle.data.chat.texts import split_reasoning
+from jeagle.data.chat.templates import split_reasoning
 from jeagle.data.near_duplicates import NearDuplicateFilter
 from jeagle.data.regeneration.prompts import make_prompt
 from jeagle.data.starter import starter_prompts

@@ -14,7 +14,6 @@ from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
 FIRST_ROWS = 1000  # reading stops after this many rows if none of them can be used
-_EXAMPLES = 5  # places that are remembered for each reason; the log has all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class SourceReport:
       duplicates: conversations that were dropped because an earlier one is equal.
       rendered, not_rendered: conversations that the chat template could render, and could not.
       rejected: number of rejected rows for each reason.
-      examples: places of the first rejected rows for each reason.
+      examples: the place of the first rejected row for each reason; the log has all of them.
       notes: what was corrected, and how often.
       columns: (label of the part, columns that hold the conversation) and the number of rows.
       log: an open text file for one JSON line per rejected row, or None.
@@ -59,7 +58,7 @@ class SourceReport:
     rendered: int = 0
     not_rendered: int = 0
     rejected: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     columns: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     log: Any = None
@@ -68,9 +67,7 @@ class SourceReport:
     def reject(self, reason: str, where: str) -> None:
         """Counts and logs a rejected row. UserError if none of the first `FIRST_ROWS` rows can be used."""
         self.rejected[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < _EXAMPLES:
-            examples.append(where)
+        self.examples.setdefault(reason, where)
         if self.log is not None:
             self.log.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
         if self.rows == FIRST_ROWS and self.rejected.total() == self.rows:
@@ -101,7 +98,7 @@ class SourceReport:
 
     def _reasons(self) -> str:
         common = self.rejected.most_common(8)
-        return "; ".join(f"{reason} ({n} times, first {self.examples[reason][0]})" for reason, n in common)
+        return "; ".join(f"{reason} ({n} times, first {self.examples[reason]})" for reason, n in common)
 
 
 def read_source(
