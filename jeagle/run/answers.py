@@ -96,13 +96,12 @@ def regenerate(
         waiting = [prompt for prompt in prompts if prompt["id"] not in rows]
         if waiting and args.server:
             rows |= answers_from_server(args, waiting, file)
-            prompts = [prompt for prompt in prompts if prompt["id"] in rows]
         elif waiting:
             rows |= file.unfinished()
-            waiting = [prompt for prompt in waiting if prompt["id"] not in rows]
-            if waiting:
+            if waiting := [prompt for prompt in waiting if prompt["id"] not in rows]:
                 rows |= answers_from_target(args, waiting, file, (load or target_loader(args))())
-        ordered = [rows[prompt["id"]] for prompt in sorted(prompts, key=lambda p: p["id"])]
+        # A server may have refused some of the prompts.
+        ordered = [rows[number] for number in sorted(prompt["id"] for prompt in prompts) if number in rows]
         file.finish(ordered)
         return ordered
 
@@ -142,7 +141,7 @@ def self_instructed(
 def _report_variety(args: RegenerateArguments, written: data.WrittenPrompts) -> None:
     texts = [prompt["messages"][0]["content"] for prompt in written.prompts]
     counts = {"unusable": written.unusable, "repeated": written.repeated, "near_duplicates": written.near}
-    metrics = {"kept": len(texts)} | counts | data.variety(texts, written.signatures)
+    metrics = {"kept": len(texts)} | counts | data.variety(texts)
     atomic_write(f"{args.out}.variety.json", json.dumps(metrics, indent=1) + "\n", data.VARIETY)
     print(
         f"{len(texts)} prompts written; dropped: {written.repeated} repetitions, {written.near} near-duplicates, "

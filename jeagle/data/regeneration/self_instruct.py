@@ -9,8 +9,6 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jeagle.data.chat.templates import split_reasoning
 from jeagle.data.near_duplicates import NearDuplicateFilter
 from jeagle.data.regeneration.prompts import make_prompt
@@ -44,13 +42,11 @@ class WrittenPrompts(NamedTuple):
 
     Attributes:
       prompts: in the form of `read_prompts`, without near-duplicates.
-      signatures: the MinHash signature of each of them.
       unusable: number of replies that have no words, were cut off or are too long.
       repeated, near: number of prompts that were dropped as exact repetitions and as near-duplicates.
     """
 
     prompts: list[dict[str, Any]]
-    signatures: list[np.ndarray]
     unusable: int
     repeated: int
     near: int
@@ -87,7 +83,6 @@ def collect_prompts(rows: Sequence[dict[str, Any]], count: int) -> WrittenPrompt
     distinct, prompts, unusable = NearDuplicateFilter(), [], 0
     for prompt in starter_prompts():
         distinct.add(prompt["messages"][0]["content"])
-    known = len(distinct.signatures)
     distinct.repeated = distinct.near = 0
     for row in rows:
         text = "" if row["finish_reason"] == "length" else _written_prompt(row["messages"][-1])
@@ -97,7 +92,7 @@ def collect_prompts(rows: Sequence[dict[str, Any]], count: int) -> WrittenPrompt
             prompts.append(make_prompt([{"role": "user", "content": text}], row["category"]))
             if len(prompts) == count:
                 break
-    return WrittenPrompts(prompts, distinct.signatures[known:], unusable, distinct.repeated, distinct.near)
+    return WrittenPrompts(prompts, unusable, distinct.repeated, distinct.near)
 
 
 def _written_prompt(reply: dict[str, Any]) -> str:
