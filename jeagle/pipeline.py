@@ -26,10 +26,9 @@ from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
 from jeagle.export import ENGINES, export
 from jeagle.exporting.run_reader import ACCEPTANCE_METRICS
-from jeagle.regenerate import regenerate
 from jeagle.report import mean_logged, summary_lines, write_report
 from jeagle.run import acceptance, assemble
-from jeagle.run.answers import RegenerateArguments
+from jeagle.run.answers import RegenerateArguments, regenerate
 from jeagle.run.claim import claimed
 from jeagle.run.dataset import describe, prepare
 from jeagle.run.draft_init import EMBEDDING_FILE, draft_spec
