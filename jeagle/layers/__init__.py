@@ -1,9 +1,7 @@
 """Layers that both targets and drafts are made of."""
 
 from jeagle.layers.attention import LANES, AttentionMask, masked_attention
-from jeagle.layers.linear import Linear, matmul
-from jeagle.layers.mlp import GATES, Dense, GatedMLP
-from jeagle.layers.norms import rms_norm
+from jeagle.layers.linear import GATES, Dense, GatedMLP, Linear, matmul, rms_norm
 from jeagle.layers.rope import depends_on_length, inverse_frequencies, rotate_by, yarn_mscale
 from jeagle.layers.splash import packed_attention
 

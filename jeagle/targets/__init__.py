@@ -7,9 +7,10 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from jeagle.targets.checkpoint.load import Target, abstract_target, load_target, random_target
 from jeagle.targets.checkpoint.reference import TargetFiles, resolve
-from jeagle.targets.checkpoint.tables import Table, embedding_table, head_table, is_target_embedding
+from jeagle.targets.checkpoint.tensor_reader import Table, embedding_table, head_table, is_target_embedding
 from jeagle.targets.checkpoint.weights import open_weights
-from jeagle.targets.families import Family, Piece, Switches, own_family, read_spec
+from jeagle.targets.families import own_family, read_spec
+from jeagle.targets.families.common import Family, Piece, Switches
 from jeagle.targets.model.decoder import Decoder
 from jeagle.targets.model.features import distributions, features, greedy_and_gap
 from jeagle.targets.model.generate import GeneratedAnswer, Sampling, generate

@@ -10,11 +10,11 @@ import importlib
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.targets.families import deepseek, fused, gemma, llama, qwen, qwen_hybrid
-from jeagle.targets.families.common import Family, Names, Piece, Switches
+from jeagle.targets.families import deepseek, gemma, llama, qwen
+from jeagle.targets.families.common import Family, Switches
 from jeagle.targets.model.spec import TargetSpec
 
-_FILES = (llama, qwen, qwen_hybrid, gemma, fused, deepseek)
+_FILES = (llama, qwen, gemma, deepseek)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 
 # What "model." and "lm_head." become in models of which the text part is only a part.
@@ -29,13 +29,18 @@ PREFIXES: tuple[tuple[str, str], ...] = (
 def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpec:
     """Returns the TargetSpec of a config.json. Raises UserError for an unknown architecture or an unsupported key."""
     name, values = _text_part(config)
-    chosen = family or _known(name)
+    chosen = family or family_of(config)
     return chosen.read(Switches(name, _with_defaults(values, chosen.model_type)))
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """Returns the family of a config.json. Raises UserError for an unknown architecture."""
-    return _known(architecture_of(config))
+    if (name := architecture_of(config)) not in FAMILIES:
+        raise UserError(
+            f"The target's architecture {name} is not supported; supported are: {', '.join(sorted(FAMILIES))}. "
+            "docs/adding_a_target.md shows how to add one."
+        )
+    return FAMILIES[name]
 
 
 def architecture_of(config: dict[str, Any]) -> str:
@@ -53,15 +58,6 @@ def own_family(path: str) -> Family:
     if not isinstance(family, Family):
         raise UserError(f"--target.family {path} is a {type(family).__name__}; it must be a jeagle.targets.Family.")
     return family
-
-
-def _known(name: str) -> Family:
-    if name not in FAMILIES:
-        raise UserError(
-            f"The target's architecture {name} is not supported; supported are: {', '.join(sorted(FAMILIES))}. "
-            "docs/adding_a_target.md shows how to add one."
-        )
-    return FAMILIES[name]
 
 
 def _text_part(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -90,17 +86,3 @@ def _with_defaults(values: dict[str, Any], kind: str) -> dict[str, Any]:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"The target's config.json is not a valid {kind} configuration: {reason}") from error
-
-
-__all__ = [
-    "FAMILIES",
-    "PREFIXES",
-    "Family",
-    "Names",
-    "Piece",
-    "Switches",
-    "architecture_of",
-    "family_of",
-    "own_family",
-    "read_spec",
-]

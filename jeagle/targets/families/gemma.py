@@ -6,6 +6,7 @@ from typing import Any
 
 from jeagle.interfaces import LogitShape
 from jeagle.targets.families.common import (
+    LAYER,
     Family,
     Names,
     Piece,
@@ -39,6 +40,13 @@ def _embed_scale(switches: Switches) -> float:
     return float(switches["hidden_size"]) ** 0.5
 
 
+def _windowed_spec(switches: Switches, blocks: list[BlockSpec], **over: Any) -> TargetSpec:
+    """`target_spec` of Gemma 2 to 4, whose layers of two kinds have rotary embeddings of their own."""
+    logits = LogitShape(cap=float(switches.get("final_logit_softcapping", 0.0)))
+    rope = rope_from_switches(switches, "full_attention")
+    return target_spec(switches, blocks, rope=rope, embed_scale=_embed_scale(switches), logits=logits, **over)
+
+
 def gemma(switches: Switches) -> TargetSpec:
     block = BlockSpec(attention_spec(switches, **_biases(switches)), dense_spec(switches))
     return target_spec(switches, [block] * switches["num_hidden_layers"], embed_scale=_embed_scale(switches))
@@ -46,29 +54,16 @@ def gemma(switches: Switches) -> TargetSpec:
 
 def gemma2(switches: Switches) -> TargetSpec:
     """Gemma 2 and 3."""
-    biases = _biases(switches)
     third = switches.architecture.startswith("Gemma3")
     soft_cap = float(switches.get("attn_logit_softcapping", 0.0))  # Gemma 3 has the key and ignores it
     switches.only(sliding_window_size=(switches.get("sliding_window", 0),))  # the same key in Gemma 2's first files
+    own: dict[str, Any] = {"soft_cap": 0.0 if third else soft_cap, "qk_norm": "head" if third else ""}
+    own |= {"scale": float(switches["query_pre_attn_scalar"]) ** -0.5, **_biases(switches)}
     mixers = [
-        attention_spec(
-            switches,
-            rope=rope_from_switches(switches, kind),
-            window=window,
-            scale=float(switches["query_pre_attn_scalar"]) ** -0.5,
-            soft_cap=0.0 if third else soft_cap,
-            qk_norm="head" if third else "",
-            **biases,
-        )
+        attention_spec(switches, rope=rope_from_switches(switches, kind), window=window, **own)
         for kind, window in zip(layer_types(switches), sliding_windows(switches), strict=True)
     ]
-    return target_spec(
-        switches,
-        [BlockSpec(mixer, dense_spec(switches), norms="both") for mixer in mixers],
-        rope=rope_from_switches(switches, "full_attention"),
-        embed_scale=_embed_scale(switches),
-        logits=LogitShape(cap=float(switches.get("final_logit_softcapping", 0.0))),
-    )
+    return _windowed_spec(switches, [BlockSpec(mixer, dense_spec(switches), norms="both") for mixer in mixers])
 
 
 def gemma4(switches: Switches) -> TargetSpec:
@@ -76,6 +71,8 @@ def gemma4(switches: Switches) -> TargetSpec:
     first_shared = len(kinds) - shared
     extra = switches.get("hidden_size_per_layer_input", 0)
     switches.get("vocab_size_per_layer_input")  # unused where the width is 0
+    own: dict[str, Any] = {"norms": "both", "per_layer_width": extra, "scaled": True}
+    own["experts"] = _gemma4_experts(switches)
     blocks = []
     for i, kind in enumerate(kinds):
         reads_shared = i >= first_shared
@@ -84,18 +81,8 @@ def gemma4(switches: Switches) -> TargetSpec:
             mlp = dense_spec(switches, width=2 * mlp.width)
         shares = shared and not reads_shared and kind not in kinds[i + 1 : first_shared]  # the last of its kind
         sharing = {"share_kv_as": kind if shares else "", "read_kv_from": kind if reads_shared else ""}
-        mixer = _gemma4_mixer(switches, i, kind, **sharing)
-        blocks.append(
-            BlockSpec(mixer, mlp, _gemma4_experts(switches), norms="both", per_layer_width=extra, scaled=True)
-        )
-    return target_spec(
-        switches,
-        blocks,
-        rope=rope_from_switches(switches, "full_attention"),
-        embed_scale=_embed_scale(switches),
-        logits=LogitShape(cap=float(switches.get("final_logit_softcapping", 0.0))),
-        per_layer_vocab=switches["vocab_size_per_layer_input"] if extra else 0,
-    )
+        blocks.append(BlockSpec(_gemma4_mixer(switches, i, kind, **sharing), mlp, **own))
+    return _windowed_spec(switches, blocks, per_layer_vocab=switches["vocab_size_per_layer_input"] if extra else 0)
 
 
 def _gemma4_mixer(switches: Switches, number: int, kind: str, **sharing: str) -> Any:
@@ -142,13 +129,10 @@ def _both_norms(plus: float) -> Names:
 _GEMMA2: Names = merged(
     stem_names(1.0),
     _both_norms(1.0),
-    attention_names(),
-    norm("mixer.q_norm", "self_attn.q_norm", 1.0),
-    norm("mixer.k_norm", "self_attn.k_norm", 1.0),
+    attention_names(1.0),
     mlp_names(),
 )
 
-_LAYER = "model.layers.{i}."
 _GEMMA4: Names = merged(
     stem_names(),
     _both_norms(0.0),
@@ -163,9 +147,9 @@ _GEMMA4: Names = merged(
     linear("per_layer_out", "per_layer_projection"),
     norm("per_layer_norm", "post_per_layer_input_norm"),
     {
-        "blocks.moe.router.input_scale": Piece(f"{_LAYER}router.scale"),
-        "blocks.moe.router.expert_scale": Piece(f"{_LAYER}router.per_expert_scale"),
-        "blocks.output_scale": Piece(f"{_LAYER}layer_scalar"),
+        "blocks.moe.router.input_scale": Piece(f"{LAYER}router.scale"),
+        "blocks.moe.router.expert_scale": Piece(f"{LAYER}router.per_expert_scale"),
+        "blocks.output_scale": Piece(f"{LAYER}layer_scalar"),
         "per_layer.embed": Piece("model.embed_tokens_per_layer.weight", transposed=False),
         "per_layer.proj.kernel": Piece("model.per_layer_model_projection.weight"),
         "per_layer.norm": Piece("model.per_layer_projection_norm.weight"),
