@@ -4,25 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jeagle.targets.families.common import (
-    LLAMA,
-    Family,
-    Names,
-    Piece,
-    Switches,
-    attention_spec,
-    dense_spec,
-    expert_names,
-    fused_linears,
-    linear,
-    merged,
-    mlp_names,
-    norm,
-    pre_norm_names,
-    rope_from_switches,
-    stem_names,
-    target_spec,
-)
+from jeagle.targets.families import common
+from jeagle.targets.families.common import LLAMA, Family, Names, Piece, Switches
 from jeagle.targets.model.spec import BlockSpec, ExpertsSpec, LatentSpec, RouterSpec, TargetSpec
 
 
@@ -36,7 +19,7 @@ def _latent(switches: Switches) -> LatentSpec:
         nope_dim=switches["qk_nope_head_dim"],
         rope_dim=switches["qk_rope_head_dim"],
         value_dim=switches["v_head_dim"],
-        rope=rope_from_switches(switches),
+        rope=common.rope_from_switches(switches),
         interleaved=bool(switches.get("rope_interleave", True)),
         bias=bool(switches.get("attention_bias", False)),
     )
@@ -49,8 +32,8 @@ def _routed_spec(switches: Switches, mixer: Any, router: RouterSpec) -> TargetSp
     shared, activation = width * switches.get("n_shared_experts", 0), switches.get("hidden_act", "silu")
     experts = ExpertsSpec(count, switches["num_experts_per_tok"], width, router, activation, shared_width=shared)
     dense, total = switches.get("first_k_dense_replace", 0), switches["num_hidden_layers"]
-    mlp, sparse = BlockSpec(mixer, dense_spec(switches)), BlockSpec(mixer, experts=experts)
-    return target_spec(switches, [mlp if i < dense else sparse for i in range(total)])
+    mlp, sparse = BlockSpec(mixer, common.dense_spec(switches)), BlockSpec(mixer, experts=experts)
+    return common.target_spec(switches, [mlp if i < dense else sparse for i in range(total)])
 
 
 def deepseek_v2(switches: Switches) -> TargetSpec:
@@ -82,40 +65,40 @@ def deepseek_v3(switches: Switches) -> TargetSpec:
 
 def glm4_moe(switches: Switches) -> TargetSpec:
     bias = bool(switches.get("attention_bias", False))
-    mixer = attention_spec(switches, qkv_bias=bias, qk_norm="head" if switches.get("use_qk_norm") else "")
+    mixer = common.attention_spec(switches, qkv_bias=bias, qk_norm="head" if switches.get("use_qk_norm") else "")
     return _routed_spec(switches, mixer, _top2_router(switches))
 
 
-_SHARED_MOE: Names = merged(
-    expert_names(),
-    linear("moe.router.proj", "mlp.gate"),
+_SHARED_MOE: Names = common.merged(
+    common.expert_names(),
+    common.linear("moe.router.proj", "mlp.gate"),
     {"blocks.moe.router.correction": Piece("model.layers.{i}.mlp.gate.e_score_correction_bias")},
-    mlp_names("moe.shared", "mlp.shared_experts"),
+    common.mlp_names("moe.shared", "mlp.shared_experts"),
 )
 
-_DEEPSEEK: Names = merged(
-    stem_names(),
-    pre_norm_names(),
-    mlp_names(),
+_DEEPSEEK: Names = common.merged(
+    common.stem_names(),
+    common.pre_norm_names(),
+    common.mlp_names(),
     _SHARED_MOE,
-    linear("mixer.q_proj", "self_attn.q_proj"),
-    linear("mixer.q_a_proj", "self_attn.q_a_proj"),
-    norm("mixer.q_a_norm", "self_attn.q_a_layernorm"),
-    linear("mixer.q_b_proj", "self_attn.q_b_proj"),
-    linear("mixer.kv_a_proj", "self_attn.kv_a_proj_with_mqa"),
-    norm("mixer.kv_a_norm", "self_attn.kv_a_layernorm"),
+    common.linear("mixer.q_proj", "self_attn.q_proj"),
+    common.linear("mixer.q_a_proj", "self_attn.q_a_proj"),
+    common.norm("mixer.q_a_norm", "self_attn.q_a_layernorm"),
+    common.linear("mixer.q_b_proj", "self_attn.q_b_proj"),
+    common.linear("mixer.kv_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    common.norm("mixer.kv_a_norm", "self_attn.kv_a_layernorm"),
     # The key's part and then the value's part of each head.
-    fused_linears(
+    common.fused_linears(
         "self_attn.kv_b_proj",
         ("mixer.k_b_proj", "mixer.v_b_proj"),
         lambda block: [block.mixer.nope_dim, block.mixer.value_dim],
         lambda block: block.mixer.heads,
     ),
-    linear("mixer.o_proj", "self_attn.o_proj"),
+    common.linear("mixer.o_proj", "self_attn.o_proj"),
 )
 
 FAMILIES = {
     "DeepseekV2ForCausalLM": Family(deepseek_v2, _DEEPSEEK, "deepseek_v2"),
     "DeepseekV3ForCausalLM": Family(deepseek_v3, _DEEPSEEK, "deepseek_v3"),
-    "Glm4MoeForCausalLM": Family(glm4_moe, merged(LLAMA, _SHARED_MOE), "glm4_moe"),
+    "Glm4MoeForCausalLM": Family(glm4_moe, common.merged(LLAMA, _SHARED_MOE), "glm4_moe"),
 }

@@ -50,7 +50,7 @@ class Block(nnx.Module):
         self.spec, self.eps = spec, eps
 
     def __call__(self, x: jax.Array, context: TokenContext, cache: Any, shared: dict, per_layer_BTP: Any):
-        """x [B, T, H] -> (x, the mixer's new cache, the keys and values that it attended to).
+        """x [B, T, H] -> (x, the mixer's new cache, the keys and values that later layers may read, by name).
 
         Args:
           shared: the keys and values that earlier layers share with later ones, by name.
@@ -75,7 +75,8 @@ class Block(nnx.Module):
             assert self.spec.mlp is not None
             gated = GATES[self.spec.mlp.activation](self.per_layer_gate(x), per_layer_BTP)
             x = x + norm("per_layer_norm", self.per_layer_out(gated))
-        return (x * self.output_scale[...] if self.spec.scaled else x), cache, keys_values
+        shares = getattr(self.spec.mixer, "share_kv_as", "")
+        return (x * self.output_scale[...] if self.spec.scaled else x), cache, {shares: keys_values} if shares else {}
 
 
 class LayerGroup(NamedTuple):
@@ -263,7 +264,6 @@ class Decoder(nnx.Module):
         Args:
           rollback: number of tokens by which a row may go back when a draft is rejected; only recurrent states use it.
         """
-
         caches = []
         for group, block in zip(self.groups, self.blocks, strict=True):
             lead = (len(group.layers),) if self.stacked else ()
@@ -297,11 +297,10 @@ class Decoder(nnx.Module):
             else:
                 number = run[0].layers[0]
                 own = None if extra is None else extra[number]
-                x, one, keys_values = blocks[0](x, context, caches[0], shared, own)
+                x, one, shares = blocks[0](x, context, caches[0], shared, own)
                 x, new = self._split_by_rows(x, context), [one]
                 aux[number + 1] = x
-                if name := getattr(run[0].block.mixer, "share_kv_as", ""):
-                    shared[name] = keys_values
+                shared |= shares
             new_caches += new
         wanted = [aux[layer] for layer in aux_layers]
         return x, jnp.stack(wanted, axis=2) if aux_layers else None, tuple(new_caches)
@@ -327,12 +326,11 @@ class Decoder(nnx.Module):
             new, shared_here = [], {}
             for j, (graphdef, _) in enumerate(parts):
                 block = nnx.merge(graphdef, states[j])
-                x, one, keys_values = block(x, context, cache[j], before | shared_here, None if own is None else own[j])
+                x, one, shares = block(x, context, cache[j], before | shared_here, None if own is None else own[j])
                 x = self._split_by_rows(x, context)
                 buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, slot[j], 0)
                 new.append(one)
-                if name := getattr(run[j].block.mixer, "share_kv_as", ""):
-                    shared_here[name] = keys_values
+                shared_here |= shares
             return (x, buffer), (new, shared_here)
 
         inputs = ([state for _, state in parts], [jnp.array(s, jnp.int32) for s in slots], caches, extras)
