@@ -19,12 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jeagle.targets.checkpoint.layout import NARROW, ParameterLayout, check_room, layouts, narrowed, scale_path
 from jeagle.targets.checkpoint.tensor_reader import ParameterReader
-from jeagle.targets.checkpoint.weights import WeightSource
 from jeagle.targets.families import family_of, read_spec
 from jeagle.targets.families.common import Family
 from jeagle.targets.model.decoder import Decoder
 from jeagle.targets.model.spec import TargetSpec
-from jeagle.targets.quantised.views import Index
+from jeagle.targets.quantised.views import Index, WeightSource
 
 Read = Callable[[Index], np.ndarray]
 
@@ -144,7 +143,7 @@ def _read(
         return np.stack([reader.read(layout, layer, index[1:]) for layer in layers])
 
     # Where each expert is a tensor, the host holds one device's part at a time.
-    wide = from_slices(shape, layout.dtype, sharding, read, at_once=not reader.is_many_tensors(layout))
+    wide = from_slices(shape, layout.dtype, sharding, read, at_once=not reader.piece(layout.key, layers[0]).by_expert)
     return (wide,) if layout.narrow is None else narrowed(wide, layout.narrow, sharding)
 
 

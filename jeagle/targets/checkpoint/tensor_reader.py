@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 
 from jeagle.errors import UserError
 from jeagle.targets.checkpoint.layout import ParameterLayout
-from jeagle.targets.checkpoint.weights import WeightSource
 from jeagle.targets.families import PREFIXES, family_of, read_spec
 from jeagle.targets.families.common import Family, Piece
 from jeagle.targets.model.spec import BlockSpec
+from jeagle.targets.quantised.views import WeightSource
 
 
 class ParameterReader:
@@ -30,7 +30,7 @@ class ParameterReader:
 
     def read(self, layout: ParameterLayout, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a slice of a layer's parameter, in any type; `layer` is None outside the layers."""
-        piece = self._piece(layout.key, layer)
+        piece = self.piece(layout.key, layer)
         if not piece.by_expert:
             return self._cut(piece, self._name(piece, layer, 0), layout.shape, index, layout.block)
         out = np.empty([part.stop - part.start for part in index], layout.dtype)
@@ -39,11 +39,8 @@ class ParameterReader:
             out[i] = self._cut(piece, name, layout.shape[1:], index[1:], layout.block)
         return out
 
-    def is_many_tensors(self, layout: ParameterLayout) -> bool:
-        """Whether the parameter of a layer is stored as many tensors, one for each expert."""
-        return self._piece(layout.key, layout.layers[0]).by_expert
-
-    def _piece(self, key: str, layer: int | None) -> Piece:
+    def piece(self, key: str, layer: int | None) -> Piece:
+        """Where a layer's parameter is stored; of several places the first that exists."""
         if key not in self.names:
             raise UserError(
                 f"The target's family does not say where its parameter {key} is stored: add it to its names."
@@ -61,7 +58,7 @@ class ParameterReader:
 
     def check(self, layout: ParameterLayout, layer: int | None) -> None:
         """Raises UserError unless every tensor of the parameter exists with the expected shape; reads none of them."""
-        piece, own, block = self._piece(layout.key, layer), layout.shape, layout.block
+        piece, own, block = self.piece(layout.key, layer), layout.shape, layout.block
         expected = own[1:] if piece.by_expert else own
         if len(expected) > 1 and piece.transposed:
             expected = (*expected[:-2], expected[-1], expected[-2])

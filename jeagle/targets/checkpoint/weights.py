@@ -4,34 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
+from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.targets.checkpoint.reference import TargetFiles
 from jeagle.targets.quantised.methods import dequantised
-from jeagle.targets.quantised.views import Index, NamedViews, safetensors_arrays
-
-
-@runtime_checkable
-class WeightSource(Protocol):
-    """A target's configuration and named arrays."""
-
-    config: dict[str, Any]
-    """As in Hugging Face's config.json; eos_token_id may be a list."""
-
-    def names(self) -> list[str]:
-        """The sorted names of the tensors, such as model.layers.0.self_attn.q_proj.weight."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; a matrix is [out, in]. Raises UserError for a name that does not exist."""
-
-    def dtype(self, name: str) -> np.dtype:
-        """The type of what `read` returns."""
-
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """Reads a tensor, or only its part at `index`, which has a slice with step 1 for each axis."""
+from jeagle.targets.quantised.views import WeightSource, safetensors_arrays
 
 
 def open_weights(files: TargetFiles) -> WeightSource:
@@ -47,7 +25,7 @@ def open_weights(files: TargetFiles) -> WeightSource:
     return SafetensorsWeights(files.path)
 
 
-class SafetensorsWeights(NamedViews):
+class SafetensorsWeights(WeightSource):
     """A folder of config.json and one or more safetensors files.
 
     Weights that were published in fp8, int8 or MXFP4 are dequantised as they are read (see `quantised.methods`): names,

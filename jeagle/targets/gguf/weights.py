@@ -19,8 +19,8 @@ from jeagle.targets.families import family_of
 from jeagle.targets.gguf.config import read_config
 from jeagle.targets.gguf.reader import GgufTensor, open_gguf
 from jeagle.targets.quantised.views import (
-    NamedViews,
     View,
+    WeightSource,
     as_row,
     flattened,
     interleaved,
@@ -96,7 +96,7 @@ _ZERO_CENTRED = {"gemma", "gemma2", "gemma3"}
 _OF_CONFIG = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
-class GgufWeights(NamedViews):
+class GgufWeights(WeightSource):
     """The WeightSource of a GGUF file or its parts. Arrays are float32, whatever their type in the file.
 
     Raises:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -131,22 +131,29 @@ def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
     return arrays
 
 
-class NamedViews:
-    """The arrays of a `weights.WeightSource`: views by name, of the target at `path`."""
+class WeightSource:
+    """A target's configuration and named arrays, whose views are given."""
+
+    config: dict[str, Any]
+    """As in Hugging Face's config.json; eos_token_id may be a list."""
 
     def __init__(self, path: Path, views: dict[str, View]):
         self._path, self._views = path, views
 
     def names(self) -> list[str]:
+        """The sorted names of the tensors, such as model.layers.0.self_attn.q_proj.weight."""
         return sorted(self._views)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; a matrix is [out, in]. Raises UserError for a name that does not exist."""
         return self._view(name).shape
 
     def dtype(self, name: str) -> np.dtype:
+        """The type of what `read` returns."""
         return self._view(name).dtype
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Reads a tensor, or only its part at `index`, which has a slice with step 1 for each axis."""
         view = self._view(name)
         return view.read(full_index(index, view.shape))
 
