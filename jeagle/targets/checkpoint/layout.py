@@ -41,17 +41,6 @@ _NAMES_BY_AXES: dict[tuple[str | None, ...], str] = {
 AXES = {name: axes for axes, names in _NAMES_BY_AXES.items() for name in names.split()}
 
 
-def sharding_of(key: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of the parameter `key` of this shape."""
-    parts = key.split(".")
-    linear = parts[-1] in ("kernel", "bias", "scale")
-    axes = AXES.get(".".join(parts[-3:-1] if linear else parts[-2:]))
-    if linear and axes is not None and parts[-1] != "kernel":
-        axes = axes[-1:]
-    axes = (None,) * len(shape) if axes is None else (None,) * (len(shape) - len(axes)) + axes
-    return NamedSharding(mesh, logical_sharding(axes, shape, mesh))
-
-
 @functools.partial(jax.jit, static_argnames=("kind", "sharding"), donate_argnames=("kernel",))
 def narrowed(kernel: jax.Array, kind: Any, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
     """kernel [..., I, O] -> (narrow [..., I, O], scale [..., O] float32) with kernel = narrow * scale up to rounding.
@@ -131,7 +120,11 @@ def layouts(model: Decoder, state: Any, mesh: Mesh, dtype: Any, stored: str) -> 
         shape = leaf.get_value().shape[1:] if stacked else leaf.get_value().shape
         wide = len(shape) > 1 and not key.endswith((".conv", "_bias"))
         narrow = NARROW[stored] if scale_path(path) in scales else None
-        sharding = sharding_of(key, shape, mesh)
+        parts = key.split(".")
+        linear = parts[-1] in ("kernel", "bias", "scale")
+        axes = AXES.get(".".join(parts[-3:-1] if linear else parts[-2:]), ())
+        axes = axes[-1:] if linear and parts[-1] != "kernel" else axes
+        sharding = NamedSharding(mesh, logical_sharding((None,) * (len(shape) - len(axes)) + axes, shape, mesh))
         kind = jnp.dtype(dtype if wide else jnp.float32)
         by_path[path] = ParameterLayout(key, block, layers, stacked, shape, kind, sharding, narrow)
     return by_path

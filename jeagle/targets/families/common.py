@@ -317,7 +317,7 @@ def expert_names(
 ) -> dict[str, tuple[Piece, Piece]]:
     """Where experts are stored: each in tensors of its own, or all of them in tensors [E, 2F, H] and [E, H, F]."""
     gate_up, down = f"{LAYER}{theirs}.gate_up_proj", f"{LAYER}{theirs}.down_proj"
-    together = (*(Piece(gate_up, fused_rows(part, experts_gate_up)) for part in range(2)), Piece(down))
+    together = (*(Piece(gate_up, fused_rows(part, lambda b: [b.experts.width] * 2)) for part in range(2)), Piece(down))
     return {
         f"blocks.moe.experts.{ours}": (Piece(f"{LAYER}{theirs}.{{e}}.{part}.weight"), piece)
         for ours, part, piece in zip(("gate_proj", "up_proj", "down_proj"), parts, together, strict=True)
@@ -349,11 +349,6 @@ def fused_linears(
 ) -> Names:
     """Where kernels and biases are stored that share one tensor; `sizes` and `groups` as for `fused_rows`."""
     return merged(*(linear(own, theirs, rows=fused_rows(part, sizes, groups)) for part, own in enumerate(ours)))
-
-
-def experts_gate_up(block: Any) -> list[int]:
-    """`sizes` of a tensor that has the gates of an expert, then its ups."""
-    return [block.experts.width] * 2
 
 
 LLAMA: Names = merged(stem_names(), pre_norm_names(), attention_names(), mlp_names())
