@@ -12,12 +12,13 @@ from jeagle.targets.checkpoint.weights import open_weights
 from jeagle.targets.families import own_family, read_spec
 from jeagle.targets.families.common import Family, Piece, Switches
 from jeagle.targets.model.features import distributions, features, greedy_and_gap
-from jeagle.targets.model.generate import Sampling, generate
+from jeagle.targets.model.generate import GeneratedAnswer, Sampling, generate
 from jeagle.targets.model.spec import TargetSpec, check_aux_layers
 from jeagle.targets.tokenizers.load import end_token_ids, load_tokenizer
 
 __all__ = [
     "Family",
+    "GeneratedAnswer",
     "Piece",
     "Sampling",
     "Switches",

@@ -14,7 +14,7 @@ import pytest
 from jeagle import targets
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import make_mesh
-from jeagle.targets.model.generate import GeneratedAnswer, Sampling, _Generation, eligible_tokens, sample_tokens
+from jeagle.targets.model.generate import Sampling, _Generation, eligible_tokens, sample_tokens
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ["llama", "gemma3", "gpt_oss", "deepseek_v2", "qwen3_next", "gemma4_shared_kv"]
@@ -45,7 +45,7 @@ def asked() -> Asked:
     return Asked(prompts, [int(n) for n in rng.permutation([1, 2, 3, 5, 7, 8, 9, 11, 12, 14, 15])])
 
 
-def answers(target: targets.Target, prompts, limits, batch: int, **how) -> dict[int, GeneratedAnswer]:
+def answers(target: targets.Target, prompts, limits, batch: int, **how) -> dict[int, targets.GeneratedAnswer]:
     found = targets.generate(
         target, prompts, end_token_ids=(END,), max_new_tokens=limits, batch=batch, seed=SEED, **how
     )
