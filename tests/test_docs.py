@@ -126,3 +126,22 @@ def test_every_place_that_a_page_names_is_there(page):
     paths = re.findall(r"`((?:jeagle|configs|converters|docs|launch|tests)/[\w/.-]+)`", text)
     missing = [link for link in links if not (page.parent / link).exists()]
     assert missing + [path for path in paths if not (ROOT / path).exists()] == []
+
+
+include = runpy.run_path(str(ROOT / "docs" / "include.py"))
+INCLUDED = [marker for page in PAGES for marker in include["MARKED"].finditer(page.read_text())]
+
+
+@pytest.mark.parametrize("marker", INCLUDED, ids=lambda marker: marker["name"] or marker["source"])
+def test_what_a_page_includes_is_what_the_code_says(marker):
+    """The code of the page is the package's, and the trip of a batch is what the tracer prints now."""
+    assert marker[0] == marker["marker"] + include["included"](marker) + marker["end"], "run python docs/include.py"
+
+
+def test_how_it_works_shows_training_the_step_and_the_trip_of_a_batch():
+    assert [marker["name"] or marker["source"] for marker in INCLUDED] == [
+        "train",
+        "train_step",
+        "loss_gradient",
+        "benchmarks.trip",
+    ]
