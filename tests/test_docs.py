@@ -18,7 +18,8 @@ import pytest
 from jeagle import flags as configs
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "RESULTS.md"])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES.append(ROOT / "benchmarks" / "RESULTS.md")
 PROGRAM = re.compile(
     r"python -m (?P<module>(?:jeagle|benchmarks|tests)[\w.]*\w)"
     r"|(?P<path>(?:converters|benchmarks|launch)/\w+\.(?:py|sh))"
