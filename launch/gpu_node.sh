@@ -8,8 +8,8 @@ Usage: launch/gpu_node.sh [--processes N] [--port PORT] [--print-only] -- COMMAN
 
 Runs a jeagle command on this machine. With one process, which is the default, the command uses every GPU. With N
 processes, each uses an equal share of the GPUs, if there are any. The processes find one another through
-JEAGLE_COORDINATOR, JEAGLE_PROCESSES and JEAGLE_PROCESS_ID. If one fails, all of them are stopped. SIGINT and SIGTERM are
-passed on to all processes.
+JEAGLE_COORDINATOR, JEAGLE_PROCESSES and JEAGLE_PROCESS_ID. If one fails, all of them are stopped. SIGINT and SIGTERM
+are passed on to all processes.
 
   --processes N   number of processes on this machine (default 1)
   --port PORT     port on which process 0 listens (default: the first free port from 8476 on)

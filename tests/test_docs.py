@@ -123,10 +123,19 @@ def test_every_setting_that_a_page_names_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_place_that_a_page_names_is_there(page):
     text = page.read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
     paths = re.findall(r"`((?:jeagle|configs|converters|docs|launch|tests)/[\w/.-]+)`", text)
     missing = [link for link in links if not (page.parent / link).exists()]
     assert missing + [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_section_that_a_page_links_to_is_there():
+    places = [(page, *link) for page in PAGES for link in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", page.read_text())]
+    assert len(places) > 5
+    for page, file, section in places:
+        headings = re.findall(r"^#+ (.*)", (page.parent / file if file else page).read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+        assert section in anchors, f"{page.name} links to {file}#{section}"
 
 
 include = runpy.run_path(str(ROOT / "docs" / "include.py"))
