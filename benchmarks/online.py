@@ -45,7 +45,7 @@ from jeagle.runtime.chips import all_devices_flops
 from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.flops import count_flops
 from jeagle.runtime.mesh import row_parts
-from jeagle.train import put_rows
+from jeagle.training.setup import put_rows
 from jeagle.training.step import StepReport, train_step
 
 GOALS = {"online": 0.55, "draft_only": 0.50}  # MFU of needed FLOPs, on a GPU

@@ -75,7 +75,7 @@ def test_what_follows_the_dashes_goes_to_the_server(script, tmp_path):
 REFUSED = {
     "no run": (["--draft-tokens", "3"], "--run is missing"),
     "no value": (["--run"], "--run needs a value"),
-    "no export": (["--run", "{empty}"], "holds no export of jeagle's: run python converters/"),
+    "no export": (["--run", "{empty}"], "is not an export of jeagle. Run python converters/"),
     "no number": (["--run", "{run}", "--draft-tokens", "some"], "--draft-tokens is 'some'"),
     "no option": (["--run", "{run}", "--port", "1"], "there is no option --port"),
     "no target": (["--run", "{run}", "--target", "pypi:a==1"], "cannot load the target 'pypi:a==1'"),
