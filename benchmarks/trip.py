@@ -6,7 +6,7 @@ Trains the tiny target of tests/tiny.py for two steps on one CPU device under `s
 in order of first entry, the files of jeagle/ that are entered and the functions that are entered there. Features,
 predictions, loss and update are seen while jit traces the step. Only what happens between the entry and the return of a
 stage's functions (`STAGES`) is listed. The run's folder, its progress and its checkpoints are therefore not listed, nor
-are the rows, which were prepared before, as by `jeagle.prepare`.
+is `open_inputs`, which checks the settings and opens the rows; they were prepared before, as by `jeagle.prepare`.
 
 The trip consists of the spine (train.py and training/) and of every function that the spine calls itself: a reader
 opens these to follow a batch. With --whole, all functions below them are listed too, and so are the backward rules,
