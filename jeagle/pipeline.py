@@ -7,13 +7,15 @@ and there, and makes the rest.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,14 @@ from jeagle.regenerate import regenerate
 from jeagle.report import mean_logged, summary_lines, write_report
 from jeagle.run import acceptance, assemble
 from jeagle.run.answers import RegenerateArguments
-from jeagle.run.claim import claimed
+from jeagle.run.claim import NOTE, claimed
 from jeagle.run.dataset import describe, prepare
 from jeagle.run.draft_init import EMBEDDING_FILE, draft_spec
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
-from jeagle.runtime.manifest import finished_manifest
-from jeagle.runtime.stages import Stages
+from jeagle.runtime.manifest import atomic_write, file_fingerprint, fingerprint, finished_manifest
+from jeagle.runtime.outputs import check_replaceable
 from jeagle.train import train
 
 
@@ -53,18 +55,18 @@ def main(arguments: list[str]) -> None:
 
 def pipeline(config: RunConfig) -> list[str]:
     """All stages of a run; returns the lines that sum it up."""
-    stages = Stages(config.folder / "stages", jeagle.__version__)
+    stages = Stages(config.folder / "stages")
     file = config.folder / ("answers.jsonl" if config.regenerate.live else "answers_check.jsonl")
-    answers = stages(
-        "answers", _answers_made_from(config), lambda: _answers(config, file), lambda made: [file] if made else []
-    )
+    settings = to_json(config)
+    answered_from = {name: settings[name] for name in ("target", "regenerate")}
+    answered_from |= {name: settings["data"][name] for name in ("source", "system_prompt")}
+    answers = stages("answers", answered_from, lambda: _answers(config, file), lambda made: [file] if made else [])
     if answers and config.regenerate.live:
-        config = _with_source(config, str(file))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(file)))
     started = time.monotonic()
     prepared = prepare(config)
     stages.seconds["prepare"] = time.monotonic() - started
-    for line in describe(prepared):
-        print(line, flush=True)
+    print("\n".join(describe(prepared)), flush=True)
     settings = to_json(config)
     trained_from = {name: settings[name] for name in ("target", "draft", "objective", "train")} | {
         "data": finished_manifest(prepared.data)["made_from"],
@@ -73,7 +75,15 @@ def pipeline(config: RunConfig) -> list[str]:
     bench_settings = {"bench": settings["bench"]}
     before = stages("measure before", trained_from | bench_settings, lambda: _measure(config, prepared, trained=False))
     begun = stages.made("train", trained_from)
-    training = stages("train", trained_from, lambda: _train(config, begun), lambda made: _trained_files(config, made))
+    training = stages(
+        "train",
+        trained_from,
+        lambda: _train(config, begun),
+        lambda made: [  # what measuring and exporting read
+            *(config.folder / name for name in ("config.json", "draft.json", EMBEDDING_FILE)),
+            config.folder / "checkpoints" / str(made["step"]),
+        ],
+    )
     measured_from = trained_from | bench_settings | {"parameters": training["parameters"]}
     after = stages("measure after", measured_from, lambda: _measure(config, prepared, trained=True))
     exports = stages(
@@ -85,16 +95,6 @@ def pipeline(config: RunConfig) -> list[str]:
     report = _report(config, prepared.statistics, answers, before, training, after, exports, stages.seconds)
     page = write_report(config.folder, report, after["sample"])
     return [*summary_lines(report), f"report: {page}"]
-
-
-def _answers_made_from(config: RunConfig) -> dict[str, Any]:
-    settings = to_json(config)
-    made_from = {name: settings[name] for name in ("target", "regenerate")}
-    return made_from | {"source": config.data.source, "system_prompt": config.data.system_prompt}
-
-
-def _with_source(config: RunConfig, source: str) -> RunConfig:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
 
 
 def _answers(config: RunConfig, out: Path) -> dict[str, Any]:
@@ -133,16 +133,22 @@ def _train(config: RunConfig, begun: bool) -> dict[str, Any]:
     """
     _set_damaged_aside(config.folder, begun)
     metrics = train(config)
-    return metrics | {"parameters": _parameters_hash(assemble.load_draft(config.folder, "last")[2])}
+    _, _, params = assemble.load_draft(config.folder, "last")
+    digest = hashlib.sha256()  # training again may give the same draft, or another
+    for name in sorted(params):
+        array = np.ascontiguousarray(params[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return metrics | {"parameters": digest.hexdigest()[:16]}
 
 
 def _set_damaged_aside(folder: Path, begun: bool) -> None:
     """Renames the newest checkpoints that cannot be read, and with `begun` the run's own small files, so that training
     makes them again. Nothing is removed."""
-    readers: dict[str, Any] = {"config.json": _read_json, "draft.json": _read_json, EMBEDDING_FILE: np.load}
-    for name, read in readers.items() if begun else ():
-        if (folder / name).is_file() and not _readable(read, folder / name):
-            _set_aside(folder / name, folder / "damaged" / name)
+    small = ("config.json", "draft.json", EMBEDDING_FILE) if begun else ()
+    for path in (folder / name for name in small):
+        if path.is_file() and not _readable(np.load if path.suffix == ".npy" else _read_json, path):
+            _set_aside(path, folder / "damaged" / path.name)
     checkpoints = folder / "checkpoints"
     steps = [int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()] if checkpoints.is_dir() else []
     for step in sorted(steps, reverse=True):
@@ -167,27 +173,11 @@ def _readable(read: Callable[..., Any], *what: Any) -> bool:
 
 
 def _set_aside(path: Path, place: Path) -> None:
-    number = next(n for n in itertools.count() if not place.with_name(f"{place.name}.{n}").exists())
-    place = place.with_name(f"{place.name}.{number}")
+    places = (place.with_name(f"{place.name}.{number}") for number in itertools.count())
+    place = next(place for place in places if not place.exists())
     place.parent.mkdir(exist_ok=True)
     path.rename(place)
     print(f"warning: {path} cannot be read: it was moved to {place}, and is made again", flush=True)
-
-
-def _parameters_hash(params: dict[str, np.ndarray]) -> str:
-    """16 hex digits over names, types, shapes and bytes: training again may give the same draft, or another."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        array = np.ascontiguousarray(params[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:16]
-
-
-def _trained_files(config: RunConfig, training: dict[str, Any]) -> list[Path]:
-    """What measuring and exporting read of a training."""
-    files = [config.folder / name for name in ("config.json", "draft.json", EMBEDDING_FILE)]
-    return [*files, config.folder / "checkpoints" / str(training["step"])]
 
 
 def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, Any]:
@@ -230,23 +220,14 @@ def _sample(config: RunConfig, tokenizer: Any, decoded: acceptance.Decoded) -> d
     sources = [("target", 0)]
     for number, accepted in enumerate(answer.rounds, 1):
         sources += [("draft", number)] * accepted + [("target", number)]
-    pieces = _pieces(tokenizer, answer.tokens)
-    tokens = [
-        {"text": text, "source": source, "round": number}
-        for text, (source, number) in zip(pieces, sources, strict=False)
-    ]
+    tokens, shown = [], ""
+    for end, (source, number) in enumerate(sources[: len(answer.tokens)], 1):
+        # What each token adds to the text; a character spread over several tokens comes with its last one.
+        text = tokenizer.decode(answer.tokens[:end]).removesuffix("\ufffd")
+        tokens.append({"text": text[len(shown) :], "source": source, "round": number})
+        shown = text
     prompt = data.read_prompts(str(config.folder / "data" / "held_out.jsonl"))[chosen]["messages"][-1]["content"]
     return {"prompt": prompt, "tokens": tokens}
-
-
-def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """What each token adds to the text; a character spread over several tokens comes with its last one."""
-    pieces, shown = [], ""
-    for end in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:end]).removesuffix("\ufffd")
-        pieces.append(text[len(shown) :])
-        shown = text
-    return pieces
 
 
 def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
@@ -266,9 +247,10 @@ def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
 
 def _report(config, statistics, answers, before, training, after, exports, seconds) -> dict[str, Any]:
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    same = ("draft_parameters", "acceptance_by_position", "prompts_measured", "draft_tokens", "max_new_tokens")
+    lengths = {"before": before, "after": after, "ngram": after["ngram"]}
     return {
         "target": config.target.ref,
-        "draft_parameters": after["draft_parameters"],
         "draft_vocab": statistics["draft_vocab"],
         "vocab_coverage_train": statistics["coverage_train"],
         "vocab_coverage_held_out": statistics["coverage_held_out"],
@@ -276,25 +258,90 @@ def _report(config, statistics, answers, before, training, after, exports, secon
         "supervised_tokens": statistics["train"]["supervised_tokens"],
         "steps": training["step"],
         "read_share": mean_logged(config.folder, "read_share"),
-        "acceptance_length_before": before["acceptance_length"],
-        "acceptance_length_after": after["acceptance_length"],
-        "acceptance_length_ngram": after["ngram"]["acceptance_length"],
-        "acceptance_by_position": after["acceptance_by_position"],
+        **{f"acceptance_length_{kind}": measured["acceptance_length"] for kind, measured in lengths.items()},
+        **{name: after[name] for name in (*same, "prompts_hash")},
         "acceptance_by_position_before": before["acceptance_by_position"],
         "acceptance_by_position_ngram": after["ngram"]["acceptance_by_position"],
         "lossless": before["lossless"] and after["lossless"],
         "excused_ties": before["excused_ties"] + after["excused_ties"],
-        "prompts_measured": after["prompts_measured"],
         "prompts_measured_before": before["prompts_measured"],
-        "draft_tokens": after["draft_tokens"],
-        "max_new_tokens": after["max_new_tokens"],
-        "prompts_hash": after["prompts_hash"],
         "exports": {engine: str(config.folder / "exports" / engine) for engine in exports["engines"]},
         "regenerated_agree": answers.get("agree"),
         "stage_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_rss_bytes": usage * (1 if sys.platform == "darwin" else 1024),
         "versions": {"jeagle": jeagle.__version__, "jax": jax.__version__},
     }
+
+
+class Stages:
+    """Runs a stage, or takes its result from the note that it left when it was last made from the same things.
+
+    The note also names every file of the stage, with a hash of its bytes (about a second a GB): where one has gone or
+    changed, the stage is made again.
+    """
+
+    def __init__(self, folder: Path):
+        """`folder`, in the run's folder, is where the notes lie; those of another version of jeagle no longer count."""
+        self.folder, self.seconds = folder, dict[str, float]()
+
+    def __call__(
+        self,
+        name: str,
+        made_from: dict[str, Any],
+        make: Callable[[], dict[str, Any]],
+        files: Callable[[dict[str, Any]], Iterable[Path]] = lambda result: (),
+    ) -> dict[str, Any]:
+        """The stage's result.
+
+        Args:
+          made_from: what the result follows from; compared by its fingerprint.
+          make: makes the result, which JSON can hold, and the files.
+          files: result -> the files and folders in the run's folder that the stage wrote.
+        """
+        check_replaceable(self._path(name), NOTE)
+        old = self._note(name, made_from)
+        if old and self._look(files(old["result"])) == old["files"]:
+            print(f"[{name}] as before", flush=True)
+            self.seconds[name] = old["seconds"]
+            return old["result"]
+        print(f"[{name}]", flush=True)
+        started = time.monotonic()
+        result = make()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        tree = {"made_from": self._made_from(made_from), "seconds": self.seconds[name], "result": result}
+        tree["files"] = self._look(files(result))
+        atomic_write(self._path(name), json.dumps(tree, indent=1) + "\n", NOTE)
+        gc.collect()  # a model that the stage held must not stay beside the next one's
+        return result
+
+    def made(self, name: str, made_from: dict[str, Any]) -> bool:
+        """Whether the stage was made from these things once, whatever has become of its files."""
+        return self._note(name, made_from) is not None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name.replace(' ', '_')}.json"
+
+    def _note(self, name: str, made_from: dict[str, Any]) -> dict[str, Any] | None:
+        """The note of a stage that was made from these things; None without one, or where it is damaged."""
+        try:
+            note = json.loads(self._path(name).read_text("utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        wanted = {"made_from": self._made_from(made_from), "seconds": 0.0, "result": {}, "files": {}}
+        if not isinstance(note, dict) or any(type(note.get(n)) is not type(value) for n, value in wanted.items()):
+            return None
+        return note if note["made_from"] == wanted["made_from"] else None
+
+    def _made_from(self, made_from: dict[str, Any]) -> dict[str, str]:
+        return {"version": jeagle.__version__, "from": fingerprint(made_from)}
+
+    def _look(self, paths: Iterable[Path]) -> dict[str, str]:
+        """Hashes of all files at or below `paths`, by their path in the run's folder; empty for a missing one."""
+        found: dict[str, str] = {}
+        for path in paths:
+            below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            found |= {os.path.relpath(p, self.folder.parent): file_fingerprint(p) if p.is_file() else "" for p in below}
+        return found
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
     Those of the batch, and the experts' axis too: tokens meet the experts of other devices only within the mixtures.
     Without it, where rows do not divide evenly; none, where they do not even then.
     """
-    own = tuple(RULES["rows"] or ())
+    own = tuple(RULES["rows"])
     options: tuple[tuple[str, ...], ...] = ((*own, "expert"), own, ())
     return next(axes for axes in options if rows % math.prod(mesh.shape[axis] for axis in axes) == 0)
 
