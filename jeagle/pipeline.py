@@ -147,35 +147,35 @@ def _set_damaged_aside(folder: Path, begun: bool) -> None:
     makes them again. Nothing is removed."""
     small = ("config.json", "draft.json", EMBEDDING_FILE) if begun else ()
     for path in (folder / name for name in small):
-        if path.is_file() and not _readable(np.load if path.suffix == ".npy" else _read_json, path):
-            _set_aside(path, folder / "damaged" / path.name)
-    checkpoints = folder / "checkpoints"
-    steps = [int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()] if checkpoints.is_dir() else []
-    for step in sorted(steps, reverse=True):
-        if _readable(load_named, checkpoints, step):
+        if path.is_file() and not _readable(path):
+            _set_aside(path, folder / "damaged", path.name)
+    numbers = [path for path in folder.glob("checkpoints/*") if path.name.isdigit()]
+    for path in sorted(numbers, key=lambda path: -int(path.name)):
+        if _readable(path):
             break
-        _set_aside(checkpoints / str(step), folder / "damaged" / f"checkpoint_{step}")
+        _set_aside(path, folder / "damaged", f"checkpoint_{path.name}")
 
 
-def _read_json(path: Path) -> None:
-    if not isinstance(json.loads(path.read_text("utf-8")), dict):
-        raise ValueError("no JSON object")
-
-
-def _readable(read: Callable[..., Any], *what: Any) -> bool:
+def _readable(path: Path) -> bool:
+    """Whether a checkpoint, an array or a file with a JSON object can be read."""
     try:
-        read(*what)
+        if path.is_dir():
+            load_named(path.parent, path.name)
+        elif path.suffix == ".npy":
+            np.load(path)
+        else:
+            return isinstance(json.loads(path.read_text("utf-8")), dict)
+        return True
     except MemoryError:
         raise
     except Exception:  # numpy, JSON, Orbax and what lies below it raise many kinds for a damaged file
         return False
-    return True
 
 
-def _set_aside(path: Path, place: Path) -> None:
-    places = (place.with_name(f"{place.name}.{number}") for number in itertools.count())
-    place = next(place for place in places if not place.exists())
-    place.parent.mkdir(exist_ok=True)
+def _set_aside(path: Path, damaged: Path, name: str) -> None:
+    """Moves it to `damaged`/NAME.0, or the first number that is free."""
+    place = next(place for n in itertools.count() if not (place := damaged / f"{name}.{n}").exists())
+    damaged.mkdir(exist_ok=True)
     path.rename(place)
     print(f"warning: {path} cannot be read: it was moved to {place}, and is made again", flush=True)
 

@@ -83,7 +83,7 @@ def render(report: Report, metrics: list[dict[str, Any]], sample: dict[str, Any]
     return page.get_template("report.html.jinja").render(
         report=report,
         headline=headline(report),
-        doubtful=report.get("lossless") is False or (after is not None and ngram is not None and after < ngram),
+        doubtful=report.get("lossless") is False or after < ngram,
         shortfalls=shortfalls(report, metrics),
         summary=_summary(report),
         stages=_stages(report),
@@ -98,9 +98,9 @@ def render(report: Report, metrics: list[dict[str, Any]], sample: dict[str, Any]
 def headline(report: Report) -> tuple[str, str]:
     """(the main figure, what it means): one sentence in two parts, which says a shortfall as plainly as a success."""
     after, ngram, _ = _lengths(report)
-    if after is None:
+    if math.isnan(after):
         return "", f"The acceptance length was not measured; {_text_equality(report)}."
-    than = f", {_gap(after, ngram)} than a 3-gram table of the same answers" if ngram is not None else ""
+    than = "" if math.isnan(ngram) else f", {_gap(after, ngram)} than a 3-gram table of the same answers"
     return f"{after:.2f}", f"tokens a target step{than}; {_text_equality(report)}."
 
 
@@ -110,19 +110,19 @@ def shortfalls(report: Report, metrics: list[dict[str, Any]]) -> list[str]:
     broken = sum(not is_number(row.get("loss")) for row in metrics)
     agree, _, of = str(report.get("regenerated_agree") or "").partition("/")
     missing = [name for name in ("SGLang", "vLLM") if name.lower() not in (report.get("exports") or {})]
-    found = {
+    possible = {
         "Not lossless: a draft may never change the text, so no other figure counts until this is mended.": (
             report.get("lossless") is False
         ),
         "The draft accepts less than a table that never saw the target's features: it is not worth serving yet.": (
-            after is not None and ngram is not None and after < ngram
+            after < ngram
         ),
-        "Training did not raise the acceptance length.": after is not None and before is not None and after <= before,
+        "Training did not raise the acceptance length.": after <= before,
         f"The loss was not a number in {broken} of {len(metrics)} logged steps.": broken > 0,
         f"Only {agree} of {of} answers made again agree with the ones trained on.": agree != of,
         f"There is no export for {' or '.join(missing)}.": bool(missing),
     }
-    return [sentence for sentence, holds in found.items() if holds]
+    return [sentence for sentence, holds in possible.items() if holds]
 
 
 def summary_lines(report: Report) -> list[str]:
@@ -140,7 +140,7 @@ def _summary(report: Report) -> dict[str, str]:
         "trained on": _named(report, train_tokens="{} tokens", supervised_tokens="{} in answers", steps="{} steps")
         + _named(report, read_share="{} of rows read from a store, the others computed"),
         "acceptance length": _named(report, acceptance_length_before="{} before", acceptance_length_after="{} after")
-        + ([] if after is None or ngram is None else [f"{_gap(after, ngram)} than a 3-gram table's {ngram:.3f}"]),
+        + ([] if math.isnan(after - ngram) else [f"{_gap(after, ngram)} than a 3-gram table's {ngram:.3f}"]),
         "by position": _named(report, acceptance_by_position="{}"),
         "text": [_text_equality(report).removeprefix("text ")],
         "exports": [str(folder) for folder in (report.get("exports") or {}).values()],
@@ -152,8 +152,7 @@ def _summary(report: Report) -> dict[str, str]:
 
 
 def _named(report: Report, **patterns: str) -> list[str]:
-    texts = {name: shown(report.get(name), name) for name in patterns}
-    return [patterns[name].format(text) for name, text in texts.items() if text]
+    return [pattern.format(text) for name, pattern in patterns.items() if (text := shown(report.get(name), name))]
 
 
 def _text_equality(report: Report) -> str:
@@ -197,10 +196,10 @@ def _stages(report: Report) -> dict[str, float]:
     return {name: s for name, s in (report.get("stage_seconds") or {}).items() if is_number(s)}
 
 
-def _lengths(report: Report) -> list[float | None]:
-    """Acceptance lengths after training, of the 3-gram table and before training; None where not measured."""
-    found = [report.get(f"acceptance_length_{kind}") for kind in ("after", "ngram", "before")]
-    return [value if is_number(value) else None for value in found]
+def _lengths(report: Report) -> list[float]:
+    """Acceptance lengths after training, of the 3-gram table and before training; not a number where not measured."""
+    lengths = [report.get(f"acceptance_length_{kind}") for kind in ("after", "ngram", "before")]
+    return [value if is_number(value) else math.nan for value in lengths]
 
 
 class Curve(NamedTuple):
@@ -233,10 +232,9 @@ def plot(metrics: list[dict[str, Any]], names: dict[str, str]) -> Plot | None:
     """The curves of the named figures (name -> label) over steps; None where none of them has a number."""
     lines: dict[str, Points] = {}
     for name in names:
-        points = [(row["step"], row[name]) for row in metrics if is_number(row.get(name))]
-        size = -(-len(points) // POINTS)  # so many neighbours become their mean
-        groups = [points[i : i + size] for i in range(0, len(points), size)] if points else []
-        if groups:
+        if points := [(row["step"], row[name]) for row in metrics if is_number(row.get(name))]:
+            size = -(-len(points) // POINTS)  # so many neighbours become their mean
+            groups = [points[i : i + size] for i in range(0, len(points), size)]
             lines[name] = [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
     if not lines:
         return None

@@ -81,9 +81,7 @@ def is_leader() -> bool:
 
 def anywhere(value: bool) -> bool:
     """Whether it is true on any process; every one of them must call it."""
-    if jax.process_count() == 1:
-        return value
-    return bool(np.asarray(multihost_utils.process_allgather(np.asarray(value))).any())
+    return not everywhere(np.asarray(not value))
 
 
 def everywhere(values: np.ndarray) -> np.ndarray:

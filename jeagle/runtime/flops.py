@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,7 +53,9 @@ def _equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name in _PRODUCTS:
         return _PRODUCTS[name](equation)
-    parts = [count_flops(part) for part in _inner(params)]
+    # The jaxprs among the parameters. Rules of differentiation are functions there, and do not count.
+    values = [part for value in params.values() for part in (value if isinstance(value, tuple | list) else (value,))]
+    parts = [count_flops(part) for part in values if isinstance(part, Jaxpr | ClosedJaxpr)]
     if name == "cond":
         return max(parts)
     if name == "scan":
@@ -66,14 +68,6 @@ def _equation(equation: Any) -> int:
             return int(estimate.flops)
         return math.prod(params["grid_mapping"].grid) * sum(parts)
     return sum(parts)
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
-    """The jaxprs among an equation's parameters. Rules of differentiation are functions there, and do not count."""
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, Jaxpr | ClosedJaxpr):
-                yield part
 
 
 def _dot(equation: Any) -> int:

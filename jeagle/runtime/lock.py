@@ -106,9 +106,7 @@ def _may_live(holder: dict[str, Any]) -> bool:
     """Whether the holder is alive, as far as this host can tell: of a process on another one it cannot."""
     if not holder or holder.get("pid") == os.getpid():
         return False
-    if holder.get("host") != socket.gethostname():
-        return True
     try:
-        return is_alive(int(holder["pid"]))
+        return holder.get("host") != socket.gethostname() or is_alive(int(holder["pid"]))
     except ValueError:
         return False

@@ -82,11 +82,10 @@ class Progress(tqdm):
 
     def say(self, text: str) -> None:
         """Writes a line of its own, above the live one."""
-        with contextlib.suppress(OSError, ValueError):
-            if self._terminal and not self.disable:
-                self.write(text, file=self._stream)
-            elif not self.disable:
-                print(text, file=self._stream, flush=True)
+        if not self.disable:
+            with contextlib.suppress(OSError, ValueError):
+                write = self.write if self._terminal else print
+                write(text, file=self._stream)
 
     def close(self) -> None:
         """Shows the end and stops the sign of life. Calling it again does nothing."""

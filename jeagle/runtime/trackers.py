@@ -7,21 +7,13 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import atomic_write
 from jeagle.runtime.outputs import jsonl_file
 
 METRICS = jsonl_file("file of a run's metrics", "step")
-
-
-class Tracker(Protocol):
-    """What takes metrics, which are host numbers."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class JsonlTracker:
@@ -62,15 +54,14 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
 
 
-TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
-    "tensorboard": TensorBoardTracker,
-}
+TRACKERS: dict[str, Callable[[Path, int], Any]] = {"tensorboard": TensorBoardTracker}
+"""Made of a run's folder and of the last step that is kept; `log` takes host numbers, and `close` ends it."""
 
 
 class Trackers(contextlib.ExitStack):
     """Several trackers as one, and a context manager that closes them."""
 
-    def __init__(self, trackers: Iterable[Tracker] = ()):
+    def __init__(self, trackers: Iterable[Any] = ()):
         super().__init__()
         self._trackers = [self.enter_context(contextlib.closing(tracker)) for tracker in trackers]
 

@@ -14,7 +14,7 @@ import numpy as np
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.run import assemble
-from jeagle.run.parameters import Trained
+from jeagle.run.parameters import Trained, path_names
 from jeagle.runtime import distributed
 from jeagle.runtime.flops import all_devices_flops, count_flops
 from jeagle.runtime.progress import Progress
@@ -107,7 +107,7 @@ class MetricsLog:
         self.last = {"step": step + 1, **metrics}
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
             self.trackers.log(step + 1, metrics)
-        shown = {
+        shown: dict[str, float | str] = {
             "loss": metrics["loss"],
             "accuracy": " ".join(f"{value:.2f}" for name, value in metrics.items() if name.startswith("accuracy_")),
             "E": metrics["expected_acceptance_length"],
@@ -165,7 +165,7 @@ class UnchangedParameters:
         """After the last of those steps, a warning that names them; otherwise an empty text."""
         if step != self._last:
             return ""
-        same = [p for p in unchanged(self._before, checksums(draft)) if self._trained(assemble.path_names(p))]
+        same = [p for p in unchanged(self._before, checksums(draft)) if self._trained(path_names(p))]
         return f"warning: not changed in {self.STEPS} steps: {', '.join(same)}" if same else ""
 
 
