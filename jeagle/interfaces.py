@@ -1,8 +1,8 @@
 """What passes between the rooms of jeagle, and nothing else.
 
-Axis letters are part of names: B rows, T positions, N live slots, K TTT steps, M teacher positions, H target hidden
-width, W draft hidden width, V target vocabulary, D draft vocabulary, A tapped layers, P entries of a truncated
-teacher.
+Axis letters are part of names: B rows, T positions, N live slots, K TTT steps, M teacher positions, H the target's
+hidden size, W the draft's hidden size, V the target's vocabulary, D the draft vocabulary, A aux layers, P tokens of a
+truncated teacher. docs/glossary.md lists all of them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens_BT: token ids; 0 on padding.
-      segments_BT: 0 on padding, 1.. for the documents of a row, rising along it.
-      positions_BT: position within the document, from 0; the RoPE position of the target.
-      supervised_BT: whether this token is part of an answer, the token that ends it included.
+      segments_BT: the documents of a row, numbered from 1 in their order; 0 on padding.
+      positions_BT: position within the document, from 0, which is the RoPE position of the target.
+      supervised_BT: the loss mask. True where the token is part of an answer, the token that ends it included.
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -31,12 +31,12 @@ class Batch(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """The P most likely tokens after each position, of the target's whole vocabulary: a truncated teacher.
+    """A truncated teacher: the P most likely tokens after each position, out of the target's whole vocabulary.
 
     Attributes:
-      ids_BTP: token ids, likeliest first.
+      ids_BTP: token ids, the most likely first.
       log_probs_BTP: log of their probabilities over the whole vocabulary, float32 (float16 in a store).
-      rest_BT: what all other tokens have together, float32, 0 to 1.
+      rest_BT: the probability of all other tokens together, float32, from 0 to 1.
     """
 
     ids_BTP: Int[Array, "B T P"]
@@ -45,14 +45,14 @@ class TopK(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the frozen target says about a batch, computed just now or read from a cache.
+    """The hidden states of the frozen target for a batch, computed just now or read from a store.
 
     Attributes:
-      taps_BTAH: the residual stream after each tapped number of layers, shallow to deep, un-normed.
-      teacher: what the target's lm_head reads, [B, T, H]: the stream after the last layer, after the final norm. Or
-        what is left of its distributions, only where asked for.
-      greedy_BT: argmax of the target's logits over its whole vocabulary; only where asked for, 0 elsewhere.
-      lse_BT: logsumexp of the same logits, float32; only where asked for, 0 elsewhere.
+      aux_BTAH: the aux hidden states, which are the residual stream after each aux layer, low to high, without a norm.
+      teacher: the last hidden states [B, T, H], which the target's lm_head reads: the residual stream after the last
+        layer and the final norm. Or the most likely tokens of the target's distributions, at the wanted positions.
+      greedy_BT: argmax of the target's logits over its whole vocabulary at the wanted positions, 0 elsewhere.
+      lse_BT: logsumexp of the same logits, float32, at the wanted positions, 0 elsewhere.
     """
 
     aux_BTAH: Float[Array, "B T A H"]
@@ -62,12 +62,12 @@ class Features(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The target's frozen rows that a draft is trained and served with.
+    """The frozen tables of the target that a draft is trained and served with.
 
     Attributes:
-      embed_VW: raw embedding rows, as servers read them.
-      head_DH: rows of the target's lm_head for the draft vocabulary.
-      draft_to_target_D: token id of each draft vocabulary entry, strictly rising.
+      embed_VW: the embedding, without the scaling that some families apply, as servers read it.
+      head_DH: the rows of the target's lm_head for the draft vocabulary.
+      draft_to_target_D: the token id of each entry of the draft vocabulary, strictly rising.
     """
 
     embed_VW: Float[Array, "V W"]
@@ -76,10 +76,11 @@ class Tables(NamedTuple):
 
 
 class LogitShape(NamedTuple):
-    """What a target's family does to its logits: static, so that most targets pay nothing for it.
+    """How a target's family scales and caps its logits. It is static, so that it costs most targets nothing.
 
     Attributes:
-      scale: logits are multiplied with it. cap: then they become cap * tanh(logits / cap); 0 = they stay.
+      scale: the logits are multiplied by it.
+      cap: the scaled logits become cap * tanh(logits / cap); 0 does not cap them.
     """
 
     scale: float = 1.0
@@ -94,11 +95,11 @@ PLAIN_LOGITS = LogitShape()
 
 
 class Predictions(NamedTuple):
-    """A draft's states at the live slots of every TTT step, before any vocabulary.
+    """A draft's predictions at the live slots of every TTT step, before its lm_head.
 
     Attributes:
-      hidden_KBNW: what the draft's lm_head reads (after the final norm).
-      taught_by_KBN: position of the token that the slot reads, whose target distribution teaches it.
+      hidden_KBNW: the hidden states that the draft's lm_head reads, after the final norm.
+      taught_by_KBN: the position of the token that the slot reads; the target's distribution there is the teacher.
       counts_KBN: whether the slot counts at this step.
     """
 
@@ -109,10 +110,10 @@ class Predictions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding, as Hugging Face configs describe it.
+    """A rotary embedding, as configurations of Hugging Face describe it.
 
     Attributes:
-      theta: base of the frequencies.
+      theta: the base of the frequencies.
       scaling: the rest of `rope_parameters` as sorted pairs: (("factor", 8.0), ("rope_type", "llama3"), ...); empty
         for plain RoPE.
     """
@@ -130,27 +131,28 @@ LayerType = Literal["full_attention", "sliding_attention"]
 
 @dataclasses.dataclass(frozen=True)
 class DraftSpec:
-    """Everything that shapes an EAGLE-3 draft; what is trained, saved, exported and served agree on it.
+    """The architecture of an EAGLE-3 draft. Training, checkpoints, exports and servers agree on it.
 
     Attributes:
-      target_width: H, width of the tapped hidden states.
-      width: W, the draft's own width; equal to H unless the draft carries its own embedding.
+      target_width: H, the target's hidden size.
+      width: W, the draft's hidden size; equal to H unless the draft has an embedding of its own.
       target_vocab: V.
       draft_vocab: D.
-      taps: layer boundaries that are tapped: L means after L decoder layers, 0 the embeddings. Rising.
+      aux_layers: layer boundaries of the target whose hidden states the draft reads, rising: L is the output of decoder
+        layer L, 0 the embeddings.
       heads, kv_heads, head_dim, mlp_width, layers: of the draft's decoder layers.
       norm_eps: epsilon of every RMSNorm in the draft.
       rope: the draft's rotary embedding.
-      max_positions: longest sequence that the draft is told of at serving.
+      max_positions: the longest sequence, which the configuration of an export names.
       norm_before_residual: the residual is the normed feature instead of the raw one (layer 0).
-      norm_before_fc: one RMSNorm over the concatenated taps (EAGLE-3.1).
-      fc_norm: one RMSNorm for each tap; excludes norm_before_fc.
-      carry_normed: the state handed to the next step is the normed one (speculators' `norm_output`).
-      head_norm: the final norm stands before lm_head (SpecForge's `norm_output`); true in the plain form.
+      norm_before_fc: one RMSNorm over the concatenated aux hidden states (EAGLE-3.1).
+      fc_norm: one RMSNorm for each aux hidden state; excludes norm_before_fc.
+      carry_normed: the next step reads the normed state (speculators' `norm_output`).
+      head_norm: the final norm stands before lm_head (SpecForge's `norm_output`); true for every engine.
       qk_norm: RMSNorm over each query and key head.
       attention_bias: biases on q, k, v (and o).
-      sliding_window: keys further back than this are not attended to by layers that slide; 0 = no layer slides.
-      layer_types: attention of each layer; empty: all layers slide if there is a sliding window, else none does.
+      sliding_window: the number of most recent keys that windowed layers attend to; 0 where no layer is windowed.
+      layer_types: the attention of each layer; empty where all layers are windowed, or none is.
       end_token_ids: ids that end an answer.
     """
 
