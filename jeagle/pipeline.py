@@ -103,21 +103,18 @@ def _answers(config: RunConfig, out: Path) -> dict[str, Any]:
         return {}
     shipped = {c["id"]: c for c in data.read_rows(data.starter_answers())}
     prompts = [p for p in data.read_prompts("starter") if p["id"] in shipped]
-    if not config.regenerate.live:
+    settings = ["max_new_tokens", "batch"]  # as the shipped ones were made: rounding depends on shapes
+    if config.regenerate.live:
+        settings += ["temperature", "top_p", "top_k", "seed"]
+    else:  # the shipped ones, which a check compares with, are greedy
         prompts = prompts[: config.regenerate.check]
     args = RegenerateArguments(
         target=config.target.ref,
         out=out,
-        max_new_tokens=config.regenerate.max_new_tokens,
-        batch=config.regenerate.batch,  # as the shipped ones were made: rounding depends on shapes
-        dtype=config.target.dtype,
-        weights=config.target.weights,
-        family=config.target.family,
         system_prompt=config.data.system_prompt,
+        **{name: getattr(config.target, name) for name in ("dtype", "weights", "family")},
+        **{name: getattr(config.regenerate, name) for name in settings},
     )
-    if config.regenerate.live:  # the shipped ones, which a check compares with, are greedy
-        drawn = ("temperature", "top_p", "top_k", "seed")
-        args = dataclasses.replace(args, **{name: getattr(config.regenerate, name) for name in drawn})
     made = regenerate(args, prompts)
     same = sum(row["messages"] == shipped[row["id"]]["messages"] for row in made)
     print(f"regenerated {len(made)} answers: {same} are the shipped ones to the letter", flush=True)
@@ -183,27 +180,19 @@ def _set_aside(path: Path, damaged: Path, name: str) -> None:
 def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, Any]:
     """Acceptance on held-out prompts, before or after training; after, the n-gram baseline and a sample too."""
     folder, settings = config.folder, config.bench
-    mesh = assemble.mesh_of(config)
-    loaded = assemble.load_target(config, mesh, dtype="float32")
-    params, begun_with = None, None
+    loaded = assemble.load_target(config, assemble.mesh_of(config), dtype="float32")
+    params, start = None, None
     if trained:
         _, spec, params = assemble.load_draft(folder, "last")
     else:
-        vocabulary = data.load_tables(prepared.tables)
-        begun_with = assemble.open_start(config)
-        spec = draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids, begun_with)
-    opened = acceptance.open_bench(config, spec, folder, params, loaded=loaded, start=begun_with)
+        size, start = len(data.load_tables(prepared.tables)), assemble.open_start(config)
+        spec = draft_spec(config, loaded.target.spec, size, loaded.end_token_ids, start)
+    opened = acceptance.open_bench(config, spec, folder, params, loaded=loaded, start=start)
     prompts = acceptance.prompt_ids(opened, config, folder, None, settings.max_prompts)
     chosen = prompts if trained else prompts[: settings.prompts_before]
-    report, decoded = acceptance.measure(
-        opened,
-        chosen,
-        draft_tokens=settings.draft_tokens,
-        max_new_tokens=settings.max_new_tokens,
-        batch=settings.batch,
-        width=decoding.padded_width(prompts),
-        label="measure",
-    )
+    sizes = {name: getattr(settings, name) for name in ("draft_tokens", "max_new_tokens", "batch")}
+    width = decoding.padded_width(prompts)
+    report, decoded = acceptance.measure(opened, chosen, **sizes, width=width, label="measure")
     report["draft_parameters"] = sum(int(np.prod(x.shape)) for x in assemble.flat_draft(opened.weights.draft).values())
     if trained:
         ngram = acceptance.measure_ngram(folder, chosen, decoded, draft_tokens=settings.draft_tokens)

@@ -198,7 +198,7 @@ def _stages(report: Report) -> dict[str, float]:
 
 def _lengths(report: Report) -> list[float]:
     """Acceptance lengths after training, of the 3-gram table and before training; not a number where not measured."""
-    lengths = [report.get(f"acceptance_length_{kind}") for kind in ("after", "ngram", "before")]
+    lengths: list[Any] = [report.get(f"acceptance_length_{kind}") for kind in ("after", "ngram", "before")]
     return [value if is_number(value) else math.nan for value in lengths]
 
 

@@ -26,12 +26,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def make_mesh(
-    data: int = 1,
-    fsdp: int = -1,
-    tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
-    *,
-    expert: int = 1,
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, *, expert: int = 1
 ) -> Mesh:
     """A mesh of all devices, axes data x fsdp x expert x tensor; one axis may be -1 and takes what is left.
 

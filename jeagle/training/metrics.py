@@ -123,11 +123,9 @@ class MetricsLog:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        why = (
-            "loss {loss:.3g}, gradient norm {gradient_norm:.3g}" if metrics["trained"] else "no slot of its rows counts"
-        )
+        numbers = f"loss {metrics['loss']:.3g}, gradient norm {metrics['gradient_norm']:.3g}"
         rows = ", ".join(map(str, self.rows_of(step)))
-        why = why.format(**metrics) + (f", rows {rows}" if rows else "")
+        why = (numbers if metrics["trained"] else "no slot of its rows counts") + (f", rows {rows}" if rows else "")
         self.progress.say(f"step {step + 1}: update skipped ({why}); {metrics['skipped']:.0f} so far")
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(

@@ -13,9 +13,6 @@ from jeagle.config import TrainConfig
 from jeagle.run.parameters import ALL_TRAINED, SCHEDULE_FREE_B1, Trained, path_names
 from jeagle.runtime.xla_workarounds import clip_by_global_norm
 
-EMBEDDING_LIKE = ("lm_head",)
-"""Matrices with a row for each token: no linear maps between features, so that AdamW suits them better than Muon."""
-
 
 def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup` of the steps, then what the schedule says.
@@ -67,7 +64,8 @@ def _muon(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransforma
     muon = optax.contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2, adam_learning_rate=rate)
 
     def label(path: tuple[str, ...], x: Any) -> str:
-        return "muon" if x.ndim == 2 and path[-1] not in EMBEDDING_LIKE else "adamw"
+        # lm_head has a row for each token: no linear map between features, so that AdamW suits it better.
+        return "muon" if x.ndim == 2 and path[-1] != "lm_head" else "adamw"
 
     return optax.partition({"muon": muon, "adamw": _adamw(config, rate)}, lambda state: _labels(state, label))
 

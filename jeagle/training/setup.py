@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -199,16 +199,20 @@ def put_rows(rows: Any, mesh: Mesh) -> Any:
 
 def check_settings(config: RunConfig) -> None:
     """UserError where the run in the folder was begun with other settings."""
-    path = config.folder / "config.json"
-    if not (path.is_file() and (config.folder / "checkpoints").is_dir()):
-        return
-    begun, fixed = to_json(from_json(json.loads(path.read_text()))), ("target", "data", "draft", "objective", "train")
-    fields = [field for field in differences(begun, to_json(config)) if field.split(".")[0] in fixed]
-    if fields:
+    fixed = ("target", "data", "draft", "objective", "train")
+    changes = _changes_since(config, "config.json", lambda begun: to_json(from_json(begun)), to_json(config))
+    if fields := [field for field in changes if field.split(".")[0] in fixed]:
         raise UserError(
             f"The run {config.folder} was begun with other settings ({', '.join(fields)}): give the same ones "
             "to go on with it, or another --name to begin anew."
         )
+
+
+def _changes_since(config: RunConfig, name: str, read: Callable[[dict], dict], now: dict) -> list[str]:
+    """Which fields of a file of the run's folder are others `now`; none for a run that has no checkpoints yet."""
+    path = config.folder / name
+    begun = path.is_file() and (config.folder / "checkpoints").is_dir()
+    return differences(read(json.loads(path.read_text())), now) if begun else []
 
 
 def check_draft(config: RunConfig) -> None:
@@ -243,11 +247,9 @@ def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) 
 
     UserError where the run was begun with another target, other data or another vocabulary.
     """
-    path, rows = config.folder / "draft.json", finished_manifest(config.folder / "data")
-    tables = finished_manifest(config.folder / "tables")
+    rows, tables = (finished_manifest(config.folder / name) for name in ("data", "tables"))
     made_from = {"target": target_fingerprint, "data": rows["made_from"], "tables": tables}
-    begun = path.is_file() and (config.folder / "checkpoints").is_dir()
-    if begun and (fields := differences(json.loads(path.read_text())["made_from"], made_from)):
+    if fields := _changes_since(config, "draft.json", lambda begun: begun["made_from"], made_from):
         raise UserError(
             f"The run {config.folder} was begun from other inputs ({', '.join(fields)} differ): give another "
             "--name, or remove its checkpoints to train anew."

@@ -53,7 +53,7 @@ def test_a_draft_is_the_targets_block_unless_told_otherwise():
 SETTINGS = {
     "layers": 2, "width": 16, "heads": 8, "kv_heads": 4, "head_dim": 10, "mlp_width": 9, "norm_before_residual": True,
     "norm_before_fc": True, "fc_norm": True, "carry_normed": True, "head_norm": False, "qk_norm": True,
-    "attention_bias": True, "sliding_window": 5,
+    "attention_bias": True, "sliding_window": 5, "layer_types": ("full_attention",),
 }  # fmt: skip
 
 
