@@ -35,5 +35,8 @@ open_export vllm
 config='import json, sys; print(json.dumps({"method": "eagle3", "model": sys.argv[1],
 "num_speculative_tokens": int(sys.argv[2])}))'
 serve=(vllm serve "$target" --speculative-config "$("${PYTHON:-python3}" -c "$config" "$export" "$draft_tokens")")
+# vLLM needs all layers of a draft in one group of its KV cache, also where only some of them have a sliding window.
+alike='import json, sys; sys.exit(len(set(json.load(open(sys.argv[1]))["spec"].get("layer_types", ()))) > 1)'
+"${PYTHON:-python3}" -c "$alike" "$export/jeagle_export.json" || serve+=(--disable-hybrid-kv-cache-manager)
 serve+=(${more[@]+"${more[@]}"})
 start "${serve[@]}"

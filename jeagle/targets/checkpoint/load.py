@@ -201,6 +201,6 @@ def _empty_stack(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) ->
 
 
 @functools.partial(jax.jit, static_argnames=("sharding",), donate_argnames=("stack",))
-def _put_in_stack(stack: jax.Array, layer: int, part: jax.Array, sharding: NamedSharding) -> jax.Array:
+def _put_in_stack(stack: jax.Array, layer: Any, part: jax.Array, sharding: NamedSharding) -> jax.Array:
     # Not stack.at[layer].set: a scatter into bfloat16 makes XLA's CPU backend rewrite all of the stack in float32.
     return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(stack, part, layer, 0), sharding)

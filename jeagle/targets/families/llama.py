@@ -49,7 +49,7 @@ def mistral(switches: Switches) -> TargetSpec:
 def ministral3(switches: Switches) -> TargetSpec:
     parameters = switches["rope_parameters"]
     beta, span = parameters.get("llama_4_scaling_beta"), parameters.get("original_max_position_embeddings")
-    temperature = AttentionTemperature(beta, span) if beta else None
+    temperature = AttentionTemperature(float(beta), float(span)) if beta else None
     mixer = attention_spec(switches, window=switches.get("sliding_window", 0), temperature=temperature)
     return target_spec(switches, [BlockSpec(mixer, dense_spec(switches))] * switches["num_hidden_layers"])
 

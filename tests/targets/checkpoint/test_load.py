@@ -121,7 +121,7 @@ class Untouched:
     """A source whose arrays must not be read."""
 
     def __init__(self, source):
-        self.config, self.names, self.shape = source.config, source.names, source.shape
+        self.config, self.names, self.shape, self.dtype = source.config, source.names, source.shape, source.dtype
 
     def read(self, name, index=None):
         raise AssertionError(f"{name} is read before all is checked")
