@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jeagle.errors import UserError
-from jeagle.runtime.memory import free_bytes
+from jeagle.runtime.host import free_bytes
 from jeagle.runtime.mesh import logical_sharding
 from jeagle.targets.model.decoder import Decoder
 from jeagle.targets.model.spec import BlockSpec
