@@ -76,7 +76,7 @@ def write(folder: Path, form: features.StoreFormat, hidden: int, count: int, sha
         features.Storage(folder), about | {"layout": {"rows_per_segment": each, "row_length": LENGTH}, "command": ""}
     )
     channels = {"taps_channel": np.ones((AUX_LAYERS, hidden), np.float32), "last_channel": np.ones(hidden, np.float32)}
-    writer.commit_tables(lambda: channels)
+    writer.commit_tables(channels)
     units = features.work_units({"train": count}, each)
     while taken := writer.take(units):
         batch = rows(len(taken[0].rows), share)

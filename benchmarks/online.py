@@ -41,11 +41,10 @@ from jeagle.config import DraftConfig, MeshConfig, RunConfig, TargetConfig, Trai
 from jeagle.drafts import attention_backend
 from jeagle.errors import UserError
 from jeagle.features import StoredFeatures
-from jeagle.runtime.chips import all_devices_flops
 from jeagle.runtime.cli import run as run_command
-from jeagle.runtime.flops import count_flops
+from jeagle.runtime.flops import all_devices_flops, count_flops
 from jeagle.runtime.mesh import row_parts
-from jeagle.train import put_rows
+from jeagle.training.setup import put_rows
 from jeagle.training.step import StepReport, train_step
 
 GOALS = {"online": 0.55, "draft_only": 0.50}  # MFU of needed FLOPs, on a GPU

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.step import bench_of
 from benchmarks.works import WORKS, make_batch
-from jeagle.runtime.charts import ticks
+from jeagle.report import ticks
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
 _WIDTH, _HEIGHT, _LEFT, _TOP = 480, 260, 56, 28  # of the plot; room beside it and above

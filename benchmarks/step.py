@@ -34,7 +34,7 @@ from jeagle.drafts import Eagle3
 from jeagle.interfaces import Batch, Features, Tables
 from jeagle.runtime.flops import flops_of
 from jeagle.runtime.xla_workarounds import clip_by_global_norm, flat_matmul
-from jeagle.targets.model.features import greedy_and_lse
+from jeagle.targets.model.features import distributions
 from jeagle.training.step import Program, StepReport, TrainState, draft_loss, live_slots, update
 
 # The peers' slots and scale (targets argmax outside the draft vocabulary dropped); and what jeagle trains with.
@@ -82,7 +82,7 @@ def step(
     batch = given.batch
     live = live_slots(program, batch, width)
     places = live.teachers.positions_BN
-    greedy, lse = greedy_and_lse(FullHead(given.head_VH, program.dtype), align.take_rows(given.last_BTH, places))
+    greedy, lse, _ = distributions(FullHead(given.head_VH, program.dtype), align.take_rows(given.last_BTH, places))
     rows, empty = jnp.arange(places.shape[0])[:, None], jnp.zeros(batch.tokens_BT.shape, jnp.float32)
     features = Features(
         given.aux_BTAH,

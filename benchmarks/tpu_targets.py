@@ -46,7 +46,7 @@ from jeagle.targets.checkpoint.layout import layouts
 from jeagle.targets.checkpoint.load import Target
 from jeagle.targets.families import read_spec
 from jeagle.targets.model import features
-from jeagle.targets.model.features import ACCELERATOR_CHUNK, greedy_and_lse
+from jeagle.targets.model.features import ACCELERATOR_CHUNK, distributions
 
 DTYPE = jnp.bfloat16
 
@@ -173,7 +173,7 @@ def _vocabulary(spec: TargetSpec, rows: int, positions: int, mesh: Mesh) -> Part
     last = jax.ShapeDtypeStruct((rows, positions, spec.width), jnp.float32, sharding=place)
 
     def run(state: Any, last: jax.Array) -> Any:
-        return greedy_and_lse(nnx.merge(target.graphdef, state), last)
+        return distributions(nnx.merge(target.graphdef, state), last)[:2]
 
     return parts_of(run, shapes(target, mesh), last)
 

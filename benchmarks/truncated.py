@@ -50,7 +50,7 @@ def main() -> None:
             draft=DraftConfig(vocab=6144),
         )
         rows = held_out_rows(config, options.rows)
-        entries_D = assemble.draft_to_target(config)
+        entries_D = data.load_tables(config.folder / "tables")
         sizes = row_sizes(data.load_rows(Path(dataset.prepare(config).data) / "train"))
     target = assemble.load_target(config, assemble.mesh_of(config)).target
     found = metrics(target, rows, np.asarray(entries_D))

@@ -1,6 +1,11 @@
-"""SmolLM2-135M-Instruct on a laptop's CPU: what `make quickstart` runs.
+"""SmolLM2-135M-Instruct on a laptop's CPU; `make quickstart` runs this recipe.
 
-python -m jeagle.pipeline --config configs/smollm2_135m.py
+Command:   python -m jeagle.pipeline --config configs/smollm2_135m.py
+Data:      the prompts and answers that come with jeagle
+Hardware:  two CPU cores, 2.3 GiB of memory
+Cost:      13 minutes, of which 10.9 are training
+Result:    acceptance length 1.679 (1.663 with another order of summation), a 3-gram table's is 1.523; text identical to
+           plain greedy decoding on 64 of 64 prompts
 """
 
 from jeagle.config import BenchConfig, DataConfig, DraftConfig, RunConfig, TargetConfig, TrainConfig

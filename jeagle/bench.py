@@ -65,10 +65,10 @@ def main(arguments: list[str]) -> None:
     settings = {n: getattr(args, n) for n in ("max_new_tokens", "draft_tokens", "batch")}
     report, _ = acceptance.measure(bench, prompts, **settings)
     report |= {"run": str(folder), "step": step, "dtype": args.dtype, "temperature": 0, "prompts": str(args.prompts)}
-    report |= {"weights": config.target.weights}
+    text = json.dumps(report | {"weights": config.target.weights}, indent=2)
     if args.out:
-        atomic_write(args.out, json.dumps(report, indent=2) + "\n", MEASURED)
-    print(json.dumps(report, indent=2))
+        atomic_write(args.out, text + "\n", MEASURED)
+    print(text)
 
 
 if __name__ == "__main__":

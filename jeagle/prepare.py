@@ -1,21 +1,11 @@
 """`python -m jeagle.prepare --config FILE` turns conversations into packed rows and a draft vocabulary."""
 
-from __future__ import annotations
-
 from jeagle import flags
 from jeagle.run.claim import claimed
 from jeagle.run.dataset import describe, prepare
 from jeagle.runtime.cli import run
 
-READS = (
-    "name",
-    "runs",
-    "target.ref",
-    "target.family",
-    "data",
-    "draft.vocab",
-    "draft.start",
-)
+READS = ("name", "runs", "target.ref", "target.family", "data", "draft.vocab", "draft.start")
 """The settings that this command reads."""
 
 

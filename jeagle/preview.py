@@ -3,8 +3,6 @@
 DATA is the folder of a run, or the data folder in it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys
@@ -47,7 +45,11 @@ def main(arguments: list[str]) -> None:
     folder = args.data / "data" if (args.data / "data").is_dir() else args.data
     if read_manifest(folder) is None:
         raise UserError(f"{args.data} has no prepared data: run python -m jeagle.prepare, and give the run's folder.")
-    rows, texts = open_rows(folder, args.part)
+    if not (folder / args.part / "tokens.npy").is_file():
+        raise UserError(f"{folder} has no rows called {args.part}: --part is train or held_out.")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} was made by an older jeagle, without its tokenizer: prepare it again.")
+    rows, texts = room.load_rows(folder / args.part), room.token_texts(folder / "tokenizer.json")
     total = len(rows.tokens_BT)
     if not 0 <= args.start < max(total, 1):
         raise UserError(f"{folder / args.part} has {total} rows, so there is no row {args.start}: lower --start.")
@@ -59,9 +61,8 @@ def main(arguments: list[str]) -> None:
         coverage = room.coverage(counts, room.load_tables(folder.parent / "tables"))
     statistics = display.statistics_table(finished_manifest(folder), folder, tables, coverage)
     if args.html is not None:
-        atomic_write(
-            args.html, display.html_page(str(args.data), args.part, list(numbers), shown, statistics), display.PAGE
-        )
+        page = display.html_page(str(args.data), args.part, list(numbers), shown, statistics)
+        atomic_write(args.html, page, display.PAGE)
         print(f"{len(shown)} rows in {args.html}")
         return
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -69,19 +70,6 @@ def main(arguments: list[str]) -> None:
         print(display.terminal_row(f"{args.part} row {number} of {total}", tokens, coloured, args.width))
     for name, value in statistics:
         print(f"{name:<24}{value}")
-
-
-def open_rows(folder: Path, part: str):
-    """Returns the rows of train or held_out, and a function from token ids to their texts.
-
-    Raises:
-      UserError: if `part` is anything else, or if the data have no tokenizer.
-    """
-    if not (folder / part / "tokens.npy").is_file():
-        raise UserError(f"{folder} has no rows called {part}: --part is train or held_out.")
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} was made by an older jeagle, without its tokenizer: prepare it again.")
-    return room.load_rows(folder / part), room.token_texts(folder / "tokenizer.json")
 
 
 if __name__ == "__main__":

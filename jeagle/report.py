@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import tyro
@@ -14,11 +15,14 @@ import tyro
 from jeagle.errors import UserError
 from jeagle.run.claim import PAGE, REPORT
 from jeagle.runtime import cli
-from jeagle.runtime.charts import is_number, plot, ticks
 from jeagle.runtime.manifest import atomic_write
 from jeagle.runtime.outputs import check_replaceable
+from jeagle.runtime.trackers import is_number, read_metrics
 
 Report = dict[str, Any]
+Points = list[tuple[float, float]]
+POINTS = 240  # of a curve; more would not be seen
+LABEL_ROOM = 8.5  # percent of a chart's height that a line of text takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,31 +56,19 @@ def write_report(run: Path, report: Report, sample: dict[str, Any] | None) -> Pa
     Returns:
       The page's path.
     """
-    report = _finite(report)
+    report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN: not known
     tree = report | ({"sample": sample} if sample else {})
     text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    page = render(report, read_metrics(run / "metrics.jsonl"), sample)
+    page = render(report, read_metrics(run), sample)
     check_replaceable(run / "report.html", PAGE)
     atomic_write(run / "report.json", text, REPORT)
     atomic_write(run / "report.html", page, PAGE)
     return run / "report.html"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps, rising; none without a file. A line that a killed process left half written is passed over."""
-    rows = {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
-            continue
-    return [rows[step] for step in sorted(rows)]
-
-
 def mean_logged(run: Path, name: str) -> float | None:
     """The mean of a figure over a run's logged steps; None where it was not logged."""
-    values = [row[name] for row in read_metrics(run / "metrics.jsonl") if is_number(row.get(name))]
+    values = [row[name] for row in read_metrics(run) if is_number(row.get(name))]
     return sum(values) / len(values) if values else None
 
 
@@ -86,11 +78,12 @@ def render(report: Report, metrics: list[dict[str, Any]], sample: dict[str, Any]
     page = jinja2.Environment(loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"shown": shown, "duration": _duration, "shell": cli.shell_word, "json": json.dumps}
     page.tests["known"] = is_number
+    after, ngram, _ = _lengths(report)
     positions = sorted({int(k[9:]) for row in metrics for k in row if k.startswith("accuracy_")})
     return page.get_template("report.html.jinja").render(
         report=report,
         headline=headline(report),
-        doubtful=report.get("lossless") is False or _behind_ngram(report),
+        doubtful=report.get("lossless") is False or after < ngram,
         shortfalls=shortfalls(report, metrics),
         summary=_summary(report),
         stages=_stages(report),
@@ -105,31 +98,31 @@ def render(report: Report, metrics: list[dict[str, Any]], sample: dict[str, Any]
 def headline(report: Report) -> tuple[str, str]:
     """(the main figure, what it means): one sentence in two parts, which says a shortfall as plainly as a success."""
     after, ngram, _ = _lengths(report)
-    if after is None:
+    if math.isnan(after):
         return "", f"The acceptance length was not measured; {_text_equality(report)}."
-    than = f", {_gap(after, ngram)} than a 3-gram table of the same answers" if ngram is not None else ""
+    than = "" if math.isnan(ngram) else f", {_gap(after, ngram)} than a 3-gram table of the same answers"
     return f"{after:.2f}", f"tokens a target step{than}; {_text_equality(report)}."
 
 
 def shortfalls(report: Report, metrics: list[dict[str, Any]]) -> list[str]:
     """What must be known before the figures are taken for a success; empty when all is well."""
-    after, _, before = _lengths(report)
+    after, ngram, before = _lengths(report)
     broken = sum(not is_number(row.get("loss")) for row in metrics)
     agree, _, of = str(report.get("regenerated_agree") or "").partition("/")
     missing = [name for name in ("SGLang", "vLLM") if name.lower() not in (report.get("exports") or {})]
-    found = {
+    possible = {
         "Not lossless: a draft may never change the text, so no other figure counts until this is mended.": (
             report.get("lossless") is False
         ),
         "The draft accepts less than a table that never saw the target's features: it is not worth serving yet.": (
-            _behind_ngram(report)
+            after < ngram
         ),
-        "Training did not raise the acceptance length.": after is not None and before is not None and after <= before,
+        "Training did not raise the acceptance length.": after <= before,
         f"The loss was not a number in {broken} of {len(metrics)} logged steps.": broken > 0,
         f"Only {agree} of {of} answers made again agree with the ones trained on.": agree != of,
         f"There is no export for {' or '.join(missing)}.": bool(missing),
     }
-    return [sentence for sentence, holds in found.items() if holds]
+    return [sentence for sentence, holds in possible.items() if holds]
 
 
 def summary_lines(report: Report) -> list[str]:
@@ -147,7 +140,7 @@ def _summary(report: Report) -> dict[str, str]:
         "trained on": _named(report, train_tokens="{} tokens", supervised_tokens="{} in answers", steps="{} steps")
         + _named(report, read_share="{} of rows read from a store, the others computed"),
         "acceptance length": _named(report, acceptance_length_before="{} before", acceptance_length_after="{} after")
-        + ([] if after is None or ngram is None else [f"{_gap(after, ngram)} than a 3-gram table's {ngram:.3f}"]),
+        + ([] if math.isnan(after - ngram) else [f"{_gap(after, ngram)} than a 3-gram table's {ngram:.3f}"]),
         "by position": _named(report, acceptance_by_position="{}"),
         "text": [_text_equality(report).removeprefix("text ")],
         "exports": [str(folder) for folder in (report.get("exports") or {}).values()],
@@ -159,8 +152,7 @@ def _summary(report: Report) -> dict[str, str]:
 
 
 def _named(report: Report, **patterns: str) -> list[str]:
-    texts = {name: shown(report.get(name), name) for name in patterns}
-    return [patterns[name].format(text) for name, text in texts.items() if text]
+    return [pattern.format(text) for name, pattern in patterns.items() if (text := shown(report.get(name), name))]
 
 
 def _text_equality(report: Report) -> str:
@@ -171,11 +163,6 @@ def _text_equality(report: Report) -> str:
     prompts, ties = report.get("prompts_measured") or 0, report.get("excused_ties") or 0
     but = f" but for {ties} near-tie{'s' * (ties > 1)} of the target's best two logits" if ties else ""
     return f"text identical to plain greedy decoding on {prompts} of {prompts} prompts{but}"
-
-
-def _behind_ngram(report: Report) -> bool:
-    after, ngram, _ = _lengths(report)
-    return after is not None and ngram is not None and after < ngram
 
 
 def _gap(after: float, ngram: float) -> str:
@@ -209,19 +196,94 @@ def _stages(report: Report) -> dict[str, float]:
     return {name: s for name, s in (report.get("stage_seconds") or {}).items() if is_number(s)}
 
 
-def _lengths(report: Report) -> list[float | None]:
-    """Acceptance lengths after training, of the 3-gram table and before training; None where not measured."""
-    found = [report.get(f"acceptance_length_{kind}") for kind in ("after", "ngram", "before")]
-    return [value if is_number(value) else None for value in found]
+def _lengths(report: Report) -> list[float]:
+    """Acceptance lengths after training, of the 3-gram table and before training; not a number where not measured."""
+    lengths: list[Any] = [report.get(f"acceptance_length_{kind}") for kind in ("after", "ngram", "before")]
+    return [value if is_number(value) else math.nan for value in lengths]
 
 
-def _finite(tree: Any) -> Any:
-    """JSON has no NaN: such a figure becomes null, one that is not known."""
-    if isinstance(tree, dict):
-        return {name: _finite(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+class Curve(NamedTuple):
+    """A line of a chart: points "x,y x,y ..." and heights in percent of the plot, from its top left.
+
+    Attributes:
+      label: its name; empty where the chart's title says it.
+      last: its last value.
+      logged, mean: as logged (thinned), and the running mean.
+      end, label_y: height of its end, and of its label, which keeps clear of the others'.
+    """
+
+    label: str
+    last: float
+    logged: str
+    mean: str
+    end: float
+    label_y: float
+
+
+class Plot(NamedTuple):
+    """Curves over one pair of axes; ticks are (percent, text)."""
+
+    curves: list[Curve]
+    across: list[tuple[float, str]]
+    up: list[tuple[float, str]]
+
+
+def plot(metrics: list[dict[str, Any]], names: dict[str, str]) -> Plot | None:
+    """The curves of the named figures (name -> label) over steps; None where none of them has a number."""
+    lines: dict[str, Points] = {}
+    for name in names:
+        if points := [(row["step"], row[name]) for row in metrics if is_number(row.get(name))]:
+            size = -(-len(points) // POINTS)  # so many neighbours become their mean
+            groups = [points[i : i + size] for i in range(0, len(points), size)]
+            lines[name] = [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+    if not lines:
+        return None
+    values, right = [y for points in lines.values() for _, y in points], max(p[-1][0] for p in lines.values()) or 1
+    up = ticks(min(values), max(values))
+
+    def height(value: float) -> float:
+        return round(100 * (up[-1] - value) / (up[-1] - up[0]), 2)
+
+    def path(points: Points) -> str:
+        return " ".join(f"{round(100 * step / right, 2)},{height(value)}" for step, value in points)
+
+    means = {name: _running_mean(points) for name, points in lines.items()}
+    ends = [height(mean[-1][1]) for mean in means.values()]
+    return Plot(
+        [
+            Curve(names[name], means[name][-1][1], path(lines[name]), path(means[name]), end, place)
+            for name, end, place in zip(lines, ends, _apart(ends), strict=True)
+        ],
+        [(100 * step / right, f"{step:,.0f}") for step in ticks(0, right) if step <= right],
+        [(height(value), f"{value:g}") for value in up],
+    )
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """A few round numbers, evenly spaced, whose range holds low and high."""
+    span = max(high - low, 0.1 * abs(high), 1e-3)
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if span / (power * m) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil((low + span) / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def _running_mean(points: Points) -> Points:
+    half = len(points) // 16
+    windows = [points[max(i - half, 0) : i + half + 1] for i in range(len(points))]
+    return [(step, sum(y for _, y in near) / len(near)) for (step, _), near in zip(points, windows, strict=True)]
+
+
+def _apart(ends: list[float]) -> list[float]:
+    """Where labels go so that they do not lie on one another: near their lines' ends, in the same order."""
+    order, places = sorted(range(len(ends)), key=lambda i: ends[i]), list(ends)
+    for above, i in itertools.pairwise(order):
+        places[i] = max(places[i], places[above] + LABEL_ROOM)
+    limit = 100.0
+    for i in reversed(order):
+        places[i] = min(places[i], limit)
+        limit = places[i] - LABEL_ROOM
+    return places
 
 
 if __name__ == "__main__":

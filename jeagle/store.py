@@ -45,20 +45,12 @@ class StoreArguments:
 
 def main(arguments: list[str]) -> int:
     args = tyro.cli(StoreArguments, args=arguments, prog="python -m jeagle.store", description=__doc__)
-    if args.action == "prune":
-        _prune(args)
-        return 0
-    store = features.Store(args.store)
-    if args.action == "info":
-        for name, value in facts(store):
-            print(f"{name:<22}{value}")
-    else:
-        {"verify": _verify, "sample": _sample}[args.action](args, store)
+    {"info": _info, "verify": _verify, "sample": _sample, "prune": _prune}[args.action](args)
     return 0
 
 
-def facts(store: features.Store) -> list[tuple[str, str]]:
-    """What a store contains, as pairs of a name and a text."""
+def _info(args: StoreArguments) -> None:
+    store = features.Store(args.store)
     about, made, form = store.about, store.about["made_from"], store.format
     size = sum(segment.bytes for segment in store.segments if segment.split)
     tables = sum(segment.bytes for segment in store.segments if not segment.split)
@@ -67,29 +59,29 @@ def facts(store: features.Store) -> list[tuple[str, str]]:
     missing = store.missing()
     rows = ", ".join(f"{split} {counts['rows']:,}" for split, counts in about["splits"].items())
     teacher = f"the {form.top_k} likeliest tokens" if form.top_k else f"last hidden states, stored as {form.last}"
-    return [
-        ("target", f"{made['target']['reference']} ({made['target']['fingerprint']}), {made['target']['dtype']}"),
-        ("aux hidden states", f"after {', '.join(map(str, made['taps']))} layers, stored as {form.aux}"),
-        ("teacher", f"{teacher}, at {teachers / max(tokens, 1):.1%} of positions"),
-        ("rows", f"{rows}; {missing:,} missing" if missing else f"{rows}; none missing"),
-        ("tokens", f"{tokens:,} of {about['tokens']:,}"),
-        (
-            "bytes",
-            f"{size:,} in {len(store.segments)} segments, {size / max(tokens, 1):,.0f} a token; tables {tables:,}",
-        ),
-        ("data", f"source {made['data']['source']}, template {made['data']['template']}, rows of {store.row_length}"),
-        ("versions", " ".join(f"{name} {number}" for name, number in about["versions"].items())),
-        ("made", f"{about['created']} by {about['command']}"),
-        ("fingerprint", fingerprint(made)),
-    ]
+    facts = {
+        "target": f"{made['target']['reference']} ({made['target']['fingerprint']}), {made['target']['dtype']}",
+        "aux hidden states": f"after {', '.join(map(str, made['taps']))} layers, stored as {form.aux}",
+        "teacher": f"{teacher}, at {teachers / max(tokens, 1):.1%} of positions",
+        "rows": f"{rows}; {f'{missing:,}' if missing else 'none'} missing",
+        "tokens": f"{tokens:,} of {about['tokens']:,}",
+        "bytes": f"{size:,} in {len(store.segments)} segments, {size / max(tokens, 1):,.0f} a token; tables {tables:,}",
+        "data": f"source {made['data']['source']}, template {made['data']['template']}, rows of {store.row_length}",
+        "versions": " ".join(f"{name} {number}" for name, number in about["versions"].items()),
+        "made": f"{about['created']} by {about['command']}",
+        "fingerprint": fingerprint(made),
+    }
+    for name, value in facts.items():
+        print(f"{name:<22}{value}")
 
 
-def _verify(args: StoreArguments, store: features.Store) -> None:
+def _verify(args: StoreArguments) -> None:
+    store = features.Store(args.store)
     total = sum(segment.bytes for segment in store.segments)
     with bytes_progress("verify") as progress:
         damaged = list(features.verify_store(store, lambda done: progress(done, total)))
-    for segment in damaged:
-        print(f"{segment.segment}: {segment.reason}")
+    for segment, reason in damaged:
+        print(f"{segment}: {reason}")
     if damaged:
         raise UserError(
             f"{len(damaged)} of {len(store.segments)} segments of {store} are damaged. python -m jeagle.store prune "
@@ -97,11 +89,8 @@ def _verify(args: StoreArguments, store: features.Store) -> None:
         )
     store.check_complete()
     print(f"{store}: {len(store.segments)} segments, {total:,} bytes: every checksum is right and no row is missing")
-    if args.target:
-        _verify_against_target(args, store)
-
-
-def _verify_against_target(args: StoreArguments, store: features.Store) -> None:
+    if not args.target:
+        return
     prepare_host()
     made = store.about["made_from"]
     settings = {name: made["target"][name] for name in ("dtype", "weights", "family")}
@@ -118,12 +107,13 @@ def _verify_against_target(args: StoreArguments, store: features.Store) -> None:
     )
 
 
-def _sample(args: StoreArguments, store: features.Store) -> None:
+def _sample(args: StoreArguments) -> None:
+    store = features.Store(args.store)
     if not (total := store.rows(args.split)):
         raise UserError(f"The store {store} has no {args.split} rows.")
-    decode = _decoder(store)
+    decode, present = _decoder(store), set(store.present(args.split))
     for row in sorted({*evenly_spaced(list(range(total)), args.rows)}):
-        if not store.has(args.split, row):
+        if row not in present:
             print(f"{args.split} row {row}: missing")
             continue
         batch = store.batch(args.split, [row])
@@ -159,7 +149,7 @@ def _prune(args: StoreArguments) -> None:
         raise UserError(f"There is no store at {storage}.")
     removed = features.prune_store(storage, [])  # damaged manifests first: they cannot be opened
     if args.damaged:
-        damaged = [damage.segment for damage in features.verify_store(features.Store(args.store))]
+        damaged = [segment for segment, _ in features.verify_store(features.Store(args.store))]
         removed += features.prune_store(storage, damaged)
     print(f"{storage}: {f'removed {len(removed)} keys and folders' if removed else 'there is nothing to remove'}")
     for key in removed:

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# All the GPUs of one machine: in one process, or in several that share them.
+# Runs a command on all GPUs of one machine, in one process or in several that share them.
 set -euo pipefail
 
 usage() {
   cat <<'HELP'
 Usage: launch/gpu_node.sh [--processes N] [--port PORT] [--print-only] -- COMMAND...
 
-Runs a jeagle command on this machine. With one process, the default, it sees every GPU. With N processes each gets
-its share of them (none on a machine without), finds the others through JEAGLE_COORDINATOR, JEAGLE_PROCESSES and
-JEAGLE_PROCESS_ID, and all stop when one fails. SIGINT and SIGTERM are passed on.
+Runs a jeagle command on this machine. With one process, which is the default, the command uses every GPU. With N
+processes, each uses an equal share of the GPUs, if there are any. The processes find one another through
+JEAGLE_COORDINATOR, JEAGLE_PROCESSES and JEAGLE_PROCESS_ID. If one fails, all of them are stopped. SIGINT and SIGTERM
+are passed on to all processes.
 
-  --processes N   processes on this machine (default 1)
-  --port PORT     where process 0 listens (default: the first free one from 8476)
-  --print-only    print what would be started, and start nothing
-  --help          this text
+  --processes N   number of processes on this machine (default 1)
+  --port PORT     port on which process 0 listens (default: the first free port from 8476 on)
+  --print-only    print the commands without starting them
+  --help          show this text
 
 Example:
   launch/gpu_node.sh --processes 8 -- python -m jeagle.train --config configs/llama3_8b.py
@@ -25,7 +26,7 @@ die() {
   exit 2
 }
 
-show() { # the command, quoted so that a shell reads it back
+show() { # prints a command, quoted for a shell
   local line
   line="$(printf '%q ' "$@")"
   echo "${line% }"
@@ -39,13 +40,13 @@ while (($#)); do
     --print-only) print_only=1; shift ;;
     --help | -h) usage; exit 0 ;;
     --) shift; break ;;
-    *) die "there is no option $1; the jeagle command comes after --, and --help lists the options." ;;
+    *) die "there is no option $1. Put the jeagle command after --; --help lists the options." ;;
   esac
 done
-[[ "$processes" =~ ^[1-9][0-9]*$ ]] || die "--processes is '$processes': it must be a whole number from 1."
-[[ "$port" =~ ^[0-9]*$ ]] || die "--port is '$port': it must be a whole number."
-(($#)) || die "no command: put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
-[[ "$1" != -* ]] || die "the command is '$1', which begins with a dash, as an option does: the command comes first."
+[[ "$processes" =~ ^[1-9][0-9]*$ ]] || die "--processes is '$processes'; it must be a whole number from 1 on."
+[[ "$port" =~ ^[0-9]*$ ]] || die "--port is '$port'; it must be a whole number."
+(($#)) || die "there is no command. Put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
+[[ "$1" != -* ]] || die "the command '$1' begins with a dash, as an option does. Put the command first."
 
 count_gpus() {
   if [[ "${JAX_PLATFORMS-}" == cpu ]]; then
@@ -74,7 +75,7 @@ if ((processes == 1)); then
 fi
 
 gpus="$(count_gpus)"
-((gpus % processes == 0)) || die "$gpus GPUs cannot be shared evenly by $processes processes: choose a divisor of $gpus."
+((gpus % processes == 0)) || die "$processes processes cannot share $gpus GPUs evenly. Choose a divisor of $gpus."
 [[ -n "$port" ]] || port="$(free_port)"
 
 # Sets `settings` to the variables of process $1.
@@ -94,7 +95,7 @@ if ((print_only)); then
   exit 0
 fi
 
-set -m # each process leads a group of its own, and Ctrl-C reaches it through the traps below, once
+set -m # each process gets a process group of its own, so that Ctrl-C reaches it only through the traps
 pids=()
 send() { for pid in ${pids[@]+"${pids[@]}"}; do kill "-$1" -- "-$pid" 2>/dev/null || true; done; }
 trap 'send INT' INT
@@ -118,7 +119,7 @@ while ((${#pids[@]})); do
     ((status)) || status=$code
   done
   pids=(${alive[@]+"${alive[@]}"})
-  if ((status && !deadline)); then # the others would wait for the one that failed
+  if ((status && !deadline)); then # the others would wait for the failed process
     send TERM
     deadline=$((SECONDS + 15))
   fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SGLang, or sglang-jax on TPUs, with a run's draft.
+# Starts SGLang, or sglang-jax on TPUs, with a run's draft.
 set -euo pipefail
 
 usage() {
@@ -7,18 +7,18 @@ usage() {
 Usage: launch/serve_sglang.sh --run RUN [--export DIR] [--target REF] [--draft-tokens N] [--jax] [--print-only]
                               [-- OPTIONS...]
 
-Starts SGLang's server with the draft that converters/to_sglang.py wrote for a run, and its target. What SGLang could
-not serve as it was trained is refused.
+Starts SGLang's server with a run's target and the draft that converters/to_sglang.py exported. A draft that SGLang
+cannot serve as it was trained is refused.
 
-  --run RUN          the run's folder, runs/NAME
-  --export DIR       the export (default: RUN/exports/sglang)
-  --target REF       the target's folder or hub id (default: as the export names it)
-  --draft-tokens N   tokens drafted before each verification (default 3)
-  --jax              sglang-jax, for TPUs, in place of SGLang
-  --print-only       print what would be started, and start nothing
-  --help             this text
+  --run RUN          folder of the run, runs/NAME
+  --export DIR       folder of the export (default: RUN/exports/sglang)
+  --target REF       folder or hub id of the target (default: the target that the export names)
+  --draft-tokens N   number of tokens that are drafted before each verification (default 3)
+  --jax              start sglang-jax, for TPUs, instead of SGLang
+  --print-only       print the command without starting it
+  --help             show this text
 
-What follows -- is handed on to the server, such as -- --port 30000 --mem-fraction-static 0.8.
+Options after -- are passed on to the server, such as -- --port 30000 --mem-fraction-static 0.8.
 
 Example:
   launch/serve_sglang.sh --run runs/llama3_8b -- --port 30000

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=jeagle
 #SBATCH --output=%x-%j.log
-# The same command in every task of a Slurm job: one task a GPU.
+# Runs a command in every task of a Slurm job, with one task for each GPU.
 set -euo pipefail
 
 usage() {
   cat <<'HELP'
 Usage: sbatch --nodes N --ntasks-per-node GPUS --gpus-per-node GPUS launch/slurm.sh [--print-only] -- COMMAND...
 
-Runs a jeagle command in every task of a Slurm job, one task for each GPU. The tasks find one another through Slurm's
-variables; the job fails as soon as one task does. Submit it from the folder of jeagle, which all nodes must see.
+Runs a jeagle command in every task of a Slurm job, with one task for each GPU. The tasks find one another through
+Slurm's variables. The job fails as soon as one task fails. Submit it from jeagle's folder, which must be on a disk that
+all nodes share.
 
-  --print-only   print what would be started, and start nothing
-  --help         this text
+  --print-only   print the command without starting it
+  --help         show this text
 
 Example:
   sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 launch/slurm.sh -- \
@@ -25,7 +26,7 @@ die() {
   exit 2
 }
 
-show() { # the command, quoted so that a shell reads it back
+show() { # prints a command, quoted for a shell
   local line
   line="$(printf '%q ' "$@")"
   echo "${line% }"
@@ -37,16 +38,16 @@ while (($#)); do
     --print-only) print_only=1; shift ;;
     --help | -h) usage; exit 0 ;;
     --) shift; break ;;
-    *) die "there is no option $1; the jeagle command comes after --, and --help lists the options." ;;
+    *) die "there is no option $1. Put the jeagle command after --; --help lists the options." ;;
   esac
 done
-(($#)) || die "no command: put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
-[[ "$1" != -* ]] || die "the command is '$1', which begins with a dash, as an option does: the command comes first."
+(($#)) || die "there is no command. Put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
+[[ "$1" != -* ]] || die "the command '$1' begins with a dash, as an option does. Put the command first."
 
 run=(srun --kill-on-bad-exit=1 env JEAGLE_DISTRIBUTED=auto "$@")
 if ((print_only)); then
   show "${run[@]}"
   exit 0
 fi
-[[ -n "${SLURM_JOB_ID-}" ]] || die "this is not a Slurm job: submit it with sbatch (--help shows how)."
+[[ -n "${SLURM_JOB_ID-}" ]] || die "this is not a Slurm job. Submit it with sbatch; --help shows how."
 exec "${run[@]}"

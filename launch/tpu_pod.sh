@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# The same command on every host of a TPU slice.
+# Runs a command on every host of a TPU slice.
 set -euo pipefail
 
 usage() {
   cat <<'HELP'
 Usage: launch/tpu_pod.sh --name TPU --zone ZONE [--project ID] [--folder DIR] [--print-only] -- COMMAND...
 
-Runs a command on every host of a Cloud TPU slice, over gcloud's ssh; the hosts find one another through the slice's
-metadata. It runs any command, so that it also installs jeagle on all of them.
+Runs a command on every host of a Cloud TPU slice through gcloud's ssh. The hosts find one another through the metadata
+of the slice. Any command can be run, for example those that install jeagle on all hosts.
 
   --name TPU      name of the TPU VM
-  --zone ZONE     its zone
-  --project ID    its project (default: gcloud's own)
-  --folder DIR    where jeagle lies on each host (default: jeagle, in the home folder)
-  --print-only    print what would be started, and start nothing
-  --help          this text
+  --zone ZONE     zone of the TPU VM
+  --project ID    project of the TPU VM (default: gcloud's own)
+  --folder DIR    folder of jeagle on each host (default: jeagle, in the home folder)
+  --print-only    print the command without starting it
+  --help          show this text
 
 Examples:
   launch/tpu_pod.sh --name my-slice --zone us-east5-b -- make .venv
@@ -29,7 +29,7 @@ die() {
   exit 2
 }
 
-show() { # the command, quoted so that a shell reads it back
+show() { # prints a command, quoted for a shell
   local line
   line="$(printf '%q ' "$@")"
   echo "${line% }"
@@ -40,20 +40,20 @@ while (($#)); do
   case "$1" in
     --name | --zone | --project | --folder)
       [[ -n "${2-}" ]] || die "$1 needs a value."
-      [[ "$2" != -* ]] || die "$1 is '$2', which begins with a dash, as an option does: give another, or a folder as ./$2."
+      [[ "$2" != -* ]] || die "$1 is '$2', which begins with a dash, as an option does. Give another value, or write a folder as ./$2."
       printf -v "${1#--}" '%s' "$2"
       shift 2
       ;;
     --print-only) print_only=1; shift ;;
     --help | -h) usage; exit 0 ;;
     --) shift; break ;;
-    *) die "there is no option $1; the jeagle command comes after --, and --help lists the options." ;;
+    *) die "there is no option $1. Put the jeagle command after --; --help lists the options." ;;
   esac
 done
-[[ -n "$name" ]] || die "--name is missing: give the name of the TPU VM."
-[[ -n "$zone" ]] || die "--zone is missing: give the zone of the TPU VM, such as us-east5-b."
-(($#)) || die "no command: put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
-[[ "$1" != -* ]] || die "the command is '$1', which begins with a dash, as an option does: the command comes first."
+[[ -n "$name" ]] || die "--name is missing. Give the name of the TPU VM."
+[[ -n "$zone" ]] || die "--zone is missing. Give the zone of the TPU VM, such as us-east5-b."
+(($#)) || die "there is no command. Put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
+[[ "$1" != -* ]] || die "the command '$1' begins with a dash, as an option does. Put the command first."
 
 remote="$(show cd "$folder") && $(show env JEAGLE_DISTRIBUTED=auto "$@")"
 run=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all)
@@ -63,5 +63,5 @@ if ((print_only)); then
   show "${run[@]}"
   exit 0
 fi
-command -v gcloud >/dev/null || die "gcloud is not installed here: it is what reaches the hosts of a TPU slice."
+command -v gcloud >/dev/null || die "gcloud is not installed here. It is needed to reach the hosts of a TPU slice."
 exec "${run[@]}"

@@ -16,9 +16,16 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --x
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
-from jeagle.errors import UserError
-from jeagle.targets.checkpoint.reference import TargetFiles, resolve
+from tests import shape_checks
+
+# The rooms' functions are checked against their annotations, shapes of arrays included.
+ROOMS = ("align", "data", "decoding", "drafts", "exchange", "extraction", "features", "layers", "objective", "targets")
+install_import_hook([f"jeagle.{room}" for room in ROOMS], f"{shape_checks.__name__}.checked")
+
+from jeagle.errors import UserError  # noqa: E402
+from jeagle.targets.checkpoint.reference import TargetFiles, resolve  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import online, ops, trace
+from benchmarks import online, ops, repository, trace
 from benchmarks.random_target import random_target
 from benchmarks.step import bench_of
 from benchmarks.whole_step import MODELS, build
@@ -155,3 +155,43 @@ def test_a_loop_counts_what_its_body_leaves():
 def test_a_folder_without_a_trace_is_said(tmp_path):
     with pytest.raises(UserError, match="trace.json.gz"):
         trace.folders(tmp_path)
+
+
+CONFIG = """
+class TargetConfig:
+    ref: str = ""
+class RunConfig:
+    name: str
+    "The name of the run."
+    target: TargetConfig = TargetConfig()
+"""
+ARGUMENTS = """
+class BenchArguments:
+    draft: tyro.conf.Positional[Path]
+    max_prompts: int = 8
+"""
+BENCH = """
+from jeagle.arguments import BenchArguments
+# One is named once, the other twice.
+def _once(): return _twice(), _twice()
+def _twice(): return "--html"
+_once()
+"""
+
+
+def test_the_repository_is_counted():
+    sources = {
+        "pyproject.toml": '[project]\ndependencies = ["jax>=0.10", "jax>=0.11; python_version >= \'3.12\'", "numpy"]',
+        "jeagle/config.py": CONFIG,
+        "jeagle/arguments.py": ARGUMENTS,
+        "jeagle/bench.py": BENCH,
+        "jeagle/data/rows.py": "class TargetConfig: ...",
+        "tests/test_bench.py": "",
+        "tests/tiny.py": "",
+    }
+    found = repository.measure(sources, names=True)
+    assert (found["files"], found["modules_at_the_top"], found["test_files"], found["dependencies"]) == (4, 3, 1, 2)
+    assert found["flags"] == ["html", "max-prompts", "name", "target.ref"]
+    assert found["private_functions_used_once"] == ["_once"]
+    assert found["names_with_several_meanings"] == ["TargetConfig"]
+    assert found["lines"] == {"all": 18, "blanks": 3, "code": 13, "comments": 1, "docstrings": 1}

@@ -18,7 +18,8 @@ import pytest
 from jeagle import flags as configs
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "RESULTS.md"])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES.append(ROOT / "benchmarks" / "RESULTS.md")
 PROGRAM = re.compile(
     r"python -m (?P<module>(?:jeagle|benchmarks|tests)[\w.]*\w)"
     r"|(?P<path>(?:converters|benchmarks|launch)/\w+\.(?:py|sh))"
@@ -122,7 +123,35 @@ def test_every_setting_that_a_page_names_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_place_that_a_page_names_is_there(page):
     text = page.read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
     paths = re.findall(r"`((?:jeagle|configs|converters|docs|launch|tests)/[\w/.-]+)`", text)
     missing = [link for link in links if not (page.parent / link).exists()]
     assert missing + [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_section_that_a_page_links_to_is_there():
+    places = [(page, *link) for page in PAGES for link in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", page.read_text())]
+    assert len(places) > 5
+    for page, file, section in places:
+        headings = re.findall(r"^#+ (.*)", (page.parent / file if file else page).read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+        assert section in anchors, f"{page.name} links to {file}#{section}"
+
+
+include = runpy.run_path(str(ROOT / "docs" / "include.py"))
+INCLUDED = [marker for page in PAGES for marker in include["MARKED"].finditer(page.read_text())]
+
+
+@pytest.mark.parametrize("marker", INCLUDED, ids=lambda marker: marker["name"] or marker["source"])
+def test_what_a_page_includes_is_what_the_code_says(marker):
+    """The code of the page is the package's, and the trip of a batch is what the tracer prints now."""
+    assert marker[0] == marker["marker"] + include["included"](marker) + marker["end"], "run python docs/include.py"
+
+
+def test_how_it_works_shows_training_the_step_and_the_trip_of_a_batch():
+    assert [marker["name"] or marker["source"] for marker in INCLUDED] == [
+        "train",
+        "train_step",
+        "loss_gradient",
+        "benchmarks.trip",
+    ]

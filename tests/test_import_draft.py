@@ -261,7 +261,7 @@ def test_a_target_answers_open_questions_and_the_run_can_be_measured(known, tmp_
 def test_the_most_accepted_interpretation_is_chosen_and_a_clear_lead_gives_no_warning(
     known, tmp_path, monkeypatch, capsys
 ):
-    def measure(config, settings, folder, interpretation, params, target):
+    def measure(config, folder, interpretation, params, target, prompts):
         rounds = (
             [[3, 2, 3], [2, 3, 3], [3, 3, 3]] if interpretation.spec.carry_normed else [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
         )
@@ -293,7 +293,7 @@ def test_a_draft_for_another_target_is_refused(known, tmp_path):
 
 @pytest.mark.parametrize("draft_vocab", [40, 0], ids=["reduced", "full"])
 def test_a_head_that_is_missing_is_the_targets(draft_vocab, known, tmp_path, monkeypatch):
-    choose = lambda config, settings, folder, interpretations, *_, **__: (interpretations[0].spec, [])  # noqa: E731
+    choose = lambda config, folder, interpretations, *_, **__: (interpretations[0].spec, [])  # noqa: E731
     monkeypatch.setattr(import_draft, "choose_interpretation", choose)
     spec = fitting(known)
     spec = dataclasses.replace(spec, draft_vocab=draft_vocab or spec.target_vocab)

@@ -12,7 +12,7 @@ import pytest
 from jeagle import flags as configs
 from jeagle import preview
 from jeagle.config import RunConfig
-from jeagle.data import describe_statistics, load_rows
+from jeagle.data import describe_statistics, load_rows, token_texts
 from jeagle.errors import UserError
 from jeagle.run import dataset
 from tests import tiny
@@ -38,7 +38,7 @@ def shown(run, capsys, *arguments) -> str:
 
 def test_exactly_the_supervised_tokens_are_marked(run, capsys):
     out = shown(run, capsys, "--rows", "1000")
-    rows, texts = load_rows(run / "data" / "train"), preview.open_rows(run / "data", "train")[1]
+    rows, texts = load_rows(run / "data" / "train"), token_texts(run / "data" / "tokenizer.json")
     wanted = []
     for tokens, segments, _, learnt in zip(*rows, strict=True):
         for segment in range(1, segments.max() + 1):
@@ -97,7 +97,7 @@ def test_rows_that_do_not_exist_are_a_user_error(run, arguments, message):
 def test_long_texts_and_characters_of_several_tokens_are_complete(run):
     from tokenizers import Tokenizer
 
-    _, texts = preview.open_rows(run / "data", "train")
+    texts = token_texts(run / "data" / "tokenizer.json")
     text = "🙂 naïve 東京 " * 60
     ids = Tokenizer.from_file(str(run / "data" / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     assert "".join(piece for piece, _ in texts(np.array(ids))) == text

@@ -9,8 +9,7 @@ import pytest
 
 from jeagle.data import read_prompts
 from jeagle.errors import UserError
-from jeagle.regenerate import regenerate
-from jeagle.run.answers import RegenerateArguments, stop_finder
+from jeagle.run.answers import RegenerateArguments, regenerate, stop_finder
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -1,6 +1,7 @@
 """The page says what was measured, hides no shortfall, escapes what models write, and needs nothing from outside."""
 
 import html
+import itertools
 import json
 import math
 import re
@@ -11,7 +12,8 @@ from jeagle import report as command
 from jeagle.errors import UserError
 from jeagle.exchange import Export, ExportCard, model_card
 from jeagle.interfaces import DraftSpec
-from jeagle.report import headline, mean_logged, read_metrics, shortfalls, summary_lines, write_report
+from jeagle.report import headline, mean_logged, plot, shortfalls, summary_lines, ticks, write_report
+from jeagle.runtime.trackers import read_metrics
 
 REPORT = {
     "target": "pypi:some-model==1.2",
@@ -163,8 +165,8 @@ def test_a_half_written_line_and_steps_logged_twice_are_put_right(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 2, "loss": 9}\n{"step": 1, "loss": 3}\n{"step": 2, "loss": 4}\n{"step": 3, "lo'
     )
-    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 3), (2, 4)]
-    assert read_metrics(tmp_path / "absent.jsonl") == []
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 3), (2, 4)]
+    assert read_metrics(tmp_path / "absent") == []
 
 
 def test_success_reports_no_shortfall():
@@ -245,3 +247,21 @@ def test_a_folder_without_a_report_is_a_users_error(tmp_path, content):
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(UserError, match=r"jeagle\.pipeline"):
         command.main(["--run", str(tmp_path)])
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5, 1.0])  # so that the ends crowd at the top, in the middle, at the bottom
+def test_a_curve_ends_at_its_value_and_labels_keep_apart(start):
+    ends = {f"accuracy_{k}": 0.5 + k / 1000 for k in range(7)}
+    rows = [{"step": 10} | dict.fromkeys(ends, start), {"step": 20} | ends]
+    drawn = plot(rows, {name: str(k + 1) for k, name in enumerate(ends)})
+    places = sorted(curve.label_y for curve in drawn.curves)
+    assert all(b - a >= 8 for a, b in itertools.pairwise(places)) and places[0] >= 0 and places[-1] <= 100
+    assert [c.label for c in sorted(drawn.curves, key=lambda c: c.label_y)] == list("7654321")  # as the lines lie
+    assert [curve.last for curve in drawn.curves] == list(ends.values())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 0.43), (1, 1), (5.2, 21.3), (-3, 3), (0, 1e6), (20.24, 20.25)])
+def test_ticks_are_few_even_and_hold_the_range(low, high):
+    found = ticks(low, high)
+    gaps = {round(b - a, 9) for a, b in itertools.pairwise(found)}
+    assert found[0] <= low and found[-1] >= high and len(gaps) == 1 and 3 <= len(found) <= 8

@@ -10,10 +10,10 @@ import json
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jeagle import regenerate, targets
+from jeagle import targets
 from jeagle.data import collect_prompts, prompt_requests
 from jeagle.errors import UserError
-from jeagle.run.answers import RegenerateArguments, target_loader
+from jeagle.run.answers import RegenerateArguments, regenerate, self_instructed, target_loader
 from tests import tiny
 from tests.data.helpers import read_conversations
 from tests.data.regeneration.test_openai_client import Fake
@@ -39,7 +39,7 @@ def arguments(folder, url: str, **settings) -> RegenerateArguments:
 
 
 def run(args: RegenerateArguments) -> list[dict]:
-    return regenerate.regenerate(args, regenerate.self_instructed(args))
+    return regenerate(args, self_instructed(args))
 
 
 def test_every_prompt_is_different_and_is_answered_once(tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_a_target_writes_its_own_prompts_and_is_loaded_once(tmp_path, monkeypatc
 
     def both(args):
         opened = target_loader(args)
-        return regenerate.regenerate(args, regenerate.self_instructed(args, opened), opened)
+        return regenerate(args, self_instructed(args, opened), opened)
 
     whole = both(dataclasses.replace(args, max_new_tokens=8))
     assert len(whole) == 3 and len(loads) == 1 and len({row["messages"][0]["content"] for row in whole}) == 3

@@ -1,22 +1,22 @@
 """From conversations to token rows, batches and the draft vocabulary, and answers to prompts."""
 
 from jeagle.data.chat.render import Rendered
-from jeagle.data.chat.templates import reads_date, use_template
-from jeagle.data.chat.texts import (
+from jeagle.data.chat.templates import (
     ConversationError,
     parse_arguments,
+    reads_date,
     render_prompt,
     template_hash,
     tokenizer_hash,
+    use_template,
 )
 from jeagle.data.display import describe_statistics, token_texts
 from jeagle.data.near_duplicates import variety
-from jeagle.data.packing import RowWriter, load_rows, rows_of, unpack
 from jeagle.data.preparation import ROWS, prepare_rows
 from jeagle.data.regeneration.openai_client import AnswerServer, ask_server
 from jeagle.data.regeneration.prompts import ANSWER_FILES, VARIETY, AnswerFile, read_prompts, read_rows
 from jeagle.data.regeneration.self_instruct import WrittenPrompts, collect_prompts, prompt_requests
-from jeagle.data.row_stream import RowStream
+from jeagle.data.rows import RowStream, RowWriter, load_rows, rows_of, unpack
 from jeagle.data.sources.catalog import parse_source, source_fingerprint, starter_answers
 from jeagle.data.vocabulary import (
     TABLES,
@@ -28,45 +28,3 @@ from jeagle.data.vocabulary import (
     save_tables,
     vocabulary_hash,
 )
-
-__all__ = [
-    "ANSWER_FILES",
-    "ROWS",
-    "TABLES",
-    "VARIETY",
-    "AnswerFile",
-    "AnswerServer",
-    "ConversationError",
-    "Rendered",
-    "RowStream",
-    "RowWriter",
-    "WrittenPrompts",
-    "ask_server",
-    "choose_vocabulary",
-    "collect_prompts",
-    "count_supervised",
-    "coverage",
-    "describe_statistics",
-    "load_given_vocabulary",
-    "load_rows",
-    "load_tables",
-    "parse_arguments",
-    "parse_source",
-    "prepare_rows",
-    "prompt_requests",
-    "read_prompts",
-    "read_rows",
-    "reads_date",
-    "render_prompt",
-    "rows_of",
-    "save_tables",
-    "source_fingerprint",
-    "starter_answers",
-    "template_hash",
-    "token_texts",
-    "tokenizer_hash",
-    "unpack",
-    "use_template",
-    "variety",
-    "vocabulary_hash",
-]

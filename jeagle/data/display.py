@@ -1,7 +1,5 @@
 """Shows prepared data to people: summary lines, rows in a terminal, and an HTML page."""
 
-from __future__ import annotations
-
 import html
 import shutil
 from collections.abc import Callable, Sequence
@@ -36,7 +34,7 @@ TokenTexts = Callable[[np.ndarray], list[tuple[str, bool]]]
 def rejected_rows(statistics: dict[str, Any], folder: Path) -> tuple[dict[str, int], Path]:
     """Returns how many rows were rejected for each reason, and the file that lists them.
 
-    XX
+    Older versions of jeagle call both set_aside.
     """
     name = "set_aside" if "set_aside" in statistics else "rejected"
     return statistics.get(name, {}), folder / f"{name}.jsonl"
@@ -92,31 +90,22 @@ def _notes(s: dict[str, Any]) -> list[str]:
 
 
 def _warnings(s: dict[str, Any]) -> list[str]:
-    used, cut = s["conversations"], s["answers_cut_short"]
-    warnings = []
-    if s["coverage_train"] < _ENOUGH_COVERAGE:
-        lost = round((1 - s["coverage_train"]) * s["train"]["supervised_tokens"])
-        warnings.append(
-            f"the draft vocabulary lacks {1 - s['coverage_train']:.1%} of the supervised tokens ({lost:,} tokens): "
-            f"raise --draft.vocab from {s['draft_vocab']}; the answers use {s['tokens_seen']:,} different tokens"
-        )
-    if s["ends_left_out"]:
-        ids = ", ".join(map(str, s["ends_left_out"]))
-        warnings.append(f"the given vocabulary lacks the end tokens {ids}: the draft cannot predict them")
-    if cut > _MANY_CUT_SHORT * used and s["known_model"] and s["on_policy"] < used:
-        warnings.append(f"{cut / used:.0%} of the answers are cut short: generate them with a higher token limit")
-    leaked = s.get("near_held_out", 0)
-    if leaked > _MANY_LEAKED * max(s["held_out"]["documents"], 1):
-        warnings.append(
-            f"{leaked} of {s['held_out']['documents']} held-out conversations are near-duplicates of training "
-            "conversations: measurements on them are too optimistic"
-        )
-    if s["on_policy"] < _ENOUGH_ON_POLICY * used:
-        warnings.append(
-            f"{s['on_policy'] / max(used, 1):.0%} of the answers are known to be this target's own: a draft learns "
-            "best from on-policy data, which python -m jeagle.regenerate generates"
-        )
-    return warnings
+    used, cut, leaked = s["conversations"], s["answers_cut_short"], s.get("near_held_out", 0)
+    missing, held_out = 1 - s["coverage_train"], s["held_out"]["documents"]
+    are_cut = cut > _MANY_CUT_SHORT * used and s["known_model"] and s["on_policy"] < used
+    warnings = {
+        f"the draft vocabulary lacks {missing:.1%} of the supervised tokens "
+        f"({round(missing * s['train']['supervised_tokens']):,} tokens): raise --draft.vocab from {s['draft_vocab']}; "
+        f"the answers use {s['tokens_seen']:,} different tokens": s["coverage_train"] < _ENOUGH_COVERAGE,
+        f"the given vocabulary lacks the end tokens {', '.join(map(str, s['ends_left_out']))}: the draft cannot "
+        "predict them": s["ends_left_out"],
+        f"{cut / max(used, 1):.0%} of the answers are cut short: generate them with a higher token limit": are_cut,
+        f"{leaked} of {held_out} held-out conversations are near-duplicates of training conversations: measurements "
+        "on them are too optimistic": leaked > _MANY_LEAKED * max(held_out, 1),
+        f"{s['on_policy'] / max(used, 1):.0%} of the answers are known to be this target's own: a draft learns best "
+        "from on-policy data, which python -m jeagle.regenerate generates": s["on_policy"] < _ENOUGH_ON_POLICY * used,
+    }
+    return [text for text, applies in warnings.items() if applies]
 
 
 def statistics_table(

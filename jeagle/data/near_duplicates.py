@@ -6,8 +6,6 @@ that agree in a whole band are compared, so that the number of comparisons does 
 of sequences.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Sequence
 
@@ -107,11 +105,8 @@ class NearDuplicateFilter:
         return True
 
 
-def variety(texts: Sequence[str], signatures: Sequence[np.ndarray] = ()) -> dict[str, float]:
+def variety(texts: Sequence[str]) -> dict[str, float]:
     """Measures how varied texts are: distinct-n (Li et al. 2016), and the similarity to the nearest neighbour.
-
-    Args:
-      signatures: MinHash signatures of the texts; computed if not given.
 
     Returns:
       distinct_1, distinct_2, distinct_3: the share of different n-grams of words among all n-grams of all texts.
@@ -123,10 +118,9 @@ def variety(texts: Sequence[str], signatures: Sequence[np.ndarray] = ()) -> dict
     for n in (1, 2, 3):
         grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
         result[f"distinct_{n}"] = round(len(set(grams)) / max(len(grams), 1), 4)
-    table = np.stack(list(signatures) or [text_signature(t) for t in texts]) if texts else np.zeros((0, _HASHES))
-    nearest = []
-    for i in range(0, len(texts), -(-len(texts) // _COMPARED)) if len(texts) > 1 else ():
-        nearest.append(float(np.delete(estimated_jaccard(table[i], table), i).max()))
+    table = np.stack([text_signature(text) for text in texts]) if texts else np.zeros((0, _HASHES))
+    compared = range(0, len(texts), -(-len(texts) // _COMPARED)) if len(texts) > 1 else ()
+    nearest = [float(np.delete(estimated_jaccard(table[i], table), i).max()) for i in compared]
     return result | {"nearest_mean": round(sum(nearest) / max(len(nearest), 1), 4)}
 
 

@@ -1,11 +1,9 @@
 """Turns a source into packed rows on disk, with statistics. Only a few conversations are in memory at a time."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import numpy as np
 
 from jeagle.config import DataConfig
 from jeagle.data.chat.render import Rendered, Renderer
-from jeagle.data.chat.texts import ConversationError, enables_thinking
+from jeagle.data.chat.templates import ConversationError, enables_thinking
 from jeagle.data.near_duplicates import NearDuplicateIndex, document_signatures
-from jeagle.data.packing import Packer, RowWriter, rows_of
+from jeagle.data.rows import Packer, RowWriter, rows_of
 from jeagle.data.sources.catalog import SourcePart
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
 from jeagle.data.vocabulary import count_supervised
@@ -104,13 +102,12 @@ def prepare_rows(
     return {name: int(counts[name]) for name in names} | read | near_counts | splits
 
 
-class SplitWriter:
+class SplitWriter(RowWriter):
     """Writes the rows of one side of the split to disk as documents arrive, and collects their statistics."""
 
     def __init__(self, folder: Path, config: DataConfig, vocab: int):
-        self._folder, self._row_length, self._vocab = folder, config.row_length, vocab
-        self._packer = Packer(config.row_length, config.long)
-        self._writer = RowWriter(folder, config.row_length)
+        super().__init__(folder, config.row_length)
+        self._folder, self._vocab, self._packer = folder, vocab, Packer(config.row_length, config.long)
         self._closed: list[list[Rendered]] = []  # the documents of rows that are full but not yet written
         self._counts = np.zeros(vocab, np.int64)
         self._lengths, self._answers = collections.Counter(), collections.Counter()
@@ -123,52 +120,39 @@ class SplitWriter:
             self._lengths[len(document.ids)] += 1
             self._closed += self._packer.add(document)
         if len(self._closed) >= _ROWS:
-            self._write()
+            self._write_closed()
 
     def finish(self) -> dict[str, Any]:
-        """Writes the remaining rows and counts.npy, closes the files, and returns the statistics."""
+        """Writes the remaining rows and counts.npy, and returns the statistics."""
         self._closed += self._packer.finish()
-        self._write()
-        self._writer.close()
+        self._write_closed()
         np.save(self._folder / "counts.npy", self._counts)
-        packer, size = self._packer, self._writer.rows * self._row_length
+        size = self.rows * self.row_length
         return {
-            "rows": self._writer.rows,
+            "rows": self.rows,
             "documents": self._documents,
             "tokens": self._tokens,
             "supervised_tokens": int(self._counts.sum()),
             "fill": round(self._tokens / max(size, 1), 4),
-            "truncated": packer.truncated,
-            "split": packer.split,
-            "dropped": packer.dropped,
-            "unsupervised": packer.unsupervised,
+            **{name: getattr(self._packer, name) for name in ("truncated", "split", "dropped", "unsupervised")},
             "lengths": _quantiles(self._lengths),
             "answers": _quantiles(self._answers),
         }
 
-    def __enter__(self) -> SplitWriter:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._writer.close()
-
-    def _write(self) -> None:
+    def _write_closed(self) -> None:
         for start in range(0, len(self._closed), _ROWS):
-            rows = rows_of(self._closed[start : start + _ROWS], self._row_length)
+            rows = rows_of(self._closed[start : start + _ROWS], self.row_length)
             self._counts += count_supervised(rows, self._vocab)
             self._tokens += int((rows.segments_BT > 0).sum())
             self._documents += int(rows.segments_BT.max(axis=1, initial=0).sum())
-            self._writer.write(rows)
+            self.write(rows)
         self._closed = []
 
 
 def is_same_model(model: str, other: str) -> bool:
     """Whether two names mean the same model, regardless of case, owner and version; an empty name means none."""
-
-    def base_name(name: str) -> str:
-        return name.rstrip("/").rpartition("/")[2].lower().partition("==")[0]
-
-    return bool(model and other) and base_name(model) == base_name(other)
+    bases = {name.rstrip("/").rpartition("/")[2].lower().partition("==")[0] for name in (model, other)}
+    return bool(model and other) and len(bases) == 1
 
 
 def _check_supervised(splits: dict[str, dict[str, Any]], config: DataConfig) -> None:
@@ -198,44 +182,38 @@ def _prompt_line(conversation: Conversation, tokenizer: Any, config: DataConfig)
 
 
 def _render_all(
-    conversations: Iterable[Conversation], renderer: Renderer, share: float
+    conversations: Iterator[Conversation], renderer: Renderer, share: float
 ) -> Iterator[tuple[Conversation, bool, list[Rendered] | ConversationError, np.ndarray]]:
     """Yields (conversation, whether it is held out, its documents or an error, its MinHash signature), in order.
 
     Threads render while more conversations are read.
     """
-    pairs = ((c, is_held_out(c, share)) for c in conversations)
     numbers = {True: itertools.count(), False: itertools.count()}
 
-    def chunks() -> Iterator[tuple[list[tuple[Conversation, bool]], list[bool]]]:
-        while chunk := list(itertools.islice(pairs, _CHUNK)):
-            counted = [next(numbers[held_out]) for _, held_out in chunk]
-            yield chunk, [number < _CHECKED_FIRST or number % _CHECKED_EVERY == 0 for number in counted]
+    def chunks() -> Iterator[tuple[list[Conversation], list[bool], list[bool]]]:
+        while chunk := list(itertools.islice(conversations, _CHUNK)):
+            sides = [is_held_out(conversation, share) for conversation in chunk]
+            counted = [next(numbers[side]) for side in sides]
+            yield chunk, sides, [number < _CHECKED_FIRST or number % _CHECKED_EVERY == 0 for number in counted]
 
-    def render(work: tuple[list[tuple[Conversation, bool]], list[bool]]) -> list[tuple]:
-        chunk, check = work
-        rendered = renderer([conversation for conversation, _ in chunk], check)
-        signatures = document_signatures([_turn_ids(documents) for documents in rendered])
-        return [(*pair, documents, own) for pair, documents, own in zip(chunk, rendered, signatures, strict=True)]
+    def render(work: tuple[list[Conversation], list[bool], list[bool]]) -> list[tuple]:
+        chunk, sides, check = work
+        rendered = renderer(chunk, check)
+        # Signatures leave out the system turn and the tools, which many conversations share.
+        turns = [[] if isinstance(d, ConversationError) else d[-1].ids[d[-1].lead :] for d in rendered]
+        signatures = document_signatures([np.asarray(ids, np.int32) for ids in turns])
+        return list(zip(chunk, sides, rendered, signatures, strict=True))
 
     # Templates run in Python for one chunk while another chunk is tokenised outside of Python.
     for rendered in read_ahead(chunks(), render, threads=RENDERING_THREADS, depth=RENDERING_THREADS + 1):
         yield from rendered
 
 
-def _turn_ids(documents: list[Rendered] | ConversationError) -> np.ndarray:
-    """Returns the ids of a conversation's last document, without the system turn and tools, which many share."""
-    if isinstance(documents, ConversationError):
-        return np.zeros(0, np.int32)
-    return documents[-1].ids[documents[-1].lead :]
-
-
 def _quantiles(counter: collections.Counter) -> dict[str, Any]:
     """Returns the mean, the median, the 95th percentile and the maximum of counted numbers."""
     if not counter:
         return {"mean": 0, "p50": 0, "p95": 0, "max": 0}
-    values = np.array(sorted(counter))
-    running = np.cumsum([counter[int(v)] for v in values])
-    at = {f"p{q}": int(values[np.searchsorted(running, running[-1] * q / 100)]) for q in (50, 95)}
-    mean = float((values * np.diff(running, prepend=0)).sum() / running[-1])
-    return {"mean": round(mean, 2), **at, "max": int(values[-1])}
+    values, counts = np.array(sorted(counter.items())).T
+    p50, p95 = np.percentile(values, (50, 95), weights=counts, method="inverted_cdf").tolist()
+    mean = float((values * counts).sum() / counts.sum())
+    return {"mean": round(mean, 2), "p50": int(p50), "p95": int(p95), "max": int(values[-1])}

@@ -1,7 +1,5 @@
 """The draft vocabulary: which tokens the draft can predict, and the maps (d2t, t2d) that servers read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +103,7 @@ def load_tables(folder: Path, made_from: dict[str, Any] | None = None) -> Int32[
             raise UserError(
                 f"The vocabulary in {folder} was made from other data ({', '.join(fields)} differ): prepare it again."
             )
-    ids = _read_map(folder / "d2t.npy", folder / "t2d.npy", f"The vocabulary in {folder}")
+    ids = _read_map(folder / "d2t.npy", f"The vocabulary in {folder}")
     if manifest.get("ids", vocabulary_hash(ids)) != vocabulary_hash(ids):
         raise UserError(
             f"The vocabulary in {folder} is not the one that its manifest names: restore it, or prepare it again."
@@ -150,13 +148,13 @@ def load_given_vocabulary(
 
 def _find_map(path: Path, where: str) -> Int32[np.ndarray, " D"]:
     if path.is_file():
-        return _read_map(path, path.with_name(path.name.replace("d2t", "t2d")), where)
+        return _read_map(path, where)
     if (path / "tables").is_dir():
         path = path / "tables"
     if maps := sorted(path.glob("d2t*.npy")):
         if len(maps) > 1:
             raise UserError(f"{path} contains {len(maps)} maps: give one of them, such as {maps[0]}.")
-        return _read_map(maps[0], maps[0].with_name(maps[0].name.replace("d2t", "t2d")), where)
+        return _read_map(maps[0], where)
     if (weights := path / "model.safetensors").is_file():
         from safetensors import SafetensorError, safe_open
 
@@ -170,7 +168,8 @@ def _find_map(path: Path, where: str) -> Int32[np.ndarray, " D"]:
     raise UserError(f"{where} does not exist: give a folder with d2t.npy and t2d.npy, a run, or a draft's folder.")
 
 
-def _read_map(offsets: Path, mask: Path, where: str) -> Int32[np.ndarray, " D"]:
+def _read_map(offsets: Path, where: str) -> Int32[np.ndarray, " D"]:
+    mask = offsets.with_name(offsets.name.replace("d2t", "t2d"))
     try:
         return _check_map(np.load(offsets), np.load(mask) if mask.is_file() else None, where)
     except (OSError, ValueError, EOFError) as error:

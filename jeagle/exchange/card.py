@@ -8,7 +8,10 @@ import re
 import shlex
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
+
+import jinja2
 
 import jeagle
 from jeagle.exchange.limits import ENGINE_VERSIONS, Layout, sglang_jax_limits, sglang_limits, vllm_limits
@@ -70,7 +73,7 @@ class Export:
     """One export of a draft.
 
     Attributes:
-      dtype: of the stored parameters, one of `safetensors_writer.EXPORT_DTYPES`.
+      dtype: of the stored parameters, one of `export_writer.EXPORT_DTYPES`.
       out: the folder, written as it stands in the card's commands.
       target_layers: number of the target's decoder layers.
     """
@@ -118,101 +121,43 @@ def limits_of(export: Export) -> dict[str, list[str]]:
 
 def model_card(export: Export) -> str:
     """Returns the model card in Markdown, with a front matter for a hub."""
-    card, target = export.card, _hub_target(export.card)
-    title = card.name or card.run or "EAGLE-3 draft"
-    parts = [
-        _front_matter(card),
-        f"# {title}\n\nAn EAGLE-3 draft model for speculative decoding with {_code(card.target_ref or target)}, "
-        f"{'trained with' if card.recipe else 'exported by'} jeagle {jeagle.__version__}. The draft proposes "
-        "tokens and the target verifies them, so that the text stays the target's.",
-        "## Measured acceptance\n\n" + _acceptance(card),
-        "## Serving\n\n" + _serving(export, target),
-        "## Sharing it\n\n" + _sharing(export),
-        "## How it was made\n\n" + _facts(export),
-        "## Licence\n\nThe draft was trained on its target's hidden states and on conversations. Before you share it, "
-        "check what the licence of the target and that of the conversations require."
-        + (f" The author of this draft has chosen {_code(card.licence)}." if card.licence else ""),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _front_matter(card: ExportCard) -> str:
-    lines = ["tags:", "- eagle3", "- speculative-decoding"]
-    if card.licence:
-        lines.append(f"license: {json.dumps(card.licence)}")
-    if card.target_ref and _hub_target(card) == card.target_ref and not card.target_ref.startswith((".", "/", "~")):
-        lines.append(f"base_model: {json.dumps(card.target_ref)}")
-    return "\n".join(["---", *lines, "---"])
-
-
-def _acceptance(card: ExportCard) -> str:
-    if not card.acceptance:
-        return "Not measured."
-    rows = [f"| {name} | {_cell(value)} |" for name, value in card.acceptance.items()]
-    head = "| measure | value |\n|---|---|\n"
-    note = "The acceptance length includes the target's own token of each verification: without acceptance it is 1."
-    return head + "\n".join(rows) + "\n\n" + note
-
-
-def _serving(export: Export, target: str) -> str:
-    where, tokens, reasons = shell_word(export.out), export.card.speculative_tokens, limits_of(export)
+    card, ref, tokens = export.card, export.card.target_ref, export.card.speculative_tokens
+    target = "TARGET" if not ref or ref.startswith("pypi:") or ref.endswith(".gguf") else ref
+    mixed = len(set(export.spec.windows)) > 1  # vLLM asserts that a draft's layers are in one group of its KV cache
     settings = {"method": "eagle3", "model": export.out, "num_speculative_tokens": tokens}
-    vllm = f"vllm serve {shell_word(target)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
     chain = (
         f"--model-path {shell_word(target)} \\\n"
-        f"  --speculative-algorithm EAGLE3 --speculative-draft-model-path {where} \\\n"
+        f"  --speculative-algorithm EAGLE3 --speculative-draft-model-path {shell_word(export.out)} \\\n"
         f"  --speculative-num-steps {tokens} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
     )
     commands = {
         "SGLang": f"python -m sglang.launch_server {chain}",
-        "vLLM": vllm,
+        "vLLM": f"vllm serve {shell_word(target)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
+        + (" \\\n  --disable-hybrid-kv-cache-manager" if mixed else ""),
         "sglang-jax": f"python -m sgl_jax.launch_server {chain}",
     }
-    parts = [_command(engine, command, reasons[engine]) for engine, command in commands.items()]
-    if target == "TARGET":
-        parts.append("TARGET is the target's safetensors folder or hub id: engines cannot load the reference above.")
-    return "\n\n".join(parts if export.engine == "SGLang" else [parts[1], parts[0], *parts[2:]])
-
-
-def _command(engine: str, command: str, reasons: list[str]) -> str:
-    if reasons:
-        return f"{engine} {ENGINE_VERSIONS[engine]} does not serve this folder as it was trained: {'; '.join(reasons)}."
-    checked = "by running" if engine == "vLLM" else "by reading its source"
-    return f"{engine} (checked {checked}, version {ENGINE_VERSIONS[engine]}):\n\n```bash\n{command}\n```"
-
-
-def _sharing(export: Export) -> str:
-    """Returns the command that uploads the folder, whose hub id then replaces it in the commands above."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", export.card.name or export.card.run or "eagle3-draft").strip("-.")
-    command = f"hf upload YOUR-NAME/{name} {shell_word(export.out)} ."
-    return f"```bash\n{command}\n```\n\nThen write YOUR-NAME/{name} instead of the folder in the commands above."
-
-
-def _facts(export: Export) -> str:
-    card, spec = export.card, export.spec
-    rows = {
-        "recipe": _code(card.recipe),
-        "run": f"{card.run}, step {card.step}" if card.run and card.step is not None else card.run,
-        "data": ", ".join(f"{name} {_cell(value)}" for name, value in card.data.items()) if card.data else None,
-        "target": _code(card.target_ref),
-        "target's files": _code(card.target_fingerprint),
-        "chat template": _code(card.template_hash),
-        "auxiliary layers": f"after {', '.join(map(str, spec.aux_layers))} of {export.target_layers} layers",
-        "draft vocabulary": f"{spec.draft_vocab} of {spec.target_vocab}",
-        "longest sequence": f"{spec.max_positions} tokens",
-        "layout": f"{export.layout}, stored as {export.dtype}",
-    }
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value)
-
-
-def _hub_target(card: ExportCard) -> str:
-    """The reference that an engine can load, or a word to be replaced."""
-    ref = card.target_ref
-    return "TARGET" if not ref or ref.startswith("pypi:") or ref.endswith(".gguf") else ref
-
-
-def _code(text: str | None) -> str | None:
-    return f"`{text}`" if text else None
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"cell": _cell, "json": json.dumps}
+    return environment.get_template("model_card.md.jinja").render(
+        card=card,
+        commands=commands,
+        export=export,
+        mixed=mixed,
+        on_hub=bool(ref) and target == ref and not ref.startswith((".", "/", "~")),
+        order=("SGLang", "vLLM", "sglang-jax") if export.engine == "SGLang" else ("vLLM", "SGLang", "sglang-jax"),
+        out=shell_word(export.out),
+        reasons=limits_of(export),
+        repository=re.sub(r"[^A-Za-z0-9._-]+", "-", card.name or card.run or "eagle3-draft").strip("-."),
+        target=target,
+        version=jeagle.__version__,
+        versions=ENGINE_VERSIONS,
+    )
 
 
 def _cell(value: Any) -> str:

@@ -20,17 +20,10 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jeagle.errors import UserError
-from jeagle.exchange.config_read import (
-    NORM_OUTPUT_MEANS,
-    Hints,
-    NormOutput,
-    check_supported_value,
-    layout_of,
-    spec_from_config,
-)
+from jeagle.exchange.config_read import NORM_OUTPUT_MEANS, Hints, check_supported_value, layout_of, spec_from_config
 from jeagle.exchange.config_write import DECODER_SIZES, LAYER_IDS, NORM_SWITCHES, PLAIN_ARCHITECTURE
 from jeagle.interfaces import DraftSpec
 
@@ -58,8 +51,8 @@ def _integer(value: Any) -> bool:
     return type(value) is int  # a bool, which is an int in Python, is a wrong value
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _above_0(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -67,34 +60,29 @@ def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _SECTIONS = ("transformer_layer_config", "eagle_config", "rope_parameters", "rope_scaling")
-_RULES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "an object": (lambda v: isinstance(v, dict), _SECTIONS),
-    "an integer": (_integer, (*DECODER_SIZES, "draft_vocab_size", "target_hidden_size", "num_aux_hidden_states")),
-    "an integer above 0": (lambda v: _integer(v) and v > 0, ("original_max_position_embeddings",)),
-    "an integer of 0 or above": (lambda v: _integer(v) and v >= 0, ("sliding_window",)),
-    "a number above 0": (
-        lambda v: _number(v) and v > 0,
-        ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "an object": (lambda v: isinstance(v, dict), " ".join(_SECTIONS)),
+    "an integer": (_integer, "draft_vocab_size target_hidden_size num_aux_hidden_states"),
+    "an integer above 0": (
+        lambda v: _integer(v) and v > 0,
+        f"original_max_position_embeddings {' '.join(DECODER_SIZES)}",
     ),
+    "an integer of 0 or above": (lambda v: _integer(v) and v >= 0, "sliding_window"),
+    "a number above 0": (_above_0, "rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow"),
     "a number of 0 or above": (
-        lambda v: _number(v) and v >= 0,
-        ("rms_norm_eps", "attention_factor", "attn_factor", "mscale", "mscale_all_dim"),
+        lambda v: (v == 0 and not isinstance(v, bool)) or _above_0(v),
+        "rms_norm_eps attention_factor attn_factor mscale mscale_all_dim",
     ),
     "true or false": (
         lambda v: isinstance(v, bool),  # the text "false" would count as true
-        (
-            *(*NORM_SWITCHES, "norm_output", "use_last_layernorm", "use_aux_hidden_state", "tie_word_embeddings"),
-            *("attention_bias", "mlp_bias", "bias", "use_sliding_window", "truncate"),
-        ),
+        f"{' '.join(NORM_SWITCHES)} norm_output use_last_layernorm use_aux_hidden_state tie_word_embeddings "
+        "attention_bias mlp_bias bias use_sliding_window truncate",
     ),
-    "a string": (
-        lambda v: isinstance(v, str),
-        ("rope_type", "type", "model_type", "hidden_act", "speculators_model_type"),
-    ),
-    "a list of strings": (_list_of(lambda v: isinstance(v, str)), ("architectures", "layer_types")),
-    "a list of integers": (_list_of(_integer), (LAYER_IDS,)),
-    "a list of numbers above 0": (_list_of(lambda v: _number(v) and v > 0), ("short_factor", "long_factor")),
-    "an integer or a list of integers": (lambda v: _integer(v) or _list_of(_integer)(v), ("eos_token_id",)),
+    "a string": (lambda v: isinstance(v, str), "rope_type type model_type hidden_act speculators_model_type"),
+    "a list of strings": (_list_of(lambda v: isinstance(v, str)), "architectures layer_types"),
+    "a list of integers": (_list_of(_integer), LAYER_IDS),
+    "a list of numbers above 0": (_list_of(_above_0), "short_factor long_factor"),
+    "an integer or a list of integers": (lambda v: _integer(v) or _list_of(_integer)(v), "eos_token_id"),
 }
 """What the value of a field must be, in words and in code, and the fields."""
 
@@ -102,7 +90,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 def _check_field_types(config: Mapping[str, Any]) -> None:
     """Raises UserError for a value that not every reader of the field expects; null counts as a missing field."""
     for wanted, (holds, fields) in _RULES.items():
-        for name in fields:
+        for name in fields.split():
             value = config.get(name)
             if value is not None and not holds(value):
                 raise UserError(f"config.json has {name} {value!r}; it must be {wanted}.")
@@ -120,47 +108,32 @@ def to_common_form(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
     Raises:
       UserError: for a draft of a known trainer that jeagle does not support. The message names the field.
     """
-    architectures = config.get("architectures") or []
+    architectures, nested = config.get("architectures") or [], config.get("eagle_config") or {}
     if config.get("speculators_model_type") is not None:
         return dict(config)
     if "LlamaEagle3DraftModel" in architectures:
-        return _from_automodel(config, shapes)
+        # NeMo AutoModel copies the target's configuration and changes some fields: the others are the target's. Its
+        # draft is one Llama layer that attends to the whole sequence; its `norm_output` is that of the carried state.
+        if config.get("parallel_drafting") or "mask_hidden" in shapes:
+            raise UserError("config.json has parallel_drafting: jeagle does not support such a draft (P-EAGLE).")
+        of_the_target = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+        own = {name: value for name, value in config.items() if name not in of_the_target}
+        as_plain = {"architectures": [PLAIN_ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1}
+        return own | as_plain | {NORM_OUTPUT_MEANS: "carry"}
     if "LlamaForCausalLM" in architectures and "layers.0.hidden_norm.weight" in shapes:
         return config | {"architectures": [PLAIN_ARCHITECTURE]}
-    if "use_last_layernorm" in (config.get("eagle_config") or {}):
-        return _from_model_optimizer(config)
+    if "use_last_layernorm" in nested:
+        supported = {
+            "use_input_layernorm_in_first_layer": (True, None),
+            "use_mtp_layernorm": (False, None),
+            "next_layer_regular": (True, None),
+            "parallel_draft_step": (0, 1, None),
+        }
+        for name, values in supported.items():
+            check_supported_value(f"eagle_config.{name}", nested.get(name), values)
+        last = nested["use_last_layernorm"]
+        return config | ({} if last is None else {"norm_output": bool(last), NORM_OUTPUT_MEANS: "head"})
     return dict(config)
-
-
-def _from_automodel(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """NeMo AutoModel copies the target's configuration and changes some fields: the other ones are the target's.
-
-    Its draft is one Llama layer, whatever the target's model_type and num_hidden_layers, and attends to the whole
-    sequence. Its `norm_output` means that the normed state is carried.
-    """
-    if config.get("parallel_drafting") or "mask_hidden" in shapes:
-        raise UserError("config.json has parallel_drafting: jeagle does not support such a draft (P-EAGLE).")
-    of_the_target = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
-    own = {name: value for name, value in config.items() if name not in of_the_target}
-    as_plain = {"architectures": [PLAIN_ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1}
-    return own | as_plain | {NORM_OUTPUT_MEANS: "carry"}
-
-
-_MODEL_OPTIMIZER_SWITCHES = {
-    "use_input_layernorm_in_first_layer": (True, None),
-    "use_mtp_layernorm": (False, None),
-    "next_layer_regular": (True, None),
-    "parallel_draft_step": (0, 1, None),
-}
-"""The values of Model Optimizer's own switches that jeagle's draft supports."""
-
-
-def _from_model_optimizer(config: dict[str, Any]) -> dict[str, Any]:
-    nested = config["eagle_config"]
-    for name, supported in _MODEL_OPTIMIZER_SWITCHES.items():
-        check_supported_value(f"eagle_config.{name}", nested.get(name), supported)
-    last = nested["use_last_layernorm"]
-    return config | ({} if last is None else {"norm_output": bool(last), NORM_OUTPUT_MEANS: "head"})
 
 
 def read_draft_config(
@@ -169,7 +142,7 @@ def read_draft_config(
     draft_vocab: int,
     target_width: int,
     default_aux_layers: Callable[[], tuple[int, ...]],
-    norm_output: NormOutput = "head",
+    norm_output: Literal["carry", "head"] = "head",
 ) -> DraftSpec:
     """Returns the draft that a configuration without tensors describes: SpecForge's or speculators' JSON file.
 

@@ -9,14 +9,13 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jeagle.errors import UserError
 from jeagle.exchange.config_write import DECODER_SIZES, LAYER_IDS, NORM_SWITCHES, PLAIN_ARCHITECTURE, WRITTEN_BY
 from jeagle.exchange.limits import Layout
-from jeagle.interfaces import DraftSpec, Rope
+from jeagle.interfaces import DraftSpec, LayerType, Rope
 
-NormOutput = Literal["carry", "head"]
 NORM_OUTPUT_MEANS = "norm_output_means"
 """A field that `config_file` adds to a plain config.json where the trainer that wrote it is known."""
 _ARCHITECTURES = (PLAIN_ARCHITECTURE, "Eagle3LlamaForCausalLM")
@@ -35,7 +34,7 @@ class Hints:
     """
 
     aux_layers: tuple[int, ...] | None = None
-    norm_output: NormOutput | None = None
+    norm_output: Literal["carry", "head"] | None = None
     norm_before_residual: bool | None = None
 
 
@@ -67,32 +66,39 @@ def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         support. The message names it.
     """
     layout = layout_of(config)
-    _check_misspelt(config)
     decoder = dict(config if layout == "plain" else _required(config, "transformer_layer_config"))
     _check_supported(config, decoder, ("llama",) if layout == "plain" else ("llama", "qwen3"))
-    heads = _positive(decoder, "num_attention_heads")
+    heads = _required(decoder, "num_attention_heads")
     decoder["num_key_value_heads"] = decoder.get("num_key_value_heads") or heads
     decoder["head_dim"] = decoder.get("head_dim") or _rows(shapes, "layers.0.self_attn.q_proj.weight") // heads
-    sizes: dict[str, Any] = {name: _positive(decoder, field) for field, name in DECODER_SIZES.items()}
+    sizes: dict[str, Any] = {name: _required(decoder, field) for field, name in DECODER_SIZES.items()}
     ends = decoder.get("eos_token_id")
     return DraftSpec(
         **sizes,
         target_width=config.get("target_hidden_size") or sizes["width"],
         draft_vocab=config.get("draft_vocab_size") or _rows(shapes, "lm_head.weight"),
-        aux_layers=_aux_layers(config, decoder, layout, hints.aux_layers),
+        aux_layers=_aux_layers(config, decoder, hints.aux_layers),
         norm_eps=float(_required(decoder, "rms_norm_eps")),
         rope=_read_rope(decoder, sizes["head_dim"]),
-        **(_plain_norms(config, hints) if layout == "plain" else _speculators_norms(config, hints)),
+        **_norms(config, layout, hints),
         qk_norm=decoder["model_type"] == "qwen3",
         attention_bias=bool(decoder.get("attention_bias")),
-        sliding_window=_window(decoder),
-        layer_types=(),
+        **_attention(decoder, sizes["layers"]),
         end_token_ids=() if ends is None else tuple(ends) if isinstance(ends, list) else (ends,),
     )
 
 
-def _plain_norms(config: Mapping[str, Any], hints: Hints) -> dict[str, bool]:
+def _norms(config: Mapping[str, Any], layout: Layout, hints: Hints) -> dict[str, Any]:
     norms = {name: bool(config.get(name)) for name in NORM_SWITCHES}
+    if layout == "speculators":
+        before_residual = config.get("norm_before_residual")
+        before_residual = hints.norm_before_residual if before_residual is None else before_residual
+        if before_residual is None:
+            raise UserError(
+                "config.json lacks norm_before_residual, which speculators then reads as false and vLLM as true: write "
+                "the value that the draft was trained with into it."
+            )
+        return norms | {"norm_before_residual": before_residual, "carry_normed": bool(config.get("norm_output"))}
     norms["norm_before_fc"] = bool((config.get("eagle_config") or {}).get("norm_before_fc", norms["norm_before_fc"]))
     if "norm_output" not in config:
         return norms
@@ -105,30 +111,26 @@ def _plain_norms(config: Mapping[str, Any], hints: Hints) -> dict[str, bool]:
     return norms | {"carry_normed" if means == "carry" else "head_norm": bool(config["norm_output"])}
 
 
-def _speculators_norms(config: Mapping[str, Any], hints: Hints) -> dict[str, bool]:
-    before_residual = config.get("norm_before_residual")
-    before_residual = hints.norm_before_residual if before_residual is None else before_residual
-    if before_residual is None:
-        raise UserError(
-            "config.json lacks norm_before_residual, which speculators then reads as false and vLLM as true: write the "
-            "value that the draft was trained with into it."
-        )
-    norms = {name: bool(config.get(name)) for name in NORM_SWITCHES}
-    return norms | {"norm_before_residual": before_residual, "carry_normed": bool(config.get("norm_output"))}
+def stored_aux_layers(config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the layer ids at the top level of config.json, and those in eagle_config; () where there are none."""
+    nested = (config.get("eagle_config") or {}).get(LAYER_IDS) if layout_of(config) == "plain" else None
+    return tuple(config.get(LAYER_IDS) or ()), tuple(nested or ())
 
 
-def _aux_layers(
-    config: Mapping[str, Any], decoder: Mapping[str, Any], layout: Layout, hint: tuple[int, ...] | None
-) -> tuple[int, ...]:
+def plus_one(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns aux layers from ids that count the layers from 0."""
+    return tuple(i + 1 for i in ids)
+
+
+def _aux_layers(config: Mapping[str, Any], decoder: Mapping[str, Any], hint: tuple[int, ...] | None) -> tuple[int, ...]:
     """vLLM uses the list at the top level as it is; SGLang adds one to the nested list, as SpecForge means it."""
-    nested = (config.get("eagle_config") or {}).get(LAYER_IDS) if layout == "plain" else None
-    candidates = {tuple(config[LAYER_IDS])} if config.get(LAYER_IDS) else set()
-    candidates |= {tuple(i + 1 for i in nested)} if nested else set()
+    top, nested = stored_aux_layers(config)
+    candidates = {ids for ids in (top, plus_one(nested)) if ids}
     if len(candidates) > 1 and hint not in candidates:
         raise UserError(
-            f"config.json names two sets of target layers: {LAYER_IDS} is {config[LAYER_IDS]} at its top level, which "
-            f"vLLM reads, and {nested} in eagle_config, to which SGLang adds one: give the aux layers that the draft "
-            "was trained on."
+            f"config.json names two sets of target layers: {LAYER_IDS} is {list(top)} at its top level, which "
+            f"vLLM reads, and {list(nested)} in eagle_config, to which SGLang adds one: give the aux layers that the "
+            "draft was trained on."
         )
     if not candidates and hint is None:
         raise UserError(
@@ -149,36 +151,47 @@ def _aux_layers(
     return aux_layers
 
 
-def _window(decoder: Mapping[str, Any]) -> int:
-    kinds, window = set(decoder.get("layer_types") or ()), decoder.get("sliding_window") or 0
+def _attention(decoder: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Layers of one kind need no `layer_types` in a `DraftSpec`, whatever number of them config.json lists."""
+    kinds, window = tuple(decoder.get("layer_types") or ()), decoder.get("sliding_window") or 0
     if not kinds:
-        return window if decoder.get("use_sliding_window") else 0
-    if kinds == {"full_attention"}:
-        return 0
-    if kinds == {"sliding_attention"} and window:
-        return window
-    raise UserError(
-        f"config.json has layer_types {sorted(kinds)} and sliding_window {window or None}: jeagle's draft has the same "
-        "window in all of its layers, or none."
-    )
+        return {"sliding_window": window if decoder.get("use_sliding_window") else 0}
+    if unknown := sorted(set(kinds) - set(get_args(LayerType))):
+        raise UserError(
+            f"config.json has {unknown[0]!r} in its layer_types; jeagle's draft supports "
+            f"{' and '.join(get_args(LayerType))}."
+        )
+    if set(kinds) == {"full_attention"}:
+        return {"sliding_window": 0}
+    if not window:
+        raise UserError("config.json has sliding_attention in its layer_types, but no sliding_window.")
+    if set(kinds) == {"sliding_attention"}:
+        return {"sliding_window": window}
+    if len(kinds) != layers:
+        raise UserError(f"config.json has {len(kinds)} layer_types for num_hidden_layers {layers}.")
+    return {"sliding_window": window, "layer_types": kinds}
 
 
 def _check_supported(config: Mapping[str, Any], decoder: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
+    switches = (*NORM_SWITCHES, "norm_output")  # every loader accepts a misspelt one, and ignores it
+    for name in config:
+        near = difflib.get_close_matches(name, switches, n=1, cutoff=0.85)
+        if near and name not in switches:
+            raise UserError(f"config.json has {name}, which nothing reads: did you mean {near[0]}?")
     if decoder.get("model_type") not in kinds:
         raise UserError(
             f"config.json has model_type {decoder.get('model_type')!r} for the draft's layers; jeagle reads "
             f"{' or '.join(kinds)}."
         )
-    use_aux = (config.get("eagle_config") or {}).get("use_aux_hidden_state")
-    for field, value, supported in (
-        ("hidden_act", decoder.get("hidden_act"), (None, "silu")),
-        ("partial_rotary_factor", decoder.get("partial_rotary_factor"), (None, 1)),
-        ("mlp_bias", decoder.get("mlp_bias"), (None, False)),
-        ("bias", decoder.get("bias"), (None, False)),
-        ("tie_word_embeddings", config.get("tie_word_embeddings"), (None, False)),
-        ("use_aux_hidden_state", use_aux, (None, True)),
+    for section, field, supported in (
+        (decoder, "hidden_act", "silu"),
+        (decoder, "partial_rotary_factor", 1),
+        (decoder, "mlp_bias", False),
+        (decoder, "bias", False),
+        (config, "tie_word_embeddings", False),
+        (config.get("eagle_config") or {}, "use_aux_hidden_state", True),
     ):
-        check_supported_value(field, value, supported)
+        check_supported_value(field, section.get(field), (None, supported))
 
 
 def check_supported_value(field: str, value: Any, supported: tuple[Any, ...]) -> None:
@@ -191,26 +204,10 @@ def check_supported_value(field: str, value: Any, supported: tuple[Any, ...]) ->
         )
 
 
-def _check_misspelt(config: Mapping[str, Any]) -> None:
-    """Every loader accepts a misspelt switch, and ignores it."""
-    known = (*NORM_SWITCHES, "norm_output")
-    for name in config:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-        if near and name not in known:
-            raise UserError(f"config.json has {name}, which nothing reads: did you mean {near[0]}?")
-
-
 def _required(config: Mapping[str, Any], name: str) -> Any:
     if config.get(name) is None:
         raise UserError(f"config.json lacks {name}.")
     return config[name]
-
-
-def _positive(config: Mapping[str, Any], name: str) -> int:
-    value = _required(config, name)
-    if not isinstance(value, int) or value <= 0:
-        raise UserError(f"config.json has {name} {value!r}; it must be an integer above 0.")
-    return value
 
 
 def _rows(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
@@ -237,7 +234,7 @@ def _read_rope(decoder: Mapping[str, Any], head_dim: int) -> Rope:
     """Returns the rotary embedding of a draft's layers; what the file does not say has transformers' default.
 
     transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling. Where both are present they must
-    say the same.
+    say the same. The lengths and the factor of a scaling that follow from other fields are added.
     """
     new, old = decoder.get("rope_parameters"), decoder.get("rope_scaling")
     from_old = _rope_from(old or {}, decoder.get("rope_theta"))
@@ -246,7 +243,27 @@ def _read_rope(decoder: Mapping[str, Any], head_dim: int) -> Rope:
         raise UserError(f"config.json has two RoPE bases: rope_theta {from_old.theta}, rope_parameters {rope.theta}.")
     if new and old and rope.scaling != from_old.scaling:
         raise UserError("config.json has two RoPE scalings: rope_scaling and rope_parameters differ; remove one.")
-    return _complete_rope(rope, decoder, head_dim)
+    scaling = {name: value for name, value in rope.scaling if value is not None}
+    kind, longest = str(scaling.get("rope_type", "default")), decoder["max_position_embeddings"]
+    fields = _SCALING_FIELDS[kind]
+    if _LENGTH in fields:
+        original = longest if kind == "dynamic" else decoder.get(_LENGTH) or longest
+        original = scaling.setdefault(_LENGTH, original)
+        if kind in ("yarn", "longrope"):
+            scaling.setdefault("factor", longest / original)
+    if missing := [name for name in fields if name not in scaling]:
+        raise UserError(
+            f"config.json has the RoPE scaling {kind} without {missing[0]}, which its angles are computed from."
+        )
+    for name in {"short_factor", "long_factor"}.intersection(fields):
+        if len(scaling[name]) != head_dim // 2:
+            raise UserError(
+                f"config.json has {name} {list(scaling[name])}; heads of {head_dim} dimensions need {head_dim // 2} "
+                "numbers, one for each pair of dimensions."
+            )
+    for name in ("short_mscale", "long_mscale"):
+        check_supported_value(name, scaling.get(name), (None,))
+    return Rope(rope.theta, tuple(sorted(scaling.items())))
 
 
 def _rope_from(parameters: Mapping[str, Any], theta: float | None) -> Rope:
@@ -266,29 +283,3 @@ def _rope_from(parameters: Mapping[str, Any], theta: float | None) -> Rope:
     if rest == {"rope_type": "default"}:
         rest = {}
     return Rope(float(parameters.get("rope_theta") or theta or Rope.theta), tuple(sorted(rest.items())))
-
-
-def _complete_rope(rope: Rope, decoder: Mapping[str, Any], head_dim: int) -> Rope:
-    """Adds the lengths and the factor of a scaling that follow from other fields, and checks that all are there."""
-    scaling = {name: value for name, value in rope.scaling if value is not None}
-    kind, longest = str(scaling.get("rope_type", "default")), decoder["max_position_embeddings"]
-    fields = _SCALING_FIELDS[kind]
-    if _LENGTH in fields:
-        original = longest if kind == "dynamic" else decoder.get(_LENGTH) or longest
-        original = scaling.setdefault(_LENGTH, original)
-        if kind in ("yarn", "longrope"):
-            scaling.setdefault("factor", longest / original)
-    if missing := [name for name in fields if name not in scaling]:
-        raise UserError(
-            f"config.json has the RoPE scaling {kind} without {missing[0]}, which its angles are computed from."
-        )
-    for name in {"short_factor", "long_factor"}.intersection(fields):
-        factors = scaling[name]
-        if not isinstance(factors, tuple) or len(factors) != head_dim // 2:
-            raise UserError(
-                f"config.json has {name} {list(factors) if isinstance(factors, tuple) else factors!r}; heads of "
-                f"{head_dim} dimensions need {head_dim // 2} numbers, one for each pair of dimensions."
-            )
-    for name in ("short_mscale", "long_mscale"):
-        check_supported_value(name, scaling.get(name), (None,))
-    return Rope(rope.theta, tuple(sorted(scaling.items())))

@@ -14,7 +14,6 @@ from typing import Any
 
 import jeagle
 from jeagle.exchange.card import Export
-from jeagle.interfaces import DraftSpec
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 PLAIN_ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -33,7 +32,6 @@ DECODER_SIZES = {
 """Sizes of the decoder layers: from config.json's name to that of `DraftSpec`."""
 NORM_SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm")
 """Switches of the same name in config.json and in `DraftSpec`."""
-_SPECULATORS_FORMAT = "0.9.0"
 
 
 def config_json(export: Export) -> dict[str, Any]:
@@ -47,44 +45,10 @@ def config_json(export: Export) -> dict[str, Any]:
     when it is given the draft's folder as the model.
     """
     spec, card = export.spec, export.card
-    if export.layout == "plain":
-        return {
-            "architectures": [PLAIN_ARCHITECTURE],
-            "model_type": "llama",
-            WRITTEN_BY: jeagle.__version__,
-            "dtype": export.dtype,
-            "torch_dtype": export.dtype,
-            **_decoder(spec),
-            **(_window(spec) if spec.sliding_window else {}),
-            **_fusion(spec),
-            **({"norm_output": True} if spec.carry_normed else {}),
-            "eagle_config": {LAYER_IDS: [layer - 1 for layer in spec.aux_layers], "use_aux_hidden_state": True},
-        }
-    model_type = "qwen3" if spec.qk_norm else "llama"
-    proposal = {"proposal_type": "greedy", "speculative_tokens": card.speculative_tokens}
-    return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": _SPECULATORS_FORMAT,
-        WRITTEN_BY: jeagle.__version__,
-        "dtype": export.dtype,
-        **_fusion(spec),
-        "norm_output": spec.carry_normed,
-        "transformer_layer_config": {"model_type": model_type, **_decoder(spec), **_window(spec)},
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{**proposal, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
-            "verifier": {"name_or_path": card.target_ref, "architectures": list(card.target_architectures)},
-        },
-    }
-
-
-def _decoder(spec: DraftSpec) -> dict[str, Any]:
-    """The fields of the decoder layers in both layouts; RoPE has the fields of transformers 4 and of 5."""
+    written_by = {WRITTEN_BY: jeagle.__version__, "dtype": export.dtype}
     scaling = {name: list(v) if isinstance(v, tuple) else v for name, v in spec.rope.scaling}
-    ends = list(spec.end_token_ids)
-    return {
+    ends, window = list(spec.end_token_ids), max(spec.windows)
+    decoder = {
         **{field: getattr(spec, name) for field, name in DECODER_SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": spec.norm_eps,
@@ -93,27 +57,51 @@ def _decoder(spec: DraftSpec) -> dict[str, Any]:
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "num_aux_hidden_states": len(spec.aux_layers),
         "tie_word_embeddings": False,
-        "rope_theta": spec.rope.theta,
+        "rope_theta": spec.rope.theta,  # as transformers 4 reads it; rope_parameters are of transformers 5
         **({"rope_scaling": scaling} if scaling else {}),
         "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": spec.rope.theta},
     }
-
-
-def _fusion(spec: DraftSpec) -> dict[str, Any]:
-    """The fields of aux layers, vocabulary and norms, which stand at the top level of both layouts."""
-    return {
+    attention = {
+        "layer_types": ["sliding_attention" if width else "full_attention" for width in spec.windows],
+        "sliding_window": window or None,
+        "use_sliding_window": window > 0,
+    }
+    fusion = {
         "draft_vocab_size": spec.draft_vocab,
         "target_hidden_size": spec.target_width,
         LAYER_IDS: list(spec.aux_layers),
         **{name: getattr(spec, name) for name in NORM_SWITCHES},
         "tie_word_embeddings": False,
     }
-
-
-def _window(spec: DraftSpec) -> dict[str, Any]:
-    kind = "sliding_attention" if spec.sliding_window else "full_attention"
+    if export.layout == "plain":
+        return {
+            "architectures": [PLAIN_ARCHITECTURE],
+            "model_type": "llama",
+            **written_by,
+            "torch_dtype": export.dtype,
+            **decoder,
+            **(attention if window else {}),
+            **fusion,
+            **({"norm_output": True} if spec.carry_normed else {}),
+            "eagle_config": {LAYER_IDS: [layer - 1 for layer in spec.aux_layers], "use_aux_hidden_state": True},
+        }
+    proposal = {"proposal_type": "greedy", "speculative_tokens": card.speculative_tokens}
     return {
-        "layer_types": [kind] * spec.layers,
-        "sliding_window": spec.sliding_window or None,
-        "use_sliding_window": bool(spec.sliding_window),
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        **written_by,
+        **fusion,
+        "norm_output": spec.carry_normed,
+        "transformer_layer_config": {
+            "model_type": "qwen3" if spec.qk_norm else "llama",
+            **decoder,
+            **attention,
+        },
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{**proposal, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
+            "verifier": {"name_or_path": card.target_ref, "architectures": list(card.target_architectures)},
+        },
     }

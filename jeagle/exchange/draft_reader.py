@@ -19,16 +19,17 @@ from jeagle.exchange.draft_tensors import (
     LM_HEAD,
     T2D,
     TABLES,
+    LazyArray,
     check_embedding,
     check_finite,
-    check_names,
+    check_shapes,
     draft_vocabulary,
     expected_shapes,
     is_transposed,
     torch_name,
 )
 from jeagle.exchange.limits import check_spec
-from jeagle.exchange.weight_files import StoredTensor, open_tensors
+from jeagle.exchange.weight_files import open_tensors
 from jeagle.interfaces import DraftSpec
 from jeagle.runtime.host import aligned_empty
 
@@ -52,31 +53,21 @@ class ImportedDraft:
     embed_VW: Float[np.ndarray, "V W"] | None
 
 
-class FileArray:
-    """A parameter in a file: indexing it with `...` or a slice of rows reads it and returns float32.
+def _parameter(tensor: LazyArray, *, transposed: bool, name: str, where: str) -> LazyArray:
+    """Returns a parameter in jeagle's orientation, float32; `name` is the tensor's and `where` its folder."""
 
-    Args:
-      tensor: in torch's orientation.
-      transposed: whether the parameter is the transpose of the tensor.
-      name, where: of the tensor and of its folder, in error messages.
-    """
+    def read_tensor(index: Any) -> np.ndarray:
+        array = tensor[index]
+        check_finite(name, array, where=where)
+        return array.astype(np.float32, copy=False)
 
-    def __init__(self, tensor: StoredTensor, *, transposed: bool, name: str, where: str):
-        self.shape = tensor.shape[::-1] if transposed else tensor.shape
-        self._tensor, self._transposed, self._name, self._where = tensor, transposed, name, where
-
-    def __getitem__(self, index: Any) -> Float[np.ndarray, "..."]:
-        if not self._transposed:
-            return self._read(index)
-        kernel = aligned_empty(self.shape, np.float32)
-        for start in range(0, self.shape[1], _ROWS):  # the tensor as a whole would need as much memory again
-            kernel[:, start : start + _ROWS] = self._read(slice(start, start + _ROWS)).T
+    def read_transposed(index: Any) -> np.ndarray:
+        kernel = aligned_empty(tensor.shape[::-1], np.float32)
+        for start in range(0, tensor.shape[0], _ROWS):  # the tensor as a whole would need as much memory again
+            kernel[:, start : start + _ROWS] = read_tensor(slice(start, start + _ROWS)).T
         return kernel[index]
 
-    def _read(self, index: Any) -> np.ndarray:
-        array = self._tensor.read(index)
-        check_finite(self._name, array, where=self._where)
-        return array.astype(np.float32, copy=False)
+    return LazyArray(tensor.shape[::-1], read_transposed) if transposed else LazyArray(tensor.shape, read_tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +82,8 @@ class OpenDraft:
     """
 
     config: dict[str, Any]
-    tensors: dict[str, StoredTensor]
-    tables: dict[str, StoredTensor]
+    tensors: dict[str, LazyArray]
+    tables: dict[str, LazyArray]
     where: str
 
     @property
@@ -102,7 +93,7 @@ class OpenDraft:
 
     def with_head(self, head_DW: Float[np.ndarray, "D W"]) -> OpenDraft:
         """Returns the same draft with this lm_head."""
-        head = StoredTensor(head_DW.shape, head_DW.__getitem__)
+        head = LazyArray(head_DW.shape, head_DW.__getitem__)
         return dataclasses.replace(self, tensors=self.tensors | {LM_HEAD: head})
 
     def spec(self, hints: Hints | None = None) -> DraftSpec:
@@ -112,7 +103,7 @@ class OpenDraft:
         check_spec(spec, target_layers=spec.aux_layers[-1])
         return spec
 
-    def params(self, spec: DraftSpec) -> dict[str, FileArray]:
+    def params(self, spec: DraftSpec) -> dict[str, LazyArray]:
         """Returns jeagle's parameters by name; each one is read when it is indexed.
 
         Raises:
@@ -123,27 +114,23 @@ class OpenDraft:
                 f"{self.where}: {LM_HEAD} is missing, so that an engine would use the target's: import the draft with "
                 "converters/from_eagle3.py and --target, which adds these rows to it."
             )
-        expected = {torch_name(name, "layers.0"): (name, shape) for name, shape in expected_shapes(spec).items()}
-        check_names(expected, self.tensors, where=self.where)
-        params = {}
-        for stored_name, (name, shape) in expected.items():
-            transposed = is_transposed(name, shape)
-            parameter = FileArray(self.tensors[stored_name], transposed=transposed, name=stored_name, where=self.where)
-            if parameter.shape != shape:
-                wanted, stored = shape[::-1] if transposed else shape, self.tensors[stored_name].shape
-                raise UserError(
-                    f"{self.where}: {stored_name} has the shape {list(stored)}; config.json says that it is "
-                    f"{list(wanted)}."
-                )
-            params[name] = parameter
+        params: dict[str, LazyArray] = {}
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, shape in expected_shapes(spec).items():
+            stored, transposed = torch_name(name, "layers.0"), is_transposed(name, shape)
+            expected[stored] = shape[::-1] if transposed else shape
+            if stored in self.tensors:
+                tensor = self.tensors[stored]
+                params[name] = _parameter(tensor, transposed=transposed, name=stored, where=self.where)
+        check_shapes(expected, self.tensors, where=self.where)
         return params
 
     def draft_to_target(self, spec: DraftSpec) -> Int[np.ndarray, " D"]:
         """Returns the token ids of the draft vocabulary, int64. Raises UserError for tables that are not valid."""
-        d2t, t2d = (self.tables[name].read(...) if name in self.tables else None for name in (D2T, T2D))
+        d2t, t2d = (self.tables[name][...] if name in self.tables else None for name in (D2T, T2D))
         return draft_vocabulary(spec, d2t, t2d, where=self.where)
 
-    def open_embedding(self, spec: DraftSpec) -> FileArray | None:
+    def open_embedding(self, spec: DraftSpec) -> LazyArray | None:
         """Returns the embedding [V, W] that is stored with the draft, or None.
 
         Raises:
@@ -151,7 +138,7 @@ class OpenDraft:
         """
         stored = self.tables.get(EMBEDDING)
         check_embedding(spec, None if stored is None else stored.shape, where=self.where)
-        return None if stored is None else FileArray(stored, transposed=False, name=EMBEDDING, where=self.where)
+        return None if stored is None else _parameter(stored, transposed=False, name=EMBEDDING, where=self.where)
 
 
 def open_draft_folder(folder: str | Path) -> OpenDraft:

@@ -7,8 +7,9 @@ speculators `layers.0.`; SGLang and vLLM load both.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -38,6 +39,17 @@ class Readable(Protocol):
     def __getitem__(self, index: Any, /) -> np.ndarray: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that `read` reads from storage, or computes, each time it is indexed with `...` or a slice of rows."""
+
+    shape: TensorShape
+    read: Callable[[Any], np.ndarray]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.read(index)
+
+
 def expected_shapes(spec: DraftSpec) -> dict[str, TensorShape]:
     """Returns the shape of every parameter of a draft by jeagle's name: kernels are [in, out], lm_head is [D, W]."""
     fused = len(spec.aux_layers) * spec.target_width
@@ -46,27 +58,29 @@ def expected_shapes(spec: DraftSpec) -> dict[str, TensorShape]:
         shapes["input_norm"] = (fused,)
     if spec.fc_norm:
         shapes |= {f"fc_norm.{a}": (spec.target_width,) for a in range(len(spec.aux_layers))}
-    for i in range(spec.layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in _layer_shapes(spec, first=i == 0).items()}
-    return shapes | {"norm": (spec.width,), "lm_head": (spec.draft_vocab, spec.width)}
-
-
-def _layer_shapes(spec: DraftSpec, *, first: bool) -> dict[str, TensorShape]:
-    """The first layer reads the token's embedding beside the state, so that its q, k and v kernels are [2 W, ...]."""
     width, query, key = spec.width, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    read = 2 * width if first else width
-    shapes: dict[str, TensorShape] = {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
-    if first:
-        shapes["hidden_norm"] = (width,)
-    attention: dict[str, TensorShape] = {"q_proj": (read, query), "k_proj": (read, key), "v_proj": (read, key)}
-    attention["o_proj"] = (query, width)
-    if spec.attention_bias:
-        attention |= {"q_bias": (query,), "k_bias": (key,), "v_bias": (key,), "o_bias": (width,)}
-    if spec.qk_norm:
-        attention |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
-    shapes |= {f"self_attn.{name}": shape for name, shape in attention.items()}
-    up, down = (width, spec.mlp_width), (spec.mlp_width, width)
-    return shapes | {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
+    for i in range(spec.layers):
+        read = 2 * width if i == 0 else width  # the first layer reads the token's embedding beside the state
+        layer: dict[str, TensorShape] = {
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
+            "self_attn.q_proj": (read, query),
+            "self_attn.k_proj": (read, key),
+            "self_attn.v_proj": (read, key),
+            "self_attn.o_proj": (query, width),
+            "mlp.gate_proj": (width, spec.mlp_width),
+            "mlp.up_proj": (width, spec.mlp_width),
+            "mlp.down_proj": (spec.mlp_width, width),
+        }
+        if i == 0:
+            layer["hidden_norm"] = (width,)
+        if spec.attention_bias:
+            sizes = {"q": query, "k": key, "v": key, "o": width}
+            layer |= {f"self_attn.{kernel}_bias": (size,) for kernel, size in sizes.items()}
+        if spec.qk_norm:
+            layer |= {"self_attn.q_norm": (spec.head_dim,), "self_attn.k_norm": (spec.head_dim,)}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"norm": (width,), "lm_head": (spec.draft_vocab, width)}
 
 
 def canonical_tensor_name(name: str) -> str:
@@ -92,14 +106,7 @@ def check_params(spec: DraftSpec, params: Mapping[str, Any]) -> None:
     Raises:
       UserError: for a missing, unknown or wrongly shaped parameter. The message names it.
     """
-    expected = expected_shapes(spec)
-    check_names(expected, params, where="The draft's parameters")
-    for name, shape in expected.items():
-        if params[name].shape != shape:
-            raise UserError(
-                f"The draft's parameters: {name} has the shape {list(params[name].shape)}; this draft needs "
-                f"{list(shape)}."
-            )
+    check_shapes(expected_shapes(spec), params, where="The draft's parameters")
 
 
 def check_embedding(spec: DraftSpec, shape: TensorShape | None, *, where: str) -> None:
@@ -122,18 +129,23 @@ def check_embedding(spec: DraftSpec, shape: TensorShape | None, *, where: str) -
         raise UserError(f"{where}: {EMBEDDING} has the shape {list(shape or ())}; this draft needs {list(wanted)}.")
 
 
-def check_names(expected: Collection[str], names: Collection[str], *, where: str) -> None:
-    """Raises UserError, naming one tensor, where a name is missing or unknown; `where` begins the sentence."""
+def check_shapes(expected: Mapping[str, TensorShape], tensors: Mapping[str, Any], *, where: str) -> None:
+    """Raises UserError, naming one tensor, for one that is missing, unknown or wrongly shaped; `where` begins the
+    sentence."""
 
     def first(names: list[str]) -> str:
         return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
-    missing, unknown = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:
         hint = f", and the unknown tensor {first(unknown)} is present" if unknown else ""
         raise UserError(f"{where}: {first(missing)} is missing{hint}.")
     if unknown:
         raise UserError(f"{where}: a draft of this configuration has no tensor {first(unknown)}.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            stored = list(tensors[name].shape)
+            raise UserError(f"{where}: {name} has the shape {stored}; a draft of this configuration has {list(shape)}.")
 
 
 def check_finite(name: str, array: Shaped[np.ndarray, "..."], *, where: str) -> None:
@@ -144,15 +156,9 @@ def check_finite(name: str, array: Shaped[np.ndarray, "..."], *, where: str) -> 
 
 def same_embedding(one: Readable, other: Readable, vocab: int) -> bool:
     """Returns whether two embeddings [V, W] are equal up to rounding to bfloat16; rows are compared block by block."""
-    for start in range(0, vocab, _ROWS):
-        rows, other_rows = (np.asarray(e[start : start + _ROWS], np.float32) for e in (one, other))
-        if not np.allclose(rows, other_rows, rtol=_BFLOAT16_STEP, atol=1e-30):
-            return False
-    return True
-
-
-_ROWS = 8192  # rows of an embedding that are compared at a time
-_BFLOAT16_STEP = 2.0**-8
+    blocks = (slice(start, start + 8192) for start in range(0, vocab, 8192))
+    pairs = ((np.asarray(one[rows], np.float32), np.asarray(other[rows], np.float32)) for rows in blocks)
+    return all(np.allclose(*pair, rtol=2.0**-8, atol=1e-30) for pair in pairs)
 
 
 def check_draft_vocabulary(
@@ -222,14 +228,9 @@ def draft_vocabulary(
     Raises:
       UserError: for a missing map, token ids in the place of offsets, or a mask that contradicts the offsets.
     """
-    if d2t_D is not None and d2t_D.shape != (spec.draft_vocab,):
-        raise UserError(
-            f"{where}: d2t has the shape {list(d2t_D.shape)}; config.json says that it is [{spec.draft_vocab}]."
-        )
-    if t2d_V is not None and t2d_V.shape != (spec.target_vocab,):
-        raise UserError(
-            f"{where}: t2d has the shape {list(t2d_V.shape)}; config.json says that it is [{spec.target_vocab}]."
-        )
+    for name, table, size in ((D2T, d2t_D, spec.draft_vocab), (T2D, t2d_V, spec.target_vocab)):
+        if table is not None and table.shape != (size,):
+            raise UserError(f"{where}: {name} has the shape {list(table.shape)}; config.json says that it is [{size}].")
     rows_D = np.arange(spec.draft_vocab)
     marked = None if t2d_V is None else np.flatnonzero(t2d_V)
     if d2t_D is not None and marked is not None and not np.array_equal(d2t_D + rows_D, marked):

@@ -1,13 +1,23 @@
-"""Writes a trained draft as a folder that SGLang or vLLM loads: config.json, model.safetensors and a model card."""
+"""Writes a trained draft as a folder that SGLang or vLLM loads: config.json, model.safetensors and a model card.
+
+The safetensors file is written tensor by tensor and block by block, so that only one block is in memory at a time. A
+parameter is transposed to torch's orientation, rounded to the stored type, and checked for NaN on the way.
+
+Source of the format: the safetensors specification. A file has eight bytes with the header's length, the header (JSON:
+the type, shape and data offsets of each tensor), and the data without gaps, row-major and little-endian.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") a type
 import numpy as np
 from jaxtyping import Shaped
 
@@ -27,14 +37,19 @@ from jeagle.exchange.draft_tensors import (
     FirstLayer,
     Readable,
     check_embedding,
+    check_finite,
     check_params,
+    is_transposed,
     same_embedding,
     torch_name,
     vocabulary_tables,
 )
 from jeagle.exchange.limits import check_spec, vllm_limits
-from jeagle.exchange.safetensors_writer import EXPORT_DTYPES, plan_parameter, plan_table, write_safetensors
 from jeagle.runtime.manifest import atomic_folder
+
+EXPORT_DTYPES = ("bfloat16", "float16", "float32")
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "bool": "BOOL"}
+_BLOCK = 1 << 22  # numbers that are converted at a time
 
 
 def write_export(
@@ -67,7 +82,12 @@ def write_export(
     """
     spec = export.spec
     check_spec(spec, export.target_layers)
-    _check_served(export)
+    if reasons := limits_of(export)[export.engine]:
+        served = not vllm_limits(spec, "speculators", export.card.target_architectures)
+        hint = " vLLM can, in speculators' layout: export it in that one." if served else ""
+        raise UserError(f"{export.engine} cannot serve this draft as it was trained: {'; '.join(reasons)}.{hint}")
+    if export.layout == "speculators" and not export.card.target_ref:
+        raise UserError('The layout "speculators" names the target: give the target, or choose the layout "plain".')
     if export.dtype not in EXPORT_DTYPES:
         raise UserError(f"An export cannot be stored as {export.dtype!r}: choose {', '.join(EXPORT_DTYPES)}.")
     check_params(spec, params)
@@ -79,10 +99,11 @@ def write_export(
     ):
         raise UserError("SGLang would replace the draft's own embedding by the target's: export the draft for vLLM.")
     first_layer: FirstLayer = "midlayer" if export.layout == "plain" and spec.layers == 1 else "layers.0"
-    tensors = {torch_name(name, first_layer): plan_parameter(name, p, export.dtype) for name, p in params.items()}
+    tensors = {torch_name(name, first_layer): _parameter(name, p, export.dtype) for name, p in params.items()}
     if embed_VW is not None:
-        tensors[EMBEDDING] = plan_parameter(EMBEDDING, embed_VW, export.dtype)
-    tensors |= {name: plan_table(table) for name, table in vocabulary_tables(spec, draft_to_target_D).items()}
+        tensors[EMBEDDING] = _parameter(EMBEDDING, embed_VW, export.dtype)
+    for name, table in vocabulary_tables(spec, draft_to_target_D).items():
+        tensors[name] = TensorPlan(table.dtype.name, table.shape, functools.partial(iter, [table]))
     out = Path(export.out)
     try:
         with atomic_folder(out, EXPORT_FOLDER) as folder:
@@ -98,17 +119,6 @@ def write_export(
     return out
 
 
-def _check_served(export: Export) -> None:
-    """Raises UserError, naming the engine and the switch, unless the engine serves this draft as it was trained."""
-    reasons = limits_of(export)[export.engine]
-    if reasons:
-        served = not vllm_limits(export.spec, "speculators", export.card.target_architectures)
-        hint = " vLLM can, in speculators' layout: export it in that one." if served else ""
-        raise UserError(f"{export.engine} cannot serve this draft as it was trained: {'; '.join(reasons)}.{hint}")
-    if export.layout == "speculators" and not export.card.target_ref:
-        raise UserError('The layout "speculators" names the target: give the target, or choose the layout "plain".')
-
-
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer is None:
         return
@@ -120,3 +130,72 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise UserError(f"{tokenizer} does not contain a tokenizer: expected tokenizer.json or tokenizer.model there.")
     for file in files:
         shutil.copyfile(file, folder / file.name)
+
+
+class TensorPlan(NamedTuple):
+    """A tensor that is going to be written.
+
+    Attributes:
+      dtype: name of a type in the file.
+      shape: in the file.
+      blocks: returns an iterator over the tensor's rows, some at a time and in order, in that type.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+
+def _parameter(name: str, array: Readable, dtype: str) -> TensorPlan:
+    """Plans a parameter; `name` and `array` are jeagle's, so that a kernel is [in, out]."""
+    shape = array.shape[::-1] if is_transposed(name, array.shape) else array.shape
+    return TensorPlan(dtype, shape, functools.partial(_blocks, name, array, dtype, shape))
+
+
+def _blocks(name: str, array: Readable, dtype: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Yields blocks of rows in the file's type and orientation, rounded to nearest, ties to even.
+
+    Raises UserError for NaN, infinity, or a number that the type cannot represent.
+    """
+    rows, transposed = shape[0], is_transposed(name, array.shape)
+    step = max(_BLOCK * rows // max(math.prod(shape), 1), 1)
+    # Rows that are stored in one piece are read together. The rows of a transposed kernel are its columns: it is read
+    # once.
+    stored = rows if transposed else getattr(array, "block_rows", step)
+    span = -(-step // stored) * stored
+    for begin in range(0, rows, span):
+        piece = np.asarray(array[...]).T if transposed else np.asarray(array[begin : begin + span])
+        for start in range(0, len(piece), step):
+            block = piece[start : start + step]
+            with np.errstate(over="ignore"):
+                rounded = block.astype(np.dtype(dtype), order="C")
+            if not np.isfinite(rounded).all():
+                check_finite(name, block, where="The draft's parameters")
+                raise UserError(
+                    f"The parameter {torch_name(name, 'layers.0')} contains numbers that {dtype} cannot represent: "
+                    "store the export as bfloat16."
+                )
+            yield rounded
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, TensorPlan]) -> None:
+    """Writes the file. Wide types come first and names are sorted, so that equal tensors give equal bytes.
+
+    Raises:
+      OSError: when the file cannot be written.
+    """
+    width = {name: np.dtype(plan.dtype).itemsize for name, plan in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-width[name], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        plan, start = tensors[name], end
+        end += math.prod(plan.shape) * width[name]
+        header[name] = {"dtype": _CODES[plan.dtype], "shape": list(plan.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for block in tensors[name].blocks():
+                file.write(np.ascontiguousarray(block).view(np.uint8).data)

@@ -19,12 +19,10 @@ import itertools
 from typing import Any, NamedTuple
 
 from jeagle.errors import UserError
-from jeagle.exchange.config_read import NORM_OUTPUT_MEANS, Hints, layout_of
+from jeagle.exchange.config_read import NORM_OUTPUT_MEANS, Hints, layout_of, plus_one, stored_aux_layers
 from jeagle.exchange.config_write import LAYER_IDS, WRITTEN_BY
 from jeagle.exchange.draft_reader import OpenDraft
 from jeagle.interfaces import DraftSpec
-
-AuxLayers = tuple[int, ...]
 
 
 class Interpretation(NamedTuple):
@@ -40,11 +38,8 @@ class Interpretation(NamedTuple):
 
     def describe(self) -> str:
         """Returns the answers in words."""
-        words = []
-        for name, answer in self.answers.items():
-            value = " ".join(map(str, answer)) if isinstance(answer, tuple) else str(answer).lower()
-            words.append(f"{name} {value}")
-        return ", ".join(words) or "as its files say"
+        words = {name: " ".join(map(str, a)) if isinstance(a, tuple) else str(a) for name, a in self.answers.items()}
+        return ", ".join(f"{name} {value.lower()}" for name, value in words.items()) or "as its files say"
 
     def flags(self) -> str:
         """Returns the flags of `jeagle import_draft` that answer the open questions."""
@@ -84,20 +79,17 @@ def interpretations(draft: OpenDraft, hints: Hints, target_layers: int | None) -
     return list(by_spec.values())
 
 
-def _aux_layers(draft: OpenDraft, hints: Hints, target_layers: int | None) -> list[AuxLayers]:
+def _aux_layers(draft: OpenDraft, hints: Hints, target_layers: int | None) -> list[tuple[int, ...]]:
     """Returns the possible aux layers, the most likely ones first."""
     if hints.aux_layers:
         return [hints.aux_layers]
-    config, plain = draft.config, layout_of(draft.config) == "plain"
-    top = tuple(config.get(LAYER_IDS) or ())
-    nested = tuple((config.get("eagle_config") or {}).get(LAYER_IDS) or ()) if plain else ()
-    measured = target_layers is not None
+    (top, nested), measured = stored_aux_layers(draft.config), target_layers is not None
     if top and nested:
-        candidates = [top, _plus_one(nested)]
+        candidates = [top, plus_one(nested)]
     elif nested:
-        candidates = [_plus_one(nested), nested] if measured else [_plus_one(nested)]
+        candidates = [plus_one(nested), nested] if measured else [plus_one(nested)]
     elif top:
-        candidates = [top, _plus_one(top)] if measured and WRITTEN_BY not in config else [top]
+        candidates = [top, plus_one(top)] if measured and WRITTEN_BY not in draft.config else [top]
     elif target_layers is None:
         raise UserError(
             f"{draft.where}/config.json has no {LAYER_IDS}: give the aux layers of the target with --aux-layers, such "
@@ -105,15 +97,10 @@ def _aux_layers(draft: OpenDraft, hints: Hints, target_layers: int | None) -> li
         )
     else:
         default = (2, target_layers // 2, target_layers - 3)
-        candidates = [default, _plus_one(default)]
-    possible = [layers for layers in dict.fromkeys(candidates) if _is_possible(layers, target_layers)]
+        candidates = [default, plus_one(default)]
+    possible = [
+        ids
+        for ids in dict.fromkeys(candidates)
+        if list(ids) == sorted(set(ids)) and ids[0] >= 0 and (target_layers is None or ids[-1] <= target_layers)
+    ]
     return possible or candidates[:1]  # check_spec reports what is wrong with it
-
-
-def _is_possible(aux_layers: AuxLayers, target_layers: int | None) -> bool:
-    last = aux_layers[-1] if target_layers is None else target_layers
-    return list(aux_layers) == sorted(set(aux_layers)) and aux_layers[0] >= 0 and aux_layers[-1] <= last
-
-
-def _plus_one(ids: AuxLayers) -> AuxLayers:
-    return tuple(i + 1 for i in ids)

@@ -37,8 +37,8 @@ def check_spec(spec: DraftSpec, target_layers: int) -> None:
     """Checks that the draft makes sense for a target of `target_layers` decoder layers, whichever engine serves it.
 
     Raises:
-      UserError: for aux layers that do not rise or do not exist, a draft vocabulary of a wrong size, or two norms that
-        exclude each other.
+      UserError: for aux layers that do not rise or do not exist, a draft vocabulary of a wrong size, two norms that
+        exclude each other, or layer types that do not fit the number of layers or the sliding window.
     """
     aux_layers = list(spec.aux_layers)
     if not aux_layers or aux_layers != sorted(set(aux_layers)) or aux_layers[0] < 0 or aux_layers[-1] > target_layers:
@@ -53,6 +53,14 @@ def check_spec(spec: DraftSpec, target_layers: int) -> None:
         )
     if spec.norm_before_fc and spec.fc_norm:
         raise UserError("The draft has both norm_before_fc and fc_norm, which exclude each other: switch one off.")
+    kinds = spec.layer_types
+    if kinds and len(kinds) != spec.layers:
+        raise UserError(f"The draft has {len(kinds)} layer_types for {spec.layers} layers: give one for each layer.")
+    if kinds and ("sliding_attention" in kinds) != (spec.sliding_window > 0):
+        raise UserError(
+            f"The draft has sliding_window {spec.sliding_window} and layer_types {' '.join(kinds)}: a window above 0 "
+            "and a layer with sliding_attention need each other."
+        )
 
 
 def sglang_limits(spec: DraftSpec, target_layers: int, architectures: Sequence[str] = ()) -> list[str]:
@@ -71,11 +79,9 @@ def sglang_limits(spec: DraftSpec, target_layers: int, architectures: Sequence[s
         "qk_norm is true, and its draft has no norm on queries and keys": spec.qk_norm,
         "attention_bias is true, and its draft has no biases": spec.attention_bias,
         f"layers is {spec.layers}, and its draft has one": spec.layers != 1,
-        f"sliding_window is {spec.sliding_window}, which it does not read from a draft's config": (
-            spec.sliding_window != 0
-        ),
+        f"sliding_window is {spec.sliding_window}, which it does not read from a draft's config": any(spec.windows),
     }
-    return _shared_limits("SGLang", spec, architectures) + [reason for reason, broken in rules.items() if broken]
+    return _broken("SGLang", spec, architectures, rules)
 
 
 def vllm_limits(spec: DraftSpec, layout: Layout, architectures: Sequence[str] = ()) -> list[str]:
@@ -86,7 +92,7 @@ def vllm_limits(spec: DraftSpec, layout: Layout, architectures: Sequence[str] = 
             spec.qk_norm and spec.attention_bias
         ),
     }
-    return _shared_limits("vLLM", spec, architectures) + [reason for reason, broken in rules.items() if broken]
+    return _broken("vLLM", spec, architectures, rules)
 
 
 def sglang_jax_limits(spec: DraftSpec, target_layers: int, architectures: Sequence[str] = ()) -> list[str]:
@@ -114,7 +120,8 @@ def sglang_jax_limits(spec: DraftSpec, target_layers: int, architectures: Sequen
     return [reason for reason, broken in rules.items() if broken] + shared
 
 
-def _shared_limits(engine: str, spec: DraftSpec, architectures: Sequence[str]) -> list[str]:
+def _broken(engine: str, spec: DraftSpec, architectures: Sequence[str], rules: dict[str, bool]) -> list[str]:
     refused = [name for name in architectures if name in WITHOUT_AUX_HIDDEN_STATES[engine]]
-    reasons = [f"the target is {refused[0]}, whose aux hidden states it hands to no draft"] if refused else []
-    return reasons if spec.head_norm else [*reasons, "head_norm is false, and it always norms what lm_head reads"]
+    shared = {f"the target is {name}, whose aux hidden states it hands to no draft": True for name in refused[:1]}
+    shared["head_norm is false, and it always norms what lm_head reads"] = not spec.head_norm
+    return [reason for reason, broken in (shared | rules).items() if broken]

@@ -57,14 +57,13 @@ def open_peer_features(folder: Path) -> PeerFeatures:
       UserError: where there are none of a known format.
     """
     if ckpts := sorted([*folder.rglob("*.ckpt"), *folder.rglob("*.ckpt.gz")]):
-        return PeerFeatures("SpecForge", ckpts, lambda i: _specforge(ckpts[i]), True)
-    if (states := folder / "hidden_states").is_dir() or any(folder.glob("hs_*.safetensors")):
-        return _safetensors(folder, states if states.is_dir() else folder)
+        return PeerFeatures("SpecForge", ckpts, lambda i: _torch_sample(ckpts[i]), True)
+    states = folder / "hidden_states" if (folder / "hidden_states").is_dir() else folder
+    if files := sorted(states.glob("hs_*.safetensors"), key=_number):
+        return _safetensors(folder, files)
     if pickles := [f for f in sorted(folder.glob("*.pt"), key=_number) if _number(f) >= 0]:
-        # Format 1 has a list of hidden states, format 0 the concatenated aux hidden states and the last one.
         version = int("hidden_states" in read_torch(pickles[0]))
-        read = _format_1 if version else _format_0
-        return PeerFeatures(f"speculators, data format {version}", pickles, lambda i: read(pickles[i]), False)
+        return PeerFeatures(f"speculators, data format {version}", pickles, lambda i: _torch_sample(pickles[i]), False)
     raise UserError(
         f"{folder} contains no hidden states of a known format: *.ckpt of SpecForge, data_*.pt of speculators up to "
         "0.4, or hidden_states/hs_*.safetensors of later speculators and of vLLM."
@@ -76,27 +75,23 @@ def _number(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _specforge(path: Path) -> Sample:
+def _torch_sample(path: Path) -> Sample:
+    """Format 1 of speculators is a list of hidden states; format 0 and SpecForge concatenate the aux hidden states."""
     tree = read_torch(path)
-    last, aux = np.squeeze(tree["hidden_state"], 0), np.squeeze(tree["aux_hidden_state"], 0)
-    return _checked(path, tree["input_ids"], tree["loss_mask"], aux.reshape(len(aux), -1, last.shape[-1]), last)
+    if "hidden_states" in tree:
+        *states, last = tree["hidden_states"]
+        aux = np.stack(states, axis=1)
+    else:
+        if "aux_hidden_state" in tree:
+            last, aux = np.squeeze(tree["hidden_state"], 0), np.squeeze(tree["aux_hidden_state"], 0)
+        else:
+            last, aux = tree["target"], tree["hidden_state"]
+        aux = aux.reshape(len(aux), -1, last.shape[-1])
+    return _checked(path, tree["input_ids"], tree["loss_mask"], aux, last)
 
 
-def _format_0(path: Path) -> Sample:
-    tree = read_torch(path)
-    last, aux = tree["target"], tree["hidden_state"]
-    return _checked(path, tree["input_ids"], tree["loss_mask"], aux.reshape(len(aux), -1, last.shape[-1]), last)
-
-
-def _format_1(path: Path) -> Sample:
-    tree = read_torch(path)
-    *aux, last = tree["hidden_states"]
-    return _checked(path, tree["input_ids"], tree["loss_mask"], np.stack(aux, axis=1), last)
-
-
-def _safetensors(folder: Path, states: Path) -> PeerFeatures:
+def _safetensors(folder: Path, files: list[Path]) -> PeerFeatures:
     """Files beside a dataset that contains the loss masks; without the dataset every token counts as supervised."""
-    files = sorted(states.glob("hs_*.safetensors"), key=_number)
     rows: Any = None
     if arrows := sorted(folder.glob("data-*.arrow")):
         import datasets

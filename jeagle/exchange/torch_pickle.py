@@ -1,6 +1,6 @@
 """Reads files of torch.save without torch and without running code: tensors, numbers, strings, dicts and lists.
 
-A pickle may ask for any function to be called. This reader knows a few names and refuses all others.
+A pickle may ask for any function to be called; this reader knows a few names and refuses all others.
 """
 
 from __future__ import annotations
@@ -33,10 +33,6 @@ _STORAGES: dict[str, Any] = {
 }
 
 
-class _Refused(Exception):
-    """The pickle asks for something other than a tensor."""
-
-
 def read_torch(path: Path) -> Any:
     """Returns the tree in a file of torch.save (its zip form, which may be gzipped) with tensors as numpy arrays.
 
@@ -53,37 +49,36 @@ def read_torch(path: Path) -> Any:
             prefix = pickled.removesuffix("data.pkl")
             if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
                 raise UserError(f"{path} was written on a big-endian machine, which this reader does not support.")
-            return _Unpickler(archive, prefix, archive.read(pickled)).load()
-    except _Refused as error:
-        raise UserError(
-            f"{path} asks for {error} to be called: reading it might run code, so jeagle does not read it. It may "
-            "contain only tensors, numbers, strings, dicts and lists."
-        ) from error
+            return _Unpickler(path, archive, prefix, archive.read(pickled)).load()
     except (OSError, EOFError, LookupError, StopIteration, ValueError, zipfile.BadZipFile, pickle.PickleError) as error:
         raise UserError(f"{path} is not a complete file of torch.save ({type(error).__name__}: {error}).") from error
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, archive: zipfile.ZipFile, prefix: str, data: bytes):
+    def __init__(self, path: Path, archive: zipfile.ZipFile, prefix: str, data: bytes):
         super().__init__(io.BytesIO(data))
-        self._archive, self._prefix = archive, prefix
+        self._path, self._archive, self._prefix = path, archive, prefix
         self._loaded: dict[str, np.ndarray] = {}
+
+    def _refusal(self, name: str) -> UserError:
+        return UserError(
+            f"{self._path} asks for {name} to be called: reading it might run code, so jeagle does not read it. It may "
+            "contain only tensors, numbers, strings, dicts and lists."
+        )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+            return _tensor if name == "_rebuild_tensor_v2" else lambda tensor, *_: tensor
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return np.dtype(_STORAGES[name])  # in the place of the storage class
-        raise _Refused(f"{module}.{name}")
+        raise self._refusal(f"{module}.{name}")
 
     def persistent_load(self, key: Any) -> np.ndarray:
         kind, storage, name, _, count = key
         if kind != "storage" or not isinstance(storage, np.dtype):
-            raise _Refused(str(kind))
+            raise self._refusal(str(kind))
         if name not in self._loaded:
             data = self._archive.read(f"{self._prefix}data/{name}")
             self._loaded[name] = np.frombuffer(data, storage)[:count]

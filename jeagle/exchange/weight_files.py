@@ -4,42 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes  # noqa: F401  lets safetensors return bfloat16 arrays
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jeagle.errors import UserError
-from jeagle.exchange.draft_tensors import D2T, T2D, canonical_tensor_name
+from jeagle.exchange.draft_tensors import D2T, T2D, LazyArray, canonical_tensor_name
 from jeagle.exchange.torch_pickle import read_torch
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COMPUTED = "rotary_emb.inv_freq"  # follows from config.json
 
 
-class StoredTensor(NamedTuple):
-    """A tensor in a file.
-
-    Attributes:
-      shape: in torch's orientation.
-      read: returns the array for `...`, or those of its rows that a slice selects.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[Any], np.ndarray]
-
-
-def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Returns every tensor of a folder by its canonical name.
+def open_tensors(folder: Path) -> dict[str, LazyArray]:
+    """Returns every tensor of a folder, in torch's orientation, by its canonical name.
 
     Raises:
       UserError: for a folder without weights, a truncated or damaged file, a pickle that would run code, two tensors of
         the same name, or a type that no draft is stored in.
     """
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, LazyArray] = {}
     for path in _weight_files(folder):
         reader = _safetensors if path.suffix == ".safetensors" else _torch
         for torch_name, dtype, tensor in reader(path):
@@ -54,21 +41,20 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _safetensors(path: Path) -> Iterator[tuple[str, str, StoredTensor]]:
+def _safetensors(path: Path) -> Iterator[tuple[str, str, LazyArray]]:
+    def read(name: str, index: Any) -> np.ndarray:
+        with _opened(path) as file:
+            if index is ...:
+                return file.get_tensor(name)
+            view = file.get_slice(name)
+            return view[slice(*index.indices(view.get_shape()[0]))]  # unlike numpy, it refuses an end beyond the array
+
     with _opened(path) as file:
         for name in sorted(file.keys()):
             view = file.get_slice(name)
             dtype = view.get_dtype()
             dtype = _FLOATS.get(dtype, dtype.replace("I", "int") if dtype.startswith("I") else dtype)
-            yield name, dtype, StoredTensor(tuple(view.get_shape()), functools.partial(_read, path, name))
-
-
-def _read(path: Path, name: str, index: Any) -> np.ndarray:
-    with _opened(path) as file:
-        if index is ...:
-            return file.get_tensor(name)
-        view = file.get_slice(name)
-        return view[slice(*index.indices(view.get_shape()[0]))]  # unlike numpy, it refuses an end beyond the array
+            yield name, dtype, LazyArray(tuple(view.get_shape()), functools.partial(read, name))
 
 
 @contextlib.contextmanager
@@ -80,13 +66,13 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} cannot be read: {error}. Was the copy of the file complete?") from error
 
 
-def _torch(path: Path) -> Iterator[tuple[str, str, StoredTensor]]:
+def _torch(path: Path) -> Iterator[tuple[str, str, LazyArray]]:
     tree = read_torch(path)
     tree = tree["state_dict"] if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict) else tree
     if not isinstance(tree, dict) or not all(isinstance(array, np.ndarray) for array in tree.values()):
         raise UserError(f"{path} does not contain a dict of tensors, as torch.save writes it of a model's state.")
     for name, array in tree.items():
-        yield str(name), array.dtype.name, StoredTensor(array.shape, array.__getitem__)
+        yield str(name), array.dtype.name, LazyArray(array.shape, array.__getitem__)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -95,10 +81,10 @@ def _weight_files(folder: Path) -> list[Path]:
         if files := sorted(folder.glob(pattern)):
             count = files[0].stem.rpartition("-of-")[2]
             if count.isdigit() and len(files) != int(count):
-                raise UserError(f"{folder} holds {len(files)} of {int(count)} parts: copy the missing ones too.")
+                raise UserError(f"{folder} contains {len(files)} of {int(count)} parts: copy the missing ones too.")
             return files
     others = sorted(p for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
     if len(others) == 1:
         return others
-    hint = f": it holds {', '.join(p.name for p in others)}; rename the right one" if others else ""
-    raise UserError(f"{folder} holds no model.safetensors and no pytorch_model.bin{hint}.")
+    hint = f": it contains {', '.join(p.name for p in others)}; rename the right one" if others else ""
+    raise UserError(f"{folder} contains no model.safetensors and no pytorch_model.bin{hint}.")

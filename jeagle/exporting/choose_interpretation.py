@@ -22,15 +22,6 @@ _CLEAR_LEAD = 2.0  # standard errors between the best interpretation and the nex
 _HARDLY_ACCEPTED = 1.1  # a draft for another target, or a wrong interpretation, has a shorter acceptance length
 
 
-class MeasureSettings(NamedTuple):
-    """How the interpretations are measured. `prompts` is a file, or None for the run's own prompts."""
-
-    prompts: Path | None
-    max_prompts: int
-    max_new_tokens: int
-    draft_tokens: int
-
-
 class MeasuredInterpretation(NamedTuple):
     """An interpretation and its acceptance.
 
@@ -46,19 +37,21 @@ class MeasuredInterpretation(NamedTuple):
 
 def choose_interpretation(
     config: RunConfig,
-    settings: MeasureSettings,
     folder: Path,
     interpretations: Sequence[Interpretation],
     params: dict[str, np.ndarray],
     *,
     step: int,
+    prompts: Path | None,
 ) -> tuple[DraftSpec, list[str]]:
     """Chooses the interpretation whose draft has the longest acceptance, and writes its metrics into the run's folder.
 
     Args:
+      config: of the run; its `bench` says how many prompts are decoded, and how many tokens are drafted and generated.
       folder: of the run, with its tables and its draft.json.
       params: the draft's parameters by name, float32.
       step: of the run's checkpoint, for the metrics.
+      prompts: a file, or None for the run's own prompts.
 
     Returns:
       (the chosen spec, lines for the user: the table of all interpretations, and how clear the choice is).
@@ -67,14 +60,14 @@ def choose_interpretation(
     measured = []
     with Progress(len(interpretations), "interpretations", "measure") as progress:
         for number, interpretation in enumerate(interpretations, 1):
-            measured.append(_measure(config, settings, folder, interpretation, params, target))
+            measured.append(_measure(config, folder, interpretation, params, target, prompts))
             progress.update(number)
     ranked = sorted(measured, key=lambda m: -m.counters["acceptance_length"])
     best = ranked[0]
-    metrics = best.counters | {"prompts_measured": len(best.rounds), "draft_tokens": settings.draft_tokens}
-    metrics |= {"step": step, "max_new_tokens": settings.max_new_tokens, "dtype": "float32", "temperature": 0}
+    metrics = best.counters | {"prompts_measured": len(best.rounds), "draft_tokens": config.bench.draft_tokens}
+    metrics |= {"step": step, "max_new_tokens": config.bench.max_new_tokens, "dtype": "float32", "temperature": 0}
     (folder / MEASURED_FILE).write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
-    lines = [*_table(measured), *_verdict(ranked)]
+    lines = _report(measured, ranked)
     spec, own = best.interpretation.spec, folder / EMBEDDING_FILE
     if spec.width == spec.target_width and own.is_file():
         target_embed_VW = target.target.model().embed_tokens[...]
@@ -85,40 +78,36 @@ def choose_interpretation(
 
 def _measure(
     config: RunConfig,
-    settings: MeasureSettings,
     folder: Path,
     interpretation: Interpretation,
     params: dict[str, np.ndarray],
     target: assemble.LoadedTarget,
+    prompts: Path | None,
 ) -> MeasuredInterpretation:
     bench = acceptance.open_bench(config, interpretation.spec, folder, params, loaded=target)
-    prompts = acceptance.prompt_ids(bench, config, folder, settings.prompts, settings.max_prompts)
+    ids = acceptance.prompt_ids(bench, config, folder, prompts, config.bench.max_prompts)
     decoded = decoding.decode_speculative(
         bench.models,
         bench.weights,
-        prompts,
-        draft_tokens=settings.draft_tokens,
-        max_new_tokens=settings.max_new_tokens,
+        ids,
+        draft_tokens=config.bench.draft_tokens,
+        max_new_tokens=config.bench.max_new_tokens,
         end_token_ids=target.end_token_ids,
-        batch=min(len(prompts), 16),
+        batch=min(len(ids), config.bench.batch),
     )
-    rounds = [list(answer.rounds) for answer in decoded]
-    return MeasuredInterpretation(interpretation, rounds, decoding.acceptance_counters(decoded, settings.draft_tokens))
+    counters = decoding.acceptance_counters(decoded, config.bench.draft_tokens)
+    return MeasuredInterpretation(interpretation, [list(answer.rounds) for answer in decoded], counters)
 
 
-def _table(measured: list[MeasuredInterpretation]) -> list[str]:
-    labels = [m.interpretation.describe() for m in measured]
-    width = max(len(text) for text in [*labels, "interpretation"])
+def _report(measured: list[MeasuredInterpretation], ranked: list[MeasuredInterpretation]) -> list[str]:
+    """Returns the table, which interpretation is chosen, and how certain the choice is."""
+    width = max(len(text) for text in [*(m.interpretation.describe() for m in measured), "interpretation"])
     lines = [f"{'interpretation':<{width}}  acceptance length  by position"]
-    for text, m in zip(labels, measured, strict=True):
+    for m in measured:
         by_position = " ".join(f"{share:.3f}" for share in m.counters["acceptance_by_position"])
-        lines.append(f"{text:<{width}}  {m.counters['acceptance_length']:<17.3f}  {by_position}")
-    return lines
-
-
-def _verdict(ranked: list[MeasuredInterpretation]) -> list[str]:
-    """Says which interpretation is chosen, and how certain the choice is."""
-    best, lines = ranked[0], []
+        length = m.counters["acceptance_length"]
+        lines.append(f"{m.interpretation.describe():<{width}}  {length:<17.3f}  {by_position}")
+    best = ranked[0]
     if best.counters["acceptance_length"] < _HARDLY_ACCEPTED:
         lines.append("warning: hardly any token is accepted in any interpretation: is this the draft's target?")
     if len(ranked) == 1:

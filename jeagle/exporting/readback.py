@@ -6,6 +6,7 @@ memory.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxtyping import Int
 from jeagle import exchange
 from jeagle.drafts import Eagle3, advance, empty_cache
 from jeagle.errors import UserError
-from jeagle.exchange.draft_tensors import Readable
+from jeagle.exchange.draft_tensors import LazyArray, Readable
 from jeagle.exporting.run_reader import CheckpointArray
 from jeagle.interfaces import DraftSpec, Tables
 from jeagle.runtime.host import aligned_empty, release_freed_memory
@@ -86,7 +87,14 @@ def _same_rows(ours: Readable | None, theirs: Readable | None, dtype: str) -> bo
 
 def _probe(spec: DraftSpec, params: Mapping[str, Readable], vocabulary: np.ndarray) -> np.ndarray:
     """Returns float32 logits [2, slots, D] of six slots on the target's features and six on the draft's own states."""
-    draft = _unread_draft(spec, params)
+    exchange.check_params(spec, params)
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Eagle3(spec, jnp.dtype("float32"), nnx.Rngs(0))))
+    unread = [
+        (path, leaf.replace(LazyArray(array.shape, functools.partial(_on_device, array))))
+        for path, leaf in nnx.to_flat_state(abstract)
+        for array in [params[".".join(map(str, path))]]
+    ]
+    draft = nnx.merge(graphdef, nnx.from_flat_state(unread))
     noise = np.random.Generator(np.random.PCG64(0))
     embed = jnp.asarray(noise.standard_normal((64, spec.width), np.float32))
     tables = Tables(embed, jnp.zeros((1, spec.target_width)), jnp.asarray(vocabulary))
@@ -105,22 +113,17 @@ def _probe(spec: DraftSpec, params: Mapping[str, Readable], vocabulary: np.ndarr
     return np.concatenate(logits, axis=-1)
 
 
-class _DeviceParameter:
-    """A parameter that `parameter[...]` reads from its file onto the device.
+def _on_device(array: Readable, index: Any) -> Any:
+    """Reads a parameter from its file onto the device.
 
     JAX's CPU backend uses an aligned array without a copy, so that the largest matrix is in memory only once.
     """
-
-    def __init__(self, array: Readable):
-        self._array, self.shape = array, array.shape
-
-    def __getitem__(self, index: Any) -> Any:
-        _release(self.shape)
-        if not isinstance(self._array, CheckpointArray):
-            return jax.device_put(self._array[index])
-        out = aligned_empty(self.shape, np.float32)
-        self._array.read_into(out)
-        return jax.device_put(out[index])
+    _release(array.shape)
+    if not isinstance(array, CheckpointArray):
+        return jax.device_put(array[index])
+    out = aligned_empty(array.shape, np.float32)
+    array.read_into(out)
+    return jax.device_put(out[index])
 
 
 def _release(shape: tuple[int, ...]) -> None:
@@ -128,14 +131,3 @@ def _release(shape: tuple[int, ...]) -> None:
     if np.prod(shape) >= _LARGE:
         gc.collect()
         release_freed_memory()
-
-
-def _unread_draft(spec: DraftSpec, params: Mapping[str, Readable]) -> Eagle3:
-    """Returns a draft whose forward pass reads each parameter when it needs it, and drops it afterwards."""
-    exchange.check_params(spec, params)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Eagle3(spec, jnp.dtype("float32"), nnx.Rngs(0))))
-    leaves = [
-        (path, leaf.replace(_DeviceParameter(params[".".join(map(str, path))])))
-        for path, leaf in nnx.to_flat_state(abstract)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves))

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int, Shaped
 from jeagle import drafts, features
 from jeagle.config import RunConfig, from_json
 from jeagle.errors import UserError
+from jeagle.exchange.draft_tensors import LazyArray
 from jeagle.interfaces import DraftSpec
 from jeagle.run import assemble
 from jeagle.run.draft_init import EMBEDDING_FILE, HELD_OUT, held_out_scores
@@ -37,11 +38,8 @@ _SMALL_FILES = (
 )
 """The files that are read besides the checkpoints."""
 ACCEPTANCE_METRICS = (
-    "acceptance_length",
-    "acceptance_by_position",
-    "prompts_measured",
-    "draft_tokens",
-    "max_new_tokens",
+    *("acceptance_length", "acceptance_by_position"),
+    *("prompts_measured", "draft_tokens", "max_new_tokens"),
 )
 """The measured values that the model card shows."""
 _TENSORSTORE_ERRORS = (ValueError, RuntimeError, OSError)
@@ -94,11 +92,6 @@ class CheckpointArray:
             return ts.open(self._spec, open=True).result()
         except _TENSORSTORE_ERRORS as error:
             raise _damaged(self._where, error) from error
-
-
-def local_store(folder: Path) -> KvStore:
-    """Returns the tensorstore of a folder on this machine."""
-    return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
 def open_checkpoint(
@@ -173,18 +166,15 @@ class RunDraft(NamedTuple):
     def acceptance(self) -> dict[str, Any] | None:
         """What the run's report or `jeagle.bench --out RUN/bench.json` has measured at this step; None without it."""
         measured = _read_json(self.folder / MEASURED_FILE)
-        if measured is None or measured.get("step") != self.step:
-            report, stage = (
-                _read_json(self.folder / "report.json"),
-                _read_json(self.folder / "stages/measure_after.json"),
-            )
-            measured = (stage or {}).get("result") or {} if report and report.get("steps") == self.step else {}
+        if measured.get("step") != self.step:
+            reported = _read_json(self.folder / "report.json").get("steps") == self.step
+            measured = _read_json(self.folder / "stages/measure_after.json").get("result") or {} if reported else {}
         return {name: measured[name] for name in ACCEPTANCE_METRICS if name in measured} or None
 
     @property
     def data(self) -> dict[str, Any] | None:
         """What the draft was trained on, from the data's manifest; None for an imported draft."""
-        manifest = _read_json(self.folder / "data" / "manifest.json") or {}
+        manifest = _read_json(self.folder / "data" / "manifest.json")
         made_from, train = manifest.get("made_from", {}), manifest.get("statistics", {}).get("train")
         if not train:
             return None
@@ -203,7 +193,13 @@ def open_run_draft(checkpoint: str | Path, step: int | str) -> Iterator[RunDraft
     Raises:
       UserError: where there is no run or no such step, or its files do not belong together.
     """
-    with _files(str(checkpoint)) as (folder, checkpoints, where):
+    with tempfile.TemporaryDirectory(prefix="jeagle-") as temporary:
+        if "://" in str(checkpoint):
+            storage, folder, where = features.Storage(checkpoint), Path(temporary), str(checkpoint)
+            _copy_small_files(storage, folder)
+        else:
+            folder = assemble.run_folder(checkpoint)
+            storage, where = features.Storage(folder), str(folder)
         try:
             config = from_json(json.loads((folder / "config.json").read_text("utf-8")))
             spec = assemble.described_draft(folder, where=where)
@@ -211,44 +207,23 @@ def open_run_draft(checkpoint: str | Path, step: int | str) -> Iterator[RunDraft
             embed_VW = np.load(own, mmap_mode="r") if own.is_file() else None
         except (ValueError, KeyError, OSError, EOFError) as error:
             raise UserError(f"{where} is damaged ({str(error).splitlines()[0]}): copy the run again.") from error
-        scores = held_out_scores(folder)
+        checkpoints, scores = storage.kvstore("checkpoints/"), held_out_scores(folder)
         chosen, arrays = open_checkpoint(checkpoints, step, where=f"{where}/checkpoints", scores=scores)
         vocabulary = assemble.trained_vocabulary(folder)
         yield RunDraft(folder, config, chosen, spec, _draft_params(arrays), vocabulary, embed_VW)
 
 
-@contextlib.contextmanager
-def _files(checkpoint: str) -> Iterator[tuple[Path, KvStore, str]]:
-    """Yields (folder of the small files, store of the checkpoints, the run's name in error messages)."""
-    if "://" not in checkpoint:
-        folder = assemble.run_folder(checkpoint)
-        yield folder, local_store(folder / "checkpoints"), str(folder)
-        return
-    place = features.Storage(checkpoint)
-    with tempfile.TemporaryDirectory(prefix="jeagle-") as temporary:
-        folder = Path(temporary)
-        for name in _SMALL_FILES:
-            try:
-                data = place.read(name)
-            except _TENSORSTORE_ERRORS as error:
-                raise UserError(f"{checkpoint}/{name} cannot be read: {str(error).splitlines()[0]}.") from error
-            if data is not None:
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_bytes(data)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{checkpoint} is not a run, it has no config.json: give the copy of a folder runs/NAME.")
-        yield folder, place.kvstore("checkpoints/"), checkpoint
-
-
-class _ComputedParameter:
-    """A parameter that is computed from several arrays of a checkpoint (adapters, an averaged iterate)."""
-
-    def __init__(self, name: str, arrays: Mapping[str, CheckpointArray], shape: tuple[int, ...]):
-        self._name, self._arrays, self.shape = name, arrays, shape
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        tree = served_params({path: array[...] for path, array in self._arrays.items()})
-        return np.asarray(drafts.merge_adapters(tree)[self._name])[index]
+def _copy_small_files(storage: features.Storage, folder: Path) -> None:
+    for name in _SMALL_FILES:
+        try:
+            data = storage.read(name)
+        except _TENSORSTORE_ERRORS as error:
+            raise UserError(f"{storage}/{name} cannot be read: {str(error).splitlines()[0]}.") from error
+        if data is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{storage} is not a run, it has no config.json: give the copy of a folder runs/NAME.")
 
 
 def _draft_params(arrays: Mapping[str, CheckpointArray]) -> dict[str, Any]:
@@ -262,13 +237,20 @@ def _draft_params(arrays: Mapping[str, CheckpointArray]) -> dict[str, Any]:
         if len(paths) == 1:
             params[name] = arrays[paths[0]]
         else:
-            params[name] = _ComputedParameter(name, {path: arrays[path] for path in paths}, arrays[paths[0]].shape)
+            # It is computed from several arrays: adapters, or an averaged iterate.
+            params[name] = LazyArray(arrays[paths[0]].shape, functools.partial(_computed, name, arrays, paths))
     return params
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _computed(name: str, arrays: Mapping[str, CheckpointArray], paths: list[str], index: Any) -> np.ndarray:
+    tree = served_params({path: arrays[path][...] for path in paths})
+    return np.asarray(drafts.merge_adapters(tree)[name])[index]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
     try:
         tree = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return tree if isinstance(tree, dict) else None
+        return {}
+    return tree if isinstance(tree, dict) else {}

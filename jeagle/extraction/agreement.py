@@ -24,16 +24,18 @@ from jeagle.targets import TargetFiles, TargetSpec
 # The limits, by the type that the store has.
 _LEAST_ARGMAX = {"bfloat16": 0.99, "float32": 0.99, "fp8": 0.85, "int8": 0.9}  # share of equal argmaxes
 _MOST_AUX_ERROR = {"bfloat16": 0.02, "float32": 0.02, "fp8": 0.1, "int8": 0.1}  # relative
+_SAMPLED = 64  # positions at which a store is checked against itself
 _MOST_MOVED = 0.05  # probability mass of a truncated teacher that may lie on other tokens than the target's
 
 
 def check_stores(
-    config: RunConfig, stores: features.StoreSet, mesh: Mesh, loaded: assemble.LoadedTarget | None = None
+    config: RunConfig, stores: features.StoreSet, mesh: Mesh, loaded: assemble.LoadedTarget | None, *, compare: bool
 ) -> None:
     """Checks each store against itself and, where the target's weights are on this machine, against the target.
 
     Args:
       loaded: the target, where it is in memory already.
+      compare: whether to compare with the target at all.
 
     Raises:
       UserError: for a store that contradicts itself or the target.
@@ -46,19 +48,17 @@ def check_stores(
         share = check_stored_argmax(store, stored_tables(store, np.arange(spec.vocab), mesh), spec.logits)
         what = "the likeliest stored tokens are" if store.format.top_k else "stored states give"
         line = f"features: {store}: {what} the stored argmax at {share:.1%} of sampled positions"
-        if config.store.check_rows and (loaded or local_target_files(config.target.ref)) and store.present("train"):
-            line += f"; {_comparison(config, store, mesh, loaded)}"
+        if compare and config.store.check_rows and store.present("train"):
+            try:
+                if loaded is None and local_target_files(config.target.ref):
+                    loaded = assemble.load_target(config, mesh)
+            except UserError as error:
+                line += f"; it was not compared with the target ({error})"
+            if loaded is not None:
+                agreement = compare_with_target(store, "train", config.store.check_rows, loaded.target, mesh)
+                line += f"; the target's argmax is the stored one at {agreement.argmax:.1%} of {agreement.positions}"
         if distributed.is_leader():
             print(line, flush=True)
-
-
-def _comparison(config: RunConfig, store: features.Store, mesh: Mesh, loaded: assemble.LoadedTarget | None) -> str:
-    try:
-        loaded = loaded or assemble.load_target(config, mesh)
-    except UserError as error:
-        return f"it was not compared with the target ({error})"
-    agreement = compare_with_target(store, "train", config.store.check_rows, loaded.target, mesh)
-    return f"the target's argmax is the stored one at {agreement.argmax:.1%} of {agreement.positions}"
 
 
 def evenly_spaced(numbers: list[int], count: int) -> list[int]:
@@ -164,13 +164,12 @@ def _moved_mass(stored: Any, computed: Any, near_BT: np.ndarray) -> float:
         (np.asarray(x.ids_BTP)[near_BT], np.exp(np.asarray(x.log_probs_BTP, np.float32)[near_BT]))
         for x in (stored, computed)
     )
-    probs_V = np.zeros(max(ids.max(), target_ids.max()) + 1, np.float32)
-    moved = np.zeros(len(ids))
+    moved, probs_V = [], np.zeros(max(ids.max(), target_ids.max()) + 1, np.float32)
     for n in range(len(ids)):
         probs_V[target_ids[n]] = target_probs[n]
-        moved[n] = np.maximum(probs[n] - probs_V[ids[n]], 0.0).sum()
+        moved.append(np.maximum(probs[n] - probs_V[ids[n]], 0.0).sum())
         probs_V[target_ids[n]] = 0.0
-    return float(moved.mean())
+    return float(np.mean(moved))
 
 
 def check_agreement(agreement: Agreement, store: str, kind: str) -> None:
@@ -194,7 +193,7 @@ def check_agreement(agreement: Agreement, store: str, kind: str) -> None:
         )
 
 
-def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShape, positions: int = 64) -> float:
+def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShape) -> float:
     """The share of positions at which the stored last hidden state, put through the stored head, has the stored argmax.
 
     This shows, without the target, a hidden state that was taken before the final norm or after another layer. Of a
@@ -202,7 +201,6 @@ def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShap
 
     Args:
       tables: with the target's whole vocabulary.
-      positions: how many are sampled.
 
     Raises:
       UserError: for a share that is too low for the type of the teacher.
@@ -214,7 +212,7 @@ def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShap
     near = np.argwhere(align.near_supervised(batch, xp=np))
     if not len(near):
         return 1.0  # rows without any supervised token
-    near = near[np.unique(np.linspace(0, len(near) - 1, positions).astype(int))]
+    near = near[np.unique(np.linspace(0, len(near) - 1, _SAMPLED).astype(int))]
     teacher, greedy = jax.tree.map(lambda x: np.asarray(x)[near[:, 0], near[:, 1]], (stored.teacher, stored.greedy_BT))
     if isinstance(teacher, TopK):
         mass = np.exp(teacher.log_probs_BTP).sum(axis=-1) + teacher.rest_BT

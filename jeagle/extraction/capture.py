@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,8 @@ from jeagle.targets import Target
 _EXACT = features.StoreFormat()
 
 
-class Captured(NamedTuple):
-    """Stored features of some rows, and whether those of each row are finite."""
-
-    stored: features.StoredFeatures
-    finite_B: Bool[Array, " B"]
+Finish = Callable[[], features.StoredFeatures]
+"""Waits for features whose computation has begun, and returns those of this process's rows, on the host."""
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "aux_layers", "width", "form", "mesh"))
@@ -38,13 +36,14 @@ def _captured(
     width: int,
     form: features.StoreFormat,
     mesh: Mesh,
-) -> Captured:
+) -> tuple[features.StoredFeatures, Bool[Array, " B"]]:
+    """Stored features of rows, and whether those of each row are finite."""
     model = nnx.merge(graphdef, state)
     computed = targets.features(model, batch, aux_layers, align.near_supervised(batch), width, form.top_k)
     real_BT = batch.segments_BT > 0
     teacher = computed.teacher.log_probs_BTP if isinstance(computed.teacher, TopK) else computed.teacher
     finite_BT = jnp.isfinite(computed.aux_BTAH).all(axis=(2, 3)) & jnp.isfinite(teacher).all(axis=2)
-    captured = Captured(features.encode_features(computed, form, channels), (finite_BT | ~real_BT).all(axis=1))
+    captured = features.encode_features(computed, form, channels), (finite_BT | ~real_BT).all(axis=1)
     # Each process reads its own rows, and only those, from its own devices.
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, row_sharding(mesh)), captured)
 
@@ -69,35 +68,33 @@ class Capture:
         form: features.StoreFormat = _EXACT,
         channels: dict[str, np.ndarray] | None = None,
     ):
-        self._target, self._aux_layers, self._mesh, self._width, self._form = target, aux_layers, mesh, width, form
-        self._channels: dict[str, Any] = unit_channels(len(aux_layers), target.spec.width) | (channels or {})
+        scales = unit_channels(len(aux_layers), target.spec.width) | (channels or {})
+        settings = {"channels": scales, "aux_layers": aux_layers, "width": width, "form": form, "mesh": mesh}
+        self._compute, self._mesh = functools.partial(_captured, target.graphdef, target.state, **settings), mesh
 
-    def begin(self, rows: Batch) -> Captured:
-        """Begins to compute the features of the global batch, whose rows of this process are given."""
+    def begin(self, rows: Batch) -> Finish:
+        """Begins to compute the features of the global batch, whose rows of this process are given.
+
+        The function that it returns raises UserError for features that are not finite.
+        """
         sharding = row_sharding(self._mesh)
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
-        target, channels = self._target, self._channels
-        return _captured(
-            target.graphdef, target.state, batch, channels, self._aux_layers, self._width, self._form, self._mesh
-        )
+        captured = self._compute(batch)
 
-    def end(self, captured: Captured) -> features.StoredFeatures:
-        """Waits for what `begin` returned; this process's rows on the host.
+        def finish() -> features.StoredFeatures:
+            stored, finite_B = jax.tree.map(_own_rows, captured)
+            if not finite_B.all():
+                raise UserError(
+                    f"The target's hidden states of row {int(np.argmin(finite_B))} of a batch are not finite numbers: "
+                    "its weights are damaged, or their type is too narrow. Compare them with python -m jeagle.doctor "
+                    "--against transformers."
+                )
+            return stored
 
-        Raises:
-          UserError: for features that are not finite.
-        """
-        own = jax.tree.map(_own_rows, captured)
-        if not own.finite_B.all():
-            raise UserError(
-                f"The target's hidden states of row {int(np.argmin(own.finite_B))} of a batch are not finite numbers: "
-                "its weights are damaged, or their type is too narrow. Compare them with python -m jeagle.doctor "
-                "--against transformers."
-            )
-        return own.stored
+        return finish
 
     def __call__(self, rows: Batch) -> features.StoredFeatures:
-        return self.end(self.begin(rows))
+        return self.begin(rows)()
 
 
 def unit_channels(aux_layers: int, hidden: int) -> dict[str, np.ndarray]:

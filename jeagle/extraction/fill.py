@@ -12,38 +12,53 @@ from jax.experimental import multihost_utils
 from jeagle import features, targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
-from jeagle.extraction.capture import Capture
-from jeagle.extraction.plan import StorePlan, padded_rows, plan_store, store_format
+from jeagle.extraction.agreement import stored_target_spec
+from jeagle.extraction.capture import Capture, Finish
+from jeagle.extraction.plan import StorePlan, made_from, padded_rows, plan_store, store_format
 from jeagle.interfaces import Batch
 from jeagle.run import assemble, dataset
 from jeagle.runtime import distributed
 from jeagle.runtime.progress import Progress
 
-Finish = Callable[[], features.StoredFeatures]
 Producer = Callable[[str, range, Batch], Finish]
 """(split, row numbers, these rows padded to a batch) -> a function that waits for their features, which are begun."""
 
 
-def extract(config: RunConfig, out: str) -> str:
-    """Fills the store at `out` with what the target computes of the run's rows; returns `out`.
+def extract(config: RunConfig, out: str, prepared: dataset.Prepared | None = None) -> bool:
+    """Fills the store at `out` with what the target computes of the run's rows.
+
+    Args:
+      prepared: of `dataset.prepare`, where the caller has prepared the rows already.
+
+    Returns:
+      Whether anything was missing; otherwise the target has not been loaded.
 
     Raises:
       UserError: for a store made from something else, or a disk that is full or too small.
     """
     form = store_format(config)
-    features.check_storage(features.Storage(out))
-    prepared, mesh = dataset.prepare(config), assemble.mesh_of(config)
+    prepared, mesh = prepared or dataset.prepare(config), assemble.mesh_of(config)
+    if not distributed.anywhere(not _is_filled(config, out, prepared)):
+        return False
     loaded = assemble.load_target(config, mesh)
-    aux_layers = targets.check_aux_layers(config.target.aux_layers, loaded.target.spec.layers)
-    plan = plan_store(config, out, loaded, prepared, aux_layers, mesh)
-    capture = Capture(loaded.target, aux_layers, mesh, width=plan.width, form=form, channels=plan.channels)
+    plan = plan_store(config, out, loaded, prepared, mesh)
+    capture = Capture(loaded.target, plan.aux_layers, mesh, width=plan.width, form=form, channels=plan.channels)
+    fill_store(config, plan, lambda split, numbers, batch: capture.begin(batch), label="extract")
+    return True
 
-    def produce(split: str, numbers: range, batch: Batch) -> Finish:
-        captured = capture.begin(batch)
-        return lambda: capture.end(captured)
 
-    fill_store(config, plan, produce, label="extract")
-    return out
+def _is_filled(config: RunConfig, out: str, prepared: dataset.Prepared) -> bool:
+    """Whether a finished store that fits the run lies there. What is wrong with another one, its writer says."""
+    try:
+        store, files = features.Store(out), targets.resolve(config.target.ref)
+        store.check_complete()
+        layers = stored_target_spec(store.about, config.target.family).layers
+        made = made_from(config, files, targets.check_aux_layers(config.target.aux_layers, layers), prepared)
+        features.check_fit(store.storage, made, store.about["made_from"], "")
+        features.check_fit(store.storage, store.about["made_from"], made, "")
+    except UserError:
+        return False
+    return True
 
 
 def fill_store(config: RunConfig, plan: StorePlan, produce: Producer, *, label: str) -> None:
@@ -61,12 +76,11 @@ def fill_store(config: RunConfig, plan: StorePlan, produce: Producer, *, label: 
     tokens = {u.name: int(plan.sizes[u.split].tokens[u.rows.start : u.rows.stop].sum()) for u in plan.units}
     done = sum(tokens.values()) - sum(tokens[unit.name] for unit in writer.pending(plan.units))
     chunk = min(max(config.data.row_length // 8, 16), 1024)
-    shown = distributed.is_leader()
     with (
-        Progress(sum(tokens.values()), "tokens", label, done=done, shown=shown) as progress,
+        Progress(sum(tokens.values()), "tokens", label, done=done, shown=distributed.is_leader()) as progress,
         ThreadPoolExecutor(1, "segments") as pool,
     ):
-        writing: Future | None = None
+        writing: Future = pool.submit(int)  # nothing yet
         for unit in _units_by_turns(writer, plan.units):
             parts = []
             for count, batch, finish in _batches_one_ahead(plan, unit, share, produce):
@@ -76,12 +90,10 @@ def fill_store(config: RunConfig, plan: StorePlan, produce: Producer, *, label: 
                     done += sum(parts[-1].lengths)
                 writer.claims.renew()
                 progress.update(done, written=f"{writer.bytes / 1e9:.2f} GB")
-            if writing is not None:
-                writing.result()
+            writing.result()
             if unit is not None:
                 writing = pool.submit(writer.commit, unit, features.joined_rows(parts), chunk)
-        if writing is not None:
-            writing.result()
+        writing.result()
     if distributed.is_leader():
         writer.finish()
 

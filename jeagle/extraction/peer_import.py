@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +44,31 @@ def import_peer_features(config: RunConfig, source: Path, out: str) -> None:
     aux_layers = targets.check_aux_layers(config.target.aux_layers, spec.layers)
     every_layer = tuple(range(spec.layers + 1))
     check_layers(peers, aux_layers, Capture(loaded.target, every_layer, mesh, width=config.data.row_length))
-    prepared, samples = _prepare(config, peers, source, loaded)
-    plan = plan_store(config, out, loaded, prepared, aux_layers, mesh)
+    samples = _pack_samples(config, peers)
+    prepared = _write_rows(config, peers, source, loaded, samples)
+    plan = plan_store(config, out, loaded, prepared, mesh)
     channels = unit_channels(len(aux_layers), spec.width) | plan.channels
 
+    @jax.jit
+    def encode(state: Any, aux_BTAH: jax.Array, last_BTH: jax.Array) -> features.StoredFeatures:
+        model = nnx.merge(loaded.target.graphdef, state)
+        last_BTH = last_BTH if peers.normed else model.final_norm(last_BTH)
+        distributions = targets.distributions(model, last_BTH, form.top_k)
+        teacher = last_BTH if distributions.top is None else distributions.top
+        computed = Features(aux_BTAH, teacher, distributions.greedy, distributions.lse.astype(jnp.float32))
+        return features.encode_features(computed, form, channels)
+
     def produce(split: str, numbers: range, batch: Batch) -> Finish:
-        aux_BTAH, last_BTH = _hidden_states(peers, [samples[split][n] for n in numbers], batch)
-        encoded = _encoded(
-            loaded.target.graphdef,
-            loaded.target.state,
-            aux_BTAH,
-            last_BTH,
-            normed=peers.normed,
-            form=form,
-            channels=channels,
-        )
+        read = [[peers.read(i) for i in samples[split][n]] for n in numbers]
+
+        def padded(name: str) -> np.ndarray:
+            rows = [np.concatenate([getattr(s, name)[: config.data.row_length] for s in row]) for row in read]
+            out_BTX = np.zeros((*batch.tokens_BT.shape, *rows[0].shape[1:]), np.float32)
+            for b, row in enumerate(rows):
+                out_BTX[b, : len(row)] = row
+            return out_BTX
+
+        encoded = encode(loaded.target.state, padded("aux"), padded("last"))
         return lambda: jax.tree.map(np.asarray, encoded)
 
     fill_store(config, plan, produce, label="import")
@@ -79,10 +87,19 @@ def check_layers(peers: PeerFeatures, aux_layers: tuple[int, ...], capture: Capt
         positions = np.tile(np.arange(len(sample.tokens), dtype=np.int32), (devices, 1))
         batch = Batch(tokens, np.ones_like(tokens), positions, np.tile(sample.supervised, (devices, 1)))
         own_TLH = np.asarray(capture(batch).aux.values[0], np.float32)
-        nearest = tuple(
-            _nearest_layer(own_TLH, sample.aux[:, a].astype(np.float32), path) for a in range(sample.aux.shape[1])
-        )
-        if nearest != aux_layers:
+        nearest = []
+        for states_TH in np.moveaxis(sample.aux, 1, 0).astype(np.float32):
+            norm_T1 = np.linalg.norm(states_TH, axis=-1)[:, None] + 1e-9
+            distance_L = np.median(np.linalg.norm(own_TLH - states_TH[:, None], axis=-1) / norm_T1, axis=0)
+            best = int(distance_L.argmin())
+            if not distance_L[best] <= _MOST_DISTANT:  # NaN is not
+                raise UserError(
+                    f"{path} contains hidden states of no layer of this target (the nearest, after {best} layers, "
+                    f"differs by {distance_L[best]:.0%}): give the target that they were made with, in the same "
+                    "weights."
+                )
+            nearest.append(best)
+        if tuple(nearest) != aux_layers:
             raise UserError(
                 f"{path} contains the target's hidden states after {', '.join(map(str, nearest))} layers, and this run "
                 f"asks for {', '.join(map(str, aux_layers))}: give --target.aux-layers {' '.join(map(str, nearest))} "
@@ -90,94 +107,44 @@ def check_layers(peers: PeerFeatures, aux_layers: tuple[int, ...], capture: Capt
             )
 
 
-def _nearest_layer(own_TLH: np.ndarray, states_TH: np.ndarray, path: Path) -> int:
-    """The number of layers after which the target has these hidden states. UserError where it never has."""
-    norm_T1 = np.linalg.norm(states_TH, axis=-1)[:, None] + 1e-9
-    distance_L = np.median(np.linalg.norm(own_TLH - states_TH[:, None], axis=-1) / norm_T1, axis=0)
-    best = int(distance_L.argmin())
-    if not distance_L[best] <= _MOST_DISTANT:  # NaN is not
-        raise UserError(
-            f"{path} contains hidden states of no layer of this target (the nearest, after {best} layers, differs by "
-            f"{distance_L[best]:.0%}): give the target that they were made with, in the same weights."
-        )
-    return best
-
-
-def _prepare(
-    config: RunConfig, peers: PeerFeatures, source: Path, loaded: assemble.LoadedTarget
-) -> tuple[dataset.Prepared, dict[str, SamplesOfRows]]:
-    """Writes the rows that the samples make, in their order, into the run's folder, with as many in a row as fit."""
+def _pack_samples(config: RunConfig, peers: PeerFeatures) -> dict[str, SamplesOfRows]:
+    """The numbers of the samples in each row of each split, in their order, with as many in a row as fit."""
     length, count = config.data.row_length, len(peers.files)
-    lengths = [min(len(peers.read(i).tokens), length) for i in range(count)]
     first_held_out = count - round(config.data.held_out * count)
-    samples = {
-        "train": _packed(lengths, range(first_held_out), length),
-        "held_out": _packed(lengths, range(first_held_out, count), length),
-    }
+    samples: dict[str, SamplesOfRows] = {}
+    for split, numbers in (("train", range(first_held_out)), ("held_out", range(first_held_out, count))):
+        samples[split], free = [], 0
+        for number in numbers:
+            needed = min(len(peers.read(number).tokens), length)
+            if needed > free:
+                samples[split].append([])
+                free = length
+            samples[split][-1].append(number)
+            free -= needed
+    return samples
+
+
+def _write_rows(
+    config: RunConfig,
+    peers: PeerFeatures,
+    source: Path,
+    loaded: assemble.LoadedTarget,
+    samples: dict[str, SamplesOfRows],
+) -> dataset.Prepared:
+    """Writes the rows that the samples make into the run's folder."""
+    length, statistics = config.data.row_length, {}
     files = [(str(f.relative_to(source)), f.stat().st_size) for f in peers.files]
     made = dataset.made_from(config, loaded.tokenizer, targets.open_weights(loaded.files).config, [])
     made["source"] = fingerprint([peers.format, files])
+
+    def row(numbers: list[int]) -> Batch:
+        read = [peers.read(i) for i in numbers]
+        return data.rows_of([[data.Rendered(s.tokens[:length], s.supervised[:length]) for s in read]], length)
+
     with new_rows(config) as aside:
-        statistics: dict[str, Any] = {}
         for split, rows in samples.items():
-            counts = np.zeros(made["target_vocab"], np.int64)
-            with data.RowWriter(aside / split, length) as writer:
-                for row in rows:
-                    read = [peers.read(i) for i in row]
-                    documents = [data.Rendered(s.tokens[:length], s.supervised[:length]) for s in read]
-                    batch = data.rows_of([documents], length)
-                    counts += data.count_supervised(batch, len(counts))
-                    writer.write(batch)
-            np.save(aside / split / "counts.npy", counts)
-            statistics[split] = {"rows": len(rows), "supervised_tokens": int(counts.sum())}
+            statistics[split] = dataset.write_split(aside / split, map(row, rows), length, made["target_vocab"])
         loaded.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))
         (aside / "held_out.jsonl").write_text("")
         dataset.write_rows_manifest(aside, config, made, statistics)
-    return dataset.Prepared(config.folder / "data", config.folder / "tables", statistics), samples
-
-
-def _packed(lengths: list[int], numbers: range, length: int) -> SamplesOfRows:
-    """The numbers of the samples in each row, in order."""
-    rows: SamplesOfRows = []
-    free = 0
-    for number in numbers:
-        if lengths[number] > free:
-            rows.append([])
-            free = length
-        rows[-1].append(number)
-        free -= lengths[number]
-    return rows
-
-
-def _hidden_states(peers: PeerFeatures, rows: SamplesOfRows, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """The rows' aux hidden states [B, T, A, H] and last hidden states [B, T, H], float32, zero on padding."""
-    size, length = batch.tokens_BT.shape
-    read = [[peers.read(i) for i in row] for row in rows]
-    aux_BTAH = np.zeros((size, length, *read[0][0].aux.shape[1:]), np.float32)
-    last_BTH = np.zeros((size, length, *read[0][0].last.shape[1:]), np.float32)
-    for b, samples in enumerate(read):
-        starts = itertools.accumulate([min(len(s.tokens), length) for s in samples], initial=0)
-        for start, sample in zip(starts, samples, strict=False):
-            count = min(len(sample.tokens), length)
-            here = slice(start, start + count)
-            aux_BTAH[b, here], last_BTH[b, here] = sample.aux[:count], sample.last[:count]
-    return aux_BTAH, last_BTH
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "normed", "form"))
-def _encoded(
-    graphdef: Any,
-    state: Any,
-    aux_BTAH: jax.Array,
-    last_BTH: jax.Array,
-    *,
-    normed: bool,
-    form: features.StoreFormat,
-    channels: Any,
-) -> features.StoredFeatures:
-    model = nnx.merge(graphdef, state)
-    last_BTH = last_BTH if normed else model.final_norm(last_BTH)
-    distributions = targets.distributions(model, last_BTH, form.top_k)
-    teacher = last_BTH if distributions.top is None else distributions.top
-    computed = Features(aux_BTAH, teacher, distributions.greedy, distributions.lse.astype(jnp.float32))
-    return features.encode_features(computed, form, channels)
+    return dataset.Prepared(config.folder / "data", config.folder / "tables", statistics)

@@ -46,7 +46,6 @@ class StorePlan(NamedTuple):
       rows: all rows of each split.
       sizes: the sizes of these rows.
       aux_layers: the layer boundaries whose hidden states are stored.
-      form: the format of the store.
       width: the most positions of a row whose teacher is stored, a multiple of 16.
       channels: the scales of channels, as the store's tables have them.
     """
@@ -56,41 +55,70 @@ class StorePlan(NamedTuple):
     rows: dict[str, Batch]
     sizes: dict[str, RowSizes]
     aux_layers: tuple[int, ...]
-    form: features.StoreFormat
     width: int
     channels: dict[str, np.ndarray]
 
 
 def plan_store(
-    config: RunConfig,
-    out: str,
-    loaded: assemble.LoadedTarget,
-    prepared: dataset.Prepared,
-    aux_layers: tuple[int, ...],
-    mesh: Mesh,
+    config: RunConfig, out: str, loaded: assemble.LoadedTarget, prepared: dataset.Prepared, mesh: Mesh
 ) -> StorePlan:
     """Begins the store at `out`, or opens it to go on with it, and writes what belongs to no row.
 
     Raises:
-      UserError: for a store that was made from something else, or a disk without room for what is missing.
+      UserError: for a store that was made from something else, a disk without room for what is missing, or more of the
+        likeliest tokens than the target has tokens.
     """
-    form, hidden, length = store_format(config), loaded.target.spec.width, config.data.row_length
+    form, spec = store_format(config), loaded.target.spec
+    if form.top_k > spec.vocab:
+        raise UserError(f"--store.top-k {form.top_k} is more than the target's {spec.vocab} tokens.")
+    aux_layers = targets.check_aux_layers(config.target.aux_layers, spec.layers)
     rows = {split: data.load_rows(prepared.data / split) for split in features.SPLITS}
     sizes = {split: row_sizes(batch) for split, batch in rows.items()}
-    storage = features.Storage(out)
-    writer = features.Writer(storage, _about(config, loaded, prepared, sizes, aux_layers, form))
-    units = features.work_units(
-        {split: len(s.tokens) for split, s in sizes.items()}, writer.about["layout"]["rows_per_segment"]
-    )
-    _check_space(storage, writer.pending(units), sizes, hidden, len(aux_layers), form)
+    bare, whole = (features.bytes_per_token(spec.width, len(aux_layers), form, share) for share in (0.0, 1.0))
+    bytes_of_rows = {split: s.tokens * bare + s.teachers * (whole - bare) for split, s in sizes.items()}
+    every, batch = np.concatenate(list(bytes_of_rows.values())), config.train.batch_rows
+    mean = max(every.sum() / max(len(every), 1), 1.0)
+    rows_each = max(round(config.store.segment_mb * 2**20 / mean) // batch, 1) * batch
+    about = {
+        "made_from": made_from(config, loaded.files, aux_layers, prepared),
+        "layout": {"rows_per_segment": rows_each, "row_length": config.data.row_length, "hidden": spec.width},
+        "splits": {
+            split: {"rows": len(s.tokens), "tokens": int(s.tokens.sum()), "kept": int(s.teachers.sum())}
+            for split, s in sizes.items()
+        },
+        "tokens": sum(int(s.tokens.sum()) for s in sizes.values()),
+        "target_config": targets.open_weights(loaded.files).config,
+        "versions": {"jeagle": jeagle.__version__}
+        | {name: version(name) for name in ("jax", "tensorstore", "numpy", "ml_dtypes")},
+        "command": shlex.join(["python", "-m", "jeagle.extract", *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    writer = features.Writer(features.Storage(out), about)
+    counts, rows_each = {split: len(s.tokens) for split, s in sizes.items()}, writer.about["layout"]["rows_per_segment"]
+    units = features.work_units(counts, rows_each)
+    _check_space(writer, units, bytes_of_rows, form)
     if distributed.is_leader():
         for name in ("manifest.json", "tokenizer.json", "held_out.jsonl"):
-            storage.write_new(f"{features.DATA}/{name}", (prepared.data / name).read_bytes())
+            writer.storage.write_new(f"{features.DATA}/{name}", (prepared.data / name).read_bytes())
     most = max(int(s.teachers.max(initial=1)) for s in sizes.values())
-    width = min(-(-most // 16) * 16, length)
+    width = min(-(-most // 16) * 16, config.data.row_length)
     _commit_tables(config, writer, loaded, Capture(loaded.target, aux_layers, mesh, width=width), rows["train"])
-    channels = features.Store(out).channels
-    return StorePlan(writer, units, rows, sizes, aux_layers, form, width, channels)
+    return StorePlan(writer, units, rows, sizes, aux_layers, width, features.Store(out).channels)
+
+
+def made_from(
+    config: RunConfig, files: targets.TargetFiles, aux_layers: tuple[int, ...], prepared: dataset.Prepared
+) -> dict[str, Any]:
+    """Everything that a store depends on, as store.json has it."""
+    target = config.target
+    identity = {name: getattr(target, name) for name in ("dtype", "weights", "family")}
+    return {
+        "target": {"fingerprint": files.fingerprint, "reference": target.ref} | identity,
+        "taps": list(aux_layers),
+        "data": finished_manifest(prepared.data)["made_from"],
+        "template_settings": template_settings(config),
+        "arrays": store_format(config).to_json(),
+    }
 
 
 def row_sizes(rows: Batch) -> RowSizes:
@@ -125,79 +153,29 @@ def check_teacher_suffices(form: features.StoreFormat, config: RunConfig, where:
         )
 
 
-def _about(
-    config: RunConfig,
-    loaded: assemble.LoadedTarget,
-    prepared: dataset.Prepared,
-    sizes: dict[str, RowSizes],
-    aux_layers: tuple[int, ...],
-    form: features.StoreFormat,
-) -> dict[str, Any]:
-    """store.json: everything that a reader must know, and everything that must not change.
-
-    Raises:
-      UserError: for more of the likeliest tokens than the target has tokens.
-    """
-    target, files, hidden = config.target, loaded.files, loaded.target.spec.width
-    if form.top_k > loaded.target.spec.vocab:
-        raise UserError(f"--store.top-k {form.top_k} is more than the target's {loaded.target.spec.vocab} tokens.")
-    identity = {"fingerprint": files.fingerprint, "reference": target.ref}
-    identity |= {name: getattr(target, name) for name in ("dtype", "weights", "family")}
-    count, batch = sum(len(s.tokens) for s in sizes.values()), config.train.batch_rows
-    bytes_per_row = _bytes_of(list(sizes.values()), hidden, len(aux_layers), form) / max(count, 1)
-    rows_each = max(round(config.store.segment_mb * 2**20 / max(bytes_per_row, 1)) // batch, 1) * batch
-    return {
-        "made_from": {
-            "target": identity,
-            "taps": list(aux_layers),
-            "data": finished_manifest(prepared.data)["made_from"],
-            "template_settings": template_settings(config),
-            "arrays": form.to_json(),
-        },
-        "layout": {"rows_per_segment": rows_each, "row_length": config.data.row_length, "hidden": hidden},
-        "splits": {
-            split: {"rows": len(s.tokens), "tokens": int(s.tokens.sum()), "kept": int(s.teachers.sum())}
-            for split, s in sizes.items()
-        },
-        "tokens": sum(int(s.tokens.sum()) for s in sizes.values()),
-        "target_config": targets.open_weights(files).config,
-        "versions": {"jeagle": jeagle.__version__}
-        | {name: version(name) for name in ("jax", "tensorstore", "numpy", "ml_dtypes")},
-        "command": shlex.join(["python", "-m", "jeagle.extract", *sys.argv[1:]]),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 def template_settings(config: RunConfig) -> dict[str, str]:
     """The settings that choose the chat template, to compare where no tokenizer is on this machine."""
     names = ("template", "user_header", "assistant_header", "end_of_turn")
     return {name: getattr(config.data, name) for name in names}
 
 
-def _bytes_of(sizes: list[RowSizes], hidden: int, aux_layers: int, form: features.StoreFormat) -> float:
-    tokens, teachers = (sum(int(counts.sum()) for counts in each) for each in zip(*sizes, strict=True))
-    return tokens * features.bytes_per_token(hidden, aux_layers, form, teachers / max(tokens, 1))
-
-
 def _check_space(
-    storage: features.Storage,
+    writer: features.Writer,
     units: list[features.WorkUnit],
-    sizes: dict[str, RowSizes],
-    hidden: int,
-    aux_layers: int,
+    bytes_of_rows: dict[str, np.ndarray],
     form: features.StoreFormat,
 ) -> None:
-    """Raises UserError unless the disk has room for these units."""
-    chosen = [RowSizes(*(x[unit.rows.start : unit.rows.stop] for x in sizes[unit.split])) for unit in units]
-    free = storage.free_bytes()
-    if free is None or not chosen or (needed := _bytes_of(chosen, hidden, aux_layers, form) * _MARGIN) <= free:
+    """Raises UserError unless the disk has room for the units that nobody has finished."""
+    sizes = [bytes_of_rows[unit.split][unit.rows.start : unit.rows.stop] for unit in writer.pending(units)]
+    needed, count = sum(float(each.sum()) for each in sizes) * _MARGIN, sum(map(len, sizes))
+    free = writer.storage.free_bytes()
+    if free is None or needed <= free:
         return
-    count = sum(len(s.tokens) for s in chosen)
     smaller = [] if form.aux in _ONE_BYTE else ["--store.aux-dtype int8 needs at most half"]
     advice = "; ".join([*smaller, "--data.max-conversations takes fewer", "--features online needs none"])
     raise UserError(
-        f"The store needs {needed / 1e9:.4g} GB for {count} rows, the disk of {storage} has {free / 1e9:.4g} GB free, "
-        f"which fits {math.floor(count * free / needed)} rows: make room, or give another --out ({advice})."
+        f"The store needs {needed / 1e9:.4g} GB for {count} rows, the disk of {writer.storage} has {free / 1e9:.4g} GB "
+        f"free, which fits {math.floor(count * free / needed)} rows: make room, or give another --out ({advice})."
     )
 
 
@@ -212,28 +190,22 @@ def _commit_tables(
     if not distributed.anywhere(features.is_finished(writer.storage, features.TABLES)):
         share = config.train.batch_rows // jax.process_count()
         first = padded_rows(rows, range(min(share, len(rows.tokens_BT))), share)
-        stored, model = exact(first), loaded.target.model()
-        arrays = {"embed": _gathered(model.embed_tokens[...]), "norm": _gathered(model.norm[...])}
+        stored: Any = exact(first)
+        model = loaded.target.model()
+        frozen = {"embed": model.embed_tokens[...], "norm": model.norm[...]}
         if not loaded.target.spec.tied:
-            arrays["head"] = _gathered(model.head_rows())
+            frozen["head"] = model.head_rows()
+        arrays = multihost_utils.process_allgather(frozen, tiled=True)  # they may be split over processes
         if config.store.aux_dtype in _ONE_BYTE:
-            vectors = stored.aux.values[first.segments_BT > 0]
-            arrays["taps_channel"] = features.channel_scales(vectors, config.store.aux_dtype)
+            aux = stored.aux.values[first.segments_BT > 0]
+            arrays["taps_channel"] = features.channel_scales(aux, config.store.aux_dtype)
         if config.store.teacher == "last" and config.store.last_dtype in _ONE_BYTE:
-            last: Any = stored.teacher
-            vectors = last.values[align.near_supervised(first, xp=np)]
-            arrays["last_channel"] = features.channel_scales(vectors, config.store.last_dtype)
+            last = stored.teacher.values[align.near_supervised(first, xp=np)]
+            arrays["last_channel"] = features.channel_scales(last, config.store.last_dtype)
         if distributed.is_leader():
-            writer.commit_tables(lambda: arrays)
+            writer.commit_tables(arrays)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("tables of the store")
-
-
-def _gathered(array: jax.Array) -> np.ndarray:
-    """An array that may be split over processes, whole on this host."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def padded_rows(rows: Batch, numbers: range, size: int) -> Batch:

@@ -9,6 +9,8 @@ from jeagle.features.formats import (
     channel_scales,
     decode_features,
     encode_features,
+    joined_rows,
+    ragged_rows,
 )
 from jeagle.features.manifests import (
     DATA,
@@ -21,41 +23,6 @@ from jeagle.features.manifests import (
     is_finished,
     read_store,
 )
-from jeagle.features.reader import Store, StoreSet, open_store_set
-from jeagle.features.rows import RaggedRows, joined_rows, ragged_rows
+from jeagle.features.reader import Store, StoreSet, verify_store
 from jeagle.features.storage import Storage
-from jeagle.features.verify import DamagedSegment, prune_store, verify_store
-from jeagle.features.writer import WorkUnit, Writer, work_units
-
-__all__ = [
-    "DATA",
-    "LOG_PROBS",
-    "SPLITS",
-    "STORE_FOLDER",
-    "TABLES",
-    "DamagedSegment",
-    "RaggedRows",
-    "ScaledVectors",
-    "Segment",
-    "Storage",
-    "Store",
-    "StoreFormat",
-    "StoreSet",
-    "StoredFeatures",
-    "WorkUnit",
-    "Writer",
-    "bytes_per_token",
-    "channel_scales",
-    "check_fit",
-    "check_storage",
-    "decode_features",
-    "encode_features",
-    "is_finished",
-    "joined_rows",
-    "open_store_set",
-    "prune_store",
-    "ragged_rows",
-    "read_store",
-    "verify_store",
-    "work_units",
-]
+from jeagle.features.writer import WorkUnit, Writer, prune_store, work_units

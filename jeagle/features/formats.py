@@ -9,11 +9,14 @@ over a first batch. `row` is a float32 number for each vector, which fits the re
 the channel's scale, because a few coordinates of a residual stream are hundreds of times as large as the others.
 
 In place of the last hidden states a store may contain the likeliest tokens of each of the target's distributions, which
-are smaller still.
+are smaller still. A segment contains no padding, and the teacher only of those positions that may teach a slot
+(`align.near_supervised`).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,7 +24,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jeagle.interfaces import Features, TopK
+from jeagle import align
+from jeagle.interfaces import Batch, Features, TopK
 
 DTYPES: dict[str, Any] = {
     "float32": np.dtype(np.float32),
@@ -32,6 +36,8 @@ DTYPES: dict[str, Any] = {
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # the largest value of each type of one byte
 LOG_PROBS = np.dtype(np.float16)  # loses half a thousandth of a probability, less than int8 loses of a hidden state
 TOP_K_ARRAYS = ("top_ids", "top_log_probs", "top_rest")  # the names on disk of a TopK's arrays
+TOKEN_ARRAYS = ("tokens", "segments", "positions", "supervised")  # the arrays of a Batch, one entry a token
+TEACHER_ARRAYS = ("last", "last_row", *TOP_K_ARRAYS, "greedy", "lse")  # one entry for each position with a teacher
 _SMALLEST_SCALE = 1e-12
 
 
@@ -90,12 +96,12 @@ class StoreFormat(NamedTuple):
 
 def decode_features(stored: StoredFeatures) -> Features:
     """The Features of a batch, in float32. It runs inside jit."""
-    teacher = stored.teacher
+    teacher: Any = stored.teacher
     if isinstance(teacher, TopK):
-        decoded: Any = teacher._replace(log_probs_BTP=teacher.log_probs_BTP.astype(jnp.float32))
+        teacher = teacher._replace(log_probs_BTP=teacher.log_probs_BTP.astype(jnp.float32))
     else:
-        decoded = _unscale(teacher)
-    return Features(_unscale(stored.aux), decoded, stored.greedy_BT, stored.lse_BT)
+        teacher = _unscale(teacher)
+    return Features(_unscale(stored.aux), teacher, stored.greedy_BT, stored.lse_BT)
 
 
 def _unscale(scaled: ScaledVectors) -> Any:
@@ -112,12 +118,13 @@ def encode_features(features: Features, form: StoreFormat, channels: dict[str, A
       features: their teacher is a TopK exactly where `form.top_k` is not 0.
       channels: float32 scales, "taps" [A, H] and "last" [H]; only types of one byte read them.
     """
-    aux, teacher = _scale(features.aux_BTAH, form.aux, channels["taps"]), features.teacher
+    teacher: Any = features.teacher
     if isinstance(teacher, TopK):
-        encoded: Any = teacher._replace(log_probs_BTP=teacher.log_probs_BTP.astype(LOG_PROBS))
+        teacher = teacher._replace(log_probs_BTP=teacher.log_probs_BTP.astype(LOG_PROBS))
     else:
-        encoded = _scale(teacher, form.last, channels["last"])
-    return StoredFeatures(aux, encoded, features.greedy_BT, features.lse_BT)
+        teacher = _scale(teacher, form.last, channels["last"])
+    aux = _scale(features.aux_BTAH, form.aux, channels["taps"])
+    return StoredFeatures(aux, teacher, features.greedy_BT, features.lse_BT)
 
 
 def _scale(x: Any, kind: str, channel: Any) -> ScaledVectors:
@@ -151,12 +158,9 @@ def bytes_per_token(hidden: int, aux_layers: int, form: StoreFormat, teachers: f
       hidden: H. aux_layers: A.
       teachers: the share of tokens whose teacher is stored, 0 to 1.
     """
-    teacher = form.top_k * (4 + LOG_PROBS.itemsize) + 4 if form.top_k else _bytes_of_vector(hidden, form.last)
-    return aux_layers * _bytes_of_vector(hidden, form.aux) + teachers * (teacher + 8) + 13
-
-
-def _bytes_of_vector(hidden: int, kind: str) -> int:
-    return DTYPES[kind].itemsize * hidden + 4 * (kind in LARGEST)
+    aux, last = (DTYPES[kind].itemsize * hidden + 4 * (kind in LARGEST) for kind in (form.aux, form.last))
+    teacher = form.top_k * (4 + LOG_PROBS.itemsize) + 4 if form.top_k else last
+    return aux_layers * aux + teachers * (teacher + 8) + 13
 
 
 def arrays_by_name(stored: StoredFeatures) -> dict[str, Any]:
@@ -168,3 +172,66 @@ def arrays_by_name(stored: StoredFeatures) -> dict[str, Any]:
         arrays |= {"last": stored.teacher.values, "last_row": stored.teacher.row}
     arrays |= {"greedy": stored.greedy_BT, "lse": stored.lse_BT}
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def empty_stored(rows: int, length: int, described: dict[str, Any]) -> StoredFeatures:
+    """Zeros for `rows` rows of `length` positions, still without the scales of channels.
+
+    Args:
+      described: a segment's description of its arrays, by their names on disk.
+    """
+
+    def empty(name: str) -> np.ndarray:
+        return np.zeros((rows, length, *described[name]["shape"][1:]), described[name]["dtype"])
+
+    def scaled(name: str) -> ScaledVectors:
+        return ScaledVectors(empty(name), empty(f"{name}_row") if f"{name}_row" in described else None)
+
+    teacher = scaled("last") if "last" in described else TopK(*map(empty, TOP_K_ARRAYS))
+    return StoredFeatures(scaled("taps"), teacher, empty("greedy"), empty("lse"))
+
+
+class RaggedRows(NamedTuple):
+    """Rows one after the other, each without its padding.
+
+    Attributes:
+      lengths: tokens of each row, and as many aux hidden states.
+      teachers: positions of each row whose teacher is stored.
+      arrays: by name: those of TOKEN_ARRAYS, "taps" and "taps_row" with an entry a token, those of TEACHER_ARRAYS with
+        an entry for each teacher; no scales where hidden states are stored in a float type.
+    """
+
+    lengths: list[int]
+    teachers: list[int]
+    arrays: dict[str, np.ndarray]
+
+
+def ragged_rows(batch: Batch, stored: StoredFeatures, rows: Iterable[int] | None = None) -> RaggedRows:
+    """The chosen rows of a batch and their features, without what a store leaves out.
+
+    Args:
+      batch, stored: host arrays of some rows.
+      rows: which of these rows; None takes all.
+
+    Raises:
+      ValueError: where padding precedes a token.
+    """
+    lengths_B, near_BT = (batch.segments_BT > 0).sum(axis=1), align.near_supervised(batch, xp=np)
+    chosen = range(len(batch.tokens_BT)) if rows is None else list(rows)
+    if not all(batch.segments_BT[b, : lengths_B[b]].all() for b in chosen):
+        raise ValueError("padding stands before a token")
+    arrays = {
+        name: np.concatenate(
+            [np.asarray(x[b])[near_BT[b] if name in TEACHER_ARRAYS else slice(lengths_B[b])] for b in chosen]
+        )
+        for name, x in (dict(zip(TOKEN_ARRAYS, batch, strict=True)) | arrays_by_name(stored)).items()
+        if len(chosen)
+    }
+    return RaggedRows([int(lengths_B[b]) for b in chosen], [int(near_BT[b].sum()) for b in chosen], arrays)
+
+
+def joined_rows(parts: list[RaggedRows]) -> RaggedRows:
+    """The rows of several parts one after the other."""
+    arrays = {name: np.concatenate([p.arrays[name] for p in parts]) for name in parts[0].arrays}
+    lengths, teachers = (list(itertools.chain(*counts)) for counts in zip(*(p[:2] for p in parts), strict=True))
+    return RaggedRows(lengths, teachers, arrays)

@@ -21,7 +21,7 @@ from typing import Any
 from jeagle.errors import UserError
 from jeagle.features.formats import StoreFormat
 from jeagle.features.storage import Storage
-from jeagle.runtime.manifest import canonical, differences, fingerprint
+from jeagle.runtime.manifest import canonical, fingerprint, flat
 from jeagle.runtime.outputs import Output, check_replaceable, listed
 
 FORMAT = 1
@@ -43,7 +43,7 @@ class Segment:
       rows: their numbers in the split.
       lengths: tokens of each row.
       kept: positions of each row whose teacher is stored.
-      arrays: by name, as `arrays.write_array` describes them.
+      arrays: by name, as `storage.write_array` describes them.
       bytes: the size of its arrays.
     """
 
@@ -72,10 +72,10 @@ def unsealed(storage: Storage, key: str, data: bytes) -> dict[str, Any]:
     """The tree of `sealed` bytes. UserError where a byte has changed."""
     try:
         tree = json.loads(data)
-        claimed = tree.pop("checksum")
+        intact = tree.pop("checksum") == fingerprint(tree)
     except (ValueError, KeyError, AttributeError, TypeError):
-        tree, claimed = {}, None
-    if claimed is None or fingerprint(tree) != claimed:
+        intact = False
+    if not intact:
         raise UserError(
             f"{storage}/{key} is damaged: its checksum does not fit its content. python -m jeagle.store prune "
             f"{storage} --damaged removes a damaged segment; where store.json is damaged, the store must be made again."
@@ -101,7 +101,6 @@ def read_store(storage: Storage) -> dict[str, Any] | None:
 
 
 def _foreign(folder: Path) -> str:
-    """Why a folder is not a store; empty where it is one, or where a writer has only begun one."""
     names = sorted(n for n in os.listdir(folder) if n not in _LEFTOVERS)
     return "" if STORE in names or not names else f"it holds {listed(names)} and no {STORE}"
 
@@ -151,17 +150,14 @@ def read_segments(storage: Storage) -> list[Segment]:
       UserError: for a damaged manifest.
     """
     names = finished_names(storage)
-    data = storage.read(INDEX)
-    known: dict[str, Segment] = {}
-    if data is not None:
-        try:
-            known = {s["name"]: _segment(s) for s in unsealed(storage, INDEX, data)["segments"]}
-        except UserError:
-            known = {}  # all of it is read from the manifests
-    missing = [name for name in names if name not in known]
+    data = storage.read(INDEX) or b""
+    try:
+        known = {s["name"]: _segment(s) for s in unsealed(storage, INDEX, data)["segments"]}
+    except UserError:
+        known = {}  # the index is absent or damaged
     with ThreadPoolExecutor(16) as readers:
-        found = [s for s in readers.map(lambda name: read_segment(storage, name), missing) if s is not None]
-    return sorted([known[n] for n in names if n in known] + found, key=lambda s: s.name)
+        segments = readers.map(lambda name: known.get(name) or read_segment(storage, name), names)
+        return sorted((s for s in segments if s is not None), key=lambda s: s.name)
 
 
 def write_index(storage: Storage) -> list[Segment]:
@@ -178,28 +174,14 @@ def check_fit(storage: Storage, wanted: dict[str, Any], found: dict[str, Any], a
       wanted, found: the run's and the store's `made_from`. Only fields that `wanted` has are compared.
       advice: a sentence that says what to do.
     """
-    fields = [f for f in differences(_only(found, wanted), wanted) if f not in _IGNORED]
+    there, here = flat(found), flat(wanted)
+    fields = [field for field in sorted(here) if here[field] != there.get(field) and field not in _IGNORED]
     if fields:
-        flat = {f: (_at(found, f), _at(wanted, f)) for f in fields[:4]}
-        shown = "; ".join(f"{f}: {_brief(a)} in the store, {_brief(b)} here" for f, (a, b) in flat.items())
+        brief = {
+            f: [x if len(x) <= 60 else f"{x[:57]}..." for x in (there.get(f, "null"), here[f])] for f in fields[:4]
+        }
+        shown = "; ".join(f"{field}: {store} in the store, {run} here" for field, (store, run) in brief.items())
         raise UserError(
             f"The store {storage} does not fit this run: {', '.join(fields)} "
             f"{'differs' if len(fields) == 1 else 'differ'} ({shown}). {advice}"
         )
-
-
-def _only(tree: Any, like: Any) -> Any:
-    if not isinstance(tree, dict) or not isinstance(like, dict):
-        return tree
-    return {key: _only(tree[key], like[key]) for key in like if key in tree}
-
-
-def _at(tree: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,11 +1,10 @@
-"""Reading stores: rows by number, many at a time, straight into the arrays of a batch."""
+"""Reading stores: rows by number, many at a time, straight into the arrays of a batch; and every byte, to verify it."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,32 +12,30 @@ from jaxtyping import Int
 
 from jeagle import align
 from jeagle.errors import UserError
-from jeagle.features.arrays import damage, open_array, read_into
-from jeagle.features.formats import ScaledVectors, StoredFeatures, StoreFormat, arrays_by_name
+from jeagle.features.formats import (
+    TEACHER_ARRAYS,
+    TOKEN_ARRAYS,
+    ScaledVectors,
+    StoredFeatures,
+    StoreFormat,
+    arrays_by_name,
+    empty_stored,
+)
 from jeagle.features.manifests import DATA, SPLITS, TABLES, Segment, read_segments, read_store
-from jeagle.features.rows import TEACHER_ARRAYS, TOKEN_ARRAYS, empty_batch, empty_stored
-from jeagle.features.storage import Storage
+from jeagle.features.storage import (
+    Storage,
+    StorageUnreachable,
+    checksum,
+    damage,
+    metadata_sha256,
+    open_array,
+    read_into,
+)
 from jeagle.interfaces import Batch
 
 _OPEN_ARRAYS = 4096  # handles that stay open; each is small
 
 RowNumbers = Iterable[int] | Int[np.ndarray, " B"]
-
-
-class RowLocation(NamedTuple):
-    """Where a row lies.
-
-    Attributes:
-      segment: the segment that contains the row.
-      start, length: the entries of the row in the arrays with one entry a token.
-      teacher_start, teachers: the entries of the row in the arrays with one entry for each teacher.
-    """
-
-    segment: Segment
-    start: int
-    length: int
-    teacher_start: int
-    teachers: int
 
 
 class Store:
@@ -57,20 +54,18 @@ class Store:
 
     def __init__(self, url: str):
         self.storage = Storage(url)
-        about = read_store(self.storage)
-        if about is None:
+        self.about: dict[str, Any] = read_store(self.storage) or {}
+        if not self.about:
             raise UserError(f"There is no store at {url}: python -m jeagle.extract --config C --out {url} makes one.")
-        self.about: dict[str, Any] = about
-        self.row_length: int = about["layout"]["row_length"]
-        self.format = StoreFormat.from_json(about["made_from"]["arrays"])
+        self.row_length: int = self.about["layout"]["row_length"]
+        self.format = StoreFormat.from_json(self.about["made_from"]["arrays"])
         self.segments = read_segments(self.storage)
         self._by_name = {segment.name: segment for segment in self.segments}
-        self._locations: dict[str, dict[int, RowLocation]] = {split: {} for split in SPLITS}
+        # The segment of each row, and its place among the segment's rows.
+        self._locations: dict[str, dict[int, tuple[Segment, int]]] = {split: {} for split in SPLITS}
         for segment in (s for s in self.segments if s.split):
-            starts, teacher_starts = (itertools.accumulate(n, initial=0) for n in (segment.lengths, segment.kept))
-            counts = zip(starts, segment.lengths, teacher_starts, segment.kept, strict=False)
-            for row, count in zip(segment.rows, counts, strict=True):
-                self._locations[segment.split].setdefault(row, RowLocation(segment, *count))
+            for place, row in enumerate(segment.rows):
+                self._locations[segment.split].setdefault(row, (segment, place))
         self._array = functools.lru_cache(_OPEN_ARRAYS)(self._open)
 
     def __str__(self) -> str:
@@ -79,10 +74,6 @@ class Store:
     def rows(self, split: str) -> int:
         """The number of rows of a split, finished or not."""
         return int(self.about["splits"].get(split, {}).get("rows", 0))
-
-    def has(self, split: str, row: int) -> bool:
-        """Whether the row is finished."""
-        return row in self._locations[split]
 
     def present(self, split: str) -> list[int]:
         """The numbers of the finished rows, ascending."""
@@ -94,28 +85,24 @@ class Store:
 
     def check_complete(self) -> None:
         """Raises UserError unless every row and the tables are finished."""
-        lacks_tables = TABLES not in self._by_name
-        if self.missing() or lacks_tables:
-            total = sum(self.rows(split) for split in SPLITS)
+        tables = "" if TABLES in self._by_name else ", and its tables"
+        if self.missing() or tables:
             raise UserError(
-                f"The store {self} is not finished: {self.missing()} of {total} rows are missing"
-                f"{', and its tables' if lacks_tables else ''}. Run the extract command that began it again "
+                f"The store {self} is not finished: {self.missing()} of {sum(map(self.rows, SPLITS))} rows are missing"
+                f"{tables}. Run the extract command that began it again "
                 f"({self.about.get('command', '')}): it makes only what is missing."
             )
-
-    def check_tables(self) -> None:
-        """Raises UserError for a store that has finished rows but not its tables."""
-        if TABLES not in self._by_name and any(self._locations.values()):
-            raise UserError(f"The store {self} has lost its {TABLES}: run the extract command that began it again.")
 
     def batch(self, split: str, rows: RowNumbers) -> Batch:
         """The tokens and loss masks of rows, [B, T], in the order given. UserError for a row that is missing."""
         locations = self._locate(split, rows)
-        out, reads = empty_batch(len(locations), self.row_length), _Reads(self)
-        for b, location in enumerate(locations):
-            for name, array in zip(TOKEN_ARRAYS, out, strict=True):
-                reads.add(location.segment, name, location.start, array[b], range(location.length))
-        reads.wait()
+        shape = len(locations), self.row_length
+        out = Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.int32, np.bool_)))
+        self._read(
+            (segment, name, sum(segment.lengths[:place]), array[b], range(segment.lengths[place]))
+            for b, (segment, place) in enumerate(locations)
+            for name, array in zip(TOKEN_ARRAYS, out, strict=True)
+        )
         return out
 
     def stored(self, split: str, rows: RowNumbers, batch: Batch) -> StoredFeatures:
@@ -128,22 +115,21 @@ class Store:
           UserError: for a row that is missing, bytes that are damaged, or a batch of other rows.
         """
         locations = self._locate(split, rows)
-        out, reads = empty_stored(len(locations), self.row_length, locations[0].segment.arrays), _Reads(self)
+        out = empty_stored(len(locations), self.row_length, locations[0][0].arrays)
+        reads: list[tuple[Segment, str, int, np.ndarray, Any]] = []
         lengths_B, near_BT = (batch.segments_BT > 0).sum(axis=1), align.near_supervised(batch, xp=np)
-        for b, location in enumerate(locations):
+        for b, (segment, place) in enumerate(locations):
             taught = np.flatnonzero(near_BT[b])
-            if (lengths_B[b], len(taught)) != (location.length, location.teachers):
+            if (lengths_B[b], len(taught)) != (segment.lengths[place], segment.kept[place]):
                 raise UserError(f"The store {self} was made for other rows than these: prepare the data from it again.")
+            tokens = sum(segment.lengths[:place]), range(lengths_B[b])
+            teachers = sum(segment.kept[:place]), taught
             for name, array in arrays_by_name(out).items():
-                if name in TEACHER_ARRAYS:
-                    reads.add(location.segment, name, location.teacher_start, array[b], taught)
-                else:
-                    reads.add(location.segment, name, location.start, array[b], range(location.length))
-        reads.wait()
-        last = out.teacher
-        if isinstance(last, ScaledVectors):
-            last = self._with_channel("last", last)
-        return out._replace(aux=self._with_channel("taps", out.aux), teacher=last)
+                start, positions = teachers if name in TEACHER_ARRAYS else tokens
+                reads.append((segment, name, start, array[b], positions))
+        self._read(reads)
+        teacher = self._with_channel("last", out.teacher) if isinstance(out.teacher, ScaledVectors) else out.teacher
+        return StoredFeatures(self._with_channel("taps", out.aux), teacher, *out[2:])
 
     def table_shape(self, name: str) -> tuple[int, ...]:
         """The shape of an array of the tables; empty where there is none of that name."""
@@ -159,7 +145,7 @@ class Store:
         try:
             return np.asarray(self._array(segment.name, name)[index].read().result())
         except (ValueError, OSError) as error:
-            raise damage(self, segment.name, name, error) from error
+            raise damage(self.storage, segment.name, name, error) from error
 
     def data_file(self, name: str) -> bytes | None:
         """A file of the prepared data's folder, such as tokenizer.json; None where there is none."""
@@ -173,10 +159,9 @@ class Store:
     def _with_channel(self, name: str, scaled: ScaledVectors) -> ScaledVectors:
         if scaled.row is None:
             return scaled
-        channel = self.channels[name]
-        return scaled._replace(channel=np.repeat(channel[None], len(scaled.row), axis=0))
+        return scaled._replace(channel=np.repeat(self.channels[name][None], len(scaled.row), axis=0))
 
-    def _locate(self, split: str, rows: RowNumbers) -> list[RowLocation]:
+    def _locate(self, split: str, rows: RowNumbers) -> list[tuple[Segment, int]]:
         try:
             return [self._locations[split][row] for row in rows]
         except KeyError as error:
@@ -188,62 +173,60 @@ class Store:
         found = self._by_name[segment]
         return open_array(self.storage, f"{found.folder}/{name}", found.arrays[name])
 
-    def begin_read(self, segment: Segment, name: str, start: int, out: np.ndarray) -> Any:
-        """Begins to read entries of a segment's array, from `start` on, into `out` [N, ...]; returns a future."""
-        return read_into(out, self._array(segment.name, name), start, start + len(out))
+    def _read(self, reads: Iterable[tuple[Segment, str, int, np.ndarray, Any]]) -> None:
+        """Reads entries of arrays, all at the same time. UserError for damaged bytes.
 
-
-class _Reads:
-    """Reads that run at the same time."""
-
-    def __init__(self, store: Store):
-        self._store = store
-        self._waiting: list[tuple[Any, Segment, str, Callable[[], None] | None]] = []
-
-    def add(self, segment: Segment, name: str, start: int, out_TX: np.ndarray, positions: range | np.ndarray) -> None:
-        """Begins to read an entry of a segment's array, from `start` on, for each of some positions of a row."""
-        count = len(positions)
-        if not count:
-            return
-        first, last = int(positions[0]), int(positions[-1])
-        scatter: Callable[[], None] | None = None
-        if last - first + 1 == count:
-            into = out_TX[first : last + 1]  # without a copy
-        else:
-            into = np.empty((count, *out_TX.shape[1:]), out_TX.dtype)
-            scatter = functools.partial(out_TX.__setitem__, positions, into)
-        self._waiting.append((self._store.begin_read(segment, name, start, into), segment, name, scatter))
-
-    def wait(self) -> None:
-        """Waits for all reads. UserError for damaged bytes."""
-        for future, segment, name, scatter in self._waiting:
+        Args:
+          reads: (the segment, the array's name, the first entry, out_TX, the position in it of each entry).
+        """
+        waiting = []
+        for segment, name, start, out_TX, positions in (read for read in reads if len(read[4])):
+            into = out_TX[positions[0] : positions[-1] + 1]
+            if len(into) > len(positions):  # otherwise it is read without a copy
+                into = np.empty_like(into[: len(positions)])
+            waiting.append(
+                (read_into(into, self._array(segment.name, name), start), segment, name, out_TX, positions, into)
+            )
+        for future, segment, name, out_TX, positions, into in waiting:
             try:
                 future.result()
             except (ValueError, OSError) as error:
-                raise damage(self._store, segment.name, name, error) from error
-            if scatter:
-                scatter()
+                raise damage(self.storage, segment.name, name, error) from error
+            if not np.may_share_memory(into, out_TX):
+                out_TX[positions] = into
 
 
 class StoreSet:
-    """Several stores that are read as one, their rows one after the other.
+    """One or several stores that are read as one, their rows one after the other.
 
     Args:
-      members: stores made from the same target, in the same format.
+      source: their places, with commas between them. They are made from the same target, in the same format.
       partial: rows may be missing.
       agree: maps a bool array of which rows are present to those that are present on all processes, because a store
         that grows looks different a moment later; None for a single process.
 
     Attributes:
-      members, partial: as given.
+      members: the stores.
+      partial: as given.
+
+    Raises:
+      UserError: where one of them is not a store, or, unless `partial`, where one is not finished.
     """
 
-    def __init__(
-        self, members: list[Store], *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None
-    ):
-        self.members, self.partial, self._present = members, partial, {}
+    def __init__(self, source: str, *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None):
+        self.members = [Store(part.strip()) for part in source.split(",") if part.strip()]
+        if not self.members:
+            raise UserError(f"--features {source!r} names no store: give online, auto, STORE, or several as A,B.")
+        for store in self.members:
+            if not partial:
+                store.check_complete()
+            elif not store.table_shape("embed") and any(map(store.present, SPLITS)):
+                raise UserError(
+                    f"The store {store} has lost its {TABLES}: run the extract command that began it again."
+                )
+        self.partial, self._present = partial, {}
         for split in SPLITS:
-            present = np.concatenate([np.isin(np.arange(s.rows(split)), s.present(split)) for s in members])
+            present = np.concatenate([np.isin(np.arange(s.rows(split)), s.present(split)) for s in self.members])
             self._present[split] = agree(present) if agree else present
 
     def rows(self, split: str) -> int:
@@ -285,21 +268,38 @@ class StoreSet:
         return jax.tree.map(lambda *arrays: np.concatenate(arrays)[order], *parts)
 
 
-def open_store_set(
-    source: str, *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None
-) -> StoreSet:
-    """The stores that --features names: one, or several with commas between them.
+def verify_store(store: Store, on_done: Callable[[int], None] = lambda done: None) -> Iterator[tuple[str, str]]:
+    """Reads every byte of a store; yields the name of each damaged segment, and what shows the damage.
 
     Args:
-      partial, agree: as in `StoreSet`.
+      on_done: called with the number of bytes read so far.
 
     Raises:
-      UserError: where one of them is not a store, or, unless `partial`, where one is not finished.
+      StorageUnreachable: object storage gave no answer, which says nothing about the bytes.
     """
-    urls = [part.strip() for part in source.split(",") if part.strip()]
-    if not urls:
-        raise UserError(f"--features {source!r} names no store: give online, auto, STORE, or several as A,B.")
-    stores = [Store(url) for url in urls]
-    for store in stores:
-        store.check_tables() if partial else store.check_complete()
-    return StoreSet(stores, partial=partial, agree=agree)
+    done = 0
+    for segment in store.segments:
+        if reason := _damage_of(store, segment):
+            yield segment.name, reason
+        done += segment.bytes
+        on_done(done)
+
+
+def _damage_of(store: Store, segment: Segment) -> str | None:
+    """What shows that a segment is damaged; None where nothing does."""
+    lengths = {name: described["shape"][0] for name, described in segment.arrays.items()}
+    expected = {"tokens": sum(segment.lengths), "taps": sum(segment.lengths), "greedy": sum(segment.kept)}
+    if any(lengths.get(name, -1) != n for name, n in expected.items() if segment.split):
+        return "its arrays are not as long as its rows"
+    for name, described in segment.arrays.items():
+        if metadata_sha256(store.storage, f"{segment.folder}/{name}") != described["metadata_sha256"]:
+            return f"{name}/zarr.json is not what was written"
+        try:
+            array = store.segment_array(segment, name)
+        except StorageUnreachable:
+            raise
+        except UserError as error:
+            return str(error)
+        if checksum(array) != described["crc32"]:
+            return f"{name} is not what was written"
+    return None

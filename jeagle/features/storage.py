@@ -3,19 +3,28 @@
 A key is either there with all its bytes or absent, and of several writers of a new key exactly one succeeds: the safety
 of a store rests on nothing else. In a folder tensorstore writes a key beside its place, flushes it to the disk and
 renames it, under a lock that the operating system releases when a process dies.
+
+Arrays are zarr3, one shard each, with inner chunks whose crc32c is checked whenever they are read. Of tensorstore's
+drivers only zarr3 stores an array in one file, reads a few positions of it, and notices a flipped byte; docs/offline.md
+has the measurements.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
+from jaxtyping import Shaped
 
 from jeagle.errors import UserError
 
@@ -37,6 +46,9 @@ _SIGNS_OF_NETWORK = (
     "bucket name",
 )
 _SIGNS_OF_REFUSAL = ("'401'", "'403'", "PERMISSION_DENIED", "UNAUTHENTICATED")
+_CHUNK_BYTES = 2**19  # the largest inner chunk, which is read at a time
+_LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+_CRC = {"name": "crc32c"}
 
 
 class StorageFull(UserError):
@@ -65,7 +77,7 @@ class Storage:
                 f"The store {self.url} must be a local path, gs://BUCKET/PATH or s3://BUCKET/PATH: give one of these."
             )
         self.path = None if scheme else Path(self.url).expanduser().resolve()
-        self._spec = {"driver": "file", "path": f"{self.path}/"} if scheme is None else _bucket_spec(self.url, scheme)
+        self._spec = _bucket_spec(self.url, scheme) if scheme else {"driver": "file", "path": f"{self.path}/"}
         self._opened: Any = None
 
     def __str__(self) -> str:
@@ -79,7 +91,8 @@ class Storage:
     def _kv(self) -> Any:
         if self._opened is None:
             if self.path is None:
-                ts.KvStore.open(_with_retries(self._spec, FIRST_RETRIES)).result().read("store.json").result()
+                hasty = self._spec | {f"{self._spec['driver']}_request_retries": FIRST_RETRIES}
+                ts.KvStore.open(hasty).result().read("store.json").result()
             self._opened = ts.KvStore.open(self._spec).result()
         return self._opened
 
@@ -139,29 +152,27 @@ def named_faults(storage: Storage) -> Iterator[None]:
                 f"The disk of {storage} is full, {free:,.3f} MB are free: make room, and start the same command again; "
                 "it continues."
             ) from error
-        if storage.path is None and (fault := unreachable(str(storage), error)):
+        if fault := unreachable(storage, error):
             raise fault from error
         raise
 
 
-def unreachable(url: str, error: Exception) -> StorageUnreachable | None:
+def unreachable(storage: Storage, error: Exception) -> StorageUnreachable | None:
     """A plain sentence for an error that object storage, or the network, gave; None for any other error."""
-    text = str(error)
-    if not any(sign in text for sign in _SIGNS_OF_NETWORK):
+    text, url = str(error), storage.url
+    if storage.path is not None or not any(sign in text for sign in _SIGNS_OF_NETWORK):
         return None
-    if "NoSuchBucket" in text:
-        return StorageUnreachable(f"{url} cannot be used: there is no such bucket. Make it, or give another one.")
-    if "bucket name" in text:
-        return StorageUnreachable(f"{url} cannot be used: {url.split('/')[2]} is not a valid name of a bucket.")
-    if "credentials" in text:
-        return StorageUnreachable(f"{url} cannot be used: no credentials were found. Set {_CREDENTIALS[url[:5]]}.")
-    if any(sign in text for sign in _SIGNS_OF_REFUSAL):
-        code = re.search(r"<Code>(\w+)</Code>|: (\w+): ", text)
-        reason = code.group(1) or code.group(2) if code else "no reason given"
-        return StorageUnreachable(
-            f"{url} cannot be used: access is refused ({reason}). Check the credentials and their permissions in "
-            "this bucket."
-        )
+    code = re.search(r"<Code>(\w+)</Code>|: (\w+): ", text)
+    refusal = (
+        f"access is refused ({code.group(1) or code.group(2) if code else 'no reason given'}). Check the credentials"
+    )
+    says = {
+        "NoSuchBucket": "there is no such bucket. Make it, or give another one.",
+        "bucket name": f"{url.split('/')[2]} is not a valid name of a bucket.",
+        "credentials": f"no credentials were found. Set {_CREDENTIALS[url[:5]]}.",
+    } | dict.fromkeys(_SIGNS_OF_REFUSAL, f"{refusal} and their permissions in this bucket.")
+    if sign := next((sign for sign in says if sign in text), None):
+        return StorageUnreachable(f"{url} cannot be used: {says[sign]}")
     reason = re.sub(r" \[.*", "", text.split("failed: ")[-1]).splitlines()[0][:200]
     endpoint = ", and AWS_ENDPOINT_URL where it is set" if url.startswith("s3://") else ""
     return StorageUnreachable(f"{url} cannot be reached ({reason}). Check the network{endpoint}.")
@@ -176,7 +187,9 @@ def _bucket_spec(url: str, scheme: str) -> dict[str, Any]:
     bucket, _, path = url[len(scheme) :].partition("/")
     if not bucket or not path:
         raise UserError(f"The store {url} needs a bucket and a path: {scheme}BUCKET/PATH.")
-    spec: dict[str, Any] = {"driver": DRIVERS[scheme], "bucket": bucket, "path": f"{path}/"}
+    driver = DRIVERS[scheme]
+    spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
+    spec[f"{driver}_request_retries"] = LATER_RETRIES
     if scheme == "s3://":
         # tensorstore assumes that only Amazon knows conditional writes. Without them two writers could both succeed.
         spec["use_conditional_write"] = True
@@ -186,14 +199,82 @@ def _bucket_spec(url: str, scheme: str) -> dict[str, Any]:
             spec["aws_region"] = region
         if os.environ.get("AWS_ACCESS_KEY_ID"):  # otherwise tensorstore tries files, containers and instance metadata
             spec["aws_credentials"] = {"type": "environment"}
-    return _with_retries(spec, LATER_RETRIES)
-
-
-def _with_retries(spec: dict[str, Any], retries: dict[str, Any]) -> dict[str, Any]:
-    return spec | {f"{spec['driver']}_request_retries": retries}
+    return spec
 
 
 def _prefix_range(prefix: str) -> Any:
     """The keys that begin with a prefix."""
     start = prefix.encode()
     return ts.KvStore.KeyRange(start, start[:-1] + bytes([start[-1] + 1]))
+
+
+def write_array(storage: Storage, key: str, array: Shaped[np.ndarray, "N ..."], chunk: int) -> dict[str, Any]:
+    """Writes an array [N, ...] at `key`; returns its description for the segment's manifest.
+
+    Args:
+      chunk: the most entries of an inner chunk.
+
+    Raises:
+      StorageFull: the disk is full.
+    """
+    array = np.ascontiguousarray(array)
+    spec = _spec(storage, key, array.shape, array.dtype, chunk)
+    with named_faults(storage):
+        new = ts.open(spec | {"store_data_equal_to_fill_value": True}, create=True, open=False).result()
+        new.write(array).result()
+    return {
+        "shape": list(array.shape),
+        "dtype": array.dtype.name,
+        "chunk": spec["metadata"]["codecs"][0]["configuration"]["chunk_shape"][0],
+        "crc32": checksum(array),
+        "metadata_sha256": metadata_sha256(storage, key) or "",
+    }
+
+
+def checksum(array: Shaped[np.ndarray, "..."]) -> int:
+    """The crc32 of an array's bytes."""
+    flat: Any = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    return zlib.crc32(flat)
+
+
+def open_array(storage: Storage, key: str, described: dict[str, Any]) -> Any:
+    """The tensorstore array at `key`. Nothing is read for it: the manifest describes all of it."""
+    spec = _spec(storage, key, described["shape"], np.dtype(described["dtype"]), described["chunk"])
+    reading = {"fill_missing_data_reads": False, "recheck_cached_data": False}
+    return ts.open(spec | reading, open=True, assume_metadata=True).result()
+
+
+def read_into(out: Shaped[np.ndarray, "N ..."], array: Any, start: int) -> Any:
+    """Begins to read N entries from `start` on into `out`; returns a future that is done when the bytes are there."""
+    return ts.array(out).write(array[start : start + len(out)][ts.d[0].translate_to[0]])
+
+
+def damage(storage: Storage, segment: str, array: str, error: Exception) -> UserError:
+    """A plain sentence for bytes that differ from those that were written, or for storage that does not give them."""
+    if fault := unreachable(storage, error):
+        return fault
+    reason = str(error).split(" [source")[0].split(" [tensorstore_spec")[0]
+    return UserError(
+        f"The store {storage} is damaged: {array} of segment {segment} cannot be read ({reason[:300]}). Run python -m "
+        f"jeagle.store prune {storage} --damaged, and then the extract command again: it makes only what is missing."
+    )
+
+
+def metadata_sha256(storage: Storage, key: str) -> str | None:
+    """The fingerprint of an array's zarr.json as it is stored; None where there is none."""
+    found = storage.read(f"{key}/zarr.json")
+    return None if found is None else hashlib.sha256(found).hexdigest()[:16]
+
+
+def _spec(storage: Storage, key: str, shape: Sequence[int], dtype: np.dtype, chunk: int) -> dict[str, Any]:
+    length, *entry = shape
+    inner = max(1, min(chunk, _CHUNK_BYTES // max(math.prod(entry) * dtype.itemsize, 1), length))
+    shard = max(-(-length // inner), 1) * inner
+    codec = {"chunk_shape": [inner, *entry], "codecs": [_LITTLE, _CRC], "index_codecs": [_LITTLE, _CRC]}
+    metadata = {
+        "shape": [length, *entry],
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard, *entry]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": codec}],
+    }
+    return {"driver": "zarr3", "kvstore": storage.kvstore(f"{key}/"), "metadata": metadata}

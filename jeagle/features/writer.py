@@ -1,24 +1,28 @@
-"""Writing a store: a segment's arrays under a name that nobody else has, then one manifest that makes them count."""
+"""Writing a store: a segment's arrays under a name that nobody else has, then one manifest that makes them count.
+
+And removing what is damaged, or belongs to no segment.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jeagle.errors import UserError
-from jeagle.features.arrays import metadata_sha256, write_array
+from jeagle.features.formats import RaggedRows
 from jeagle.features.manifests import (
     CLAIMS,
     FORMAT,
+    INDEX,
     MANIFESTS,
     SEGMENTS,
     STORE,
@@ -28,12 +32,12 @@ from jeagle.features.manifests import (
     check_storage,
     finished_names,
     is_finished,
+    read_segment,
     read_store,
     sealed,
     write_index,
 )
-from jeagle.features.rows import RaggedRows
-from jeagle.features.storage import Storage, StorageFull
+from jeagle.features.storage import Storage, StorageFull, StorageUnreachable, metadata_sha256, write_array
 
 STALE_SECONDS = 600.0  # a writer on another host that has been silent for so long counts as dead
 RENEW_SECONDS = 60.0
@@ -176,11 +180,7 @@ class Writer:
     def take(self, units: list[WorkUnit], count: int = 1) -> list[WorkUnit]:
         """Up to `count` units to make. It waits while living writers have claimed all others; empty: all are done."""
         while left := self.pending(units):
-            taken: list[WorkUnit] = []
-            for unit in left:
-                if len(taken) < count and self.take_one(unit):
-                    taken.append(unit)
-            if taken:
+            if taken := list(itertools.islice(filter(self.take_one, left), count)):
                 return taken
             time.sleep(POLL_SECONDS)
         return []
@@ -207,10 +207,10 @@ class Writer:
         segment = Segment(unit.name, data, unit.split, tuple(unit.rows), tuple(rows.lengths), tuple(rows.teachers))
         return self._commit(segment, rows.arrays, chunk)
 
-    def commit_tables(self, make: Callable[[], dict[str, np.ndarray]]) -> None:
+    def commit_tables(self, arrays: dict[str, np.ndarray]) -> None:
         """Writes the arrays that belong to no row, unless they are there."""
         if not is_finished(self.storage, TABLES):
-            self._commit(Segment(TABLES, f"{TABLES}.{self.claims.writer}"), make(), 2**16)
+            self._commit(Segment(TABLES, f"{TABLES}.{self.claims.writer}"), arrays, 2**16)
 
     def finish(self) -> None:
         """Writes the index of a store with all its segments, and removes what dead writers left."""
@@ -257,3 +257,46 @@ class Writer:
             storage.delete(folder)
         self.claims.drop(segment.name)
         return first
+
+
+def prune_store(storage: Storage, damaged: list[str]) -> list[str]:
+    """Removes segments, and what belongs to no segment and no living writer; returns the keys that were removed.
+
+    Args:
+      damaged: names of the segments to remove, whose rows are then missing.
+    """
+    removed, claims, named = [], Claims(storage), set[str]()
+
+    def remove(key: str) -> None:
+        storage.delete(key)
+        removed.append(key)
+
+    # This is read before the manifests: a writer drops its claim only once its manifest is there, so that arrays with
+    # neither a claim now nor a manifest later will never count.
+    unclaimed = [
+        data
+        for data, unit in ((data, data.rpartition(".")[0]) for data in storage.names(SEGMENTS))
+        if unit in damaged or not claims.alive(unit)
+    ]
+    # The index goes first: one that outlives a manifest would still name its rows.
+    storage.delete(INDEX)
+    for name in damaged:
+        remove(f"{MANIFESTS}/{name}.json")
+    for name in finished_names(storage):
+        try:
+            segment = read_segment(storage, name)
+        except StorageUnreachable:
+            raise
+        except UserError:
+            remove(f"{MANIFESTS}/{name}.json")
+            continue
+        if segment is not None:
+            named.add(segment.data)
+    for data in unclaimed:
+        if data not in named:
+            remove(f"{SEGMENTS}/{data}")
+    for key in storage.names(CLAIMS):
+        if not claims.alive(key.removesuffix(".json")):
+            storage.delete(f"{CLAIMS}/{key}")
+    write_index(storage)
+    return removed

@@ -1,10 +1,8 @@
 """Layers that both targets and drafts are made of."""
 
 from jeagle.layers.attention import LANES, AttentionMask, masked_attention
-from jeagle.layers.linear import Linear, matmul
-from jeagle.layers.mlp import GATES, Dense, GatedMLP
-from jeagle.layers.norms import rms_norm
-from jeagle.layers.rope import depends_on_length, inverse_frequencies, rotate_by, yarn_mscale
+from jeagle.layers.linear import GATES, Dense, GatedMLP, Linear, matmul, rms_norm
+from jeagle.layers.rope import depends_on_length, rotate_by, yarn_mscale
 from jeagle.layers.splash import packed_attention
 
 __all__ = [
@@ -15,7 +13,6 @@ __all__ = [
     "GatedMLP",
     "Linear",
     "depends_on_length",
-    "inverse_frequencies",
     "masked_attention",
     "matmul",
     "packed_attention",

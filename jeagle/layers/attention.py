@@ -85,10 +85,8 @@ def masked_attention(
     length = queries_BTQC.shape[1]
     scale = scale or 1 / math.sqrt(queries_BTQC.shape[-1])
 
-    def attend(queries: _Side, keys: _Side, values_BSGE: jax.Array) -> jax.Array:
-        allowed = AttentionMask(queries.positions, keys.positions, queries.segments, keys.segments)
-        allowed_BTS = allowed.visible(window, chunk)
-        return _attend_block(queries.heads, keys.heads, values_BSGE, allowed_BTS, dtype, scale, soft_cap, sinks_Q)
+    def attend(queries: _Side, keys: _Side, values: jax.Array) -> jax.Array:
+        return _attend_block(queries, keys, values, dtype, window, chunk, scale, soft_cap, sinks_Q)
 
     def attend_blocks(queries: _Side, keys: _Side, values: jax.Array) -> jax.Array:
         if queries.positions.shape[1] == block:
@@ -115,16 +113,11 @@ def masked_attention(
     # Queries of a run of blocks read the keys up to the end of the run.
     blocks = length // block
     ends = sorted({-(-blocks * (i + 1) // _RUNS) * block for i in range(_RUNS)})
-    return jnp.concatenate(
-        [
-            attend_blocks(
-                jax.tree.map(lambda x, start=start, end=end: x[:, start:end], queries),
-                *jax.tree.map(lambda x, end=end: x[:, :end], (keys, values_BSGE)),
-            )
-            for start, end in zip([0, *ends[:-1]], ends, strict=True)
-        ],
-        axis=1,
-    )
+    runs = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        run = jax.tree.map(lambda x, start=start, end=end: x[:, start:end], queries)
+        runs.append(attend_blocks(run, *jax.tree.map(lambda x, end=end: x[:, :end], (keys, values_BSGE))))
+    return jnp.concatenate(runs, axis=1)
 
 
 def _split_blocks(side: _Side, block: int) -> _Side:
@@ -138,21 +131,15 @@ def _join_blocks(out: jax.Array) -> jax.Array:
     return moved.reshape(moved.shape[0], -1, *moved.shape[3:])
 
 
-def _attend_block(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    allowed: jax.Array,
-    dtype: Any,
-    scale: float,
-    soft_cap: float,
-    sinks: jax.Array | None,
-) -> jax.Array:
-    batch, length, heads, width = queries.shape
-    groups = keys.shape[2]
-    grouped = queries.reshape(batch, length, groups, heads // groups, width).astype(dtype)
+def _attend_block(queries: _Side, keys: _Side, values: jax.Array, dtype, window, chunk, scale, soft_cap, sinks):
+    """`masked_attention` without blocks: all scores exist at the same time."""
+    mask = AttentionMask(queries.positions, keys.positions, queries.segments, keys.segments)
+    allowed = mask.visible(window, chunk)
+    batch, length, heads, width = queries.heads.shape
+    groups = keys.heads.shape[2]
+    grouped = queries.heads.reshape(batch, length, groups, heads // groups, width).astype(dtype)
     total = jnp.promote_types(dtype, jnp.float32)
-    scores = jnp.einsum("btgrc,bsgc->bgrts", grouped, keys.astype(dtype), preferred_element_type=total) * scale
+    scores = jnp.einsum("btgrc,bsgc->bgrts", grouped, keys.heads.astype(dtype), preferred_element_type=total) * scale
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(allowed[:, None, None], scores, _MASKED)

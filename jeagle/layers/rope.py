@@ -81,18 +81,15 @@ def rotate_by(
       lengths: length of each token's sequence; used only where `depends_on_length` is true.
       interleaved: rotated pairs are neighbours (0, 1), (2, 3), ... instead of the two halves of a head.
     """
-    head_dim = x.shape[-1]
-    frequencies = _frequencies_at(rope, head_dim, lengths)
+    frequencies = _frequencies_at(rope, x.shape[-1], lengths)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     factor = attention_factor(rope)
     kind = jnp.promote_types(x.dtype, jnp.float32)
-    cos = (jnp.cos(angles) * factor)[..., None, :].astype(kind)
-    sin = (jnp.sin(angles) * factor)[..., None, :].astype(kind)
+    cos, sin = ((turn(angles) * factor)[..., None, :].astype(kind) for turn in (jnp.cos, jnp.sin))
     rotated, rest = jnp.split(x.astype(kind), [2 * frequencies.shape[-1]], axis=-1)
     if interleaved:
         even, odd = rotated[..., 0::2], rotated[..., 1::2]
-        pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-        rotated = pairs.reshape(rotated.shape)
+        rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(rotated.shape)
     else:
         low, high = jnp.split(rotated, 2, axis=-1)
         rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)

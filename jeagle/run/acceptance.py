@@ -52,14 +52,13 @@ def open_bench(
     mesh = assemble.mesh_of(config)
     loaded = loaded or assemble.load_target(config, mesh, dtype=dtype)
     vocabulary = data.load_tables(folder / "tables") if params is None else assemble.trained_vocabulary(folder)
-    kind = assemble.draft_class(config.draft)
     tables = assemble.make_tables(loaded.target, vocabulary, mesh)
     tables = assemble.draft_tables(tables, mesh, spec=spec, folder=folder, start=start)
     params = start.params if start and params is None else params
     if params is None:
-        head = assemble.starting_head(config.draft, spec, loaded.target.spec, tables)
-        graphdef, state = assemble.make_draft(spec, dtype, mesh, seed=config.train.seed, head=head, kind=kind)
+        graphdef, state = assemble.make_draft(config, spec, loaded.target.spec, tables, mesh, dtype)
     else:
+        kind = assemble.draft_class(config.draft)
         graphdef, state = assemble.draft_from_flat(spec, dtype, params, mesh, kind=kind)
     models = make_models(loaded.target.graphdef, graphdef, spec.aux_layers)
     return Bench(loaded, models, Weights(loaded.target.state, state, tables), mesh)
@@ -74,16 +73,14 @@ def make_models(target: Any, draft: Any, aux_layers: tuple[int, ...]) -> decodin
         aux, last, cache = model.extend(tokens, positions, cache, aux_layers, count)
         return *targets.greedy_and_gap(model, last), aux, cache
 
-    def draft_from_aux(weights: Weights, cache: Any, aux: jax.Array, tokens: jax.Array, positions: jax.Array):
-        module = nnx.merge(draft, weights.draft)
-        return step(module, weights, cache, module.fuse(aux), tokens, positions)
-
     def draft_from_own(weights: Weights, cache: Any, state: jax.Array, tokens: jax.Array, positions: jax.Array):
-        return step(nnx.merge(draft, weights.draft), weights, cache, state, tokens, positions)
-
-    def step(module: drafts.Eagle3, weights: Weights, cache: Any, hidden: jax.Array, tokens, positions):
-        for_head, state, cache = drafts.advance(module, weights.tables, hidden, tokens, positions, cache)
+        module = nnx.merge(draft, weights.draft)
+        for_head, state, cache = drafts.advance(module, weights.tables, state, tokens, positions, cache)
         return drafts.greedy_token(module, weights.tables, for_head), state, cache
+
+    def draft_from_aux(weights: Weights, cache: Any, aux: jax.Array, tokens: jax.Array, positions: jax.Array):
+        fused = nnx.merge(draft, weights.draft).fuse(aux)
+        return draft_from_own(weights, cache, fused, tokens, positions)
 
     return decoding.Models(
         target_cache=lambda w, *sizes: nnx.merge(target, w.target).empty_cache(*sizes[:2], jnp.float32, sizes[2]),
@@ -96,18 +93,18 @@ def make_models(target: Any, draft: Any, aux_layers: tuple[int, ...]) -> decodin
 
 def prompt_ids(bench: Bench, config: RunConfig, folder: Path, prompts: Path | None, most: int) -> list[np.ndarray]:
     """Prompts of a file, or the held-out conversations up to the answer, as the target's template renders them."""
-    found = data.read_prompts(str(prompts or folder / "data" / "held_out.jsonl"))[: most or None]
-    system, arguments = config.data.system_prompt, data.parse_arguments(config.data.template_arguments)
+    asked = data.read_prompts(str(prompts or folder / "data" / "held_out.jsonl"))[: most or None]
+    arguments = data.parse_arguments(config.data.template_arguments)
     return [
         data.render_prompt(
             bench.loaded.tokenizer,
             p["messages"],
-            system_prompt=system,
+            system_prompt=config.data.system_prompt,
             tools=p.get("tools", ()),
             thinking=p.get("thinking", True),
             arguments=arguments,
         )
-        for p in found
+        for p in asked
     ]
 
 
@@ -129,17 +126,17 @@ def measure(
     width: int = 0,
 ) -> tuple[dict[str, Any], Decoded]:
     """Speculative and plain decoding of the same prompts -> (report, texts)."""
-    room = max(map(len, prompts)) + max_new_tokens + 2 * draft_tokens
-    if room > bench.loaded.target.spec.max_positions:
+    room, most = max(map(len, prompts)) + max_new_tokens + 2 * draft_tokens, bench.loaded.target.spec.max_positions
+    if room > most:
         raise UserError(
-            f"The longest prompt and its answer need {room} positions, the target has "
-            f"{bench.loaded.target.spec.max_positions}: shorten the prompts or lower --max-new-tokens."
+            f"The longest prompt and its answer need {room} positions, the target has {most}: shorten the prompts or "
+            "lower --max-new-tokens."
         )
-    ends = bench.loaded.end_token_ids
+    decode = {"batch": batch, "width": width}
     with Progress(2 * len(prompts), "decodings", label) as progress:
         more = max_new_tokens + draft_tokens + 1  # so that a baseline's last draft can be judged whole
         plain = decoding.decode_greedy(
-            bench.models, bench.weights, prompts, tokens=more, batch=batch, width=width, on_done=progress.update
+            bench.models, bench.weights, prompts, tokens=more, on_done=progress.update, **decode
         )
         decoded = decoding.decode_speculative(
             bench.models,
@@ -147,10 +144,9 @@ def measure(
             prompts,
             draft_tokens=draft_tokens,
             max_new_tokens=max_new_tokens,
-            end_token_ids=ends,
-            batch=batch,
-            width=width,
+            end_token_ids=bench.loaded.end_token_ids,
             on_done=lambda done: progress.update(len(prompts) + done),
+            **decode,
         )
     compared = [decoding.compare_answers(a, b) for a, b in zip(decoded, plain, strict=True)]
     report = decoding.acceptance_counters(decoded, draft_tokens) | {

@@ -1,10 +1,9 @@
-"""Generates answers to prompts, with the target itself or with a server."""
-
-from __future__ import annotations
+"""Generates answers to prompts, with the target itself or with a server, and lets the target write prompts."""
 
 import dataclasses
 import functools
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,6 +17,8 @@ from jeagle import data, targets
 from jeagle.config import MeshConfig, RunConfig, SamplingConfig, TargetConfig
 from jeagle.errors import UserError
 from jeagle.run import assemble
+from jeagle.runtime.manifest import atomic_write
+from jeagle.runtime.outputs import check_replaceable
 from jeagle.runtime.progress import Progress
 
 # Every token needs all weights, so gathering the weights that fsdp splits would take most of the time.
@@ -74,6 +75,85 @@ def answer_settings(args: RegenerateArguments) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in unused}
     settings["server"] = bool(args.server)  # a server of the same model at another address continues the answers
     return {"version": jeagle.__version__, **json.loads(json.dumps(settings))}
+
+
+def regenerate(
+    args: RegenerateArguments,
+    prompts: Sequence[dict[str, Any]],
+    load: Callable[[], assemble.LoadedTarget] | None = None,
+) -> list[dict[str, Any]]:
+    """Answers prompts and writes args.out; returns its rows, sorted by id.
+
+    Answers that args.out already contains are kept if they were made with the same settings.
+
+    Args:
+      prompts: {"id", "category", "messages"}.
+      load: `target_loader` of the arguments, if the target is used more than once.
+    """
+    file = data.AnswerFile(args.out, answer_settings(args))
+    with file.alone():
+        rows = file.finished()
+        waiting = [prompt for prompt in prompts if prompt["id"] not in rows]
+        if waiting and args.server:
+            rows |= answers_from_server(args, waiting, file)
+        elif waiting:
+            rows |= file.unfinished()
+            if waiting := [prompt for prompt in waiting if prompt["id"] not in rows]:
+                rows |= answers_from_target(args, waiting, file, (load or target_loader(args))())
+        # A server may have refused some of the prompts.
+        ordered = [rows[number] for number in sorted(prompt["id"] for prompt in prompts) if number in rows]
+        file.finish(ordered)
+        return ordered
+
+
+def self_instructed(
+    args: RegenerateArguments, load: Callable[[], assemble.LoadedTarget] | None = None
+) -> list[dict[str, Any]]:
+    """Lets the target write args.self_instruct prompts without near-duplicates; fewer if it repeats itself.
+
+    The prompts are answers to requests, in OUT.turns.jsonl, so that they are continued like other answers. Which of
+    them are kept follows from the seed alone. OUT.variety.json says how varied they are.
+    """
+    wanted, out = args.self_instruct, Path(f"{args.out}.turns.jsonl")
+    check_replaceable(f"{args.out}.variety.json", data.VARIETY)
+    sampling = SamplingConfig(
+        max_new_tokens=args.turn_tokens, temperature=args.turn_temperature, batch=args.batch, seed=args.seed
+    )
+    asking = dataclasses.replace(args, out=out, stop=(), system_prompt=None, **dataclasses.asdict(sampling))
+    most = 4 * wanted + 64
+    existing = len(out.read_bytes().splitlines()) if out.is_file() else 0
+    count = min(max(math.ceil(1.25 * wanted), existing), most)
+    while True:
+        answered = regenerate(asking, data.prompt_requests(count, args.seed), load)
+        written = data.collect_prompts(answered, wanted)
+        if len(written.prompts) == wanted or count == most:
+            break
+        count = min(math.ceil(1.1 * count * wanted / max(len(written.prompts), 1)) + 8, most)
+    if not written.prompts:
+        raise UserError(
+            f"{args.target} wrote no usable prompt in {count} attempts ({written.unusable} empty or cut off at "
+            f"{args.turn_tokens} tokens; see {out}): --self-instruct needs an instruct model."
+        )
+    _report_variety(args, written)
+    return written.prompts
+
+
+def _report_variety(args: RegenerateArguments, written: data.WrittenPrompts) -> None:
+    texts = [prompt["messages"][0]["content"] for prompt in written.prompts]
+    counts = {"unusable": written.unusable, "repeated": written.repeated, "near_duplicates": written.near}
+    metrics = {"kept": len(texts)} | counts | data.variety(texts)
+    atomic_write(f"{args.out}.variety.json", json.dumps(metrics, indent=1) + "\n", data.VARIETY)
+    print(
+        f"{len(texts)} prompts written; dropped: {written.repeated} repetitions, {written.near} near-duplicates, "
+        f"{written.unusable} empty or cut off. Variety: "
+        + ", ".join(f"{n.replace('_', '-')} {metrics[n]:.2f}" for n in ("distinct_1", "distinct_2", "distinct_3"))
+        + f", mean similarity to the nearest other prompt {metrics['nearest_mean']:.2f}"
+    )
+    if len(texts) < args.self_instruct:
+        print(
+            f"warning: {args.target} repeats itself: {len(texts)} of {args.self_instruct} prompts; raise "
+            "--turn-temperature"
+        )
 
 
 def answers_from_server(

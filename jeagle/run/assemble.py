@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +62,7 @@ def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTa
 
 
 def objective_spec(config: ObjectiveConfig) -> objective.ObjectiveSpec:
-    switches = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "dialect"}
-    return objective.resolve_objective(config.dialect, **switches)
+    return objective.resolve_objective(**vars(config))
 
 
 def make_tables(target: Target, draft_to_target_D: np.ndarray, mesh: Mesh) -> Tables:
@@ -93,9 +90,10 @@ def draft_key(path: tuple[Any, ...]) -> str:
 
 
 def make_draft(
-    spec: DraftSpec, dtype: Any, mesh: Mesh, *, seed: int, head: jax.Array | None, kind: Any = Eagle3
+    config: RunConfig, spec: DraftSpec, target: TargetSpec, tables: Tables, mesh: Mesh, dtype: str
 ) -> tuple[Any, Any]:
-    """A fresh draft of class `kind` as (graphdef, state), born sharded; its lm_head starts from `head` where given."""
+    """A fresh draft as (graphdef, state), born sharded; its lm_head starts as `starting_head` says."""
+    kind, head = draft_class(config.draft), starting_head(config.draft, spec, target, tables)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: kind(spec, jnp.dtype(dtype), nnx.Rngs(0))))
     shardings = by_path(abstract, lambda path, leaf: draft_sharding(path, leaf.shape, mesh))
 
@@ -106,7 +104,7 @@ def make_draft(
             draft.lm_head[...] = head.astype(jnp.float32)
         return nnx.split(draft)[1]
 
-    return graphdef, create(jax.random.key(seed), head)
+    return graphdef, create(jax.random.key(config.train.seed), head)
 
 
 def flat_draft(state: Any) -> dict[str, jax.Array]:
@@ -127,11 +125,6 @@ def draft_from_flat(
         jnp.asarray(params[draft_key(path)], jnp.float32), draft_sharding(path, leaf.shape, mesh)
     )
     return graphdef, by_path(abstract, put)
-
-
-def draft_to_target(config: RunConfig) -> np.ndarray:
-    """The run's draft vocabulary. UserError where none has been prepared."""
-    return data.load_tables(config.folder / "tables")
 
 
 def trained_vocabulary(folder: Path) -> np.ndarray:
@@ -183,20 +176,14 @@ def draft_state(
 ) -> tuple[Any, Any]:
     """The run's draft before its first step, (graphdef, what is trained): fresh, or the older one's parameters; with
     adapters beside them where --draft.lora says so."""
-    kind = draft_class(config.draft)
     if start is None:
-        head = starting_head(config.draft, spec, target, tables)
-        return make_draft(spec, config.train.dtype, mesh, seed=config.train.seed, head=head, kind=kind)
+        return make_draft(config, spec, target, tables, mesh, config.train.dtype)
+    kind = draft_class(config.draft)
     graphdef, state = draft_from_flat(spec, config.train.dtype, start.params, mesh, kind=kind)
     if not config.draft.lora:
         return graphdef, state
     tree = drafts.add_adapters(state, config.draft.lora, jax.random.key(config.train.seed))
     return graphdef, tree | {"lora": jax.device_put(tree["lora"], replicated(mesh))}
-
-
-def path_names(path: str) -> tuple[str, ...]:
-    """['layers'][0]['norm'].value -> ("layers", "0", "norm"), as `make_optimiser` names paths."""
-    return tuple(re.findall(r"\['?(\w+)'?\]", path))
 
 
 def trained(draft: DraftConfig) -> Trained:

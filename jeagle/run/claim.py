@@ -12,7 +12,6 @@ from jeagle.runtime import distributed
 from jeagle.runtime.lock import only_writer
 from jeagle.runtime.manifest import atomic_folder
 from jeagle.runtime.outputs import check_replaceable, folder_of, json_file, signed_file
-from jeagle.runtime.stages import NOTE
 from jeagle.runtime.trackers import METRICS
 
 CONFIG = json_file("file of a run's settings", "name", "target", "data", "draft", "train")
@@ -21,6 +20,7 @@ EMBEDDING = signed_file("array of numpy's", b"\x93NUMPY")
 REPORT = json_file(
     "report of a run", any_of=("acceptance_length_after", "acceptance_length_before", "stage_seconds", "lossless")
 )
+NOTE = json_file("note of a stage", "made_from", "seconds", "result")
 PAGE = signed_file(
     "page of a run's report", b'<meta name="generator" content="jeagle report">', b":root { --ink: #1a1d21;"
 )
@@ -68,10 +68,8 @@ def claimed(config: RunConfig, *, shared: bool = False) -> Iterator[None]:
     Raises:
       UserError: for a folder that is not a run's, or that another process writes; it is named.
     """
-    if not distributed.may_lead():
-        yield
-        return
-    check_folder(config)
+    if distributed.may_lead():
+        check_folder(config)
     if not distributed.surely_leads():
         yield
         return

@@ -1,8 +1,7 @@
 """The prepare stage: conversations -> packed rows and a draft vocabulary, found again where nothing has changed."""
 
-from __future__ import annotations
-
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,9 @@ from jeagle import data as room
 from jeagle import targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
+from jeagle.interfaces import Batch
 from jeagle.run.claim import check_folder, claimed, new_rows
-from jeagle.runtime.manifest import (
-    differences,
-    fingerprint,
-    finished_manifest,
-    read_manifest,
-    write_manifest,
-)
+from jeagle.runtime.manifest import differences, fingerprint, finished_manifest, read_manifest, write_manifest
 from jeagle.runtime.progress import Progress
 
 
@@ -60,16 +54,39 @@ def prepare(config: RunConfig) -> Prepared:
     _given_vocabulary(config, made)  # refused before the rows are made, where it does not fit
     reused = found(data, made)
     if not reused:
-        _make_rows(config, parts, tokenizer, made)
+        for part in parts:
+            print(f"prepare: reading {part}", flush=True)
+        total = config.data.max_conversations
+        with Progress(total, "conversations", "prepare") as progress, new_rows(config) as aside:
+            statistics = room.prepare_rows(
+                parts,
+                tokenizer,
+                config.data,
+                aside,
+                end_token_ids=made["end_token_ids"],
+                vocab=made["target_vocab"],
+                target=config.target.ref,
+                on_done=progress.update,
+            )
+            tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone
+            statistics["template_reads_date"] = room.reads_date(tokenizer.chat_template)
+            write_rows_manifest(aside, config, made, statistics)
     return finish(config, made, reused=reused)
 
 
 def finish(config: RunConfig, made: dict[str, Any], *, reused: bool) -> Prepared:
     """The run's vocabulary tables, its rows being there; and what is known of both."""
     data = config.folder / "data"
-    tables = _make_tables(config, made, data)
-    manifest, vocabulary = finished_manifest(data), _coverage(data, tables)
-    if manifest.get("vocabulary") != (named := {"ids": room.vocabulary_hash(room.load_tables(tables))} | vocabulary):
+    tables, manifest = _make_tables(config, made, data), finished_manifest(data)
+    ids = room.load_tables(tables)
+    counts = {name: np.load(data / name / "counts.npy") for name in ("train", "held_out")}
+    vocabulary = {
+        "draft_vocab": len(ids),
+        "tokens_seen": int((counts["train"] > 0).sum()),
+        "ends_left_out": [end for end in manifest["made_from"]["end_token_ids"] if end not in ids],
+        **{f"coverage_{name}": round(room.coverage(c, ids), 4) for name, c in counts.items()},
+    }
+    if manifest.get("vocabulary") != (named := {"ids": room.vocabulary_hash(ids)} | vocabulary):
         write_manifest(data, manifest | {"vocabulary": named})
     return Prepared(data, tables, manifest["statistics"] | vocabulary, reused)
 
@@ -98,17 +115,8 @@ def shaping(config: RunConfig) -> dict[str, Any]:
 
 
 _SHAPING = (  # settings that change rows; --data.streaming reads the same ones otherwise
-    "max_conversations",
-    "row_length",
-    "long",
-    "held_out",
-    "bad_share",
-    "near_duplicates",
-    "system_prompt",
-    "reasoning",
-    "thinking",
-    "rewritten",
-    "template_arguments",
+    *("max_conversations", "row_length", "long", "held_out", "bad_share", "near_duplicates"),
+    *("system_prompt", "reasoning", "thinking", "rewritten", "template_arguments"),
 )
 
 
@@ -126,6 +134,18 @@ def found(data: Path, made_from: dict[str, Any]) -> bool:
     return not (fields or wrong)
 
 
+def write_split(folder: Path, batches: Iterable[Batch], row_length: int, vocab: int) -> dict[str, int]:
+    """Writes the rows of a split, [B, row_length] at a time, and how often each token is supervised; counts them."""
+    counts, tokens = np.zeros(vocab, np.int64), 0
+    with room.RowWriter(folder, row_length) as writer:
+        for batch in batches:
+            counts += room.count_supervised(batch, vocab)
+            tokens += int((batch.segments_BT > 0).sum())
+            writer.write(batch)
+    np.save(folder / "counts.npy", counts)
+    return {"rows": writer.rows, "tokens": tokens, "supervised_tokens": int(counts.sum())}
+
+
 def write_rows_manifest(folder: Path, config: RunConfig, made_from: dict[str, Any], statistics: dict[str, Any]) -> None:
     """The manifest of a folder of rows, all of whose files are there; it names them with their lengths in bytes."""
     tree = {"made_from": made_from, "target": config.target.ref, "statistics": statistics, "files": _sizes(folder)}
@@ -134,26 +154,6 @@ def write_rows_manifest(folder: Path, config: RunConfig, made_from: dict[str, An
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def _make_rows(config: RunConfig, parts: list, tokenizer: Any, made_from: dict[str, Any]) -> None:
-    for part in parts:
-        print(f"prepare: reading {part}", flush=True)
-    total = config.data.max_conversations
-    with Progress(total, "conversations", "prepare") as progress, new_rows(config) as aside:
-        statistics = room.prepare_rows(
-            parts,
-            tokenizer,
-            config.data,
-            aside,
-            end_token_ids=made_from["end_token_ids"],
-            vocab=made_from["target_vocab"],
-            target=config.target.ref,
-            on_done=progress.update,
-        )
-        tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone
-        statistics["template_reads_date"] = room.reads_date(tokenizer.chat_template)
-        write_rows_manifest(aside, config, made_from, statistics)
 
 
 def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Path:
@@ -174,7 +174,8 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
             return tables
         print(f"prepare: {tables} lacks a file or has a damaged one; making it anew", flush=True)
     ids = room.choose_vocabulary(counts, size, ends) if given is None else given
-    if fields and _trained(config.folder) and not np.array_equal(ids, room.load_tables(tables)):
+    trained = any(path.name.isdigit() for path in (config.folder / "checkpoints").glob("*"))
+    if fields and trained and not np.array_equal(ids, room.load_tables(tables)):
         raise UserError(
             f"{tables} belongs to a draft that is trained already, and would change ({', '.join(fields)} differ): its "
             "head's rows would mean other tokens. Give another --name, or the settings that the run was begun with."
@@ -192,11 +193,11 @@ def _given_vocabulary(config: RunConfig, made_from: dict[str, Any]) -> np.ndarra
     UserError where it does not fit the target, or the two contradict each other.
     """
     size, ends = config.draft.vocab, made_from["end_token_ids"]
-    given = None
     source = config.data.vocabulary or config.draft.start  # a draft to start from brings its head's rows' meaning
-    if source and not (size <= 0 and config.draft.start):  # the whole vocabulary needs no map
-        given = room.load_given_vocabulary(Path(source), size, made_from["target_vocab"], ends)
-    if given is not None and config.data.vocabulary and config.draft.start:
+    if not source or (size <= 0 and config.draft.start):  # the whole vocabulary needs no map
+        return None
+    given = room.load_given_vocabulary(Path(source), size, made_from["target_vocab"], ends)
+    if config.data.vocabulary and config.draft.start:
         begun = room.load_given_vocabulary(Path(config.draft.start), size, made_from["target_vocab"], ends)
         if not np.array_equal(given, begun):
             raise UserError(
@@ -213,23 +214,6 @@ def _whole(tables: Path, counts_V: np.ndarray) -> bool:
         return (tables / "t2d.npy").is_file() and np.array_equal(np.load(tables / "counts.npy"), counts_V)
     except (UserError, OSError, ValueError, EOFError):
         return False
-
-
-def _trained(folder: Path) -> bool:
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
-
-
-def _coverage(data: Path, tables: Path) -> dict[str, Any]:
-    ids = room.load_tables(tables)
-    counts = {name: np.load(data / name / "counts.npy") for name in ("train", "held_out")}
-    ends = finished_manifest(data)["made_from"]["end_token_ids"]
-    return {
-        "draft_vocab": len(ids),
-        "tokens_seen": int((counts["train"] > 0).sum()),
-        "ends_left_out": [end for end in ends if end not in ids],
-        **{f"coverage_{name}": round(room.coverage(c, ids), 4) for name, c in counts.items()},
-    }
 
 
 def describe(prepared: Prepared) -> list[str]:

@@ -70,39 +70,37 @@ def draft_spec(
     Raises:
       UserError: for a draft that is not of this target, makes no sense, or is described twice.
     """
-    given = config.draft.json or config.draft.start
-    if given:
-        _refuse_second_description(config.draft, given)
-    if config.draft.json:
+    draft, given = config.draft, config.draft.json or config.draft.start
+    for name in (*SHAPE, *SWITCHES) if given else ():
+        if getattr(draft, name) != getattr(DraftConfig(), name):
+            flag = name.replace("_", "-")
+            raise UserError(f"{given} says what the draft is: leave --draft.{flag} out, or change it there.")
+    if draft.json:
         spec = exchange.read_draft_config(
-            config.draft.json,
+            draft.json,
             draft_vocab=draft_vocab,
             target_width=target.width,
             default_aux_layers=lambda: targets.check_aux_layers(config.target.aux_layers, target.layers),
-            norm_output=config.draft.norm_output or "head",
+            norm_output=draft.norm_output or "head",
         )
+    elif start:
+        spec = start.spec
     else:
-        spec = start.spec if start else derived_spec(config, target, draft_vocab)
+        spec = DraftSpec(
+            target_width=target.width,
+            target_vocab=target.vocab,
+            draft_vocab=draft_vocab,
+            aux_layers=targets.check_aux_layers(config.target.aux_layers, target.layers),
+            norm_eps=target.norm_eps,
+            rope=draft_rope(target.rope),
+            max_positions=target.max_positions,
+            **{name: getattr(draft, name) or getattr(target, name) for name in SHAPE},
+            **{name: getattr(draft, name) for name in SWITCHES},
+        )
     spec = dataclasses.replace(spec, end_token_ids=ends)
-    _check_fits(spec, config, target, draft_vocab, given)
+    _check_fits(spec, config, target, draft_vocab, given or "The draft")
     exchange.check_spec(spec, target.layers)
     return spec
-
-
-def derived_spec(config: RunConfig, target: TargetSpec, draft_vocab: int) -> DraftSpec:
-    """The target's widths and rope, but for what `config.draft` sets."""
-    sizes = {name: getattr(config.draft, name) or getattr(target, name) for name in SHAPE}
-    return DraftSpec(
-        target_width=target.width,
-        target_vocab=target.vocab,
-        draft_vocab=draft_vocab,
-        aux_layers=targets.check_aux_layers(config.target.aux_layers, target.layers),
-        norm_eps=target.norm_eps,
-        rope=draft_rope(target.rope),
-        max_positions=target.max_positions,
-        **sizes,
-        **{name: getattr(config.draft, name) for name in SWITCHES},
-    )
 
 
 def draft_rope(rope: Rope) -> Rope:
@@ -115,52 +113,37 @@ def draft_rope(rope: Rope) -> Rope:
     return rope if everywhere and "partial_rotary_factor" not in rope.scaling_dict else Rope(rope.theta)
 
 
-def _refuse_second_description(draft: DraftConfig, given: str) -> None:
-    for name in (*SHAPE, *SWITCHES):
-        if getattr(draft, name) != getattr(DraftConfig(), name):
-            flag = name.replace("_", "-")
-            raise UserError(f"{given} says what the draft is: leave --draft.{flag} out, or change it there.")
-
-
-def _check_fits(spec: DraftSpec, config: RunConfig, target: TargetSpec, draft_vocab: int, given: str) -> None:
-    where = given or "The draft"
-    if (spec.target_width, spec.target_vocab) != (target.width, target.vocab):
-        raise UserError(
-            f"{where} is for a target of width {spec.target_width} and vocabulary {spec.target_vocab}; this one has "
-            f"{target.width} and {target.vocab}."
-        )
-    if spec.draft_vocab != draft_vocab:
-        raise UserError(
-            f"{where} has a draft vocabulary of {spec.draft_vocab}, the run one of {draft_vocab}: give --draft.vocab "
-            f"{spec.draft_vocab}."
-        )
-    if config.target.aux_layers and config.target.aux_layers != spec.aux_layers:
-        raise UserError(
-            f"{where} reads the layers {list(spec.aux_layers)}; --target.aux-layers says "
-            f"{list(config.target.aux_layers)}."
-        )
-    if spec.heads % spec.kv_heads:
-        raise UserError(f"{where} has {spec.heads} heads for {spec.kv_heads} key heads: it must be a multiple.")
+def _check_fits(spec: DraftSpec, config: RunConfig, target: TargetSpec, draft_vocab: int, where: str) -> None:
+    problems = {
+        f"is for a target of width {spec.target_width} and vocabulary {spec.target_vocab}; this one has {target.width} "
+        f"and {target.vocab}.": (spec.target_width, spec.target_vocab) != (target.width, target.vocab),
+        f"has a draft vocabulary of {spec.draft_vocab}, the run one of {draft_vocab}: give --draft.vocab "
+        f"{spec.draft_vocab}.": spec.draft_vocab != draft_vocab,
+        f"reads the layers {list(spec.aux_layers)}; --target.aux-layers says {list(config.target.aux_layers)}.": (
+            config.target.aux_layers not in ((), spec.aux_layers)
+        ),
+        f"has {spec.heads} heads for {spec.kv_heads} key heads: it must be a multiple.": spec.heads % spec.kv_heads,
+    }
+    for problem, holds in problems.items():
+        if holds:
+            raise UserError(f"{where} {problem}")
 
 
 def check_engines(draft: DraftConfig, spec: DraftSpec, target_layers: int) -> None:
     """UserError, naming engine and switch, where one of --draft.engines could not serve this draft once trained."""
     own = [f"its class is one of your own ({draft.module})"] if draft.module else []
     limits = {
-        "sglang": lambda: exchange.sglang_limits(spec, target_layers),
-        "vllm": lambda: exchange.vllm_limits(spec, "speculators"),
+        "sglang": ("SGLang", lambda: exchange.sglang_limits(spec, target_layers)),
+        "vllm": ("vLLM", lambda: exchange.vllm_limits(spec, "speculators")),
     }
     for engine in draft.engines:
-        name, reasons = ENGINES[engine], own + limits[engine]()
-        if reasons:
+        name, limits_of = limits[engine]
+        if reasons := own + limits_of():
             rest = " ".join(e for e in draft.engines if e != engine)
             raise UserError(
                 f"{name} could not serve this draft: {'; '.join(reasons)}. Change the draft, or give "
                 f"--draft.engines{' ' * bool(rest)}{rest} to train it without {name}."
             )
-
-
-ENGINES = {"sglang": "SGLang", "vllm": "vLLM"}
 
 
 def draft_class(draft: DraftConfig) -> Any:
@@ -169,17 +152,17 @@ def draft_class(draft: DraftConfig) -> Any:
         return Eagle3
     module, _, name = draft.module.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"--draft.module {draft.module} cannot be imported ({error}): give package.module:NAME."
         ) from error
-    missing = [method for method in ("fuse", "finish", "logits") if not callable(getattr(found, method, None))]
+    missing = [method for method in ("fuse", "finish", "logits") if not callable(getattr(kind, method, None))]
     if missing:
         raise UserError(
             f"--draft.module {draft.module} has no {', '.join(missing)}: it must do what drafts.Eagle3 does."
         )
-    return found
+    return kind
 
 
 def starting_head(draft: DraftConfig, spec: DraftSpec, target: TargetSpec, tables: Tables) -> jax.Array | None:
@@ -200,14 +183,15 @@ def own_embedding(folder: Path, spec: DraftSpec, embed_VH: jax.Array, start: Sta
     """
     if (folder / EMBEDDING_FILE).is_file():
         return jnp.asarray(np.load(folder / EMBEDDING_FILE))
+    older_VW = start.embed_VW if start else None
     if spec.width == spec.target_width:
-        if start is not None and start.embed_VW is not None and not is_target_embedding(start.embed_VW, embed_VH):
+        if older_VW is not None and not is_target_embedding(older_VW, embed_VH):
             raise UserError(
                 "The draft to start from has an embedding that is not the target's: engines would replace it."
             )
         return None
-    if start is not None and start.embed_VW is not None:
-        return jnp.asarray(start.embed_VW)
+    if older_VW is not None:
+        return jnp.asarray(older_VW)
     noise = np.random.Generator(np.random.PCG64(0)).standard_normal((spec.target_width, spec.width), np.float32)
     project = jnp.asarray(noise / np.sqrt(np.float32(spec.target_width)))
     return jnp.matmul(embed_VH.astype(jnp.float32), project, precision=jax.lax.Precision.HIGHEST)

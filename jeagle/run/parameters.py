@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -55,30 +56,26 @@ def served_params(tree: dict[str, Any]) -> dict[str, np.ndarray]:
     The moving average where one is kept; of schedule_free the averaged iterate x = (y - (1 - b1) z) / b1, whose y is
     trained; else the trained ones.
     """
-    average = _named(tree, _AVERAGE)
-    trained = _named(tree, _DRAFT)
-    base = _named(tree, _ITERATE)
-    iterate = {name: _iterate(trained[name], z).astype(np.float32) for name, z in base.items()}
-    return trained | iterate | average
+    served = {}
+    for name, paths in served_from(tree).items():
+        trained, *base = (np.asarray(tree[path]) for path in paths)
+        served[name] = _iterate(trained, *base).astype(np.float32) if base else trained
+    return served
 
 
 def served_from(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The same, unread: by parameter, the paths of the arrays of which `served_params` makes it."""
-    tree = dict.fromkeys(paths, 0)
+    """The same, unread: by parameter, the paths of the arrays of which `served_params` makes it.
+
+    A path `.draft['layers'][0]['norm'].value` is of the parameter layers.0.norm.
+    """
     found: dict[str, list[str]] = {}
-    for prefix in (_DRAFT, _ITERATE, _AVERAGE):
-        for path in tree:
-            if below := _below(path, prefix):
-                found[below] = [path] if prefix == _AVERAGE else [*found.get(below, ()), path]
+    for prefix, path in itertools.product((_DRAFT, _ITERATE, _AVERAGE), paths):
+        if below := re.fullmatch(rf"{prefix}((?:\['?\w+'?\])+)(?:\.value)?", path):
+            name = ".".join(path_names(below[1]))
+            found[name] = [path] if prefix == _AVERAGE else [*found.get(name, ()), path]
     return found
 
 
-def _named(tree: dict[str, Any], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays below a prefix: `.draft['layers'][0]['norm'].value` is layers.0.norm."""
-    return {below: np.asarray(array) for path, array in tree.items() if (below := _below(path, prefix))}
-
-
-def _below(path: str, prefix: str) -> str:
-    """The dotted name of a path below the prefix; empty where it is not below it."""
-    below = re.fullmatch(rf"{prefix}((?:\['?\w+'?\])+)(?:\.value)?", path)
-    return ".".join(re.findall(r"\['?(\w+)'?\]", below[1])) if below else ""
+def path_names(path: str) -> tuple[str, ...]:
+    """['layers'][0]['norm'].value -> ("layers", "0", "norm")."""
+    return tuple(re.findall(r"\['?(\w+)'?\]", path))

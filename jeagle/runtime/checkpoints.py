@@ -30,8 +30,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int, scores: Mapping[int, float] | None = None):
         logging.getLogger("absl").setLevel(logging.ERROR)
-        policy = _Kept(keep, {} if scores is None else scores)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(keep, {} if scores is None else scores))
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
 
@@ -44,11 +43,10 @@ class Checkpoints:
 
     def save(self, step: int, tree: Any) -> None:
         """Copies the arrays off the device and returns; they are written in the background."""
-        if step in self._manager.all_steps():
-            return
-        named = _named(tree)
-        pieces = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in named}
-        self._manager.save(step, args=ocp.args.StandardSave(named, save_args=pieces))
+        if step not in self._manager.all_steps():
+            named = _named(tree)
+            pieces = dict.fromkeys(named, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
+            self._manager.save(step, args=ocp.args.StandardSave(named, save_args=pieces))
 
     def restore(self, step: int, like: Any) -> Any:
         """The tree saved at `step`, laid out as `like` is.
@@ -56,26 +54,24 @@ class Checkpoints:
         Raises:
           UserError: when there is no such step, or its arrays are not those of `like`.
         """
-        if step not in self._manager.all_steps():
-            have = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {have}.")
+        chosen_step(self.steps(), step, where=str(self.folder))
         wanted = _named(like)
-        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in wanted.items()}
         try:
-            found = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"The checkpoint {self.folder / str(step)} does not fit this configuration "
                 f"({str(error).splitlines()[0][:200]}): use the settings that it was made with, or another run name."
             ) from error
-        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+        return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
 
     def wait(self) -> None:
         """Until everything is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
+        """Waits and lets go of what Orbax holds."""
+        self.wait()
         self._manager.close()
 
 
@@ -125,19 +121,16 @@ def chosen_step(steps: Iterable[int], step: int | str, *, where: str, scores: Ma
     Raises:
       UserError: without such a checkpoint, or for "best" where none of them has a score.
     """
-    there = sorted(steps)
+    there, scores = sorted(steps), scores or {}
     if not there:
         raise UserError(f"{where} holds no finished checkpoint: let the run save one first.")
-    if str(step) == "last":
-        return there[-1]
-    if str(step) == "best":
-        best = best_step(there, scores or {})
-        if best is None:
-            raise UserError(
-                f"{where} has no checkpoint with held-out figures, which the best step is chosen by: give --step last, "
-                f"or one of {', '.join(map(str, there))}."
-            )
-        return best
-    if not str(step).isdigit() or int(step) not in there:
-        raise UserError(f"{where} has no checkpoint of step {step}; it has {', '.join(map(str, there))}.")
-    return int(step)
+    listed = ", ".join(map(str, there))
+    chosen = {"last": there[-1], "best": best_step(there, scores)} | {str(number): number for number in there}
+    if str(step) not in chosen:
+        raise UserError(f"{where} has no checkpoint of step {step}; it has {listed}.")
+    if (number := chosen[str(step)]) is None:
+        raise UserError(
+            f"{where} has no checkpoint with held-out figures, which the best step is chosen by: give --step last, "
+            f"or one of {listed}."
+        )
+    return number

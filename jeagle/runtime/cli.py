@@ -28,8 +28,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     fails leaves at once, because waiting for the others, as jax does at exit, would hang them all.
     """
     status = _status(main)
-    if status and _among_others():
-        _flush()
+    jax = sys.modules.get("jax")  # a command that has not imported it is not made to
+    if status and jax is not None and jax.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -68,18 +71,6 @@ def _status(main: Callable[[list[str]], int | None]) -> int:
         return 1
 
 
-def _among_others() -> bool:
-    """Whether this process belongs to a jax.distributed run; does not import jax for it."""
-    jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized()
-
-
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()

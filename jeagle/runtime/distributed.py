@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -17,21 +17,6 @@ from jeagle.errors import UserError
 _VARIABLES = {"coordinator": "JEAGLE_COORDINATOR", "processes": "JEAGLE_PROCESSES", "process_id": "JEAGLE_PROCESS_ID"}
 _AUTO = "JEAGLE_DISTRIBUTED"
 _MARGIN_SECONDS = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The processes of a run.
-
-    Attributes:
-      coordinator: HOST:PORT of process 0, reachable from every other.
-      processes: how many there are.
-      process_id: which one this is, from 0.
-    """
-
-    coordinator: str
-    processes: int
-    process_id: int
 
 
 def initialise(
@@ -57,19 +42,23 @@ def initialise(
     if auto not in ("", "auto"):
         raise UserError(f"{_AUTO} is {auto!r}: set it to auto, or leave it out.")
     group = _group(coordinator, processes, process_id)
-    if jax.distributed.is_initialized() or (group is None and not auto) or (group is not None and group.processes == 1):
+    if jax.distributed.is_initialized() or not (group or auto) or group.get("num_processes") == 1:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    addresses: dict[str, Any] = {}
-    if group is not None:
-        addresses = {
-            "coordinator_address": group.coordinator,
-            "num_processes": group.processes,
-            "process_id": group.process_id,
-            "cluster_detection_method": "deactivate",
-        }
-    if error := _join(addresses, timeout_seconds):
-        raise _explained(error, group)
+    try:
+        _join(group, timeout_seconds)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        if not group:
+            raise UserError(
+                f"{_AUTO}=auto could not join a TPU slice or a Slurm job ({reason}): start the command with a script "
+                f"of launch/, or set {', '.join(_VARIABLES.values())}."
+            ) from error
+        raise UserError(
+            f"Process {group['process_id']} could not join the {group['num_processes']} processes of its run at "
+            f"{group['coordinator_address']} ({reason}): are all of them started, with the same address, and is its "
+            "port open?"
+        ) from error
 
 
 def may_lead() -> bool:
@@ -92,9 +81,7 @@ def is_leader() -> bool:
 
 def anywhere(value: bool) -> bool:
     """Whether it is true on any process; every one of them must call it."""
-    if jax.process_count() == 1:
-        return value
-    return bool(np.asarray(multihost_utils.process_allgather(np.asarray(value))).any())
+    return not everywhere(np.asarray(not value))
 
 
 def everywhere(values: np.ndarray) -> np.ndarray:
@@ -128,60 +115,51 @@ def same_everywhere(value: str | int, what: str) -> None:
         )
 
 
-def _group(coordinator: str | None, processes: int | None, process_id: int | None) -> Group | None:
-    """From arguments and the environment; None where neither says anything."""
+def _group(coordinator: str | None, processes: int | None, process_id: int | None) -> dict[str, Any]:
+    """What jax needs to know of the group, from arguments and the environment; empty where neither says anything."""
     given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
-    found = {
+    values = {
         name: os.environ.get(variable) if given[name] is None else given[name] for name, variable in _VARIABLES.items()
     }
-    missing = [_VARIABLES[name] for name, value in found.items() if value in (None, "")]
-    if len(missing) == len(found):
-        return None
+    missing = [_VARIABLES[name] for name, value in values.items() if value in (None, "")]
+    if len(missing) == len(values):
+        return {}
     if missing:
         raise UserError(f"A run of several processes needs {', '.join(missing)} as well: set all three, or none.")
-    address = str(found["coordinator"])
-    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
-        raise UserError(f"{_VARIABLES['coordinator']} is {address!r}: it must be HOST:PORT of process 0.")
+    host, _, port = str(values["coordinator"]).rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{_VARIABLES['coordinator']} is {values['coordinator']!r}: it must be HOST:PORT of process 0.")
     try:
-        group = Group(address, int(found["processes"] or 0), int(found["process_id"] or 0))
+        number, of = int(values["process_id"] or 0), int(values["processes"] or 0)
     except ValueError as error:
         raise UserError(f"JEAGLE_PROCESSES and JEAGLE_PROCESS_ID must be whole numbers: {error}.") from error
-    if not 0 <= group.process_id < group.processes:
-        raise UserError(
-            f"Process {group.process_id} of {group.processes} cannot be: ids go from 0 to the number less 1."
-        )
-    return group
+    if not 0 <= number < of:
+        raise UserError(f"Process {number} of {of} cannot be: ids go from 0 to the number less 1.")
+    return {
+        "coordinator_address": f"{host}:{port}",
+        "num_processes": of,
+        "process_id": number,
+        "cluster_detection_method": "deactivate",
+    }
 
 
-def _join(addresses: dict[str, Any], timeout_seconds: int) -> Exception | None:
-    """jax.distributed.initialize in a thread of its own, and what went wrong.
+def _join(group: dict[str, Any], timeout_seconds: int) -> None:
+    """jax.distributed.initialize in a thread of its own; raises what went wrong.
 
-    Left to itself it ends the process with a C++ stack trace when the others do not come, and ignores Ctrl-C.
+    Left to itself it ends the process with a C++ stack trace when the others do not come, and ignores Ctrl-C. The
+    thread is a daemon, which no pool of threads is: it must not keep the process from leaving.
     """
-    failures: list[Exception] = []
+    joined: Future[None] = Future()
 
     def join() -> None:
         try:
-            jax.distributed.initialize(**addresses, initialization_timeout=timeout_seconds + _MARGIN_SECONDS)
+            jax.distributed.initialize(**group, initialization_timeout=timeout_seconds + _MARGIN_SECONDS)
+            joined.set_result(None)
         except Exception as error:
-            failures.append(error)
+            joined.set_exception(error)
 
-    thread = threading.Thread(target=join, name="joining the other processes", daemon=True)
-    thread.start()
-    thread.join(timeout_seconds)
-    if thread.is_alive():
-        return TimeoutError(f"nobody answered for {timeout_seconds} s")
-    return failures[0] if failures else None
-
-
-def _explained(error: Exception, group: Group | None) -> UserError:
-    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-    if group is None:
-        return UserError(
-            f"{_AUTO}=auto could not join a TPU slice or a Slurm job ({reason}): start the command with a script of "
-            f"launch/, or set {', '.join(_VARIABLES.values())}."
-        )
-    return UserError(
-        f"Process {group.process_id} could not join the {group.processes} processes of its run at {group.coordinator} "
-        f"({reason}): are all of them started, with the same address, and is its port open?"
-    )
+    threading.Thread(target=join, name="joining the other processes", daemon=True).start()
+    try:
+        joined.result(timeout_seconds)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"nobody answered for {timeout_seconds} s") from None

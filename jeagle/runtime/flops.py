@@ -1,13 +1,32 @@
-"""FLOPs of a program, counted from its jaxpr: what a compiler's own count misses in loops and kernels."""
+"""FLOPs of a program, counted from its jaxpr (compilers miss those of loops and kernels), and how fast chips are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+# Dense bfloat16 products, TFLOP/s a device, by how JAX names the device; the first name that is part of it counts.
+# Source: the makers' data sheets; without sparsity.
+PEAKS: dict[str, float] = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v6": 918.0,
+    "TPU7x": 2307.0,
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.0,
+}
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
@@ -34,7 +53,9 @@ def _equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name in _PRODUCTS:
         return _PRODUCTS[name](equation)
-    parts = [count_flops(part) for part in _inner(params)]
+    # The jaxprs among the parameters. Rules of differentiation are functions there, and do not count.
+    values = [part for value in params.values() for part in (value if isinstance(value, tuple | list) else (value,))]
+    parts = [count_flops(part) for part in values if isinstance(part, Jaxpr | ClosedJaxpr)]
     if name == "cond":
         return max(parts)
     if name == "scan":
@@ -47,14 +68,6 @@ def _equation(equation: Any) -> int:
             return int(estimate.flops)
         return math.prod(params["grid_mapping"].grid) * sum(parts)
     return sum(parts)
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
-    """The jaxprs among an equation's parameters. Rules of differentiation are functions there, and do not count."""
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, Jaxpr | ClosedJaxpr):
-                yield part
 
 
 def _dot(equation: Any) -> int:
@@ -86,3 +99,14 @@ _PRODUCTS: dict[str, Callable[[Any], int]] = {
     "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _convolution,
 }
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of a device of this kind in bfloat16; None where it is not known, as for a CPU."""
+    return next((1e12 * peak for name, peak in PEAKS.items() if name.lower() in device_kind.lower()), None)
+
+
+def all_devices_flops() -> float | None:
+    """FLOP/s of all devices of the run together; None where theirs is not known."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return None if peak is None else peak * jax.device_count()

@@ -1,4 +1,4 @@
-"""Settings of the host process that must stand before JAX starts its work."""
+"""The host process: settings that must stand before JAX starts its work, and how much memory is free."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _ALIGNMENT = 64
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")  # version 2; a container sees its own
 
 
 def prepare_host() -> None:
@@ -35,13 +40,10 @@ def prepare_host() -> None:
 def keep_freed_memory(*, largest: int, most: int) -> None:
     """Keeps blocks of up to `largest` bytes in the process once they are freed, `most` bytes in all at its end."""
     if sys.platform == "linux":
-        try:
+        with contextlib.suppress(AttributeError, OSError):  # another C library: slower, not wrong
             libc = ctypes.CDLL(None)
-            libc.mallopt(_MMAP_THRESHOLD, largest)
-            libc.mallopt(_TRIM_THRESHOLD, most)
-            libc.mallopt(_ARENA_MAX, 1)
-        except (AttributeError, OSError):
-            pass  # another C library: slower, not wrong
+            for setting, value in ((_MMAP_THRESHOLD, largest), (_TRIM_THRESHOLD, most), (_ARENA_MAX, 1)):
+                libc.mallopt(setting, value)
 
 
 def release_freed_memory() -> None:
@@ -57,3 +59,42 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     room = np.empty(size + _ALIGNMENT, np.uint8)
     start = -room.ctypes.data % _ALIGNMENT
     return room[start : start + size].view(dtype).reshape(shape)
+
+
+def free_bytes(mesh: Mesh) -> int | None:
+    """Of the fullest of this process's devices in the mesh; None where nobody knows.
+
+    CPU devices share what the system has available.
+    """
+    devices = mesh.local_devices
+    if devices[0].platform == "cpu":
+        host = host_bytes_available()
+        return None if host is None else host // len(devices)
+    stats = [device.memory_stats() for device in devices]
+    if not all(s and "bytes_limit" in s for s in stats):
+        return None
+    return min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
+
+
+def host_bytes_available() -> int | None:
+    """What the system, or the container's own limit, still gives without swapping; None where it does not say."""
+    known = []
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        known.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # no such files, or the limit is "max"
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        known.append(limit - used + int(stat.get("inactive_file", 0)))  # pages of files are given up first
+    return min(known, default=None)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this host is alive, whoever owns it."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
+from jeagle.runtime.host import is_alive
 from jeagle.runtime.outputs import parents_made
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
@@ -47,15 +48,21 @@ def only_writer(lock: Path, what: str, advice: str, *, shared: bool = False) -> 
             yield
         finally:
             _held.discard(key)
-            _release(descriptor, lock, shared)
+            with contextlib.suppress(OSError):  # the file goes before the lock does, unless others share it
+                if shared:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_file(descriptor, lock):
+                    lock.unlink()
+            os.close(descriptor)
 
 
 def _taken(lock: Path, what: str, advice: str, shared: bool) -> int:
+    not_ours = f"{lock} is there already and is no lock of jeagle's: nothing has been changed. Move it away."
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except IsADirectoryError:
-            raise _not_ours(lock) from None
+            raise UserError(not_ours) from None
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
@@ -63,34 +70,20 @@ def _taken(lock: Path, what: str, advice: str, shared: bool) -> int:
             if not unlockable or (_may_live(holder) and not shared):
                 os.close(descriptor)
                 dead = f" If that process has ended, remove {lock}." if unlockable else ""
-                raise UserError(f"{what} is in use by another process ({_described(holder)}): {advice}{dead}") from None
+                who = "process {pid} on host {host}, since {since}" if holder else "which has only just begun"
+                who = who.format_map({"pid": None, "host": None, "since": None} | holder)
+                raise UserError(f"{what} is in use by another process ({who}): {advice}{dead}") from None
         if _is_file(descriptor, lock):
             break
         os.close(descriptor)  # its holder removed it between the two calls: the name is another file's by now, or free
     if os.fstat(descriptor).st_size and "pid" not in _holder(descriptor):
         os.close(descriptor)
-        raise _not_ours(lock)
-    told = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now(), "command": os.path.basename(sys.argv[0])}
+        raise UserError(not_ours)
+    since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": Path(sys.argv[0]).name}
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, (json.dumps(told) + "\n").encode(), 0)
+    os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
     return descriptor
-
-
-def _not_ours(lock: Path) -> UserError:
-    return UserError(f"{lock} is there already and is no lock of jeagle's: nothing has been changed. Move it away.")
-
-
-def _release(descriptor: int, lock: Path, shared: bool) -> None:
-    """Removes the file before the lock goes, unless others share it."""
-    try:
-        if shared:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_file(descriptor, lock):
-            lock.unlink()
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
@@ -109,26 +102,11 @@ def _holder(descriptor: int) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _described(holder: dict[str, Any]) -> str:
-    if not holder:
-        return "which has only just begun"
-    return f"process {holder.get('pid')} on host {holder.get('host')}, since {holder.get('since')}"
-
-
 def _may_live(holder: dict[str, Any]) -> bool:
     """Whether the holder is alive, as far as this host can tell: of a process on another one it cannot."""
     if not holder or holder.get("pid") == os.getpid():
         return False
-    if holder.get("host") != socket.gethostname():
-        return True
     try:
-        os.kill(int(holder["pid"]), 0)
-    except (ProcessLookupError, ValueError):
+        return holder.get("host") != socket.gethostname() or is_alive(int(holder["pid"]))
+    except ValueError:
         return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

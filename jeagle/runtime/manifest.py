@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
+from jeagle.runtime.host import is_alive
 from jeagle.runtime.outputs import Output, check_replaceable, json_file, parents_made
 
 MANIFEST = "manifest.json"
@@ -29,21 +30,12 @@ def atomic_write(path: str | Path, data: bytes | str, kind: Output) -> None:
 
     UserError where a file lies there that is not of this kind: it is a user's.
     """
-    path = Path(path)
-    path = path if path.name else path.resolve()  # "." has no name
-    check_replaceable(path, kind)
-    with parents_made(path):
-        _sweep(path)
-        aside = _aside(path)
-        try:
-            with open(aside, "wb") as file:
-                file.write(data.encode("utf-8") if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+    with _replacing(path, kind) as (path, aside):
+        with open(aside, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
 
 
 @contextlib.contextmanager
@@ -53,20 +45,15 @@ def atomic_folder(path: str | Path, kind: Output) -> Iterator[Path]:
     An older `path` stays as it is until then. UserError, before the block and after it, where it is neither empty nor
     of this kind: it is a user's.
     """
-    path = Path(path)
-    path = path if path.name else path.resolve()  # "." has no name
-    check_replaceable(path, kind)
-    with parents_made(path):
-        _sweep(path)
-        aside = _aside(path)
+    with _replacing(path, kind) as (path, aside):
         aside.mkdir()
-        try:
-            yield aside
-            _flush(aside)
-            _replace_folder(aside, path, kind)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        yield aside
+        # Before the rename, so that a folder that survives a power cut under its final name is whole.
+        for part in aside.rglob("*"):
+            if part.is_file():
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
+        _replace_folder(aside, path, kind)
 
 
 def canonical(tree: Any) -> str:
@@ -90,7 +77,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
     Trees are compared as JSON would hold them, so a tuple equals a list.
     """
-    old, new = _flat(json.loads(canonical(old))), _flat(json.loads(canonical(new)))
+    old, new = flat(json.loads(canonical(old))), flat(json.loads(canonical(new)))
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
@@ -114,37 +101,54 @@ def finished_manifest(folder: str | Path) -> dict:
 def write_manifest(folder: str | Path, tree: dict) -> None:
     """Writes folder/manifest.json: call it last, since it is what makes the folder count as finished."""
     text = json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    atomic_write(Path(folder) / MANIFEST, text, _ANY_MANIFEST)
+    atomic_write(Path(folder) / MANIFEST, text, json_file("manifest"))  # the folder's kind has been checked
 
 
-_ANY_MANIFEST = json_file("manifest")  # of a folder whose kind has been checked
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
+def flat(tree: dict, prefix: str = "") -> dict[str, str]:
     """Canonical JSON of each leaf by its dotted name: unlike Python, JSON tells true from 1."""
-    flat = {}
+    leaves = {}
     for name, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
+            leaves |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = canonical(value)
-    return flat
+            leaves[prefix + name] = canonical(value)
+    return leaves
 
 
-def _aside(path: Path, suffix: str = ".partial") -> Path:
-    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}{suffix}")
+def _start(path: Path) -> str:
+    """How the names of siblings begin that writers on this machine use."""
+    machine = "".join(c if c.isalnum() else "-" for c in socket.gethostname()) or "here"
+    return f".{path.name}.{machine}."
 
 
-def _machine() -> str:
-    return "".join(c if c.isalnum() else "-" for c in socket.gethostname()) or "here"
+@contextlib.contextmanager
+def _replacing(path: str | Path, kind: Output) -> Iterator[tuple[Path, Path]]:
+    """Yields `path` and a sibling that is to replace it, which goes where the block fails.
+
+    Also removes what killed writers of `path` left behind; a living process, or another machine, keeps its own.
+    """
+    path = Path(path)
+    path = path if path.name else path.resolve()  # "." has no name
+    check_replaceable(path, kind)
+    with parents_made(path):
+        start = _start(path)
+        for left in path.parent.glob(f"{glob.escape(start)}*.partial"):
+            process = left.name[len(start) :].split(".")[0]
+            if process.isdigit() and (int(process) == os.getpid() or not is_alive(int(process))):
+                _remove(left)
+        aside = path.with_name(f"{start}{os.getpid()}.partial")
+        try:
+            yield path, aside
+        except BaseException:
+            _remove(aside)
+            raise
 
 
-def _flush(folder: Path) -> None:
-    """On disk before the rename is: a folder that survives a power cut under its final name is whole."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _replace_folder(aside: Path, path: Path, kind: Output) -> None:
@@ -152,7 +156,7 @@ def _replace_folder(aside: Path, path: Path, kind: Output) -> None:
 
     Hosts that share a disk may do this at the same time: whoever finds the place taken again tries again.
     """
-    old = _aside(path, ".old.partial")
+    old = path.with_name(f"{_start(path)}{os.getpid()}.old.partial")
     for attempt in range(10):
         check_replaceable(path, kind)
         if path.is_symlink() or path.is_file():
@@ -167,26 +171,3 @@ def _replace_folder(aside: Path, path: Path, kind: Output) -> None:
             shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sweep(path: Path) -> None:
-    """Removes what killed writers of `path` left behind; a living process, or another machine, keeps its own."""
-    start = f".{path.name}.{_machine()}."
-    for left in path.parent.glob(f"{glob.escape(start)}*.partial"):
-        process = left.name[len(start) :].split(".")[0]
-        if not process.isdigit() or (int(process) != os.getpid() and _alive(int(process))):
-            continue
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

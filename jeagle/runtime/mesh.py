@@ -26,12 +26,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def make_mesh(
-    data: int = 1,
-    fsdp: int = -1,
-    tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
-    *,
-    expert: int = 1,
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, *, expert: int = 1
 ) -> Mesh:
     """A mesh of all devices, axes data x fsdp x expert x tensor; one axis may be -1 and takes what is left.
 
@@ -81,7 +76,7 @@ def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
     Those of the batch, and the experts' axis too: tokens meet the experts of other devices only within the mixtures.
     Without it, where rows do not divide evenly; none, where they do not even then.
     """
-    own = tuple(RULES["rows"] or ())
+    own = tuple(RULES["rows"])
     options: tuple[tuple[str, ...], ...] = ((*own, "expert"), own, ())
     return next(axes for axes in options if rows % math.prod(mesh.shape[axis] for axis in axes) == 0)
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jeagle.errors import UserError
 
@@ -40,8 +40,11 @@ def json_file(what: str, *fields: str, any_of: tuple[str, ...] = ()) -> Output:
     """A JSON object with all of `fields`, and with at least one of `any_of` where that is not empty."""
 
     def foreign(path: Path) -> str:
-        tree = _parsed(_read(path))
-        return "" if _has(tree, fields, any_of) else f"it is no JSON object with {', '.join((*fields, *any_of))}"
+        return (
+            ""
+            if _has(path.read_bytes(), fields, any_of)
+            else f"it is no JSON object with {', '.join((*fields, *any_of))}"
+        )
 
     return Output(what, False, foreign)
 
@@ -50,8 +53,12 @@ def jsonl_file(what: str, *fields: str, any_of: tuple[str, ...] = ()) -> Output:
     """Lines of JSON, of which the first has these fields; a first line that was cut off need only begin with one."""
 
     def foreign(path: Path) -> str:
-        line = _first_line(path)
-        if _has(_parsed(line), fields, any_of):
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            try:
+                line = file.readline()
+            except (EOFError, OSError):  # not compressed, or cut off
+                line = b""
+        if _has(line, fields, any_of):
             return ""
         begins = any(line.startswith(f'{{"{name}"'.encode()) for name in (*fields, *any_of))
         cut_off = begins and not line.endswith(b"\n")
@@ -64,7 +71,8 @@ def signed_file(what: str, *signs: bytes) -> Output:
     """A file near whose beginning one of these byte strings stands."""
 
     def foreign(path: Path) -> str:
-        start = _read(path, _SIGN_BYTES)
+        with open(path, "rb") as file:
+            start = file.read(_SIGN_BYTES)
         return "" if any(sign in start for sign in signs) else "jeagle's sign is not in it"
 
     return Output(what, False, foreign)
@@ -94,12 +102,13 @@ def folder_of(what: str, parts: Mapping[str, Output]) -> Output:
     """
 
     def foreign(path: Path) -> str:
+        begun = lambda name: name.startswith(".") and name.endswith((".partial", ".lock"))  # noqa: E731
+        others = [name for name in sorted(os.listdir(path)) if not begun(name)]  # before `there`: writers may add to it
         there = {name: kind for name, kind in parts.items() if _is_there(path / name)}
         for name, kind in there.items():
             if reason := _reason(path / name, kind):
                 return f"its {name} is no {kind.what}: {reason}"
-        found = [name for name in sorted(os.listdir(path)) if not _begun(name)]
-        return "" if any(_is_there(path / name) for name in there) or not found else f"it holds {listed(found)}"
+        return "" if there or not others else f"it holds {listed(others)}"
 
     return Output(what, True, foreign)
 
@@ -138,12 +147,11 @@ def parents_made(path: Path, *, keep: bool = True) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{path} cannot be written, because {error.filename} is not a folder.") from error
-    succeeded = False
     try:
         yield
-        succeeded = True
+        made = [] if keep else made
     finally:
-        for parent in made if not (succeeded and keep) else ():
+        for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
@@ -176,32 +184,10 @@ def _is_there(path: Path) -> bool:
     return os.path.lexists(path) and not (path.is_file() and not path.stat().st_size)
 
 
-def _begun(name: str) -> bool:
-    """Whether it is what a writer leaves behind, or has there while it works."""
-    return name.startswith(".") and name.endswith((".partial", ".lock"))
-
-
-def _read(path: Path, size: int = -1) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(size)
-
-
-def _first_line(path: Path) -> bytes:
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        try:
-            return file.readline()
-        except (EOFError, OSError):  # not compressed, or cut off
-            return b""
-
-
-def _parsed(text: bytes) -> Any:
+def _has(text: bytes, fields: tuple[str, ...], any_of: tuple[str, ...]) -> bool:
+    """Whether this is a JSON object with all of `fields`, and with one of `any_of` if there are any."""
     try:
-        return json.loads(text)
-    except (ValueError, UnicodeDecodeError):
-        return None
-
-
-def _has(tree: Any, fields: tuple[str, ...], any_of: tuple[str, ...]) -> bool:
-    if not isinstance(tree, dict) or not all(name in tree for name in fields):
+        tree = json.loads(text)
+    except ValueError:
         return False
-    return not any_of or any(name in tree for name in any_of)
+    return isinstance(tree, dict) and tree.keys() >= {*fields} and (not any_of or not tree.keys().isdisjoint(any_of))

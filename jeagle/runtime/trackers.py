@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import atomic_write
 from jeagle.runtime.outputs import jsonl_file
 
 METRICS = jsonl_file("file of a run's metrics", "step")
-
-
-class Tracker(Protocol):
-    """What takes metrics, which are host numbers."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class JsonlTracker:
@@ -31,20 +24,19 @@ class JsonlTracker:
     """
 
     def __init__(self, folder: Path, resume_step: int = 0):
-        path = Path(folder) / "metrics.jsonl"
+        path = folder / "metrics.jsonl"
         text = path.read_text("utf-8") if path.is_file() else None
-        kept = "".join(f"{line}\n" for line in (text or "").splitlines() if _step_of(line) <= resume_step)
+        rows = ((_row(line), line) for line in (text or "").splitlines())
+        kept = "".join(f"{line}\n" for row, line in rows if row and row["step"] <= resume_step)
         if kept != text:
             atomic_write(path, kept, METRICS)
         self._file = path.open("a", encoding="utf-8")
+        self.close = self._file.close
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
         self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class TensorBoardTracker:
@@ -54,40 +46,28 @@ class TensorBoardTracker:
         from tensorboardX import SummaryWriter
 
         purge = {"purge_step": resume_step + 1} if resume_step else {}
-        self._writer = SummaryWriter(str(Path(folder) / "tensorboard"), **purge)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), **purge)
+        self.close = self._writer.close
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+
+TRACKERS: dict[str, Callable[[Path, int], Any]] = {"tensorboard": TensorBoardTracker}
+"""Made of a run's folder and of the last step that is kept; `log` takes host numbers, and `close` ends it."""
 
 
-TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
-    "tensorboard": TensorBoardTracker,
-}
-
-
-class Trackers:
+class Trackers(contextlib.ExitStack):
     """Several trackers as one, and a context manager that closes them."""
 
-    def __init__(self, trackers: Iterable[Tracker]):
-        self._trackers = list(trackers)
+    def __init__(self, trackers: Iterable[Any] = ()):
+        super().__init__()
+        self._trackers = [self.enter_context(contextlib.closing(tracker)) for tracker in trackers]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for tracker in self._trackers:
             tracker.log(step, metrics)
-
-    def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_trackers(names: Iterable[str], folder: str | Path, resume_step: int = 0) -> Trackers:
@@ -99,35 +79,39 @@ def open_trackers(names: Iterable[str], folder: str | Path, resume_step: int = 0
       resume_step: the last step that is kept: 0 starts anew.
 
     Raises:
-      UserError: a name that TRACKERS lacks, or whose package is not installed.
+      UserError: a name that TRACKERS lacks.
     """
     folder, names = Path(folder), list(names)
     if unknown := [name for name in names if name not in TRACKERS]:
         raise UserError(f"No tracker is called {', '.join(unknown)}: --trackers takes {', '.join(sorted(TRACKERS))}.")
-    opened: list[Tracker] = [JsonlTracker(folder, resume_step)]
-    for name in names:
-        try:
-            opened.append(TRACKERS[name](folder, resume_step))
-        except ImportError as error:
-            raise UserError(f"The tracker {name} needs the package {error.name}: pip install {error.name}.") from error
-    return Trackers(opened)
+    return Trackers([JsonlTracker(folder, resume_step), *(TRACKERS[name](folder, resume_step) for name in names)])
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The logged steps of a folder, rising, the last line of each; none without a file.
+
+    A line that a killed process left half written is passed over.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    rows = {row["step"]: row for line in lines if (row := _row(line))}
+    return [rows[step] for step in sorted(rows)]
 
 
 def scores(folder: Path, measure: str) -> dict[int, float]:
     """A measure of metrics.jsonl by step; minus infinity where it was no number, nothing where there is no file."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    whole = (json.loads(line) for line in lines if math.isfinite(_step_of(line)))
-    return {row["step"]: _number(row.get(measure), -math.inf) for row in whole}
+    return {row["step"]: row[measure] if is_number(row.get(measure)) else -math.inf for row in read_metrics(folder)}
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinity, so that it is dropped, for a line cut off."""
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The metrics of a line; None where it was cut off, or is not of a step."""
     try:
-        return _number(json.loads(line)["step"], math.inf)
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
-
-
-def _number(value: Any, otherwise: float) -> float:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else otherwise
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and is_number(row.get("step")) else None

@@ -14,9 +14,8 @@ from jeagle.run.draft_init import BEST_BY, HELD_OUT
 from jeagle.run.parameters import served_draft
 from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
-from jeagle.runtime.mesh import row_sharding
 from jeagle.runtime.trackers import Trackers, open_trackers
-from jeagle.training.setup import Run
+from jeagle.training.setup import Run, put_rows
 from jeagle.training.step import Program, TrainState, evaluation_step
 
 _BLOCK = 1024  # rows whose slots are counted at a time
@@ -38,7 +37,7 @@ class HeldOut:
         # Divided by the slots that count, whose number adds up over batches, whatever the dialect divides by.
         measured = dataclasses.replace(program.objective, normaliser="counting")
         self._program, self._frozen, self._stores = program._replace(objective=measured), run.frozen, run.stores
-        self._size = config.train.batch_rows // config.train.accumulate
+        self._mesh, self._size = run.mesh, config.train.batch_rows // config.train.accumulate
         self._numbers, self._trackers, self._scores = np.arange(0), Trackers([]), scores
         for later in [step for step in scores if step > start]:  # of steps that are taken anew
             del scores[later]
@@ -61,10 +60,10 @@ class HeldOut:
         if not self._numbers.size:
             return ""
         metrics = self._summed(served_draft(state.draft, state.optimiser, state.average))
-        accuracy = metrics["correct"] / _some(metrics["counting"])
-        found = {f"accuracy_{k}": float(v) for k, v in enumerate(accuracy)}
-        found |= {f"acceptance_{k}": float(v) for k, v in enumerate(metrics["accepted"] / _some(metrics["trained"]))}
-        found |= {f"loss_{k}": float(v) for k, v in enumerate(metrics["loss"])}
+        accuracy = metrics["correct"] / np.maximum(metrics["counting"], 1)
+        acceptance = metrics["accepted"] / np.maximum(metrics["trained"], 1)
+        named = {"accuracy": accuracy, "acceptance": acceptance, "loss": metrics["loss"]}
+        found = {f"{name}_{k}": float(v) for name, values in named.items() for k, v in enumerate(values)}
         found[BEST_BY] = float(1 + np.cumprod(accuracy).sum())
         self._trackers.log(step, found)
         self._scores[step] = found[BEST_BY]
@@ -83,16 +82,14 @@ class HeldOut:
     def _summed(self, draft: Any) -> dict[str, np.ndarray]:
         """Sums of every figure over the rows; the loss is the mean over the slots that carry it."""
         total: dict[str, np.ndarray] = {}
-        assert self._program.mesh is not None
-        sharding = row_sharding(self._program.mesh)
         starts = range(0, len(self._numbers), self._size)
         for both in read_ahead(starts, self._read, threads=1, depth=2):
-            batch, stored = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), both)
+            batch, stored = put_rows(both, self._mesh)
             found = evaluation_step(self._program, draft, self._frozen, batch, self._width, stored)
             metrics = jax.device_get(found)._asdict()
             metrics["loss"] = metrics["loss"] * metrics["trained"]
             total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in metrics.items()}
-        return total | {"loss": total["loss"] / _some(total["trained"])}
+        return total | {"loss": total["loss"] / np.maximum(total["trained"], 1)}
 
     def _read(self, start: int) -> tuple[Batch, features.StoredFeatures | None]:
         """This process's share of the rows from `start` on; what fills the last batch up teaches nothing."""
@@ -111,10 +108,6 @@ def spread(total: int, most: int) -> np.ndarray:
     """At most `most` of `total` row numbers, rising, evenly apart."""
     count = min(total, most)
     return np.arange(count) * total // max(count, 1)
-
-
-def _some(count: np.ndarray) -> np.ndarray:
-    return np.maximum(count, 1)
 
 
 def _width(rows: Batch, numbers: np.ndarray, program: Program) -> int:

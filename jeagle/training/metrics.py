@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import collections
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.run import assemble
-from jeagle.run.parameters import Trained
+from jeagle.run.parameters import Trained, path_names
 from jeagle.runtime import distributed
-from jeagle.runtime.changes import checksums, unchanged
-from jeagle.runtime.chips import all_devices_flops
-from jeagle.runtime.flops import count_flops
+from jeagle.runtime.flops import all_devices_flops, count_flops
 from jeagle.runtime.progress import Progress
-from jeagle.runtime.trackers import Trackers, open_trackers
+from jeagle.runtime.trackers import Trackers, open_trackers, read_metrics
 from jeagle.training.optimiser import learning_rate
 from jeagle.training.setup import Run, StepBatch
 from jeagle.training.step import StepReport
@@ -45,11 +42,10 @@ class MetricsLog:
         self.every, self.steps = config.train.log_every, steps
         leader = distributed.is_leader()
         self.trackers = open_trackers(config.trackers, config.folder, start) if leader else Trackers([])
-        self.progress = Progress(steps, "steps", "train")
-        self.progress.update(start)
+        self.progress = Progress(steps, "steps", "train", done=start)
         self.rate = learning_rate(config.train, steps)
         self.pending: list[tuple[StepBatch, StepReport, float]] = []
-        self.last = last_logged(config.folder)  # of a run that was finished before
+        self.last = (read_metrics(config.folder) or [{}])[-1]  # of a run that was finished before
         self.tokens, self.started = 0, time.monotonic()
         self.peak, self.speed = all_devices_flops(), Speed()
         self.flops: dict[tuple[int, bool], float] = {}
@@ -75,9 +71,10 @@ class MetricsLog:
     def count_flops(self, step: Any, arguments: tuple[Any, ...]) -> float:
         """FLOPs of a jitted step, counted once for each shape; 0 where the devices' peak is not known."""
         *_, width, stored = arguments
-        if self.peak and (width, stored is None) not in self.flops:
-            self.flops[width, stored is None] = count_flops(step.trace(*arguments).jaxpr)
-        return self.flops.get((width, stored is None), 0.0)
+        shape = width, stored is None
+        if self.peak and shape not in self.flops:
+            self.flops[shape] = count_flops(step.trace(*arguments).jaxpr)
+        return self.flops.get(shape, 0.0)
 
     def step(self, batch: StepBatch, report: StepReport, draft: Any = None, flops: float = 0.0) -> None:
         """Takes the report of the step that read `batch`, and the parameters after it."""
@@ -110,16 +107,15 @@ class MetricsLog:
         self.last = {"step": step + 1, **metrics}
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
             self.trackers.log(step + 1, metrics)
-        accuracy = " ".join(f"{metrics[k]:.2f}" for k in _accuracies(metrics))
-        self.progress.update(
-            step + 1,
-            loss=metrics["loss"],
-            accuracy=accuracy,
-            E=metrics["expected_acceptance_length"],
-            **{"tokens/s": metrics["tokens_per_s"]},
-            **({"MFU": metrics["flops_share"]} if "flops_share" in metrics else {}),
-            **({"read": f"{batch.read_share:.0%}"} if batch.read_share is not None else {}),
-        )
+        shown: dict[str, float | str] = {
+            "loss": metrics["loss"],
+            "accuracy": " ".join(f"{value:.2f}" for name, value in metrics.items() if name.startswith("accuracy_")),
+            "E": metrics["expected_acceptance_length"],
+            "tokens/s": f"{tokens_per_s:,.0f}",
+        }
+        shown |= {"MFU": metrics["flops_share"]} if "flops_share" in metrics else {}
+        shown |= {"read": f"{batch.read_share:.0%}"} if batch.read_share is not None else {}
+        self.progress.update(step + 1, **shown)
 
     def _check_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """Says that an update was skipped, and stops a run that skips every one."""
@@ -127,10 +123,9 @@ class MetricsLog:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        why = "no slot of its rows counts" if not metrics["trained"] else f"loss {metrics['loss']:.3g}, gradient norm "
-        why += f"{metrics['gradient_norm']:.3g}" if metrics["trained"] else ""
+        numbers = f"loss {metrics['loss']:.3g}, gradient norm {metrics['gradient_norm']:.3g}"
         rows = ", ".join(map(str, self.rows_of(step)))
-        why += f", rows {rows}" if rows else ""
+        why = (numbers if metrics["trained"] else "no slot of its rows counts") + (f", rows {rows}" if rows else "")
         self.progress.say(f"step {step + 1}: update skipped ({why}); {metrics['skipped']:.0f} so far")
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(
@@ -138,6 +133,22 @@ class MetricsLog:
                 "--train.learning-rate or --train.clip, or look at the rows: python -m jeagle.preview "
                 f"{self.folder} --start ROW."
             )
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32), tree)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A number for each float32 array by its path; it is another one, all but certainly, when any bit changes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_sums(tree)))
+    return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
+
+
+def unchanged(before: dict[str, int], after: dict[str, int]) -> list[str]:
+    """Paths of the arrays whose checksums are the same."""
+    return [path for path, value in before.items() if after[path] == value]
 
 
 class UnchangedParameters:
@@ -152,7 +163,7 @@ class UnchangedParameters:
         """After the last of those steps, a warning that names them; otherwise an empty text."""
         if step != self._last:
             return ""
-        same = [p for p in unchanged(self._before, checksums(draft)) if self._trained(assemble.path_names(p))]
+        same = [p for p in unchanged(self._before, checksums(draft)) if self._trained(path_names(p))]
         return f"warning: not changed in {self.STEPS} steps: {', '.join(same)}" if same else ""
 
 
@@ -167,17 +178,6 @@ class Speed:
         self._seen.append((now, flops))
         since = now - self._seen[0][0]
         return sum(flops for _, flops in list(self._seen)[1:]) / since if since > 0 else 0.0
-
-
-def last_logged(folder: Path) -> dict[str, Any]:
-    """The last line of a run's metrics.jsonl; empty where there is none."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
-
-
-def _accuracies(metrics: dict[str, float]) -> Iterator[str]:
-    return iter(sorted((k for k in metrics if k.startswith("accuracy_")), key=lambda k: int(k[9:])))
 
 
 def summarise(report: StepReport) -> dict[str, float]:

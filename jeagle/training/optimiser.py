@@ -10,11 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from jeagle.config import TrainConfig
-from jeagle.run.parameters import ALL_TRAINED, SCHEDULE_FREE_B1, Trained
+from jeagle.run.parameters import ALL_TRAINED, SCHEDULE_FREE_B1, Trained, path_names
 from jeagle.runtime.xla_workarounds import clip_by_global_norm
-
-EMBEDDING_LIKE = ("lm_head",)
-"""Matrices with a row for each token: no linear maps between features, so that AdamW suits them better than Muon."""
 
 
 def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
@@ -54,8 +51,7 @@ def make_optimiser(
     parts = [clip_by_global_norm(config.clip)] if config.clip else []
     both = optax.chain(*parts, OPTIMISERS[config.optimizer](config, rate))
     return optax.partition(
-        {"train": both, "frozen": optax.set_to_zero()},
-        lambda state: _trained_or_frozen(state, trained),
+        {"train": both, "frozen": optax.set_to_zero()}, lambda state: _trained_or_frozen(state, trained)
     )
 
 
@@ -68,7 +64,8 @@ def _muon(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransforma
     muon = optax.contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2, adam_learning_rate=rate)
 
     def label(path: tuple[str, ...], x: Any) -> str:
-        return "muon" if x.ndim == 2 and path[-1] not in EMBEDDING_LIKE else "adamw"
+        # lm_head has a row for each token: no linear map between features, so that AdamW suits it better.
+        return "muon" if x.ndim == 2 and path[-1] != "lm_head" else "adamw"
 
     return optax.partition({"muon": muon, "adamw": _adamw(config, rate)}, lambda state: _labels(state, label))
 
@@ -101,11 +98,7 @@ def _trained_or_frozen(state: Any, trained: Trained) -> Any:
 
 
 def _labels(state: Any, label: Callable[[tuple[str, ...], Any], str]) -> Any:
-    def one(path: Any, leaf: Any) -> str:
-        names = [str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", "")))) for part in path]
-        return label(tuple(n for n in names if n not in ("value", "")), leaf)
-
-    return jax.tree_util.tree_map_with_path(one, state)
+    return jax.tree_util.tree_map_with_path(lambda path, x: label(path_names(jax.tree_util.keystr(path)), x), state)
 
 
 def moving_average(average: Any, draft: Any, step: jax.Array, decay: float) -> Any:

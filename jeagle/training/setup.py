@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +21,14 @@ from jeagle.run.claim import CONFIG, DRAFT
 from jeagle.run.dataset import Prepared
 from jeagle.run.draft_init import check_engines, draft_spec, keep_embedding
 from jeagle.runtime import distributed
+from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.manifest import atomic_write, differences, finished_manifest
 from jeagle.runtime.mesh import row_parts, row_sharding
 from jeagle.training import teacher
 from jeagle.training.optimiser import learning_rate, make_optimiser
 from jeagle.training.step import Frozen, Program, TrainState, first_state
+
+_AHEAD = 4  # batches read before they are needed
 
 
 class StepBatch(NamedTuple):
@@ -68,11 +71,21 @@ class Run(NamedTuple):
     widths: list[int]
 
     def batches(self, start: int) -> Iterator[StepBatch]:
-        """What the steps from `start` on read, in order. It is read ahead on threads."""
-        for step, widest, rows, stored in teacher.with_features(self.stream, start, self.steps, self.stores):
-            width = next(width for width in self.widths if width >= widest)
+        """What the steps from `start` on read, in order. It is read ahead on threads.
+
+        The features of a batch are read from a store whole, or computed whole, on all processes alike.
+        """
+
+        def read(step: int) -> tuple[int, Batch, features.StoredFeatures | None]:
+            rows, stored = self.stream.batch(step), None
+            if self.stores and self.stores.has_all("train", self.stream.row_numbers(step)):
+                stored = self.stores.stored("train", self.stream.own_row_numbers(step), rows)
+            return step, rows, stored
+
+        for step, rows, stored in read_ahead(range(start, self.steps), read, threads=2, depth=_AHEAD):
+            width = next(width for width in self.widths if width >= self.stream.widest(step))
             tokens = int((rows.segments_BT > 0).sum()) * jax.process_count()
-            share = teacher.share_read(self.stores, stored)
+            share = float(stored is not None) if self.stores and self.stores.partial else None
             yield StepBatch(step, put_rows(rows, self.mesh), put_rows(stored, self.mesh), width, tokens, share)
 
     def due(self, step: int) -> bool:
@@ -81,19 +94,20 @@ class Run(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """The run's draft before its first step, on the mesh: `state` holds what is trained, `tables` what is frozen."""
+    """The run's draft before its first step, on the mesh: `state` holds what is trained, `tables` what is frozen.
+
+    `description` is the content of draft.json.
+    """
 
     spec: DraftSpec
     graphdef: Any
     state: Any
     tables: Tables
+    description: dict[str, Any]
 
 
-class Inputs(NamedTuple):
-    """The run's rows and vocabulary tables, and the stores that they and their features come from, if any do."""
-
-    stores: features.StoreSet | None
-    prepared: Prepared
+Inputs = tuple[features.StoreSet | None, Prepared]
+"""The stores that a run's rows and features come from, if any do, and its rows and vocabulary tables."""
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -101,7 +115,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_settings(config)
     check_draft(config)
     stores = teacher.open_stores(config)
-    return Inputs(stores, teacher.prepare(config, stores))
+    return stores, teacher.prepare_inputs(config, stores)
 
 
 def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainState]:
@@ -117,32 +131,37 @@ def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainS
     check_parts(config, mesh)
     stores, prepared = inputs or open_inputs(config)
     distributed.same_everywhere(finished_manifest(prepared.data)["made_from"]["source"], "the data's source")
-    stores = teacher.complete_stores(config, stores)
 
-    target = teacher.open_teacher(config, stores, mesh)
+    stores, target = teacher.open_teacher(config, stores, prepared, mesh)
     draft = open_draft(config, target, mesh)
-    stream = open_stream(config)
+    stream = data.RowStream(
+        config.folder / "data" / "train",
+        config.train.batch_rows,
+        config.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
     trained = assemble.trained(config.draft)
     optimiser = make_optimiser(config.train, learning_rate(config.train, steps), trained=trained)
 
-    top_k = teacher.top_k(stores)
+    top_k = stores.members[0].format.top_k if stores else 0
     program = make_program(config, draft.spec, draft.graphdef, mesh, target.graphdef, target.spec.logits, top_k=top_k)
     widths = slot_widths(stream, program, steps, config.train.slot_buckets, config.data.row_length)
-    write_folder(config, draft, target.fingerprint)
+    write_folder(config, draft)
     run = Run(config, mesh, program, optimiser, Frozen(target.state, draft.tables), stream, stores, steps, widths)
     return run, first_state(draft.state, optimiser, mesh, average=config.train.ema)
 
 
 def open_draft(config: RunConfig, target: teacher.Teacher, mesh: Mesh) -> Draft:
     """The run's draft before its first step. UserError where target or engines refuse it, or its run another one."""
-    vocabulary, older = assemble.draft_to_target(config), assemble.open_start(config)
+    vocabulary, older = data.load_tables(config.folder / "tables"), assemble.open_start(config)
     spec = draft_spec(config, target.spec, len(vocabulary), target.end_token_ids, older)
     check_engines(config.draft, spec, target.spec.layers)
-    describe_draft(config, spec, target.fingerprint)
+    description = describe_draft(config, spec, target.fingerprint)
     tables = assemble.draft_tables(target.tables(vocabulary), mesh, spec=spec, folder=config.folder, start=older)
     graphdef, state = assemble.draft_state(config, spec, target.spec, tables, mesh, older)
-    return Draft(spec, graphdef, state, tables)
+    return Draft(spec, graphdef, state, tables, description)
 
 
 def make_program(
@@ -173,17 +192,6 @@ def make_program(
     )
 
 
-def open_stream(config: RunConfig) -> data.RowStream:
-    """This process's share of the run's training rows."""
-    return data.RowStream(
-        config.folder / "data" / "train",
-        config.train.batch_rows,
-        config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
 def slot_widths(stream: data.RowStream, program: Program, steps: int, count: int, length: int) -> list[int]:
     """At most `count` widths for live slots: quantiles of what the run's batches need, the last one enough for all."""
     spec = program.objective
@@ -203,19 +211,20 @@ def put_rows(rows: Any, mesh: Mesh) -> Any:
 
 def check_settings(config: RunConfig) -> None:
     """UserError where the run in the folder was begun with other settings."""
-    path = config.folder / "config.json"
-    if not (path.is_file() and (config.folder / "checkpoints").is_dir()):
-        return
-    begun = to_json(from_json(json.loads(path.read_text())))
-    fields = [field for field in differences(begun, to_json(config)) if field.split(".")[0] in _FIXED_SETTINGS]
-    if fields:
+    fixed = ("target", "data", "draft", "objective", "train")
+    changes = _changes_since(config, "config.json", lambda begun: to_json(from_json(begun)), to_json(config))
+    if fields := [field for field in changes if field.split(".")[0] in fixed]:
         raise UserError(
             f"The run {config.folder} was begun with other settings ({', '.join(fields)}): give the same ones "
             "to go on with it, or another --name to begin anew."
         )
 
 
-_FIXED_SETTINGS = ("target", "data", "draft", "objective", "train")
+def _changes_since(config: RunConfig, name: str, read: Callable[[dict], dict], now: dict) -> list[str]:
+    """Which fields of a file of the run's folder are others `now`; none for a run that has no checkpoints yet."""
+    path = config.folder / name
+    begun = path.is_file() and (config.folder / "checkpoints").is_dir()
+    return differences(read(json.loads(path.read_text())), now) if begun else []
 
 
 def check_draft(config: RunConfig) -> None:
@@ -250,23 +259,19 @@ def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) 
 
     UserError where the run was begun with another target, other data or another vocabulary.
     """
-    path = config.folder / "draft.json"
-    parts = {name: finished_manifest(config.folder / name) for name in ("data", "tables")}
-    made_from = {"target": target_fingerprint, "data": parts["data"]["made_from"], "tables": parts["tables"]}
-    if path.is_file() and (config.folder / "checkpoints").is_dir():
-        fields = differences(json.loads(path.read_text())["made_from"], made_from)
-        if fields:
-            raise UserError(
-                f"The run {config.folder} was begun from other inputs ({', '.join(fields)} differ): give another "
-                "--name, or remove its checkpoints to train anew."
-            )
+    rows, tables = (finished_manifest(config.folder / name) for name in ("data", "tables"))
+    made_from = {"target": target_fingerprint, "data": rows["made_from"], "tables": tables}
+    if fields := _changes_since(config, "draft.json", lambda begun: begun["made_from"], made_from):
+        raise UserError(
+            f"The run {config.folder} was begun from other inputs ({', '.join(fields)} differ): give another "
+            "--name, or remove its checkpoints to train anew."
+        )
     return {"draft": spec.to_json(), "made_from": made_from}
 
 
-def write_folder(config: RunConfig, draft: Draft, target_fingerprint: str) -> None:
+def write_folder(config: RunConfig, draft: Draft) -> None:
     """Writes config.json, draft.json and, where the draft has one of its own, its embedding."""
     if distributed.is_leader():
-        described = describe_draft(config, draft.spec, target_fingerprint)
-        for name, tree, kind in (("config.json", to_json(config), CONFIG), ("draft.json", described, DRAFT)):
+        for name, tree, kind in (("config.json", to_json(config), CONFIG), ("draft.json", draft.description, DRAFT)):
             atomic_write(config.folder / name, json.dumps(tree, indent=2) + "\n", kind)
     keep_embedding(config.folder, draft.spec, draft.tables)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +19,14 @@ from jeagle.errors import UserError
 from jeagle.extraction.agreement import check_stores, local_target_files, stored_tables, stored_target_spec
 from jeagle.extraction.fill import extract
 from jeagle.extraction.plan import check_teacher_suffices, template_settings
-from jeagle.interfaces import Batch, Tables
+from jeagle.interfaces import Tables
 from jeagle.run import assemble, dataset
 from jeagle.run.claim import check_folder, new_rows
 from jeagle.runtime import distributed
-from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.manifest import fingerprint, finished_manifest
 from jeagle.targets import TargetFiles, TargetSpec
 
 _ROWS = 256  # read and written at a time
-_AHEAD = 4  # batches read before they are needed
 _DOING = "Extract anew with these settings, or give those that the store was made with."
 
 
@@ -61,7 +60,7 @@ def open_stores(config: RunConfig, *, joined: bool = False) -> features.StoreSet
         return None
     partial = config.features_rest == "online"
     agree = distributed.everywhere if joined else None
-    stores = features.open_store_set(config.features, partial=partial, agree=agree)
+    stores = features.StoreSet(config.features, partial=partial, agree=agree)
     if partial and len(stores.members) > 1:
         raise UserError(f"--features-rest online takes the rows of one store: --features {config.features} has more.")
     first = stores.members[0]
@@ -76,107 +75,95 @@ def open_stores(config: RunConfig, *, joined: bool = False) -> features.StoreSet
     return stores
 
 
-def complete_stores(config: RunConfig, stores: features.StoreSet | None) -> features.StoreSet | None:
-    """The stores that the run's features are read from, once its processes have joined.
-
-    With --features auto, that is the run's own store, which is filled first as far as it is not yet.
-
-    Args:
-      stores: of `open_stores`.
-    """
-    if config.features != "auto":
-        return open_stores(config, joined=True) if stores is not None and stores.partial else stores
-    store = extract(config, str(config.folder / "features"))
-    gc.collect()  # the target must not stay beside the draft's training
-    return open_stores(dataclasses.replace(config, features=store))
-
-
 def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
     """As much of a store's `made_from` as this run can tell, whether or not target and data are on this machine."""
-    target = config.target
+    target, path = config.target, Path(config.target.ref).expanduser()
     wanted: dict[str, Any] = {name: getattr(target, name) for name in ("dtype", "weights", "family")}
     files = local_target_files(target.ref)
     if files:
         wanted["fingerprint"] = files.fingerprint
-    elif target.ref and not Path(target.ref).expanduser().exists():
+    elif target.ref and not path.exists():
         wanted["reference"] = target.ref
     aux_layers = targets.check_aux_layers(target.aux_layers, stored_target_spec(store.about, target.family).layers)
-    return {"target": wanted, "taps": list(aux_layers), **_expected_data(config, files)}
-
-
-def _expected_data(config: RunConfig, files: TargetFiles | None) -> dict[str, Any]:
     rows = dataset.shaping(config)
-    try:
+    with contextlib.suppress(UserError):  # the data is not on this machine, and need not be
         parts = data.parse_source(config.data.source) if config.data.source else []
         if parts and all(part.files for part in parts):
             rows["source"] = data.source_fingerprint(parts)
-    except UserError:
-        pass  # the data is not on this machine, and need not be
-    tokenizer = None
-    if files or (config.target.ref and Path(config.target.ref).expanduser().is_dir()):
-        path = Path(config.target.ref).expanduser().resolve()
-        try:
-            tokenizer = dataset.load_tokenizer(config, files or TargetFiles(config.target.ref, path, "safetensors", ""))
-        except (UserError, OSError):
-            tokenizer = None
-    if tokenizer is None:
-        return {"data": rows, "template_settings": template_settings(config)}
-    hashes = {"tokenizer": data.tokenizer_hash(tokenizer), "template": data.template_hash(tokenizer)}
-    return {"data": rows | hashes}
+    made = {"target": wanted, "taps": list(aux_layers), "data": rows}
+    if files or (target.ref and path.is_dir()):
+        with contextlib.suppress(UserError, OSError):  # a folder without a tokenizer
+            files = files or TargetFiles(target.ref, path.resolve(), "safetensors", "")
+            tokenizer = dataset.load_tokenizer(config, files)
+            rows |= {"tokenizer": data.tokenizer_hash(tokenizer), "template": data.template_hash(tokenizer)}
+            return made
+    return made | {"template_settings": template_settings(config)}
 
 
-def prepare(config: RunConfig, stores: features.StoreSet | None) -> dataset.Prepared:
+def prepare_inputs(config: RunConfig, stores: features.StoreSet | None) -> dataset.Prepared:
     """The run's rows and vocabulary tables: from its stores where these have all rows, otherwise from conversations."""
     if stores is None or stores.partial:
         return dataset.prepare(config)
     check_folder(config)
-    abouts = [store.about for store in stores.members]
-    made = dict(abouts[0]["made_from"]["data"])
-    if len(abouts) > 1:
-        made["source"] = fingerprint([about["made_from"]["data"] for about in abouts])
-    folder = config.folder / "data"
-    reused = dataset.found(folder, made)
+    first, *others = stores.members
+    made = dict(first.about["made_from"]["data"])
+    if others:
+        made["source"] = fingerprint([store.about["made_from"]["data"] for store in stores.members])
+    reused = dataset.found(config.folder / "data", made)
     if not reused:
         with new_rows(config) as aside:
-            statistics = {split: _write_rows(stores, split, aside / split, made) for split in ("train", "held_out")}
-            for name in ("tokenizer.json", "held_out.jsonl", "rejected.jsonl"):
-                _copy(stores, name, aside)
-            manifest = json.loads(stores.members[0].data_file("manifest.json") or b"{}")
-            statistics = manifest.get("statistics", {}) | statistics if len(abouts) > 1 else manifest["statistics"]
+            statistics = json.loads(first.data_file("manifest.json") or b"{}").get("statistics", {})
+            for split in features.SPLITS:
+                every = range(stores.rows(split))
+                batches = (stores.batch(split, every[start : start + _ROWS]) for start in every[::_ROWS])
+                counted = dataset.write_split(aside / split, batches, first.row_length, made["target_vocab"])
+                if others:
+                    statistics[split] = counted
+            if tokenizer := first.data_file("tokenizer.json"):
+                (aside / "tokenizer.json").write_bytes(tokenizer)
+            for name in ("held_out.jsonl", "rejected.jsonl"):
+                (aside / name).write_bytes(b"".join(store.data_file(name) or b"" for store in stores.members))
             dataset.write_rows_manifest(aside, config, made, statistics)
     return dataset.finish(config, made, reused=reused)
 
 
-def _write_rows(stores: features.StoreSet, split: str, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
-    counts, tokens = np.zeros(made["target_vocab"], np.int64), 0
-    total = stores.rows(split)
-    with data.RowWriter(folder, stores.members[0].row_length) as writer:
-        for start in range(0, total, _ROWS):
-            rows = stores.batch(split, range(start, min(start + _ROWS, total)))
-            counts += data.count_supervised(rows, len(counts))
-            tokens += int((rows.segments_BT > 0).sum())
-            writer.write(rows)
-    np.save(folder / "counts.npy", counts)
-    return {"rows": total, "tokens": tokens, "supervised_tokens": int(counts.sum())}
+def open_teacher(
+    config: RunConfig, stores: features.StoreSet | None, prepared: dataset.Prepared, mesh: Mesh
+) -> tuple[features.StoreSet | None, Teacher]:
+    """The stores that the run's features are read from, and the target itself or what the stores contain of it.
 
+    With --features auto the store is the run's own, which is filled first as far as it is not yet. The run's processes
+    have joined.
 
-def _copy(stores: features.StoreSet, name: str, folder: Path) -> None:
-    found = [store.data_file(name) or b"" for store in stores.members]
-    content = found[0] if name == "tokenizer.json" else b"".join(found)
-    if content or name != "tokenizer.json":
-        (folder / name).write_bytes(content)
+    Args:
+      stores: of `open_stores`. prepared: of `prepare_inputs`.
 
-
-def open_teacher(config: RunConfig, stores: features.StoreSet | None, mesh: Mesh) -> Teacher:
-    """The target itself, or what the stores contain of it. UserError for a store that contradicts either."""
+    Raises:
+      UserError: for a store that contradicts itself, the target or the rows.
+    """
+    filled = False
+    if config.features == "auto":
+        own = str(config.folder / "features")
+        filled = extract(config, own, prepared)
+        gc.collect()  # the target must not stay beside the draft's training
+        stores = open_stores(dataclasses.replace(config, features=own))
+    elif stores is not None and stores.partial:
+        stores = open_stores(config, joined=True)
     if stores is not None and not stores.partial:
-        check_stores(config, stores, mesh)
-        return _of_stores(stores.members[0], mesh)
+        check_stores(config, stores, mesh, None, compare=not filled)
+        store = stores.members[0]  # what it contains of the target is the same for all stores of a set
+        made = store.about["made_from"]
+        return stores, Teacher(
+            stored_target_spec(store.about, made["target"]["family"]),
+            tuple(made["data"]["end_token_ids"]),
+            made["target"]["fingerprint"],
+            lambda vocabulary: stored_tables(store, vocabulary, mesh),
+        )
     loaded = assemble.load_target(config, mesh)
     if stores is not None:
         _check_same_rows(config, stores, loaded)
-        check_stores(config, stores, mesh, loaded)
-    return Teacher(
+        check_stores(config, stores, mesh, loaded, compare=True)
+    return stores, Teacher(
         loaded.target.spec,
         loaded.end_token_ids,
         loaded.files.fingerprint,
@@ -191,52 +178,10 @@ def _check_same_rows(config: RunConfig, partial: features.StoreSet, loaded: asse
     store, prepared = partial.members[0], finished_manifest(config.folder / "data")
     wanted = {"target": {"fingerprint": loaded.files.fingerprint}, "data": prepared["made_from"]}
     features.check_fit(store.storage, wanted, store.about["made_from"], _DOING)
-    counts = {split: f"{partial.count_present(split)} of {partial.rows(split)}" for split in ("train", "held_out")}
     if distributed.is_leader():
+        train, held_out = (f"{partial.count_present(split)} of {partial.rows(split)}" for split in features.SPLITS)
         print(
-            f"features: {store} has {counts['train']} rows and {counts['held_out']} held-out rows; the target computes "
-            "the batches that need others",
+            f"features: {store} has {train} rows and {held_out} held-out rows; the target computes the batches that "
+            "need others",
             flush=True,
         )
-
-
-def _of_stores(store: features.Store, mesh: Mesh) -> Teacher:
-    """What a store contains of its target, which is the same for all stores of a set."""
-    made = store.about["made_from"]
-    return Teacher(
-        stored_target_spec(store.about, made["target"]["family"]),
-        tuple(made["data"]["end_token_ids"]),
-        made["target"]["fingerprint"],
-        lambda vocabulary: stored_tables(store, vocabulary, mesh),
-    )
-
-
-def with_features(
-    stream: data.RowStream, start: int, stop: int, stores: features.StoreSet | None
-) -> Iterator[tuple[int, int, Batch, features.StoredFeatures | None]]:
-    """Yields what the steps from `start` to `stop` - 1 read. Threads read ahead.
-
-    Yields:
-      (step, the most live slots of a row of the global batch, this process's rows, their stored features). The features
-      are None, on all processes alike, where the target computes those of the whole batch.
-    """
-
-    def read(step: int) -> tuple[int, int, Batch, features.StoredFeatures | None]:
-        rows, stored = stream.batch(step), None
-        if stores is not None and stores.has_all("train", stream.row_numbers(step)):
-            stored = stores.stored("train", stream.own_row_numbers(step), rows)
-        return step, stream.widest(step), rows, stored
-
-    yield from read_ahead(range(start, stop), read, threads=2, depth=_AHEAD)
-
-
-def share_read(stores: features.StoreSet | None, stored: features.StoredFeatures | None) -> float | None:
-    """1.0 where a batch was read from a store and 0.0 where it was computed; None for a run that does not mix."""
-    if stores is None or not stores.partial:
-        return None
-    return float(stored is not None)
-
-
-def top_k(stores: features.StoreSet | None) -> int:
-    """How many of the likeliest tokens the stores contain of each distribution; 0 where the teacher is whole."""
-    return stores.members[0].format.top_k if stores else 0

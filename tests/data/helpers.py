@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jeagle.config import DataConfig
 from jeagle.data import ConversationError, Rendered, RowWriter, parse_source, rows_of
 from jeagle.data.chat.render import Renderer
-from jeagle.data.packing import Packer
+from jeagle.data.rows import Packer
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
 from jeagle.interfaces import Batch
 
@@ -50,7 +50,7 @@ def render(
     **settings: Any,
 ) -> Rendered:
     """Renders one conversation as one document. ConversationError if that is not possible."""
-    config = DataConfig(**{"rewritten": "set_aside"} | settings)
+    config = DataConfig(**{"rewritten": "reject"} | settings)
     conversation = Conversation("", tuple(messages), truncated)
     [documents] = Renderer(tokenizer, config, end_token_ids)([conversation], [check_ids])
     if isinstance(documents, ConversationError):

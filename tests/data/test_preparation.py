@@ -12,7 +12,7 @@ from jeagle import align
 from jeagle import flags as configs
 from jeagle.config import DataConfig, RunConfig
 from jeagle.data import ConversationError, load_rows, parse_source, prepare_rows, template_hash, use_template
-from jeagle.data.chat.texts import ChatTemplate
+from jeagle.data.chat.templates import ChatTemplate
 from jeagle.data.preparation import is_same_model
 from jeagle.data.sources import conversations
 from jeagle.errors import UserError

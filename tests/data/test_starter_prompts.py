@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from jeagle.data import read_rows, starter_answers
-from jeagle.data.starter import starter_prompts
-from jeagle.data.starter.prompts import CATEGORIES, load_templates
+from jeagle.data.starter import CATEGORIES, load_templates, starter_prompts
 
 RUN = 8  # words in a row that would count as copied
 
@@ -20,19 +19,19 @@ RUN = 8  # words in a row that would count as copied
 def test_there_are_many_unique_prompts():
     prompts = starter_prompts()
     assert 2000 <= len(prompts) <= 3000
-    assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts)
+    assert len(_texts()) == len(set(_texts().values())) == len(prompts)
 
 
 def test_the_categories_are_balanced():
-    counts = collections.Counter(p.category for p in starter_prompts())
+    counts = collections.Counter(p["category"] for p in starter_prompts())
     assert set(counts) == set(CATEGORIES) and len(CATEGORIES) == 8
     assert max(counts.values()) <= 1.6 * min(counts.values()), counts
 
 
 def test_any_first_part_mixes_the_categories():
     prompts = starter_prompts()
-    assert [p.id for p in prompts] == sorted(p.id for p in prompts)
-    assert set(collections.Counter(p.category for p in prompts[:200])) == set(CATEGORIES)
+    assert [p["id"] for p in prompts] == sorted(p["id"] for p in prompts)
+    assert set(collections.Counter(p["category"] for p in prompts[:200])) == set(CATEGORIES)
 
 
 def test_the_prompts_are_deterministic():
@@ -40,10 +39,10 @@ def test_the_prompts_are_deterministic():
 
 
 def test_texts_are_complete_and_short():
-    for prompt in starter_prompts():
-        assert not re.search(r"\{\w+\}", prompt.text), prompt
-        assert prompt.text == prompt.text.strip() and "  " not in prompt.text, prompt
-        assert 3 <= len(prompt.text.split()) <= 60, prompt
+    for text in _texts().values():
+        assert not re.search(r"\{\w+\}", text), text
+        assert text == text.strip() and "  " not in text, text
+        assert 3 <= len(text.split()) <= 60, text
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -59,7 +58,7 @@ def test_slots_and_templates_fit(category):
 
 
 def test_shipped_answers_are_to_these_prompts():
-    texts = {p.id: p.text for p in starter_prompts()}
+    texts = _texts()
     for row in read_rows(starter_answers()):
         assert texts.get(row["id"]) == row["messages"][0]["content"]
 
@@ -73,8 +72,12 @@ def test_no_text_is_shared_with_evaluation_prompts():
             for turn in json.loads(line)["turns"] if line.strip() else ():
                 runs |= _runs(turn)
     assert runs
-    shared = [p.text for p in starter_prompts() if _runs(p.text) & runs]
+    shared = [text for text in _texts().values() if _runs(text) & runs]
     assert not shared, shared[:5]
+
+
+def _texts() -> dict[str, str]:
+    return {prompt["id"]: prompt["messages"][0]["content"] for prompt in starter_prompts()}
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:

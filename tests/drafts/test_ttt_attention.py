@@ -90,6 +90,15 @@ def is_the_reference(case, dtype, tolerance, backend):
             np.testing.assert_allclose(a / scale, b / scale, atol=tolerance)
 
 
+H100 = jax.sharding.AbstractMesh(
+    (1,),
+    ("x",),
+    (jax.sharding.AxisType.Explicit,),
+    abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"),
+)
+"""JAX 0.11 asks the mesh which GPU it lowers for; before, any was right."""
+
+
 def test_the_gpu_kernels_lower_for_cuda():
     """As far as Triton's own language, without a GPU; `benchmarks.gpu_kernels` goes on to machine code."""
     arrays, first, last, happened = inputs("few slots, three heads a group, odd width", "float32")
@@ -99,7 +108,8 @@ def test_the_gpu_kernels_lower_for_cuda():
         given = queries, keys, values, first, last, own_keys, own_values, happened
         return jnp.sum(attend(*given, dtype="bfloat16", backend="gpu"))
 
-    text = jax.jit(jax.grad(loss)).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    with jax.sharding.use_abstract_mesh(H100):
+        text = jax.jit(jax.grad(loss)).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
     for name in ("_forward_kernel", "_dqueries_kernel", "_dkeys_dvalues_kernel"):
         assert name in text
 

@@ -19,6 +19,7 @@ from jeagle import store as storing
 from jeagle.errors import UserError
 from jeagle.extraction import fill
 from jeagle.features import reader
+from jeagle.run import assemble
 from jeagle.train import train
 from jeagle.training.held_out import spread
 from tests import tiny
@@ -171,8 +172,29 @@ def test_what_a_store_cannot_teach_is_refused(folder, stores, likeliest, monkeyp
         train(config_of(folder, name="contradicts", features=likeliest))
 
 
-def test_auto_fills_a_store_of_its_own_and_goes_on_with_it(folder, stores):
-    rows = run(folder, name="auto", features="auto", store__check_rows=0)
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The targets that are loaded while the test runs."""
+    loaded, load_target = [], assemble.load_target
+
+    def counted(config, mesh, **settings):
+        loaded.append(config.target.ref)
+        return load_target(config, mesh, **settings)
+
+    monkeypatch.setattr(assemble, "load_target", counted)
+    return loaded
+
+
+def test_auto_fills_a_store_of_its_own_and_goes_on_with_it(folder, stores, loads):
+    """The target is loaded once to fill the store, and once to check rows of a store that was there already."""
+    rows = run(folder, name="auto", features="auto")
+    assert len(loads) == 1
+    assert [r["loss"] for r in run(folder, name="auto", features="auto")] == [r["loss"] for r in rows]
+    assert len(loads) == 2
+    run(folder, name="auto", features="auto", store__check_rows=0)
+    assert len(loads) == 2
+    with pytest.raises(UserError, match=r"does not fit this run: arrays.taps differs"):
+        run(folder, name="auto", features="auto", store__aux_dtype="float32")
     same = run(folder, name="named", features=stores["int8"], store__check_rows=0)
     assert [r["loss"] for r in rows] == [r["loss"] for r in same]
     features.Store(str(folder / "runs" / "auto" / "features")).check_complete()

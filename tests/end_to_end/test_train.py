@@ -76,7 +76,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder, straight, kill_after):
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.005)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     call("train", flags)
     assert losses(folder, name) == straight
 

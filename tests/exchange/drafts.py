@@ -14,6 +14,7 @@ from jeagle.exchange import Export, ExportCard, expected_shapes, write_export
 from jeagle.interfaces import DraftSpec, Rope
 
 LAYERS = 8
+FULL, SLIDING = "full_attention", "sliding_attention"
 NO_CARD = ExportCard()
 CARD = ExportCard(target_ref="someone/tiny-llama", target_architectures=("LlamaForCausalLM",))
 
@@ -70,10 +71,14 @@ VLLM_ONLY = {
     "attention_bias": dataclasses.replace(PLAIN, attention_bias=True),
     "two_layers": dataclasses.replace(PLAIN, layers=2, attention_bias=True),
     "window": dataclasses.replace(PLAIN, sliding_window=16, layers=2),
+    "windowed_last_layer": dataclasses.replace(PLAIN, sliding_window=16, layers=2, layer_types=(FULL, SLIDING)),
     "embeddings_and_last": dataclasses.replace(PLAIN, aux_layers=(0, 4, 8)),
 }
 SPECULATORS_ONLY = {
     "qk_norm": dataclasses.replace(PLAIN, qk_norm=True, layers=2, fc_norm=True, draft_vocab=40),
+    "qk_norm_windowed_first_layer": dataclasses.replace(
+        PLAIN, qk_norm=True, layers=3, sliding_window=8, layer_types=(SLIDING, FULL, FULL)
+    ),
 }
 
 

@@ -92,6 +92,14 @@ def test_the_card_gives_no_command_that_would_serve_the_draft_wrongly(tmp_path):
     assert "always uses [2, 4, 5]" in (tmp_path / "o" / "README.md").read_text()
 
 
+def test_layers_of_both_kinds_need_one_group_of_vllms_cache(tmp_path):
+    flag = "--disable-hybrid-kv-cache-manager"
+    mixed, alike = (to_vllm(VLLM_ONLY[name], tmp_path / name) for name in ("windowed_last_layer", "window"))
+    assert card_commands(mixed)[0][-1] == flag
+    assert flag not in card_commands(alike)[0]
+    assert "of both kinds was checked by reading" in (mixed / "README.md").read_text()
+
+
 def test_a_target_that_engines_cannot_load_is_a_placeholder(tmp_path):
     for ref in ("pypi:smollm2==1.0", "models/tiny.gguf", None):
         out = to_sglang(PLAIN, tmp_path / "draft", card=ExportCard(target_ref=ref))

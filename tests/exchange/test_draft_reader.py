@@ -11,8 +11,10 @@ import pytest
 from jeagle.errors import UserError
 from jeagle.exchange import Hints, read_draft
 from tests.exchange.drafts import (
+    FULL,
     LLAMA3,
     PLAIN,
+    SLIDING,
     SPECULATORS_ONLY,
     config_in,
     edit_config,
@@ -65,8 +67,10 @@ PLAIN_CONFIG_FAULTS = {
     "misspelt flag": (_set(norm_ouput=True), "norm_output"),
     "another theta": (_set(rope_theta=9.0), "rope_theta"),
     "scaling lost": (_set(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}), "rope_scaling"),
-    "mixed windows": (_set(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
-    "window without a width": (_set(layer_types=["sliding_attention"]), "sliding_window"),
+    "two layer types for one layer": (_set(layer_types=[FULL, SLIDING], sliding_window=8), "2 layer_types for num_hid"),
+    "a mixture without a width": (_set(layer_types=[FULL, SLIDING], num_hidden_layers=2), "but no sliding_window"),
+    "window without a width": (_set(layer_types=[SLIDING]), "sliding_window"),
+    "another layer type": (_set(layer_types=["chunked_attention"]), "'chunked_attention' in its layer_types"),
     "norm_before_fc without its tensor": (_set(norm_before_fc=True), "input_norm"),
     "fc_norm without its tensors": (_set(fc_norm=True), "fc_norm"),
     "both norms": (_set(fc_norm=True, norm_before_fc=True), "exclude"),

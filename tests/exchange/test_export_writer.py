@@ -10,7 +10,18 @@ from transformers import PreTrainedTokenizerFast
 
 from jeagle.errors import UserError
 from jeagle.exchange import ExportCard, read_draft
-from tests.exchange.drafts import CARD, LAYERS, PLAIN, embedding, parameters, target_ids, to_sglang, to_vllm
+from tests.exchange.drafts import (
+    CARD,
+    FULL,
+    LAYERS,
+    PLAIN,
+    SLIDING,
+    embedding,
+    parameters,
+    target_ids,
+    to_sglang,
+    to_vllm,
+)
 
 UNSERVED_BY_SGLANG = {
     "norm_before_residual": {"norm_before_residual": True},
@@ -19,6 +30,7 @@ UNSERVED_BY_SGLANG = {
     "head_norm": {"head_norm": False},
     "layers is 2": {"layers": 2},
     "sliding_window": {"sliding_window": 8},
+    "layers is 2.*sliding_window": {"layers": 2, "sliding_window": 8, "layer_types": (FULL, SLIDING)},
     f"aux_layers contains {LAYERS}": {"aux_layers": (2, 4, LAYERS)},
     "aux_layers contains 0": {"aux_layers": (0, 2, 4)},
 }
@@ -39,6 +51,11 @@ IMPOSSIBLE = {
     ],
     "vocabulary": [{"draft_vocab": 41}],
     "exclude each other": [{"norm_before_fc": True, "fc_norm": True}],
+    "1 layer_types for 2 layers": [{"layers": 2, "layer_types": (FULL,)}],
+    "need each other": [
+        {"layers": 2, "layer_types": (FULL, SLIDING)},
+        {"layers": 2, "layer_types": (FULL, FULL), "sliding_window": 8},
+    ],
 }
 
 

@@ -134,6 +134,9 @@ def test_an_engine_sizes_its_modules_as_the_tensors_are(how, name, tmp_path):
     assert (f"{first}.self_attn.q_norm.weight" in tensors) == (decoder["model_type"] == "qwen3")
     assert ("d2t" in tensors) == ("t2d" in tensors) == (config["draft_vocab_size"] < decoder["vocab_size"])
     assert ("embed_tokens.weight" in tensors) == (config["target_hidden_size"] != decoder["hidden_size"])
+    kinds = decoder.get("layer_types", ["full_attention"] * decoder["num_hidden_layers"])
+    windows = tuple(decoder["sliding_window"] if kind == "sliding_attention" else 0 for kind in kinds)
+    assert windows == SPECS[name].windows
     assert config["tie_word_embeddings"] is False
     assert isinstance(config["norm_before_residual"], bool)
 

@@ -1,5 +1,6 @@
 """Drafts that speculators itself wrote are read, and written back with equal tensors."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from jeagle.exchange import ExportCard, read_draft
 from jeagle.interfaces import DraftSpec
-from tests.exchange.drafts import config_in, tensors_in, to_vllm
+from tests.exchange.drafts import config_in, edit_config, tensors_in, to_vllm
 
 SAMPLES = Path(__file__).parent / "samples"
 SHARED = {
@@ -62,6 +63,18 @@ def test_a_draft_of_speculators_is_written_back_byte_for_byte(name, tmp_path):
         assert ours[tensor].dtype == theirs[tensor].dtype, tensor
         assert ours[tensor].shape == theirs[tensor].shape, tensor
         assert ours[tensor].tobytes() == theirs[tensor].tobytes(), tensor
+
+
+def test_layer_types_of_a_two_layer_draft_of_speculators_are_read_and_written_back(tmp_path):
+    written = shutil.copytree(SAMPLES / "ckpt_b_qwen3_fp32", tmp_path / "theirs")
+    types = ["sliding_attention", "full_attention"]
+    edit_config(written, lambda c: c["transformer_layer_config"].update(layer_types=types, sliding_window=2048))
+    draft = read_draft(written)
+    assert (draft.spec.windows, draft.spec.layer_types) == ((2048, 0), tuple(types))
+    out = write_again(draft, tmp_path / "ours", embed_VW=draft.embed_VW)
+    decoder = config_in(out)["transformer_layer_config"]
+    assert (decoder["layer_types"], decoder["sliding_window"]) == (types, 2048)
+    assert read_draft(out).spec == draft.spec
 
 
 @pytest.mark.parametrize("name", DRAFTS)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jeagle import drafts
-from jeagle.exporting.run_reader import _draft_params, local_store, open_checkpoint
+from jeagle.exporting.run_reader import _draft_params, open_checkpoint
+from jeagle.features import Storage
 from jeagle.run.parameters import served_params
 from jeagle.runtime.checkpoints import Checkpoints, load_named
 from jeagle.training.step import TrainState
@@ -53,7 +54,7 @@ def test_parameters_read_one_at_a_time_are_those_read_all_at_once(state, tmp_pat
     checkpoints.close()
     _, named = load_named(tmp_path, 3)
     wanted = drafts.merge_adapters(served_params(named))
-    step, arrays = open_checkpoint(local_store(tmp_path), "last", where="here")
+    step, arrays = open_checkpoint(Storage(tmp_path).kvstore(), "last", where="here")
     params = _draft_params(arrays)
     assert step == 3 and params.keys() == wanted.keys() and len(wanted) == 4
     for name, array in wanted.items():
@@ -69,8 +70,9 @@ def test_another_step_is_another_draft(tmp_path):
     for step in (1, 2):
         checkpoints.save(step, TrainState(tree(step), None, jnp.int32(step), jnp.int32(0)))
     checkpoints.close()
+    store = Storage(tmp_path).kvstore()
     for step in (1, 2, "1", "2", "best"):
-        opened, arrays = open_checkpoint(local_store(tmp_path), step, where="here", scores={1: 1.4, 2: 1.3, 3: 9.0})
+        opened, arrays = open_checkpoint(store, step, where="here", scores={1: 1.4, 2: 1.3, 3: 9.0})
         assert opened == (1 if step == "best" else int(step))
         np.testing.assert_array_equal(_draft_params(arrays)["fc"][...], tree(opened)["fc"])
         assert load_named(tmp_path, step, {1: 1.4, 2: 1.3})[0] == opened

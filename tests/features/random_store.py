@@ -89,7 +89,7 @@ def fill(url: str | Path, form: str = "int8", pause: float = 0.0, **made_from: A
     tables = {"embed": np.ones((VOCAB, HIDDEN), np.float32)}
     for name, shape in (("taps_channel", (AUX_LAYERS, HIDDEN)), ("last_channel", (HIDDEN,))):
         tables[name] = np.random.default_rng(3).random(shape).astype(np.float32)
-    writer.commit_tables(lambda: tables)
+    writer.commit_tables(tables)
     units, written = features.work_units(SPLITS, 3), 0
     while taken := writer.take(units):
         batch, expected = content(taken[0].split, form)

@@ -14,7 +14,7 @@ import pytest
 
 from jeagle import features
 from jeagle.errors import UserError
-from jeagle.features import verify
+from jeagle.features import writer as writing
 from jeagle.features.manifests import sealed
 from tests.features import random_store
 
@@ -138,7 +138,7 @@ def test_an_unfinished_store_is_refused(place):
     unit = features.work_units(random_store.SPLITS, 3)[0]
     writer.commit(unit, features.ragged_rows(*random_store.content("train", "int8"), unit.rows), 8)
     with pytest.raises(UserError, match="22 of 25 rows are missing, and its tables"):
-        features.open_store_set(place)
+        features.StoreSet(place)
 
 
 @FOLDER
@@ -192,7 +192,7 @@ def test_damaged_segments_are_pruned_and_made_again(whole):
         key = random_store.find(whole, f"segments/{pattern}")
         place.write(key, place.read(key)[:-1] + b"x")
     place.write("segments/train-000003.leftover/taps/zarr.json", b"{")
-    damaged = [d.segment for d in features.verify_store(features.Store(whole))]
+    damaged = [segment for segment, _ in features.verify_store(features.Store(whole))]
     assert damaged == ["held_out-000001", "tables", "train-000002"]
     gone = features.prune_store(place, damaged)
     assert "segments/train-000003.leftover" in gone
@@ -210,14 +210,14 @@ def test_a_segment_that_is_finished_while_prune_runs_stays(tmp_path, monkeypatch
     writer.commit(first, features.ragged_rows(batch, expected, first.rows), 8)
     assert writer.take_one(second)
     place.write(f"segments/{second.name}.{writer.claims.writer}/begun", b"")
-    read_segment, left = verify.read_segment, [second]
+    read_segment, left = writing.read_segment, [second]
 
     def meanwhile(place: features.Storage, name: str) -> features.Segment | None:
         if left:
             writer.commit(unit := left.pop(), features.ragged_rows(batch, expected, unit.rows), 8)
         return read_segment(place, name)
 
-    monkeypatch.setattr(verify, "read_segment", meanwhile)
+    monkeypatch.setattr(writing, "read_segment", meanwhile)
     assert features.prune_store(place, []) == []
     store = features.Store(str(tmp_path))
     assert store.present("train") == [*range(6)] and list(features.verify_store(store)) == []

@@ -23,7 +23,7 @@ def pruned(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("numbers", [range(3), [2, 9, 0, 19, 6, 11], range(3, 6), range(8), [0, 1, 14], [12, 12, 13]])
 def test_a_batch_is_read_only_where_no_row_is_missing(pruned, numbers):
-    stores, numbers = features.open_store_set(pruned, partial=True), np.array(numbers)
+    stores, numbers = features.StoreSet(pruned, partial=True), np.array(numbers)
     assert stores.has_all("train", numbers) == (not MISSING & set(numbers.tolist()))
     assert stores.count_present("train") == 14 and stores.rows("train") == 20 and stores.count_present("held_out") == 5
     batch, expected = random_store.content("train", "int8")
@@ -45,34 +45,34 @@ def test_processes_agree_on_what_is_present(pruned):
     def agree(present: np.ndarray) -> np.ndarray:
         return present & seen_elsewhere if len(present) == 20 else present
 
-    stores = features.open_store_set(pruned, partial=True, agree=agree)
+    stores = features.StoreSet(pruned, partial=True, agree=agree)
     assert stores.has_all("train", np.array([6, 8])) and not stores.has_all("train", np.array([6, 7]))
 
 
 def test_a_store_without_rows_is_computed_and_one_with_all_of_them_read(tmp_path):
     random_store.fill(tmp_path / "s")
     every = np.arange(20)
-    assert features.open_store_set(str(tmp_path / "s"), partial=True).has_all("train", every)
+    assert features.StoreSet(str(tmp_path / "s"), partial=True).has_all("train", every)
     store = features.Store(str(tmp_path / "s"))
     features.prune_store(store.storage, [s.name for s in store.segments if s.split])
-    empty = features.open_store_set(str(tmp_path / "s"), partial=True)
+    empty = features.StoreSet(str(tmp_path / "s"), partial=True)
     assert not any(empty.has_all("train", every[i : i + 1]) for i in every)
 
 
 def test_rows_without_their_tables_are_refused(tmp_path):
     storage = features.Storage(str(tmp_path / "s"))
     writer = features.Writer(storage, random_store.about("int8"))
-    features.open_store_set(str(storage), partial=True)  # there are no rows: all will be computed
+    features.StoreSet(str(storage), partial=True)  # there are no rows: all will be computed
     unit = features.work_units(random_store.SPLITS, 3)[0]
     writer.commit(unit, features.ragged_rows(*random_store.content("train", "int8"), unit.rows), 8)
     with pytest.raises(UserError, match="has lost its tables"):
-        features.open_store_set(str(storage), partial=True)
+        features.StoreSet(str(storage), partial=True)
 
 
 def test_two_stores_are_read_one_after_the_other(tmp_path):
     for name in "ab":
         random_store.fill(tmp_path / name)
-    both = features.open_store_set(f"{tmp_path / 'a'},{tmp_path / 'b'}")
+    both = features.StoreSet(f"{tmp_path / 'a'},{tmp_path / 'b'}")
     assert both.rows("train") == 40
     order = np.array([31, 2, 19, 20, 39, 0])
     batch, expected = random_store.content("train", "int8")
@@ -86,4 +86,4 @@ def test_two_stores_are_read_one_after_the_other(tmp_path):
 @pytest.mark.parametrize("source", ["", ",", "0.7*{a},0.3*{a}", "{a}/none"])
 def test_sources_that_name_no_store_are_refused(pruned, source):
     with pytest.raises(UserError):
-        features.open_store_set(source.format(a=pruned))
+        features.StoreSet(source.format(a=pruned))

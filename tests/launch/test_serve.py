@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.exchange.drafts import CARD, PLAIN, card_commands, to_sglang, to_vllm
+from tests.exchange.drafts import CARD, PLAIN, VLLM_ONLY, card_commands, to_sglang, to_vllm
 from tests.launch.test_launch import LAUNCH, launch
 
 KNOWN = dataclasses.replace(CARD, target_ref="someone/a model")
@@ -36,6 +36,12 @@ def test_the_command_is_the_one_on_the_exports_card(script, tmp_path):
     run = run_with(script, tmp_path)
     on_card = card_commands(run / "exports" / WRITERS[script][1])[0]
     assert same(printed(script, "--run", run), on_card)
+
+
+def test_layers_of_both_kinds_are_served_with_the_flag_on_the_card(tmp_path):
+    run = run_with("serve_vllm.sh", tmp_path, VLLM_ONLY["windowed_last_layer"])
+    on_card = card_commands(run / "exports" / "vllm")[0]
+    assert printed("serve_vllm.sh", "--run", run)[-1] == on_card[-1] == "--disable-hybrid-kv-cache-manager"
 
 
 def same(ours, theirs):
@@ -69,7 +75,7 @@ def test_what_follows_the_dashes_goes_to_the_server(script, tmp_path):
 REFUSED = {
     "no run": (["--draft-tokens", "3"], "--run is missing"),
     "no value": (["--run"], "--run needs a value"),
-    "no export": (["--run", "{empty}"], "holds no export of jeagle's: run python converters/"),
+    "no export": (["--run", "{empty}"], "is not an export of jeagle. Run python converters/"),
     "no number": (["--run", "{run}", "--draft-tokens", "some"], "--draft-tokens is 'some'"),
     "no option": (["--run", "{run}", "--port", "1"], "there is no option --port"),
     "no target": (["--run", "{run}", "--target", "pypi:a==1"], "cannot load the target 'pypi:a==1'"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jeagle.config import DataConfig
 from jeagle.data import ConversationError, Rendered, RowWriter, load_rows, rows_of, unpack
 from jeagle.data.chat.render import Renderer
-from jeagle.data.packing import Packer
+from jeagle.data.rows import Packer
 from jeagle.data.sources.conversations import Conversation
 from tests.data.chats import CALL, KINDS, TOOL, end_ids, tokenizer_for
 from tests.data.helpers import pack

@@ -110,7 +110,7 @@ CHANGES = {
     "system_prompt": "be old",
     "reasoning": "drop",
     "thinking": "off",
-    "rewritten": "set_aside",
+    "rewritten": "reject",
     "template_arguments": '{"date_string": "today"}',
 }
 

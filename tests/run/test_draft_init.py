@@ -54,6 +54,7 @@ SETTINGS = {
     "layers": 2, "width": 16, "heads": 8, "kv_heads": 4, "head_dim": 10, "mlp_width": 9, "norm_before_residual": True,
     "norm_before_fc": True, "fc_norm": True, "carry_normed": True, "head_norm": False, "qk_norm": True,
     "attention_bias": True, "sliding_window": 5,
+    "layer_types": ("full_attention",),
 }  # fmt: skip
 
 
@@ -137,6 +138,11 @@ def test_a_configuration_that_cannot_be_is_refused(tmp_path, change, said):
         ({"layers": 2}, "layers", "SGLang"),
         ({"qk_norm": True}, "qk_norm", "SGLang"),
         ({"sliding_window": 5}, "sliding_window", "SGLang"),
+        (
+            {"layers": 2, "sliding_window": 5, "layer_types": ("full_attention", "sliding_attention")},
+            "sliding_window",
+            "SGLang",
+        ),
         ({"head_norm": False, "engines": ("vllm",)}, "head_norm", "vLLM"),
         ({"module": "tests.test_starting:Mine"}, "your own", "SGLang"),
     ],

@@ -11,7 +11,7 @@ from jeagle import drafts
 from jeagle.config import DraftConfig
 from jeagle.drafts import Eagle3
 from jeagle.run import assemble
-from jeagle.run.parameters import Trained
+from jeagle.run.parameters import Trained, path_names
 from jeagle.training.optimiser import stop_frozen_gradients
 from tests.exchange.drafts import PLAIN
 
@@ -32,7 +32,7 @@ def test_adapters_start_as_the_draft_train_alone_and_merge():
 
     flat = {f"base.{name}": np.asarray(x) for name, x in named(state).items()}
     paths, _ = jax.tree_util.tree_flatten_with_path(moved)
-    flat |= {"lora." + ".".join(assemble.path_names(jax.tree_util.keystr(p))): np.asarray(x) for p, x in paths}
+    flat |= {"lora." + ".".join(path_names(jax.tree_util.keystr(p))): np.asarray(x) for p, x in paths}
     merged, whole = drafts.merge_adapters(flat), named(drafts.with_adapters({"base": state, "lora": moved}))
     assert sorted(merged) == sorted(whole)
     for name, array in whole.items():

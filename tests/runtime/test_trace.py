@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import pytest
 
-from jeagle.runtime.chips import PEAKS, peak_flops
+from jeagle.runtime.flops import PEAKS, peak_flops
 from jeagle.runtime.trace import BEFORE, StepTrace
 
 

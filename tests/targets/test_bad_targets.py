@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jeagle import regenerate, train
-from jeagle.runtime import cli, memory
+from jeagle.runtime import cli, host
 from tests import tiny
 
 RECIPE = Path(__file__).parents[2] / "configs" / "smollm2_135m.py"
@@ -98,7 +98,7 @@ def test_a_fault_gives_one_sentence_and_status_2(fault, tmp_path, monkeypatch, c
 
 def test_too_little_memory_is_reported_with_the_estimate(tmp_path, monkeypatch, capsys):
     folder = tiny.write_target(tmp_path / "target")
-    monkeypatch.setattr(memory, "host_bytes_available", lambda: 10_000)
+    monkeypatch.setattr(host, "host_bytes_available", lambda: 10_000)
     said = error_of(regenerate.main, asked(folder), monkeypatch, capsys)
     assert "GiB on each of" in said and "are free there: use more devices" in said
 

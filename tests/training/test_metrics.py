@@ -89,7 +89,6 @@ def test_the_flops_share_is_of_the_last_reports_and_the_known_peak(tmp_path, mon
     monkeypatch.setattr(logs, "all_devices_flops", lambda: 1e3)
     monkeypatch.setattr(logs.time, "monotonic", iter(np.arange(0.0, 100.0, 0.5)).__next__)
     log = MetricsLog(config_in(tmp_path), 0, 10)
-    log.progress._clock = lambda: 0.0
     with log:
         for step in range(3):
             log.step(batch(step), report(), flops=50.0)

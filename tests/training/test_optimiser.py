@@ -10,8 +10,7 @@ import pytest
 
 from jeagle.config import TrainConfig
 from jeagle.objective import Metrics
-from jeagle.run.assemble import path_names
-from jeagle.run.parameters import served_draft, served_params
+from jeagle.run.parameters import path_names, served_draft, served_params
 from jeagle.runtime.checkpoints import Checkpoints, load_named
 from jeagle.runtime.mesh import make_mesh
 from jeagle.training.optimiser import OPTIMISERS, learning_rate, make_optimiser

@@ -16,11 +16,10 @@ from jeagle import flags as configs
 from jeagle.config import ObjectiveConfig, RunConfig, TrainConfig
 from jeagle.errors import UserError
 from jeagle.run import assemble
-from jeagle.runtime.changes import checksums, unchanged
 from jeagle.runtime.flops import count_flops
 from jeagle.runtime.mesh import make_mesh
 from jeagle.training.held_out import HeldOut
-from jeagle.training.metrics import summarise
+from jeagle.training.metrics import checksums, summarise, unchanged
 from jeagle.training.setup import check_parts, put_rows, set_up
 from jeagle.training.step import loss_gradient, train_step
 from tests import tiny

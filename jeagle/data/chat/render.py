@@ -5,8 +5,7 @@ the end token included. No pattern has to recognise headers. Every answer is ver
 text of the answer.
 """
 
-from __future__ import annotations
-
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from jeagle.config import DataConfig
-from jeagle.data.chat.texts import (
+from jeagle.data.chat.templates import (
     THINK_END,
     THINK_START,
     ChatTemplate,
@@ -67,13 +66,13 @@ class Document(NamedTuple):
       text: what the tokenizer reads.
       answers: the answers in it, in order.
       lead: number of characters before the first turn that is not the system's.
-      inputs: the arguments of `ChatTemplate.ids`, if the ids can be compared with those of transformers.
+      request: what `ChatTemplate.ids` is asked, if the ids can be compared with those of transformers.
     """
 
     text: str
     answers: list[Answer]
     lead: int
-    inputs: tuple[Messages, Sequence[dict[str, Any]], bool] | None = None
+    request: RenderRequest | None = None
 
 
 class DocumentBuilder:
@@ -85,17 +84,17 @@ class DocumentBuilder:
 
     def one_document_each(self, conversations: Sequence[Conversation]) -> list[list[Document] | ConversationError]:
         """Puts all answers of a conversation into one document, or says why the template does not allow it."""
-        requests, inputs = [], []
+        requests, chats = [], []
         for conversation in conversations:
             messages, answers = self._messages(conversation)
             thinks = enables_thinking(self._config, [messages[i] for i in answers])
-            requests.append(RenderRequest(messages, conversation.tools, thinks, False))
-            requests += [RenderRequest(messages[:i], conversation.tools, thinks, True) for i in answers]
-            inputs.append((conversation, messages, answers, thinks))
+            whole = RenderRequest(messages, conversation.tools, thinks, False)
+            requests += [whole, *(whole._replace(messages=messages[:i], prompt=True) for i in answers)]
+            chats.append((conversation, whole, answers))
         texts: Iterator[Any] = iter(self.template.texts(requests))
         documents: list[list[Document] | ConversationError] = []
-        for conversation, messages, answers, thinks in inputs:
-            text, *prompts = [next(texts) for _ in range(1 + len(answers))]
+        for conversation, whole, answers in chats:
+            text, *prompts = itertools.islice(texts, 1 + len(answers))
             if error := _first_error([text, *prompts]):
                 documents.append(error)
             elif not all(map(text.startswith, prompts)):
@@ -103,11 +102,11 @@ class DocumentBuilder:
                 documents.append(ConversationError(reason))
             else:
                 located = [
-                    Answer(len(prompt), messages[i], not (conversation.truncated and i == answers[-1]))
+                    Answer(len(prompt), whole.messages[i], not (conversation.truncated and i == answers[-1]))
                     for i, prompt in zip(answers, prompts, strict=True)
                 ]
-                lead = _lead(prompts[0] if prompts else text, messages)
-                documents.append([Document(text, located, lead, (messages, conversation.tools, thinks))])
+                lead = _lead(prompts[0] if prompts else text, whole.messages)
+                documents.append([Document(text, located, lead, whole)])
         return documents
 
     def one_document_per_answer(self, conversation: Conversation) -> list[Document]:
@@ -120,18 +119,15 @@ class DocumentBuilder:
         documents, lead = [], 0
         for i in answers:
             thinks = enables_thinking(self._config, [messages[i]])
-            requests = [
-                RenderRequest(messages[: i + 1], conversation.tools, thinks, False),
-                RenderRequest(messages[:i], conversation.tools, thinks, True),
-            ]
-            texts: list[Any] = self.template.texts(requests)
+            whole = RenderRequest(messages[: i + 1], conversation.tools, thinks, False)
+            texts: list[Any] = self.template.texts([whole, whole._replace(messages=messages[:i], prompt=True)])
             if error := _first_error(texts):
                 raise error
             text, prompt = texts
             answer = Answer(len(prompt), messages[i], not (conversation.truncated and i == answers[-1]))
             lead = lead or _lead(prompt, messages)
             if text.startswith(prompt):
-                documents.append(Document(text, [answer], lead, (messages[: i + 1], conversation.tools, thinks)))
+                documents.append(Document(text, [answer], lead, whole))
             else:
                 documents.append(Document(prompt + _continuation(prompt, text, messages[i]), [answer], lead))
         return documents
@@ -153,7 +149,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, config: DataConfig, end_token_ids: Sequence[int]):
         self._tokenizer, self._config = tokenizer, config
-        self._builder, self._end_ids = DocumentBuilder(tokenizer, config), sorted(set(end_token_ids))
+        self._builder, self._end_ids = DocumentBuilder(tokenizer, config), frozenset(end_token_ids)
         self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -171,15 +167,12 @@ class Renderer:
         """
         check = check or [False] * len(conversations)
         results: list[Any] = [None] * len(conversations)
-        chats = []
-        for i, conversation in enumerate(conversations):
-            if conversation.messages[0]["role"] == "text":
-                text = conversation.messages[0]["content"]
-                results[i] = [self._plain_text(text, keep_end=not conversation.truncated)]
-            else:
-                chats.append(i)
+        chats = [i for i, conversation in enumerate(conversations) if conversation.messages[0]["role"] != "text"]
         documents = self._builder.one_document_each([conversations[i] for i in chats])
         self._encode_all(results, dict(zip(chats, documents, strict=True)), check)
+        for i, conversation in enumerate(conversations):
+            if results[i] is None:
+                results[i] = [self._plain_text(conversation.messages[0]["content"], not conversation.truncated)]
         if self._config.rewritten == "per_answer":
             split: dict[int, list[Document] | ConversationError] = {}
             for i in chats:
@@ -215,8 +208,8 @@ class Renderer:
         for answer in document.answers:
             first, last = self._locate(answer, document.text, encoding, ids)
             supervised[first : last + answer.keep_end] = True
-        if check and document.inputs is not None:
-            theirs = self._builder.template.ids(*document.inputs)
+        if check and document.request is not None:
+            theirs = self._builder.template.ids(document.request)
             if theirs != ids:
                 first = next((i for i, (a, b) in enumerate(zip(theirs, ids, strict=False)) if a != b), len(ids))
                 raise ConversationError(f"the ids differ from those of apply_chat_template at token {first}")
@@ -233,15 +226,14 @@ class Renderer:
             first -= 1
         if encoding.token_to_chars(first)[0] < answer.begin:
             raise ConversationError("the tokenizer joins the answer with the text around it")
-        ends = [last for end in self._end_ids if (last := _index(ids, end, first)) is not None]
-        if not ends:
+        last = next((i for i in range(first, len(ids)) if ids[i] in self._end_ids), None)
+        if last is None:
             raise ConversationError("no end token follows the answer")
-        last = min(ends)
         sampled = text[answer.begin : encoding.token_to_chars(last)[0]]
         check_sampled(sampled, answer.message, starts_special=ids[first] in self._special_ids)
         return first, last
 
-    def _plain_text(self, text: str, *, keep_end: bool) -> Rendered:
+    def _plain_text(self, text: str, keep_end: bool) -> Rendered:
         """Encodes a text without turns: all but its first token is supervised, and an end token is appended."""
         ids = self._backend.encode(text, add_special_tokens=False).ids
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
@@ -279,10 +271,3 @@ def _continuation(prompt: str, text: str, message: dict[str, Any]) -> str:
         raise ConversationError("the generation prompt opens a reasoning block that the answer does not have")
     tail = text.rpartition(content)[2]
     return f"{reasoning}\n{THINK_END}\n\n{content}{tail}"
-
-
-def _index(ids: list[int], token: int, start: int) -> int | None:
-    try:
-        return ids.index(token, start)
-    except ValueError:
-        return None

@@ -4,10 +4,8 @@ Tokenizers spend a fifth of their time on offsets. For byte-level BPE without a 
 ids alone, because every token stands for a known number of consecutive bytes of the text.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -104,15 +102,14 @@ def byte_lengths(backend: Any) -> Int64[np.ndarray, " V"] | None:
 
 def _only_splits_bytes(pre_tokenizer: Any) -> bool:
     """Whether a pre-tokenizer spells a text as its bytes exactly once, and otherwise only splits it."""
-    parts = list(_leaves(json.loads(pre_tokenizer.__getstate__()))) if pre_tokenizer is not None else []
+
+    def leaves(tree: dict[str, Any]) -> list[dict[str, Any]]:
+        if tree["type"] != "Sequence":
+            return [tree]
+        return [leaf for part in tree["pretokenizers"] for leaf in leaves(part)]
+
+    parts = leaves(json.loads(pre_tokenizer.__getstate__())) if pre_tokenizer is not None else []
     return [part["type"] for part in parts].count("ByteLevel") == 1 and all(
         part["type"] in _CHARACTER_PRESERVING and part.get("behavior") != "Removed" and not part.get("add_prefix_space")
         for part in parts
     )
-
-
-def _leaves(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if tree["type"] != "Sequence":
-        yield tree
-    for part in tree.get("pretokenizers", ()):
-        yield from _leaves(part)

@@ -1,7 +1,6 @@
 """Asks any OpenAI-compatible server for answers, many at a time, with retries; every prompt is answered once."""
 
-from __future__ import annotations
-
+import contextlib
 import dataclasses
 import json
 import random
@@ -13,7 +12,7 @@ from typing import Any
 
 import httpx2
 
-from jeagle.data.chat.texts import with_system
+from jeagle.data.chat.templates import with_system
 from jeagle.data.regeneration.prompts import AnswerFile, Row
 from jeagle.errors import UserError
 
@@ -146,7 +145,8 @@ class _Client:
                 if status in (401, 403, 404):
                     raise UserError(f"The server {self._server.url} refuses model {self._server.model!r} ({reason}).")
                 raise RequestRefusedError(reason)
-            pause = max(pause, _retry_after(response.headers.get("Retry-After")))
+            with contextlib.suppress(ValueError):  # for a date, the growing pauses are enough
+                pause = max(pause, min(float(response.headers.get("Retry-After", 0)), _LONGEST_PAUSE))
         if status == 200:  # the server works, but has no answer to this prompt
             raise RequestRefusedError(reason)
         raise UserError(
@@ -180,11 +180,3 @@ class _Client:
             "finish_reason": choice.get("finish_reason"),
             "model": tree.get("model") or self._server.model,
         }
-
-
-def _retry_after(text: str | None) -> float:
-    """Returns the seconds of a Retry-After header, or 0 if it is a date, for which the growing pauses are enough."""
-    try:
-        return min(max(float(text or 0), 0.0), _LONGEST_PAUSE)
-    except ValueError:
-        return 0.0

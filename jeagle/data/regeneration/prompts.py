@@ -1,7 +1,5 @@
 """Reads prompts, and writes files of answers that survive an interruption."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json
@@ -9,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jeagle.data.sources.conversations import fitting_columns, rejection_reason
+from jeagle.data.sources.conversations import rejection_reason
 from jeagle.data.sources.files import Record, expand, records
-from jeagle.data.sources.schema import messages_of, tools_of
+from jeagle.data.sources.schema import find_columns, messages_of, tools_of
 from jeagle.data.starter import starter_prompts
 from jeagle.errors import UserError
 from jeagle.runtime.lock import only_writer
@@ -40,10 +38,7 @@ def read_prompts(source: str) -> list[Row]:
       UserError: if a line cannot be read or has no prompt; the message names the line.
     """
     if source == "starter":
-        return [
-            {"id": p.id, "category": p.category, "messages": [{"role": "user", "content": p.text}]}
-            for p in starter_prompts()
-        ]
+        return starter_prompts()
     prompts = [_parse_prompt(record) for path in expand(source) for record in records(path)]
     if not prompts:
         raise UserError(f'{source} contains no prompts: write {{"turns": ["..."]}} on each line.')
@@ -63,7 +58,7 @@ def _parse_prompt(record: Record) -> Row:
         if isinstance(row, dict) and "turns" in row:
             messages = [{"role": "user", "content": row["turns"][0]}]
         else:
-            messages = messages_of(row, fitting_columns(row))
+            messages = messages_of(row, find_columns(row))
         tools = tools_of(row)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
@@ -75,10 +70,9 @@ def _parse_prompt(record: Record) -> Row:
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     if first == 0:
         raise UserError(f"{record.where} begins with an answer: a prompt needs a user turn.")
-    prompt = make_prompt(messages[:first], str(row.get("category", "")))
-    if tools:
-        prompt["tools"] = tools
-    return prompt | {name: row[name] for name in ("thinking",) if isinstance(row.get(name), bool)}
+    more = {"tools": tools} if tools else {}
+    more |= {"thinking": row["thinking"]} if isinstance(row.get("thinking"), bool) else {}
+    return make_prompt(messages[:first], str(row.get("category", ""))) | more
 
 
 def _foreign(out: Path) -> str:

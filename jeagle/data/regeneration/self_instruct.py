@@ -5,15 +5,11 @@ prompts, and is asked for another one. Each request follows from the seed and it
 not depend on the order, on the batch size or on where a run was interrupted.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from jeagle.data.chat.texts import split_reasoning
+from jeagle.data.chat.templates import split_reasoning
 from jeagle.data.near_duplicates import NearDuplicateFilter
 from jeagle.data.regeneration.prompts import make_prompt
 from jeagle.data.starter import starter_prompts
@@ -46,13 +42,11 @@ class WrittenPrompts(NamedTuple):
 
     Attributes:
       prompts: in the form of `read_prompts`, without near-duplicates.
-      signatures: the MinHash signature of each of them.
       unusable: number of replies that have no words, were cut off or are too long.
       repeated, near: number of prompts that were dropped as exact repetitions and as near-duplicates.
     """
 
     prompts: list[dict[str, Any]]
-    signatures: list[np.ndarray]
     unusable: int
     repeated: int
     near: int
@@ -62,7 +56,7 @@ def prompt_requests(count: int, seed: int) -> list[dict[str, Any]]:
     """Returns the first `count` requests for a prompt, in the form of prompts and in order of their ids."""
     texts: dict[str, list[str]] = {}
     for prompt in starter_prompts():
-        texts.setdefault(prompt.category, []).append(prompt.text)
+        texts.setdefault(prompt["category"], []).append(prompt["messages"][0]["content"])
     categories, requests = sorted(texts), []
     for number in range(count):
         generator = random.Random(f"{seed} {number}")
@@ -88,8 +82,7 @@ def collect_prompts(rows: Sequence[dict[str, Any]], count: int) -> WrittenPrompt
     """
     distinct, prompts, unusable = NearDuplicateFilter(), [], 0
     for prompt in starter_prompts():
-        distinct.add(prompt.text)
-    known = len(distinct.signatures)
+        distinct.add(prompt["messages"][0]["content"])
     distinct.repeated = distinct.near = 0
     for row in rows:
         text = "" if row["finish_reason"] == "length" else _written_prompt(row["messages"][-1])
@@ -99,7 +92,7 @@ def collect_prompts(rows: Sequence[dict[str, Any]], count: int) -> WrittenPrompt
             prompts.append(make_prompt([{"role": "user", "content": text}], row["category"]))
             if len(prompts) == count:
                 break
-    return WrittenPrompts(prompts, distinct.signatures[known:], unusable, distinct.repeated, distinct.near)
+    return WrittenPrompts(prompts, unusable, distinct.repeated, distinct.near)
 
 
 def _written_prompt(reply: dict[str, Any]) -> str:

@@ -8,8 +8,6 @@ A source is one part or several parts separated by commas. A part is `[WEIGHT*]P
   OWNER/NAME[:CONFIG][#SPLIT]    any dataset of the Hub
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re
@@ -59,12 +57,37 @@ class SourcePart:
         for path in self.files:
             yield from records(path)
         for split in self.splits if self.hub else ():
-            yield from _hub_rows(self, split, streaming)
+            yield from self._hub_rows(split, streaming)
+
+    def _hub_rows(self, split: str, streaming: bool) -> Iterator[Record]:
+        import datasets
+
+        try:
+            rows: Any = datasets.load_dataset(self.hub, self.config, split=split, streaming=streaming)
+        except Exception as error:  # the library, the Hub and the network raise many kinds of exceptions
+            raise UserError(
+                f"The dataset {self.hub} cannot be loaded ({first_line(error)}): check its name, its split and the "
+                "network, or give local files of it."
+            ) from error
+        count = 0
+        try:
+            for count, row in enumerate(rows, 1):
+                yield Record(f"{self.hub}#{split}:row {count}", without_nulls(row))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"Reading the dataset {self.hub} failed after row {count} ({error}): start the command again."
+            ) from error
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits that follow from the bytes of the files, or from the revision of the Hub's dataset."""
         if self.hub:
-            return fingerprint([self.hub, self.config, self.splits, _revision(self.hub)])
+            import huggingface_hub
+
+            try:
+                revision = str(huggingface_hub.HfApi().dataset_info(self.hub, timeout=20).sha)
+            except Exception:  # without a network, the cached copy is read, whatever its revision is
+                revision = ""
+            return fingerprint([self.hub, self.config, self.splits, revision])
         hashes = [file_fingerprint(path) for path in self.files]
         return hashes[0] if len(hashes) == 1 else fingerprint(hashes)
 
@@ -75,24 +98,19 @@ class SourcePart:
         return str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files of {self.label}"
 
 
+_CONVERSATIONS, _MESSAGES = Columns(chat="conversations"), Columns(chat="messages")
 # The datasets of the Hub that have a short name.
 NAMED_DATASETS = {
-    "sharegpt": SourcePart(hub="Aeala/ShareGPT_Vicuna_unfiltered", columns=Columns(chat="conversations")),
-    "ultrachat": SourcePart(
-        hub="HuggingFaceH4/ultrachat_200k", columns=Columns(chat="messages"), splits=("train_sft",)
-    ),
-    "perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=Columns(chat="conversations")),
-    "open-perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=Columns(chat="conversations")),
-    "magpie": SourcePart(hub="Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1", columns=Columns(chat="conversations")),
+    "sharegpt": SourcePart(hub="Aeala/ShareGPT_Vicuna_unfiltered", columns=_CONVERSATIONS),
+    "ultrachat": SourcePart(hub="HuggingFaceH4/ultrachat_200k", columns=_MESSAGES, splits=("train_sft",)),
+    "perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=_CONVERSATIONS),
+    "open-perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=_CONVERSATIONS),
+    "magpie": SourcePart(hub="Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1", columns=_CONVERSATIONS),
     "opencodeinstruct": SourcePart(hub="nvidia/OpenCodeInstruct", columns=Columns(prompt="input", answer="output")),
     "gsm8k": SourcePart(hub="openai/gsm8k", columns=Columns(prompt="question", answer="answer"), config="main"),
-    "infinity-instruct": SourcePart(
-        hub="BAAI/Infinity-Instruct", columns=Columns(chat="conversations"), config="7M_core"
-    ),
+    "infinity-instruct": SourcePart(hub="BAAI/Infinity-Instruct", columns=_CONVERSATIONS, config="7M_core"),
     "nemotron": SourcePart(
-        hub="nvidia/Nemotron-Post-Training-Dataset-v2",
-        columns=Columns(chat="messages"),
-        splits=("chat", "math", "code", "stem"),
+        hub="nvidia/Nemotron-Post-Training-Dataset-v2", columns=_MESSAGES, splits=("chat", "math", "code", "stem")
     ),
 }
 
@@ -115,14 +133,11 @@ def parse_source(source: str) -> list[SourcePart]:
         return [_parse_part(source)]
     parts = []
     for text in filter(None, (t.strip() for t in source.split(","))):
-        weighted = _WEIGHTED.fullmatch(text)
-        if weighted and not Path(text).exists():
-            part = dataclasses.replace(_parse_part(weighted[2].strip()), weight=float(weighted[1]))
-            if not part.weight:
-                raise UserError(f"The weight of {part.label} in --data.source is 0: remove this part instead.")
-            parts.append(part)
-        else:
-            parts.append(_parse_part(text))
+        weighted = None if Path(text).exists() else _WEIGHTED.fullmatch(text)
+        part = _parse_part(weighted[2].strip() if weighted else text)
+        parts.append(dataclasses.replace(part, weight=float(weighted[1])) if weighted else part)
+        if parts[-1].weight == 0:
+            raise UserError(f"The weight of {part.label} in --data.source is 0: remove this part instead.")
     if not parts:
         raise UserError(f"--data.source {source!r} names no data.")
     without = [part.label for part in parts if part.weight is None]
@@ -161,34 +176,3 @@ def _parse_part(text: str) -> SourcePart:
     if near := difflib.get_close_matches(text, [*NAMED_DATASETS, "starter"], n=1):
         raise UserError(f"There is no dataset called {text}: did you mean {near[0]}?")
     return SourcePart(text, files=tuple(expand(text)))
-
-
-def _hub_rows(part: SourcePart, split: str, streaming: bool) -> Iterator[Record]:
-    import datasets
-
-    try:
-        rows: Any = datasets.load_dataset(part.hub, part.config, split=split, streaming=streaming)
-    except Exception as error:  # the library, the Hub and the network raise many kinds of exceptions
-        raise UserError(
-            f"The dataset {part.hub} cannot be loaded ({first_line(error)}): check its name, its split and the "
-            "network, or give local files of it."
-        ) from error
-    count = 0
-    try:
-        for row in rows:
-            count += 1
-            yield Record(f"{part.hub}#{split}:row {count}", without_nulls(row))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"Reading the dataset {part.hub} failed after row {count} ({error}): start the command again."
-        ) from error
-
-
-def _revision(hub: str) -> str:
-    """Returns the commit of the dataset that would be read now, or an empty text if the Hub does not tell it."""
-    import huggingface_hub
-
-    try:
-        return str(huggingface_hub.HfApi().dataset_info(hub, timeout=20).sha)
-    except Exception:  # without a network, the cached copy is read, whatever its revision is
-        return ""

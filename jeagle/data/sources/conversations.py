@@ -1,7 +1,5 @@
 """Reads conversations from the rows of a source, and decides which of them are held out for evaluation."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json
@@ -11,12 +9,11 @@ from typing import Any
 from jeagle.config import DataConfig
 from jeagle.data.sources.catalog import SourcePart
 from jeagle.data.sources.files import Record
-from jeagle.data.sources.schema import Columns, find_columns, messages_of, model_of, tools_of
+from jeagle.data.sources.schema import find_columns, messages_of, tools_of
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
 FIRST_ROWS = 1000  # reading stops after this many rows if none of them can be used
-_EXAMPLES = 5  # places that are remembered for each reason; the log has all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +46,7 @@ class SourceReport:
       duplicates: conversations that were dropped because an earlier one is equal.
       rendered, not_rendered: conversations that the chat template could render, and could not.
       rejected: number of rejected rows for each reason.
-      examples: places of the first rejected rows for each reason.
+      examples: the place of the first rejected row for each reason; the log has all of them.
       notes: what was corrected, and how often.
       columns: (label of the part, columns that hold the conversation) and the number of rows.
       log: an open text file for one JSON line per rejected row, or None.
@@ -61,7 +58,7 @@ class SourceReport:
     rendered: int = 0
     not_rendered: int = 0
     rejected: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     columns: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     log: Any = None
@@ -70,9 +67,7 @@ class SourceReport:
     def reject(self, reason: str, where: str) -> None:
         """Counts and logs a rejected row. UserError if none of the first `FIRST_ROWS` rows can be used."""
         self.rejected[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < _EXAMPLES:
-            examples.append(where)
+        self.examples.setdefault(reason, where)
         if self.log is not None:
             self.log.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
         if self.rows == FIRST_ROWS and self.rejected.total() == self.rows:
@@ -103,7 +98,7 @@ class SourceReport:
 
     def _reasons(self) -> str:
         common = self.rejected.most_common(8)
-        return "; ".join(f"{reason} ({n} times, first {self.examples[reason][0]})" for reason, n in common)
+        return "; ".join(f"{reason} ({n} times, first {self.examples[reason]})" for reason, n in common)
 
 
 def read_source(
@@ -136,21 +131,6 @@ def is_held_out(conversation: Conversation, share: float) -> bool:
     return int(fingerprint(turns)[:13], 16) / 16**13 < share
 
 
-def fitting_columns(row: Any, known: Columns | None = None) -> Columns:
-    """Returns the columns that hold the row's conversation: the known ones if the row has them, else recognised ones.
-
-    Raises:
-      ValueError: if the row has no such columns.
-    """
-    if not isinstance(row, dict):
-        raise ValueError("the row is not a JSON object: write one conversation per line")
-    if known and all(name in row for name in (known.chat, known.prompt, known.answer, known.text) if name):
-        return known
-    if (columns := find_columns(row)) is None:
-        raise ValueError("the row has no messages, no conversations, no prompt with a response, and no text")
-    return columns
-
-
 def rejection_reason(error: Exception) -> str:
     """Describes in a few words why a row cannot be used."""
     if isinstance(error, RecursionError):
@@ -164,45 +144,34 @@ def _read_part(part: SourcePart, report: SourceReport, streaming: bool) -> Itera
     for record in part.rows(streaming=streaming):
         report.rows += 1
         try:
-            if record.reason:
-                raise ValueError(record.reason)
-            columns = fitting_columns(record.row, part.columns)
-            conversation = _parse_conversation(record, columns, part.model)
-            report.columns[part.label, columns] += 1
-            conversation = _without_leading_answers(conversation, report)
+            conversation = _parse_conversation(record, part, report)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             report.reject(rejection_reason(error), record.where)
-            continue
-        yield conversation
+        else:
+            yield conversation
 
 
-def _parse_conversation(record: Record, columns: Columns, model: str) -> Conversation:
-    row = record.row
+def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) -> Conversation:
+    """Parses a row. Answers before the first prompt, as conversations that were cut into pieces have them, go."""
+    if record.reason:
+        raise ValueError(record.reason)
+    row, columns = record.row, find_columns(record.row, part.columns)
     messages, tools = messages_of(row, columns), tools_of(row)
-    if not any(m["role"] in ("assistant", "text") for m in messages):
+    roles = [m["role"] for m in messages]
+    if not {"assistant", "text"} & set(roles):
         raise ValueError("the conversation has no answer")
-    return Conversation(
-        fingerprint({"messages": messages, "tools": tools} if tools else messages),
-        tuple(messages),
-        row.get("finish_reason") == "length",
-        tuple(tools),
-        model_of(row) or model,
-        record.where,
-    )
-
-
-def _without_leading_answers(conversation: Conversation, report: SourceReport) -> Conversation:
-    """Removes answers before the first prompt, as they occur in conversations that were cut into pieces."""
-    messages = conversation.messages
-    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
-    if messages[first]["role"] != "assistant":
-        return conversation
-    stop = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
-    rest = (*messages[:first], *messages[stop:])
-    if not any(m["role"] == "assistant" for m in rest):
-        raise ValueError("the conversation has an answer without a prompt")
-    report.notes["a conversation begins with an answer, which is removed"] += 1
-    return dataclasses.replace(conversation, messages=rest)
+    report.columns[part.label, columns] += 1
+    number = fingerprint({"messages": messages, "tools": tools} if tools else messages)
+    first = next(i for i, role in enumerate(roles) if role != "system")
+    if roles[first] == "assistant":
+        stop = roles.index("user") if "user" in roles else len(roles)
+        if "assistant" not in roles[stop:]:
+            raise ValueError("the conversation has an answer without a prompt")
+        messages = [*messages[:first], *messages[stop:]]
+        report.notes["a conversation begins with an answer, which is removed"] += 1
+    model = next((row[name] for name in ("model", "generator") if isinstance(row.get(name), str)), "") or part.model
+    cut_off = row.get("finish_reason") == "length"
+    return Conversation(number, tuple(messages), cut_off, tuple(tools), model, record.where)
 
 
 def _mix(

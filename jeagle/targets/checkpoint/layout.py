@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jeagle.errors import UserError
-from jeagle.runtime.memory import free_bytes
+from jeagle.runtime.host import free_bytes
 from jeagle.runtime.mesh import logical_sharding
 from jeagle.targets.model.decoder import Decoder
 from jeagle.targets.model.spec import BlockSpec
@@ -25,77 +25,41 @@ NARROW: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 # Logical axes of every kernel (its bias and scale have the last of them) and of every other large parameter, without
 # the leading axis of a stack. Other parameters are replicated. runtime.mesh.RULES maps logical axes to the mesh's.
-AXES: dict[str, tuple[str | None, ...]] = {
-    "embed_tokens": ("vocab", "width"),
-    "lm_head": ("vocab", "width"),
-    "mixer.q_proj": ("width", "heads"),
-    "mixer.k_proj": ("width", "heads"),
-    "mixer.v_proj": ("width", "heads"),
-    "mixer.z_proj": ("width", "heads"),
-    "mixer.gate_proj": ("width", "heads"),
-    "mixer.o_proj": ("heads", "width"),
-    "mixer.q_a_proj": ("width", None),
-    "mixer.q_b_proj": (None, "heads"),
-    "mixer.kv_a_proj": ("width", None),
-    "mixer.k_b_proj": (None, "heads"),
-    "mixer.v_b_proj": (None, "heads"),
-    "mlp.gate_proj": ("width", "mlp"),
-    "mlp.up_proj": ("width", "mlp"),
-    "mlp.down_proj": ("mlp", "width"),
-    "shared.gate_proj": ("width", "mlp"),
-    "shared.up_proj": ("width", "mlp"),
-    "shared.down_proj": ("mlp", "width"),
-    "experts.gate_proj": ("experts", "expert_width", "mlp"),
-    "experts.up_proj": ("experts", "expert_width", "mlp"),
-    "experts.down_proj": ("experts", "mlp", "expert_width"),
-    "experts.gate_scale": ("experts", "mlp"),
-    "experts.up_scale": ("experts", "mlp"),
-    "experts.down_scale": ("experts", None),
-    "experts.gate_bias": ("experts", "mlp"),
-    "experts.up_bias": ("experts", "mlp"),
-    "experts.down_bias": ("experts", None),
-    "per_layer.embed": ("vocab", "width"),
-    "per_layer.proj": ("width", None),
+_NAMES_BY_AXES: dict[tuple[str | None, ...], str] = {
+    ("width", "heads"): "mixer.q_proj mixer.k_proj mixer.v_proj mixer.z_proj mixer.gate_proj",
+    ("heads", "width"): "mixer.o_proj",
+    ("width", None): "mixer.q_a_proj mixer.kv_a_proj per_layer.proj",
+    (None, "heads"): "mixer.q_b_proj mixer.k_b_proj mixer.v_b_proj",
+    ("width", "mlp"): "mlp.gate_proj mlp.up_proj shared.gate_proj shared.up_proj",
+    ("mlp", "width"): "mlp.down_proj shared.down_proj",
+    ("vocab", "width"): "embed_tokens lm_head per_layer.embed",
+    ("experts", "expert_width", "mlp"): "experts.gate_proj experts.up_proj",
+    ("experts", "mlp", "expert_width"): "experts.down_proj",
+    ("experts", "mlp"): "experts.gate_scale experts.up_scale experts.gate_bias experts.up_bias",
+    ("experts", None): "experts.down_scale experts.down_bias",
 }
+AXES = {name: axes for axes, names in _NAMES_BY_AXES.items() for name in names.split()}
 
 
-def sharding_of(key: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of the parameter `key` of this shape."""
-    parts = key.split(".")
-    linear = parts[-1] in ("kernel", "bias", "scale")
-    axes = AXES.get(".".join(parts[-3:-1] if linear else parts[-2:]))
-    if linear and axes is not None and parts[-1] != "kernel":
-        axes = axes[-1:]
-    axes = (None,) * len(shape) if axes is None else (None,) * (len(shape) - len(axes)) + axes
-    return NamedSharding(mesh, logical_sharding(axes, shape, mesh))
-
-
+@functools.partial(jax.jit, static_argnames=("kind", "sharding"), donate_argnames=("kernel",))
 def narrowed(kernel: jax.Array, kind: Any, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
     """kernel [..., I, O] -> (narrow [..., I, O], scale [..., O] float32) with kernel = narrow * scale up to rounding.
 
     The largest number of each output becomes the largest number that `kind` represents.
     """
-    return _narrowed(kernel, kind, (sharding, scale_sharding(sharding, kernel.ndim)))
-
-
-def scale_sharding(sharding: NamedSharding, rank: int) -> NamedSharding:
-    """The sharding of the scale [..., O] of a kernel [..., I, O] with `rank` axes."""
-    axes = tuple(sharding.spec) + (None,) * (rank - len(sharding.spec))
-    return NamedSharding(sharding.mesh, PartitionSpec(*axes[:-2], axes[-1]))
-
-
-@functools.partial(jax.jit, static_argnames=("kind", "shardings"), donate_argnames=("kernel",))
-def _narrowed(kernel: jax.Array, kind: Any, shardings: tuple[NamedSharding, NamedSharding]):
     numbers = kernel.astype(jnp.float32)
     integer = jnp.issubdtype(kind, jnp.integer)
     largest = float(jnp.iinfo(kind).max if integer else jnp.finfo(kind).max)
     scale = jnp.maximum(jnp.abs(numbers).max(axis=-2), 1e-30) / largest
     scaled = numbers / scale[..., None, :]
     narrow = (jnp.round(scaled) if integer else scaled).astype(kind)
-    return (
-        jax.lax.with_sharding_constraint(narrow, shardings[0]),
-        jax.lax.with_sharding_constraint(scale, shardings[1]),
-    )
+    return jax.lax.with_sharding_constraint((narrow, scale), (sharding, scale_sharding(sharding, kernel.ndim)))
+
+
+def scale_sharding(sharding: NamedSharding, rank: int) -> NamedSharding:
+    """The sharding of the scale [..., O] of a kernel [..., I, O] with `rank` axes."""
+    axes = tuple(sharding.spec) + (None,) * (rank - len(sharding.spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes[:-2], axes[-1]))
 
 
 class ParameterLayout(NamedTuple):
@@ -148,13 +112,19 @@ def layouts(model: Decoder, state: Any, mesh: Mesh, dtype: Any, stored: str) -> 
     for path, leaf in leaves.items():
         if path in scales:
             continue
-        key, group = parameter_key(path)
+        # ("blocks", 3, "mlp", "up_proj", "kernel") is "blocks.mlp.up_proj.kernel" of group 3.
+        group = next((part for part in path if isinstance(part, int)), None)
+        key = ".".join(str(part) for part in path if not isinstance(part, int))
         block, layers = (None, (None,)) if group is None else groups[group]
         stacked = model.stacked and group is not None
         shape = leaf.get_value().shape[1:] if stacked else leaf.get_value().shape
         wide = len(shape) > 1 and not key.endswith((".conv", "_bias"))
         narrow = NARROW[stored] if scale_path(path) in scales else None
-        sharding = sharding_of(key, shape, mesh)
+        parts = key.split(".")
+        linear = parts[-1] in ("kernel", "bias", "scale")
+        axes = AXES.get(".".join(parts[-3:-1] if linear else parts[-2:]), ())
+        axes = axes[-1:] if linear and parts[-1] != "kernel" else axes
+        sharding = NamedSharding(mesh, logical_sharding((None,) * (len(shape) - len(axes)) + axes, shape, mesh))
         kind = jnp.dtype(dtype if wide else jnp.float32)
         by_path[path] = ParameterLayout(key, block, layers, stacked, shape, kind, sharding, narrow)
     return by_path
@@ -166,24 +136,13 @@ def check_room(parameters: Iterable[ParameterLayout], mesh: Mesh) -> None:
     needed, free = sum(layout.bytes_per_device for layout in parameters), free_bytes(mesh)
     if free is None or needed <= free:
         return
-    total = sum(layout.size for layout in parameters)
-    device = mesh.devices.flat[0]
+    total, each, room = (f"{n / 2**30:.3g} GiB" for n in (sum(layout.size for layout in parameters), needed, free))
     raise UserError(
-        f"The target's weights, {_gib(total)} in all, take {_gib(needed)} on each of {mesh.size} {device.platform} "
-        f"device{'s' * (mesh.size > 1)}, and only {_gib(free)} are free there: use more devices "
+        f"The target's weights, {total} in all, take {each} on each of {mesh.size} {mesh.devices.flat[0].platform} "
+        f"device{'s' * (mesh.size > 1)}, and only {room} are free there: use more devices "
         "(--mesh.fsdp splits the weights over them), keep the weights in half the bytes (--target.weights int8), or "
         "take a smaller model."
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"
-
-
-def parameter_key(path: Path) -> tuple[str, int | None]:
-    """("blocks", 3, "mlp", "up_proj", "kernel") -> ("blocks.mlp.up_proj.kernel", 3); no number outside the layers."""
-    group = next((part for part in path if isinstance(part, int)), None)
-    return ".".join(str(part) for part in path if not isinstance(part, int)), group
 
 
 def scale_path(path: Path) -> Path | None:

@@ -19,11 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jeagle.targets.checkpoint.layout import NARROW, ParameterLayout, check_room, layouts, narrowed, scale_path
 from jeagle.targets.checkpoint.tensor_reader import ParameterReader
-from jeagle.targets.checkpoint.weights import WeightSource
-from jeagle.targets.families import Family, family_of, read_spec
+from jeagle.targets.families import family_of, read_spec
+from jeagle.targets.families.common import Family
 from jeagle.targets.model.decoder import Decoder
 from jeagle.targets.model.spec import TargetSpec
-from jeagle.targets.quantised.views import Index
+from jeagle.targets.quantised.views import Index, WeightSource
 
 Read = Callable[[Index], np.ndarray]
 
@@ -60,11 +60,6 @@ def abstract_target(
     kind, narrow = jnp.dtype(dtype), jnp.dtype(NARROW[stored]) if stored else None
     model = nnx.eval_shape(lambda: Decoder(spec, kind, nnx.Rngs(0), stacked=stacked, stored=narrow, mesh=mesh))
     return Target(spec, *nnx.split(model))
-
-
-def random_target(spec: TargetSpec, dtype: Any, seed: int = 0, *, stacked: bool = False) -> Target:
-    """A target with random float32 weights, for tests and benchmarks; arguments as for `abstract_target`."""
-    return Target(spec, *nnx.split(Decoder(spec, jnp.dtype(dtype), nnx.Rngs(seed), stacked=stacked)))
 
 
 def load_target(
@@ -143,7 +138,7 @@ def _read(
         return np.stack([reader.read(layout, layer, index[1:]) for layer in layers])
 
     # Where each expert is a tensor, the host holds one device's part at a time.
-    wide = from_slices(shape, layout.dtype, sharding, read, at_once=not reader.is_many_tensors(layout))
+    wide = from_slices(shape, layout.dtype, sharding, read, at_once=not reader.piece(layout.key, layers[0]).by_expert)
     return (wide,) if layout.narrow is None else narrowed(wide, layout.narrow, sharding)
 
 
@@ -159,8 +154,12 @@ def from_slices(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding, rea
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         edges = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         parts.setdefault(edges, []).append(device)
+
+    def size_of(edges: tuple[tuple[int, int], ...]) -> int:
+        return math.prod(stop - start for start, stop in edges)
+
     box = tuple((min(e[0] for e in axis), max(e[1] for e in axis)) for axis in zip(*parts, strict=True))
-    all_parts = read(_slices(box)) if at_once and _size(box) <= sum(map(_size, parts)) else None
+    all_parts = read(_slices(box)) if at_once and size_of(box) <= sum(map(size_of, parts)) else None
     arrays = []
     for edges, devices in parts.items():
         if all_parts is None:
@@ -176,13 +175,9 @@ def _slices(edges: tuple[tuple[int, int], ...]) -> Index:
     return tuple(slice(*edge) for edge in edges)
 
 
-def _size(edges: tuple[tuple[int, int], ...]) -> int:
-    return math.prod(stop - start for start, stop in edges)
-
-
 def empty_stack(layers: int, like: jax.Array) -> jax.Array:
     """A stack of `layers` arrays like this one, filled with zeros."""
-    return _empty_stack((layers, *like.shape), like.dtype, stack_sharding(like.sharding))
+    return jnp.zeros((layers, *like.shape), like.dtype, device=stack_sharding(like.sharding))
 
 
 def put_in_stack(stack: jax.Array, layer: int, part: jax.Array) -> jax.Array:
@@ -195,12 +190,7 @@ def stack_sharding(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
-def _empty_stack(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
-
-
 @functools.partial(jax.jit, static_argnames=("sharding",), donate_argnames=("stack",))
-def _put_in_stack(stack: jax.Array, layer: int, part: jax.Array, sharding: NamedSharding) -> jax.Array:
+def _put_in_stack(stack: jax.Array, layer: Any, part: jax.Array, sharding: NamedSharding) -> jax.Array:
     # Not stack.at[layer].set: a scatter into bfloat16 makes XLA's CPU backend rewrite all of the stack in float32.
     return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(stack, part, layer, 0), sharding)

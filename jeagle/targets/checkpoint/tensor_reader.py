@@ -1,16 +1,19 @@
-"""Reads slices of parameters from a checkpoint's tensors."""
+"""Reads slices of parameters from a checkpoint's tensors, and rows by vocabulary without loading the model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jeagle.errors import UserError
 from jeagle.targets.checkpoint.layout import ParameterLayout
-from jeagle.targets.checkpoint.weights import WeightSource
-from jeagle.targets.families import PREFIXES, Piece
+from jeagle.targets.families import PREFIXES, family_of, read_spec
+from jeagle.targets.families.common import Family, Piece
 from jeagle.targets.model.spec import BlockSpec
+from jeagle.targets.quantised.views import WeightSource
 
 
 class ParameterReader:
@@ -27,19 +30,17 @@ class ParameterReader:
 
     def read(self, layout: ParameterLayout, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a slice of a layer's parameter, in any type; `layer` is None outside the layers."""
-        piece = self._piece(layout.key, layer)
-        if not _has_experts(piece):
-            return self._cut(piece, layer, 0, layout.shape, index, layout.block)
+        piece = self.piece(layout.key, layer)
+        if not piece.by_expert:
+            return self._cut(piece, self._name(piece, layer, 0), layout.shape, index, layout.block)
         out = np.empty([part.stop - part.start for part in index], layout.dtype)
         for i, expert in enumerate(range(layout.shape[0])[index[0]]):
-            out[i] = self._cut(piece, layer, expert, layout.shape[1:], index[1:], layout.block)
+            name = self._name(piece, layer, expert)
+            out[i] = self._cut(piece, name, layout.shape[1:], index[1:], layout.block)
         return out
 
-    def is_many_tensors(self, layout: ParameterLayout) -> bool:
-        """Whether the parameter of a layer is stored as many tensors, one for each expert."""
-        return _has_experts(self._piece(layout.key, layout.layers[0]))
-
-    def _piece(self, key: str, layer: int | None) -> Piece:
+    def piece(self, key: str, layer: int | None) -> Piece:
+        """Where a layer's parameter is stored; of several places the first that exists."""
         if key not in self.names:
             raise UserError(
                 f"The target's family does not say where its parameter {key} is stored: add it to its names."
@@ -57,12 +58,11 @@ class ParameterReader:
 
     def check(self, layout: ParameterLayout, layer: int | None) -> None:
         """Raises UserError unless every tensor of the parameter exists with the expected shape; reads none of them."""
-        piece, own, block = self._piece(layout.key, layer), layout.shape, layout.block
-        by_expert = _has_experts(piece)
-        expected = own[1:] if by_expert else own
+        piece, own, block = self.piece(layout.key, layer), layout.shape, layout.block
+        expected = own[1:] if piece.by_expert else own
         if len(expected) > 1 and piece.transposed:
             expected = (*expected[:-2], expected[-1], expected[-2])
-        for expert in range(own[0] if by_expert else 1):
+        for expert in range(own[0] if piece.by_expert else 1):
             name = self._name(piece, layer, expert)
             if name not in self.present:
                 raise UserError(f"The target's weights lack the tensor {name}: the download may be incomplete.")
@@ -70,7 +70,7 @@ class ParameterReader:
             shape = tuple(n for n in shape if n != 1) if piece.squeeze else shape
             actual = list(shape)
             if piece.rows is not None and block is not None and len(shape) == len(expected):
-                axis = self._row_axis(piece, len(shape))
+                axis = piece.row_axis(len(shape))
                 if piece.rows(block).max() < shape[axis]:  # the tensor may have rows of other parameters too
                     actual[axis] = expected[axis]
             squeezed = tuple(n for n in expected if n != 1) if piece.squeeze else expected
@@ -80,26 +80,16 @@ class ParameterReader:
                     "models, or a switch was edited."
                 )
 
-    def _row_axis(self, piece: Piece, rank: int) -> int:
-        return rank - 2 if piece.transposed and rank > 1 else rank - 1
-
     def _cut(
-        self,
-        piece: Piece,
-        layer: int | None,
-        expert: int,
-        own: tuple[int, ...],
-        index: tuple[slice, ...],
-        block: BlockSpec | None,
+        self, piece: Piece, name: str, own: tuple[int, ...], index: tuple[slice, ...], block: BlockSpec | None
     ) -> np.ndarray:
-        """Reads the part at `index` of a parameter of shape `own` from its tensor."""
-        name = self._name(piece, layer, expert)
+        """Reads the part at `index` of a parameter of shape `own` from the tensor `name`."""
         transposed = piece.transposed and len(own) > 1
         where = list(index)
         if transposed:
             where[-2], where[-1] = where[-1], where[-2]
         taken: np.ndarray | None = None  # rows of the part that is read
-        axis = self._row_axis(piece, len(own))
+        axis = piece.row_axis(len(own))
         if piece.rows is not None and block is not None:
             rows = piece.rows(block)[where[axis]]
             low = int(rows.min()) if len(rows) else 0
@@ -114,5 +104,48 @@ class ParameterReader:
         return part.astype(np.float32) + piece.plus if piece.plus else part
 
 
-def _has_experts(piece: Piece) -> bool:
-    return "{e}" in piece.name
+class Table:
+    """Rows [V, H] of a target's files; `table[start:stop]` reads some of them, in the type that they are stored in."""
+
+    def __init__(self, reader: ParameterReader, key: str, shape: tuple[int, ...]):
+        self._reader, self.shape = reader, shape
+        no_sharding: Any = None  # rows are read into the host's memory
+        self._layout = ParameterLayout(key, None, (None,), False, shape, jnp.dtype("float32"), no_sharding, None)
+        reader.check(self._layout, None)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self._reader.read(self._layout, None, (slice(start, stop), slice(0, self.shape[1])))
+
+
+def embedding_table(source: WeightSource, family: Family | None = None) -> Table:
+    """Returns the embedding's rows as servers read them, without a family's multiplier.
+
+    Raises:
+      UserError: where the files lack it, or its shape is not what config.json says.
+    """
+    return _table(source, family, "embed_tokens")
+
+
+def head_table(source: WeightSource, family: Family | None = None) -> Table:
+    """Returns the rows of lm_head, which are the embedding's where the two are tied; raises as `embedding_table`."""
+    return _table(source, family, "embed_tokens" if read_spec(source.config, family).tied else "lm_head")
+
+
+def _table(source: WeightSource, family: Family | None, key: str) -> Table:
+    spec = read_spec(source.config, family)
+    reader = ParameterReader(source, (family or family_of(source.config)).names)
+    return Table(reader, key, (spec.vocab, spec.width))
+
+
+def is_target_embedding(embed_VW: Any, target_embed_VW: Float[Array, "V W"]) -> bool:
+    """Whether an embedding is the target's, up to the rounding of a stored type.
+
+    The first 4,096 rows must agree to 2 % of their largest number.
+
+    Args:
+      embed_VW: an array of the target's shape, on the host, on a device, or mapped from a file.
+    """
+    ours = jnp.asarray(np.asarray(embed_VW[:4096], np.float32))
+    theirs = target_embed_VW[: len(ours)].astype(jnp.float32)
+    return float(jnp.abs(ours - theirs).max()) <= 0.02 * float(jnp.abs(ours).max())

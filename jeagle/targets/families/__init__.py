@@ -10,11 +10,11 @@ import importlib
 from typing import Any
 
 from jeagle.errors import UserError
-from jeagle.targets.families import deepseek, fused, gemma, llama, qwen, qwen_hybrid
-from jeagle.targets.families.common import Family, Names, Piece, Switches
+from jeagle.targets.families import deepseek, gemma, llama, qwen
+from jeagle.targets.families.common import Family, Switches
 from jeagle.targets.model.spec import TargetSpec
 
-_FILES = (llama, qwen, qwen_hybrid, gemma, fused, deepseek)
+_FILES = (llama, qwen, gemma, deepseek)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 
 # What "model." and "lm_head." become in models of which the text part is only a part.
@@ -28,14 +28,32 @@ PREFIXES: tuple[tuple[str, str], ...] = (
 
 def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpec:
     """Returns the TargetSpec of a config.json. Raises UserError for an unknown architecture or an unsupported key."""
+    import transformers  # takes two seconds
+
     name, values = _text_part(config)
-    chosen = family or _known(name)
-    return chosen.read(Switches(name, _with_defaults(values, chosen.model_type)))
+    chosen = family or family_of(config)
+    if (kind := chosen.model_type) in transformers.CONFIG_MAPPING:
+        # The defaults of the model type complete the keys, in the newest spelling, as transformers reads them.
+        given = {k: v for k, v in values.items() if k not in ("quantization_config", "model_type")}
+        scaling = given.get("rope_scaling")
+        if isinstance(scaling, dict) and scaling.get("type") == "su":  # the first name of LongRoPE
+            given["rope_scaling"] = scaling | {"type": "longrope"}
+        try:
+            values = transformers.CONFIG_MAPPING[kind](**given).to_dict()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"The target's config.json is not a valid {kind} configuration: {reason}") from error
+    return chosen.read(Switches(name, values))
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """Returns the family of a config.json. Raises UserError for an unknown architecture."""
-    return _known(architecture_of(config))
+    if (name := architecture_of(config)) not in FAMILIES:
+        raise UserError(
+            f"The target's architecture {name} is not supported; supported are: {', '.join(sorted(FAMILIES))}. "
+            "docs/adding_a_target.md shows how to add one."
+        )
+    return FAMILIES[name]
 
 
 def architecture_of(config: dict[str, Any]) -> str:
@@ -55,15 +73,6 @@ def own_family(path: str) -> Family:
     return family
 
 
-def _known(name: str) -> Family:
-    if name not in FAMILIES:
-        raise UserError(
-            f"The target's architecture {name} is not supported; supported are: {', '.join(sorted(FAMILIES))}. "
-            "docs/adding_a_target.md shows how to add one."
-        )
-    return FAMILIES[name]
-
-
 def _text_part(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The architecture's name and the keys of its text part, which has its own model_type."""
     name = (config.get("architectures") or ["(none given)"])[0]
@@ -73,34 +82,3 @@ def _text_part(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     outer = {k: config[k] for k in ("eos_token_id", "tie_word_embeddings") if config.get(k) is not None}
     parts = (text for text, family in FAMILIES.items() if family.model_type == inner.get("model_type"))
     return next(parts, name), inner | outer
-
-
-def _with_defaults(values: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The keys with the defaults of their model type, in the newest spelling, as transformers reads them."""
-    import transformers  # takes two seconds
-
-    if kind not in transformers.CONFIG_MAPPING:
-        return values
-    given = {k: v for k, v in values.items() if k not in ("quantization_config", "model_type")}
-    scaling = given.get("rope_scaling")
-    if isinstance(scaling, dict) and scaling.get("type") == "su":  # the first name of LongRoPE
-        given["rope_scaling"] = scaling | {"type": "longrope"}
-    try:
-        return transformers.CONFIG_MAPPING[kind](**given).to_dict()
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The target's config.json is not a valid {kind} configuration: {reason}") from error
-
-
-__all__ = [
-    "FAMILIES",
-    "PREFIXES",
-    "Family",
-    "Names",
-    "Piece",
-    "Switches",
-    "architecture_of",
-    "family_of",
-    "own_family",
-    "read_spec",
-]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,15 @@ class Piece:
     plus: float = 0.0
     squeeze: bool = False
 
+    @property
+    def by_expert(self) -> bool:
+        """Whether each expert is a tensor of its own."""
+        return "{e}" in self.name
+
+    def row_axis(self, rank: int) -> int:
+        """The axis of the tensor, which has so many, that `rows` counts along."""
+        return rank - 2 if self.transposed and rank > 1 else rank - 1
+
 
 Names = dict[str, Piece | tuple[Piece, ...]]
 
@@ -135,7 +144,8 @@ def rope_from_switches(switches: Switches, kind: str | None = None) -> Rope:
     if kind is not None and isinstance(parameters.get(kind), dict):
         parameters = dict(parameters[kind])
     theta = float(parameters.pop("rope_theta", 10000.0))
-    scaling = {k: _frozen(v) for k, v in parameters.items() if v is not None and k not in _NOT_SCALING}
+    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}
+    scaling = {k: v for k, v in hashable.items() if v is not None and k not in _NOT_SCALING}
     if unknown := sorted(set(scaling) - _SCALING):
         raise UserError(
             f"The target's config.json has {unknown[0]} = {scaling[unknown[0]]!r} in its rope_scaling, which jeagle "
@@ -165,11 +175,6 @@ _SCALING |= {"low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "m
 _SCALING |= {"attn_factor", "long_factor", "short_factor"}
 
 
-def _frozen(value: Any) -> Any:
-    """Lists as tuples, so that they are hashable."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
 def head_dim(switches: Switches) -> int:
     """The width of a head; by default the model's width divided by its heads."""
     return switches.get("head_dim") or switches["hidden_size"] // switches["num_attention_heads"]
@@ -177,15 +182,15 @@ def head_dim(switches: Switches) -> int:
 
 def attention_spec(switches: Switches, **over: Any) -> AttentionSpec:
     """Grouped-query attention of a config.json; `over` has the family's own fields."""
+    return AttentionSpec(**(_heads(switches, over) | over))
+
+
+def _heads(switches: Switches, over: dict[str, Any]) -> dict[str, Any]:
+    """The fields that `AttentionSpec` and `TargetSpec` share; the rotary embedding is not read where it is given."""
     heads = switches["num_attention_heads"]
-    fields: dict[str, Any] = {
-        "heads": heads,
-        "kv_heads": switches.get("num_key_value_heads", heads),
-        "head_dim": head_dim(switches),
-    }
-    if "rope" not in over:
-        fields["rope"] = rope_from_switches(switches)
-    return AttentionSpec(**(fields | over))
+    kv_heads = switches.get("num_key_value_heads", heads)
+    rope = {} if "rope" in over else {"rope": rope_from_switches(switches)}
+    return {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim(switches)} | rope
 
 
 def attention_biases(switches: Switches) -> dict[str, bool]:
@@ -202,7 +207,7 @@ def sliding_windows(switches: Switches, **rule: Any) -> list[int]:
 
 def target_spec(switches: Switches, blocks: Iterable[BlockSpec], **over: Any) -> TargetSpec:
     """The TargetSpec of these layers; `over` has the family's own fields. Checks that every key was read."""
-    heads, blocks = switches["num_attention_heads"], tuple(blocks)
+    blocks = tuple(blocks)
     if len(blocks) != switches["num_hidden_layers"]:
         raise UserError(
             f"The target's config.json describes {len(blocks)} layers in its lists and num_hidden_layers = "
@@ -217,24 +222,19 @@ def target_spec(switches: Switches, blocks: Iterable[BlockSpec], **over: Any) ->
         "blocks": blocks,
         "norm_eps": switches.get("rms_norm_eps", 1e-6),
         "tied": bool(switches.get("tie_word_embeddings", False)),
-        "heads": heads,
-        "kv_heads": switches.get("num_key_value_heads", heads),
-        "head_dim": head_dim(switches),
         "mlp_width": switches.get("intermediate_size") or switches.get("moe_intermediate_size"),
         "max_positions": switches.get("max_position_embeddings", 2048),
         "end_token_ids": tuple(ends) if isinstance(ends, list | tuple) else (ends,),
     }
-    if "rope" not in over:
-        fields["rope"] = rope_from_switches(switches)
-    spec = TargetSpec(**(fields | over))
+    spec = TargetSpec(**(_heads(switches, over) | fields | over))
     switches.finish()
     return spec
 
 
 def dense_spec(switches: Switches, **over: Any) -> DenseSpec:
     """The gated MLP of a config.json; `over` has the family's own fields. UserError for an unknown activation."""
-    plain, special = switches.get("hidden_act", "silu"), switches.get("hidden_activation")
-    activation = special or plain
+    plain = switches.get("hidden_act", "silu")
+    activation = switches.get("hidden_activation") or plain
     if activation not in GATES:
         raise UserError(f"The target's activation {activation!r} is not supported; supported are: {', '.join(GATES)}.")
     return DenseSpec(**({"width": switches["intermediate_size"], "activation": activation} | over))
@@ -265,24 +265,24 @@ def layer_types(
     return kinds
 
 
-_LAYER = "model.layers.{i}."
+LAYER = "model.layers.{i}."
 
 
 def linear(ours: str, theirs: str, **how: Any) -> Names:
     """Where a kernel and its bias are stored; `how` has fields of `Piece`."""
     bias = {k: v for k, v in how.items() if k == "rows"}
     return {
-        f"blocks.{ours}.kernel": Piece(f"{_LAYER}{theirs}.weight", **how),
-        f"blocks.{ours}.bias": Piece(f"{_LAYER}{theirs}.bias", **bias),
+        f"blocks.{ours}.kernel": Piece(f"{LAYER}{theirs}.weight", **how),
+        f"blocks.{ours}.bias": Piece(f"{LAYER}{theirs}.bias", **bias),
     }
 
 
 def norm(ours: str, theirs: str, plus: float = 0.0) -> Names:
     """Where a norm's weights are stored."""
-    return {f"blocks.{ours}": Piece(f"{_LAYER}{theirs}.weight", plus=plus)}
+    return {f"blocks.{ours}": Piece(f"{LAYER}{theirs}.weight", plus=plus)}
 
 
-def merged(*parts: Names) -> Names:
+def merged(*parts: Mapping[str, Piece | tuple[Piece, ...]]) -> Names:
     """The names of all parts; later ones replace earlier ones."""
     return {key: piece for part in parts for key, piece in part.items()}
 
@@ -292,10 +292,10 @@ def mlp_names(ours: str = "mlp", theirs: str = "mlp") -> Names:
     return merged(*(linear(f"{ours}.{p}", f"{theirs}.{p}") for p in ("gate_proj", "up_proj", "down_proj")))
 
 
-def attention_names() -> Names:
-    """Where grouped-query attention is stored."""
+def attention_names(plus: float = 0.0) -> Names:
+    """Where grouped-query attention is stored; `plus` is added to the norms of queries and keys."""
     projections = merged(*(linear(f"mixer.{p}", f"self_attn.{p}") for p in ("q_proj", "k_proj", "v_proj", "o_proj")))
-    return projections | norm("mixer.q_norm", "self_attn.q_norm") | norm("mixer.k_norm", "self_attn.k_norm")
+    return projections | merged(*(norm(f"mixer.{p}", f"self_attn.{p}", plus) for p in ("q_norm", "k_norm")))
 
 
 def stem_names(plus: float = 0.0) -> Names:
@@ -314,17 +314,14 @@ def pre_norm_names(plus: float = 0.0) -> Names:
 
 def expert_names(
     theirs: str = "mlp.experts", parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-) -> Names:
+) -> dict[str, tuple[Piece, Piece]]:
     """Where experts are stored: each in tensors of its own, or all of them in tensors [E, 2F, H] and [E, H, F]."""
-    names: Names = {}
-    for ours, part in zip(("gate_proj", "up_proj", "down_proj"), parts, strict=True):
-        alone = Piece(f"{_LAYER}{theirs}.{{e}}.{part}.weight")
-        if ours == "down_proj":
-            together = Piece(f"{_LAYER}{theirs}.down_proj")
-        else:
-            together = Piece(f"{_LAYER}{theirs}.gate_up_proj", rows=fused_rows(int(ours == "up_proj"), experts_gate_up))
-        names[f"blocks.moe.experts.{ours}"] = (alone, together)
-    return names
+    gate_up, down = f"{LAYER}{theirs}.gate_up_proj", f"{LAYER}{theirs}.down_proj"
+    together = (*(Piece(gate_up, fused_rows(part, lambda b: [b.experts.width] * 2)) for part in range(2)), Piece(down))
+    return {
+        f"blocks.moe.experts.{ours}": (Piece(f"{LAYER}{theirs}.{{e}}.{part}.weight"), piece)
+        for ours, part, piece in zip(("gate_proj", "up_proj", "down_proj"), parts, together, strict=True)
+    }
 
 
 def fused_rows(
@@ -347,9 +344,11 @@ def fused_rows(
     return rows
 
 
-def experts_gate_up(block: Any) -> list[int]:
-    """`sizes` of a tensor that has the gates of an expert, then its ups."""
-    return [block.experts.width] * 2
+def fused_linears(
+    theirs: str, ours: Sequence[str], sizes: Callable[[Any], Sequence[int]], groups: Callable[[Any], int] = lambda b: 1
+) -> Names:
+    """Where kernels and biases are stored that share one tensor; `sizes` and `groups` as for `fused_rows`."""
+    return merged(*(linear(own, theirs, rows=fused_rows(part, sizes, groups)) for part, own in enumerate(ours)))
 
 
 LLAMA: Names = merged(stem_names(), pre_norm_names(), attention_names(), mlp_names())

@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from jeagle.targets.families.common import (
-    LLAMA,
-    Family,
-    Names,
-    Piece,
-    Switches,
-    attention_spec,
-    dense_spec,
-    expert_names,
-    fused_rows,
-    linear,
-    merged,
-    mlp_names,
-    norm,
-    pre_norm_names,
-    rope_from_switches,
-    stem_names,
-    target_spec,
-)
-from jeagle.targets.model.spec import BlockSpec, DenseSpec, ExpertsSpec, LatentSpec, RouterSpec, TargetSpec
+from jeagle.targets.families import common
+from jeagle.targets.families.common import LLAMA, Family, Names, Piece, Switches
+from jeagle.targets.model.spec import BlockSpec, ExpertsSpec, LatentSpec, RouterSpec, TargetSpec
 
 
 def _latent(switches: Switches) -> LatentSpec:
@@ -39,43 +19,31 @@ def _latent(switches: Switches) -> LatentSpec:
         nope_dim=switches["qk_nope_head_dim"],
         rope_dim=switches["qk_rope_head_dim"],
         value_dim=switches["v_head_dim"],
-        rope=rope_from_switches(switches),
+        rope=common.rope_from_switches(switches),
         interleaved=bool(switches.get("rope_interleave", True)),
         bias=bool(switches.get("attention_bias", False)),
     )
 
 
-def _experts(switches: Switches, router: RouterSpec) -> ExpertsSpec:
+def _routed_spec(switches: Switches, mixer: Any, router: RouterSpec) -> TargetSpec:
+    """The TargetSpec of layers of which all but the first few have experts."""
     width = switches["moe_intermediate_size"]
     count = switches.get("n_routed_experts") or switches.get("num_local_experts") or switches["num_experts"]
-    return ExpertsSpec(
-        count,
-        switches["num_experts_per_tok"],
-        width,
-        router,
-        switches.get("hidden_act", "silu"),
-        shared_width=width * switches.get("n_shared_experts", 0),
-    )
-
-
-def _dense_first(switches: Switches, mixer: Any, experts: ExpertsSpec, mlp: DenseSpec) -> list[BlockSpec]:
-    first, total = switches.get("first_k_dense_replace", 0), switches["num_hidden_layers"]
-    return [BlockSpec(mixer, mlp) if i < first else BlockSpec(mixer, experts=experts) for i in range(total)]
+    shared, activation = width * switches.get("n_shared_experts", 0), switches.get("hidden_act", "silu")
+    experts = ExpertsSpec(count, switches["num_experts_per_tok"], width, router, activation, shared_width=shared)
+    dense, total = switches.get("first_k_dense_replace", 0), switches["num_hidden_layers"]
+    mlp, sparse = BlockSpec(mixer, common.dense_spec(switches)), BlockSpec(mixer, experts=experts)
+    return common.target_spec(switches, [mlp if i < dense else sparse for i in range(total)])
 
 
 def deepseek_v2(switches: Switches) -> TargetSpec:
     switches.only(topk_method=("greedy", "group_limited_greedy"), norm_topk_prob=(False,), moe_layer_freq=(1,))
     switches.only(scoring_func=("softmax",), mlp_bias=(False,))
     grouped = switches["topk_method"] == "group_limited_greedy"
-    groups, chosen = switches.get("n_group", 0), switches.get("topk_group", 0)
-    router = RouterSpec(
-        "softmax",
-        scale=float(switches["routed_scaling_factor"]),
-        groups=groups if grouped else 0,
-        chosen_groups=chosen if grouped else 0,
-    )
-    blocks = _dense_first(switches, _latent(switches), _experts(switches, router), dense_spec(switches))
-    return target_spec(switches, blocks)
+    groups, chosen_groups = switches.get("n_group", 0) * grouped, switches.get("topk_group", 0) * grouped
+    scale = float(switches["routed_scaling_factor"])
+    router = RouterSpec("softmax", scale=scale, groups=groups, chosen_groups=chosen_groups)
+    return _routed_spec(switches, _latent(switches), router)
 
 
 def _top2_router(switches: Switches) -> RouterSpec:
@@ -92,49 +60,45 @@ def _top2_router(switches: Switches) -> RouterSpec:
 
 def deepseek_v3(switches: Switches) -> TargetSpec:
     switches.only(topk_method=("noaux_tc",), scoring_func=("sigmoid",), moe_layer_freq=(1,))
-    experts = _experts(switches, _top2_router(switches))
-    return target_spec(switches, _dense_first(switches, _latent(switches), experts, dense_spec(switches)))
+    return _routed_spec(switches, _latent(switches), _top2_router(switches))
 
 
 def glm4_moe(switches: Switches) -> TargetSpec:
     bias = bool(switches.get("attention_bias", False))
-    mixer = attention_spec(switches, qkv_bias=bias, qk_norm="head" if switches.get("use_qk_norm") else "")
-    experts = _experts(switches, _top2_router(switches))
-    return target_spec(switches, _dense_first(switches, mixer, experts, dense_spec(switches)))
+    mixer = common.attention_spec(switches, qkv_bias=bias, qk_norm="head" if switches.get("use_qk_norm") else "")
+    return _routed_spec(switches, mixer, _top2_router(switches))
 
 
-def _latent_rows(part: int) -> Callable[[BlockSpec], np.ndarray]:
-    """Rows of kv_b_proj, which has the key's part and then the value's part of each head."""
-    return fused_rows(
-        part, lambda block: [block.mixer.nope_dim, block.mixer.value_dim], lambda block: block.mixer.heads
-    )
-
-
-_SHARED_MOE: Names = merged(
-    expert_names(),
-    linear("moe.router.proj", "mlp.gate"),
+_SHARED_MOE: Names = common.merged(
+    common.expert_names(),
+    common.linear("moe.router.proj", "mlp.gate"),
     {"blocks.moe.router.correction": Piece("model.layers.{i}.mlp.gate.e_score_correction_bias")},
-    mlp_names("moe.shared", "mlp.shared_experts"),
+    common.mlp_names("moe.shared", "mlp.shared_experts"),
 )
 
-_DEEPSEEK: Names = merged(
-    stem_names(),
-    pre_norm_names(),
-    mlp_names(),
+_DEEPSEEK: Names = common.merged(
+    common.stem_names(),
+    common.pre_norm_names(),
+    common.mlp_names(),
     _SHARED_MOE,
-    linear("mixer.q_proj", "self_attn.q_proj"),
-    linear("mixer.q_a_proj", "self_attn.q_a_proj"),
-    norm("mixer.q_a_norm", "self_attn.q_a_layernorm"),
-    linear("mixer.q_b_proj", "self_attn.q_b_proj"),
-    linear("mixer.kv_a_proj", "self_attn.kv_a_proj_with_mqa"),
-    norm("mixer.kv_a_norm", "self_attn.kv_a_layernorm"),
-    linear("mixer.k_b_proj", "self_attn.kv_b_proj", rows=_latent_rows(0)),
-    linear("mixer.v_b_proj", "self_attn.kv_b_proj", rows=_latent_rows(1)),
-    linear("mixer.o_proj", "self_attn.o_proj"),
+    common.linear("mixer.q_proj", "self_attn.q_proj"),
+    common.linear("mixer.q_a_proj", "self_attn.q_a_proj"),
+    common.norm("mixer.q_a_norm", "self_attn.q_a_layernorm"),
+    common.linear("mixer.q_b_proj", "self_attn.q_b_proj"),
+    common.linear("mixer.kv_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    common.norm("mixer.kv_a_norm", "self_attn.kv_a_layernorm"),
+    # The key's part and then the value's part of each head.
+    common.fused_linears(
+        "self_attn.kv_b_proj",
+        ("mixer.k_b_proj", "mixer.v_b_proj"),
+        lambda block: [block.mixer.nope_dim, block.mixer.value_dim],
+        lambda block: block.mixer.heads,
+    ),
+    common.linear("mixer.o_proj", "self_attn.o_proj"),
 )
 
 FAMILIES = {
     "DeepseekV2ForCausalLM": Family(deepseek_v2, _DEEPSEEK, "deepseek_v2"),
     "DeepseekV3ForCausalLM": Family(deepseek_v3, _DEEPSEEK, "deepseek_v3"),
-    "Glm4MoeForCausalLM": Family(glm4_moe, merged(LLAMA, _SHARED_MOE), "glm4_moe"),
+    "Glm4MoeForCausalLM": Family(glm4_moe, common.merged(LLAMA, _SHARED_MOE), "glm4_moe"),
 }

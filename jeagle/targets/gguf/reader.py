@@ -1,4 +1,4 @@
-"""Reads GGUF files: their headers, slices of their tensors, and files that are split into parts.
+"""Reads GGUF files: the values of their headers, slices of their tensors, and files that are split into parts.
 
 Source: the GGUF specification of ggml. The gguf package decodes the block formats.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES
 
 from jeagle.errors import UserError
@@ -69,14 +69,6 @@ class GgufTensor:
         return out
 
 
-def _tensor(path: Path, tensor: ReaderTensor) -> GgufTensor:
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    block, size = GGML_QUANT_SIZES[tensor.tensor_type]
-    rows = (*shape[:-1], shape[-1] // block * size)
-    blocks = StoredArray(path, tensor.name, int(tensor.data_offset), rows, np.dtype(np.uint8))
-    return GgufTensor(blocks, tensor.tensor_type, shape)
-
-
 def open_gguf(path: Path) -> GgufFile:
     """Opens a GGUF; its header is cached, since weights and tokenizer both need it.
 
@@ -95,11 +87,14 @@ def open_gguf(path: Path) -> GgufFile:
 def _open_gguf(parts: tuple[Path, ...], _stamps: tuple[tuple[int, int], ...]) -> GgufFile:
     readers = [_read(part) for part in parts]
     metadata = {name: field.contents() for name, field in readers[0].fields.items()}
-    tensors = {
-        tensor.name: _tensor(part, tensor)
-        for part, reader in zip(parts, readers, strict=True)
-        for tensor in reader.tensors
-    }
+    tensors: dict[str, GgufTensor] = {}
+    for part, reader in zip(parts, readers, strict=True):
+        for tensor in reader.tensors:
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            block, size = GGML_QUANT_SIZES[tensor.tensor_type]
+            rows = (*shape[:-1], shape[-1] // block * size)
+            blocks = StoredArray(part, tensor.name, int(tensor.data_offset), rows, np.dtype(np.uint8))
+            tensors[tensor.name] = GgufTensor(blocks, tensor.tensor_type, shape)
     expected = metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != expected:
         raise UserError(f"The target {parts[0]} and its parts hold {len(tensors)} tensors of {expected}: get it again.")
@@ -117,11 +112,6 @@ def _open_gguf(parts: tuple[Path, ...], _stamps: tuple[tuple[int, int], ...]) ->
 def _read(path: Path) -> GGUFReader:
     try:
         reader = _Reader(path)
-        if reader.byte_order != "I":
-            raise UserError(
-                f"The target {path} is a GGUF in big-endian byte order, which is not supported: convert it."
-            )
-        return reader
     except UserError:
         raise
     except Exception as error:  # the package raises any error of numpy's where the header is damaged
@@ -131,6 +121,9 @@ def _read(path: Path) -> GGUFReader:
                 "give another quantisation of the model."
             ) from error
         raise UserError(f"The target {path} is not a complete GGUF file ({error}): download it again.") from error
+    if reader.byte_order != "I":
+        raise UserError(f"The target {path} is a GGUF in big-endian byte order, which is not supported: convert it.")
+    return reader
 
 
 class _Reader(GGUFReader):
@@ -143,7 +136,13 @@ class _Reader(GGUFReader):
         kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
         types, start, count = [GGUFValueType.ARRAY, GGUFValueType(kind[0])], orig_offs + 12, int(length[0])
         if types[1] == GGUFValueType.STRING:
-            texts, end = self._strings(start, count)
+            data, texts, end = self.data.data, [], start
+            for _ in range(count):
+                first = end + 8
+                end = first + int.from_bytes(data[end:first], "little")
+                if end > len(data):
+                    raise ValueError("its header is cut short")
+                texts.append(data[first:end])
             return end - orig_offs, [kind, length, *texts], list(range(2, 2 + count)), types
         if types[1] not in self.gguf_scalar_to_np:
             return super()._get_field_parts(orig_offs, raw_type)
@@ -151,16 +150,6 @@ class _Reader(GGUFReader):
         if len(values) < count:
             raise ValueError("its header is cut short")
         return 12 + int(values.nbytes), [kind, length, values], [2], types
-
-    def _strings(self, offset: Any, count: int) -> tuple[list[memoryview], int]:
-        data, texts = self.data.data, []
-        for _ in range(count):
-            start = offset + 8
-            offset = start + int.from_bytes(data[offset:start], "little")
-            if offset > len(data):
-                raise ValueError("its header is cut short")
-            texts.append(data[start:offset])
-        return texts, offset
 
     def _build_tensors(self, start_offs: Any, fields: list[Any]) -> None:
         for field in fields:
@@ -173,3 +162,68 @@ class _Reader(GGUFReader):
                     f"of at least {end}): download it again."
                 )
         super()._build_tensors(start_offs, fields)
+
+
+_REQUIRED = object()
+# Keys that change no number: sizes that follow from the tensors' shapes, and notes of the converter.
+IMMATERIAL = {"attention.causal", "attention.value_length", "context_length", "rope.scaling.finetuned"}
+IMMATERIAL |= {"tensor_data_layout", "vocab_size"}
+
+
+class Metadata:
+    """The values of the keys with the architecture's prefix."""
+
+    def __init__(self, opened: GgufFile):
+        self.path, self.header, self.tensors = opened.path, opened.metadata, opened.tensors
+        self.architecture = str(opened.metadata.get("general.architecture"))
+        self._read: set[str] = set()
+
+    def __call__(self, key: str, default: Any = _REQUIRED) -> Any:
+        """Returns a number or text; of a list with one entry for each layer, the common value.
+
+        Raises:
+          UserError: if the key is missing and has no default, or if the layers differ.
+        """
+        value = self.each(key, default)
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise UserError(f"The target {self.path} has different {key} in its layers, which is not supported.")
+            value = value[0]
+        return shortest(value) if isinstance(value, float) else value
+
+    def each(self, key: str, default: Any = _REQUIRED) -> Any:
+        """Returns the value as it is in the file: one value, or one for each layer."""
+        name = f"{self.architecture}.{key}"
+        self._read.add(name)
+        value = self.header.get(name, default)
+        if value is _REQUIRED:
+            raise UserError(f"The target {self.path} lacks the metadata {name}: convert it again.")
+        return value
+
+    def vector(self, tensor: str) -> list[float]:
+        """Returns the numbers of a small tensor, as `shortest` decimals."""
+        stored = self.tensors[tensor]
+        return [shortest(float(x)) for x in stored.read((slice(0, stored.shape[0]),))]
+
+    def rows(self, tensor: str) -> int:
+        """Returns the number of a tensor's rows. Raises UserError if the tensor is missing."""
+        if tensor not in self.tensors:
+            raise UserError(f"The target {self.path} has no tensor {tensor}: is its download complete?")
+        return self.tensors[tensor].shape[0]
+
+    def refuse_unread(self) -> None:
+        """Raises UserError for a key of this architecture that was not read."""
+        prefix = self.architecture + "."
+        known = self._read | {prefix + key for key in IMMATERIAL}
+        for name, value in sorted(self.header.items()):
+            if name.startswith(prefix) and name not in known and value not in (0, False):
+                shown = value[:4] if isinstance(value, list) else value
+                raise UserError(
+                    f"The target {self.path} has the metadata {name} = {shown}, which jeagle does not support for this "
+                    "architecture: give the model's safetensors folder instead."
+                )
+
+
+def shortest(value: float) -> float:
+    """Returns the shortest decimal of a float32: 1e-05 instead of 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-# llama.cpp's defaults for files of sentencepiece's kind.
-_DEFAULT_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
 class PreTokenizer(NamedTuple):
@@ -89,41 +87,25 @@ _DEEPSEEK = (
 )
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_SCRIPTS, r"\p{N}")
 
-_LLAMA3_PRE, _GPT2_PRE, _DIGITS_PRE = (
-    PreTokenizer((_LLAMA3,), ignore_merges=True, bos=True),
-    PreTokenizer((_GPT2,)),
-    PreTokenizer((r"\p{N}", _GPT2)),
-)
 # By tokenizer.ggml.pre. The names are those of llama.cpp's llama-vocab.cpp; the expressions are those of the models'
 # own tokenizer.json.
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "chatglm-bpe": PreTokenizer((_LLAMA3,)),
-    "command-r": _DIGITS_PRE,
-    "dbrx": PreTokenizer((_LLAMA3,)),
-    "deepseek-coder": PreTokenizer(_DEEPSEEK_CODER),
-    "deepseek-llm": PreTokenizer(_DEEPSEEK),
-    "deepseek-r1-qwen": PreTokenizer((_QWEN2,)),
-    "deepseek-v3": PreTokenizer(_DEEPSEEK3),
-    "falcon3": _LLAMA3_PRE,
-    "glm4": PreTokenizer((_LLAMA3,), ignore_merges=True),
-    "gpt-2": _GPT2_PRE,
-    "gpt-4o": PreTokenizer((_GPT4O,)),
-    "llama-bpe": _LLAMA3_PRE,
-    "llama-v3": _LLAMA3_PRE,
-    "llama3": _LLAMA3_PRE,
-    "llama4": PreTokenizer((_GPT4O,)),
-    "mpt": _GPT2_PRE,
-    "olmo": _GPT2_PRE,
-    "phi-2": _GPT2_PRE,
-    "pixtral": _LLAMA3_PRE,
-    "qwen2": PreTokenizer((_QWEN2,)),
-    "qwen35": PreTokenizer((_QWEN35,)),
-    "refact": _DIGITS_PRE,
-    "smaug-bpe": PreTokenizer((_LLAMA3,)),
-    "smollm": _DIGITS_PRE,
-    "stablelm2": PreTokenizer((_QWEN2,)),
-    "starcoder": _DIGITS_PRE,
-    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, bos=True),
+    name: pre
+    for names, pre in {
+        "chatglm-bpe dbrx smaug-bpe": PreTokenizer((_LLAMA3,)),
+        "command-r refact smollm starcoder": PreTokenizer((r"\p{N}", _GPT2)),
+        "deepseek-coder": PreTokenizer(_DEEPSEEK_CODER),
+        "deepseek-llm": PreTokenizer(_DEEPSEEK),
+        "deepseek-r1-qwen qwen2 stablelm2": PreTokenizer((_QWEN2,)),
+        "deepseek-v3": PreTokenizer(_DEEPSEEK3),
+        "falcon3 llama-bpe llama-v3 llama3 pixtral": PreTokenizer((_LLAMA3,), ignore_merges=True, bos=True),
+        "glm4": PreTokenizer((_LLAMA3,), ignore_merges=True),
+        "gpt-2 mpt olmo phi-2": PreTokenizer((_GPT2,)),
+        "gpt-4o llama4": PreTokenizer((_GPT4O,)),
+        "qwen35": PreTokenizer((_QWEN35,)),
+        "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, bos=True),
+    }.items()
+    for name in names.split()
 }
 
 
@@ -135,23 +117,34 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     header = open_gguf(path).metadata
     model, pre = header.get("tokenizer.ggml.model"), str(header.get("tokenizer.ggml.pre"))
-    if not header.get("tokenizer.ggml.tokens"):
+    if not (tokens := header.get("tokenizer.ggml.tokens")):
         raise UserError(f"The target {path} holds no tokenizer: put the model's tokenizer.json beside the file.")
     ids = {role: header.get(f"tokenizer.ggml.{role}_token_id") for role in _ROLES}
     if model == "llama":
-        ids = {role: _DEFAULT_IDS.get(role) if i is None else i for role, i in ids.items()}
-        tokenizer, bos = build_tokenizer(_vocabulary(header, ids["unknown"]), {}), True
+        defaults = {"bos": 1, "eos": 2, "unknown": 0, "padding": None}  # llama.cpp's
+        ids = {role: defaults[role] if i is None else i for role, i in ids.items()}
+        types = header.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+        # llama.cpp puts a space after every special token, and always merges by scores.
+        vocabulary = SentencePieceVocabulary(
+            kind="bpe",
+            texts=tokens,
+            scores=header.get("tokenizer.ggml.scores") or [0.0] * len(tokens),
+            types=types,
+            byte_fallback=BYTE in types,
+            space_first="always" if header.get("tokenizer.ggml.add_space_prefix", True) else "never",
+            unknown=ids["unknown"],
+        )
+        tokenizer, bos = build_tokenizer(vocabulary, {}), True
     elif model == "gemma4":
-        tokenizer, bos = _spaced_bpe(header), False
+        tokenizer, bos = _bpe(header, None), False
     elif model == "gpt2" and pre in PRE_TOKENIZERS:
-        tokenizer, bos = _byte_level_bpe(header, PRE_TOKENIZERS[pre]), PRE_TOKENIZERS[pre].bos
+        tokenizer, bos = _bpe(header, PRE_TOKENIZERS[pre]), PRE_TOKENIZERS[pre].bos
     else:
         raise UserError(
             f"The target {path} has a tokenizer of model {model!r} and pre {pre!r}; supported in GGUF are the models "
-            f"'llama', 'gemma4', and 'gpt2' with pre {', '.join(map(repr, PRE_TOKENIZERS))}: put the model's "
+            f"'llama', 'gemma4', and 'gpt2' with pre {', '.join(map(repr, sorted(PRE_TOKENIZERS)))}: put the model's "
             "tokenizer.json and tokenizer_config.json beside the file."
         )
-    tokens = header["tokenizer.ggml.tokens"]
     return wrap_tokenizer(
         tokenizer,
         {short: tokens[i] for role, short in _ROLES.items() if (i := ids[role]) is not None and i < len(tokens)},
@@ -162,47 +155,13 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _vocabulary(header: Mapping[str, Any], unknown: int | None) -> SentencePieceVocabulary:
-    """The file's pieces. llama.cpp puts a space after every special token, and always merges by scores."""
-    texts = header["tokenizer.ggml.tokens"]
-    types = header.get("tokenizer.ggml.token_type") or [1] * len(texts)
-    return SentencePieceVocabulary(
-        kind="bpe",
-        texts=texts,
-        scores=header.get("tokenizer.ggml.scores") or [0.0] * len(texts),
-        types=types,
-        byte_fallback=BYTE in types,
-        space_first="always" if header.get("tokenizer.ggml.add_space_prefix", True) else "never",
-        unknown=unknown,
-    )
+def _bpe(header: Mapping[str, Any], pre: PreTokenizer | None) -> Tokenizer:
+    """The file's tokens and merges, applied to the bytes of each piece of a text that `pre` splits.
 
-
-def _byte_level_bpe(header: Mapping[str, Any], pre: PreTokenizer) -> Tokenizer:
-    """The file's tokens and merges, applied to the bytes of each piece of a pre-tokenized text."""
-    from tokenizers import Regex, decoders, pre_tokenizers
-
-    tokenizer = _bpe(header, ignore_merges=pre.ignore_merges)
-    splits = [pre_tokenizers.Split(Regex(step), "isolated") for step in pre.steps]
-    prefix = bool(header.get("tokenizer.ggml.add_space_prefix", False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _spaced_bpe(header: Mapping[str, Any]) -> Tokenizer:
-    """Gemma 4's tokenizer: merges of characters instead of bytes, with sentencepiece's spelling of spaces."""
-    from tokenizers import decoders, normalizers
-
-    tokenizer = _bpe(header, byte_fallback=True, fuse_unk=True)
-    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    return tokenizer
-
-
-def _bpe(header: Mapping[str, Any], **options: bool) -> Tokenizer:
-    from tokenizers import AddedToken, Tokenizer, models
+    Without `pre`, as in Gemma 4's files, characters are merged instead of bytes, with sentencepiece's spelling of
+    spaces.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokens = header["tokenizer.ggml.tokens"]
     merges = []
@@ -210,10 +169,20 @@ def _bpe(header: Mapping[str, Any], **options: bool) -> Tokenizer:
         cut = merge.index(" ", 1)  # the first part may itself start with a space
         merges.append((merge[:cut], merge[cut + 1 :]))
     vocab = {token: i for i, token in reversed(list(enumerate(tokens)))}
+    options = {"ignore_merges": pre.ignore_merges} if pre else {"byte_fallback": True, "fuse_unk": True}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
     add = {CONTROL: tokenizer.add_special_tokens, UNKNOWN: tokenizer.add_special_tokens}
     add[USER_DEFINED] = tokenizer.add_tokens
     for token, kind in zip(tokens, header.get("tokenizer.ggml.token_type") or [], strict=False):
         if kind in add:
             add[kind]([AddedToken(token, normalized=False)])
+    if pre:
+        splits = [pre_tokenizers.Split(Regex(step), "isolated") for step in pre.steps]
+        prefix = bool(header.get("tokenizer.ggml.add_space_prefix", False))
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+        tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer

@@ -7,7 +7,7 @@ changes in the numbers besides: it permutes, stacks, splits and transposes some 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +17,18 @@ import numpy as np
 from jeagle.errors import UserError
 from jeagle.targets.families import family_of
 from jeagle.targets.gguf.config import read_config
-from jeagle.targets.gguf.reader import GgufFile, GgufTensor, open_gguf
+from jeagle.targets.gguf.reader import GgufTensor, open_gguf
 from jeagle.targets.quantised.views import (
-    AsRow,
-    Flattened,
-    Interleaved,
-    Joined,
-    Mapped,
-    NamedViews,
-    Picked,
-    Reordered,
-    Swapped,
     View,
+    WeightSource,
+    as_row,
+    flattened,
+    interleaved,
+    joined,
+    mapped,
+    picked,
+    reordered,
+    swapped,
 )
 
 Make = Callable[[list[GgufTensor], Mapping[str, Any]], View]
@@ -60,7 +60,7 @@ def _halves(heads: str) -> Make:
                 f"The tensor {tensors[0].blocks.name} in {tensors[0].blocks.path} has {rows} rows, but the file's "
                 f"metadata makes it {expected}."
             )
-        return Reordered(tensors[0], np.arange(rows).reshape(config[heads], -1, 2).swapaxes(1, 2).reshape(-1))
+        return reordered(tensors[0], np.arange(rows).reshape(config[heads], -1, 2).swapaxes(1, 2).reshape(-1))
 
     return make
 
@@ -71,21 +71,21 @@ RECIPES: dict[str, TensorRecipe] = {
     # MLA: for each head the rows of its key without rotation, then those of its value; the keys' part is transposed.
     f"{_LAYER}self_attn.kv_b_proj.weight": TensorRecipe(
         (f"{_BLOCK}attn_k_b.weight", f"{_BLOCK}attn_v_b.weight"),
-        lambda tensors, config: Flattened(Joined([Swapped(tensors[0]), tensors[1]], axis=1)),
+        lambda tensors, config: flattened(joined([swapped(tensors[0]), tensors[1]], axis=1)),
     ),
     f"{_LAYER}mlp.shared_expert_gate.weight": TensorRecipe(
-        (f"{_BLOCK}ffn_gate_inp_shexp.weight",), lambda tensors, config: AsRow(tensors[0])
+        (f"{_BLOCK}ffn_gate_inp_shexp.weight",), lambda tensors, config: as_row(tensors[0])
     ),
     # gpt-oss: gate and up are interleaved, and matrices are [in, out].
     f"{_LAYER}mlp.experts.gate_up_proj": TensorRecipe(
         (f"{_BLOCK}ffn_gate_exps.weight", f"{_BLOCK}ffn_up_exps.weight"),
-        lambda tensors, config: Interleaved([Swapped(tensor) for tensor in tensors]),
+        lambda tensors, config: interleaved([swapped(tensor) for tensor in tensors]),
     ),
     f"{_LAYER}mlp.experts.gate_up_proj_bias": TensorRecipe(
-        (f"{_BLOCK}ffn_gate_exps.bias", f"{_BLOCK}ffn_up_exps.bias"), lambda tensors, config: Interleaved(tensors)
+        (f"{_BLOCK}ffn_gate_exps.bias", f"{_BLOCK}ffn_up_exps.bias"), lambda tensors, config: interleaved(tensors)
     ),
     f"{_LAYER}mlp.experts.down_proj": TensorRecipe(
-        (f"{_BLOCK}ffn_down_exps.weight",), lambda tensors, config: Swapped(tensors[0])
+        (f"{_BLOCK}ffn_down_exps.weight",), lambda tensors, config: swapped(tensors[0])
     ),
 }
 # Architectures in which llama.cpp rotates neighbouring pairs.
@@ -96,7 +96,7 @@ _ZERO_CENTRED = {"gemma", "gemma2", "gemma3"}
 _OF_CONFIG = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
-class GgufWeights(NamedViews):
+class GgufWeights(WeightSource):
     """The WeightSource of a GGUF file or its parts. Arrays are float32, whatever their type in the file.
 
     Raises:
@@ -106,44 +106,37 @@ class GgufWeights(NamedViews):
     def __init__(self, path: Path):
         opened = open_gguf(path)
         self.config = read_config(opened)
-        layers = self.config["num_hidden_layers"]
+        architecture, layers = opened.metadata["general.architecture"], self.config["num_hidden_layers"]
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        name_map = gguf.get_tensor_name_map(kinds[architecture], layers)
+        counts = (self.config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+        experts = next(filter(None, counts), 0)
+        views: dict[str, View] = {}
         used = set(_OF_CONFIG)
-        views = dict(_views(opened, self.config, used))
-        # Layers that only predict further tokens (multi-token prediction of DeepSeek and GLM) are not part of a target.
-        unknown = sorted(
-            name
-            for name in set(opened.tensors) - used
-            if not ((match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= layers)
-        )
-        if unknown:
-            raise UserError(
-                f"The target {path} has a tensor {unknown[0]} that jeagle does not know for this architecture: "
-                "it would be left out of the model, so the file is refused."
-            )
+        for pieces in family_of(self.config).names.values():
+            patterns = [piece.name for piece in (pieces if isinstance(pieces, tuple) else (pieces,))]
+            for i in range(layers) if "{i}" in patterns[0] else [0]:
+                for pattern in patterns:  # the first one that the file has
+                    recipe = _recipe(pattern, i, architecture, name_map)
+                    sources = [source.format(i=i) for source in recipe.sources]
+                    if not sources or not all(source in opened.tensors for source in sources):
+                        continue
+                    used.update(sources)
+                    view = recipe.make([opened.tensors[source] for source in sources], self.config)
+                    if "{e}" in pattern:
+                        views |= {pattern.format(i=i, e=e): picked(view, e) for e in range(experts)}
+                    else:
+                        views[pattern.format(i=i)] = view
+                    break
+        for name in sorted(set(opened.tensors) - used):
+            # Layers that only predict further tokens (multi-token prediction of DeepSeek and GLM) are not part of a
+            # target.
+            if not ((match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= layers):
+                raise UserError(
+                    f"The target {path} has a tensor {name} that jeagle does not know for this architecture: it would "
+                    "be left out of the model, so the file is refused."
+                )
         super().__init__(path, views)
-
-
-def _views(opened: GgufFile, config: dict[str, Any], used: set[str]) -> Iterator[tuple[str, View]]:
-    """Yields the tensors of the family's checkpoint that the file has; adds the file's own to `used`."""
-    architecture, layers = opened.metadata["general.architecture"], config["num_hidden_layers"]
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    name_map = gguf.get_tensor_name_map(kinds[architecture], layers)
-    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 0
-    for pieces in family_of(config).names.values():
-        patterns = [piece.name for piece in (pieces if isinstance(pieces, tuple) else (pieces,))]
-        for i in range(layers) if "{i}" in patterns[0] else [0]:
-            for pattern in patterns:
-                recipe = _recipe(pattern, i, architecture, name_map)
-                sources = [source.format(i=i) for source in recipe.sources]
-                if not sources or not all(source in opened.tensors for source in sources):
-                    continue
-                used.update(sources)
-                view = recipe.make([opened.tensors[source] for source in sources], config)
-                if "{e}" in pattern:
-                    yield from ((pattern.format(i=i, e=e), Picked(view, e)) for e in range(experts))
-                else:
-                    yield pattern.format(i=i), view
-                break
 
 
 def _recipe(pattern: str, layer: int, architecture: str, name_map: gguf.TensorNameMap) -> TensorRecipe:
@@ -158,5 +151,5 @@ def _recipe(pattern: str, layer: int, architecture: str, name_map: gguf.TensorNa
     if architecture in _PAIRED and (projection := re.search(r"self_attn\.([qk])_proj", name)):
         return TensorRecipe(sources, _halves("num_attention_heads" if projection[1] == "q" else "num_key_value_heads"))
     if architecture in _ZERO_CENTRED and name.endswith("norm.weight"):
-        return TensorRecipe(sources, lambda tensors, config: Mapped(tensors[0], lambda weight: weight - 1))
+        return TensorRecipe(sources, lambda tensors, config: mapped(tensors[0], lambda weight: weight - 1))
     return TensorRecipe(sources)

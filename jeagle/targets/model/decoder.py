@@ -1,4 +1,4 @@
-"""The decoder that runs every target family."""
+"""The decoder that runs every target family: its layers, how they are stacked, and the scan over them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,74 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jeagle.layers import AttentionMask, Linear, depends_on_length, matmul, rms_norm
+from jeagle.layers import GATES, AttentionMask, Dense, Linear, depends_on_length, matmul, rms_norm
 from jeagle.runtime.mesh import by_rows
-from jeagle.targets.model.block import Block
-from jeagle.targets.model.gated_delta import RecurrentCache
-from jeagle.targets.model.mixer import BuildOptions, KVCache, TokenContext
-from jeagle.targets.model.spec import BlockSpec, TargetSpec
+from jeagle.targets.model.attention import BuildOptions, GroupedQueryAttention, KVCache, LatentAttention, TokenContext
+from jeagle.targets.model.gated_delta import GatedDelta, RecurrentCache
+from jeagle.targets.model.moe import MoE
+from jeagle.targets.model.spec import AttentionSpec, BlockSpec, DeltaSpec, LatentSpec, TargetSpec
 
 Caches = tuple[Any, ...]
+MIXERS: dict[type, Any] = {AttentionSpec: GroupedQueryAttention, LatentSpec: LatentAttention, DeltaSpec: GatedDelta}
+
+
+class Block(nnx.Module):
+    """x -> x + mixer(norm(x)) -> x + mlp(norm(x)), with the norms that `BlockSpec` names."""
+
+    def __init__(self, spec: BlockSpec, target: TargetSpec, build: BuildOptions):
+        width, eps = target.width, target.norm_eps
+
+        def norm() -> nnx.Param:
+            return nnx.Param(jnp.ones(width))
+
+        if spec.norms in ("pre", "both"):
+            self.before_mixer, self.before_mlp = norm(), norm()
+        if spec.norms in ("post", "both"):
+            self.after_mixer, self.after_mlp = norm(), norm()
+        self.mixer = MIXERS[type(spec.mixer)](spec.mixer, width, eps, build)
+        if (mlp := spec.mlp) is not None:
+            options = {"activation": mlp.activation, "bias": mlp.bias, "stored": build.stored}
+            self.mlp = Dense(width, mlp.width, build.dtype, build.rngs, **options)
+        if spec.experts is not None:
+            self.moe = MoE(spec.experts, width, eps, build)
+        if spec.mlp is not None and spec.experts is not None:
+            self.after_dense, self.before_experts, self.after_experts = norm(), norm(), norm()
+        if spec.per_layer_width:
+            self.per_layer_gate = build.linear(width, spec.per_layer_width)
+            self.per_layer_out = build.linear(spec.per_layer_width, width)
+            self.per_layer_norm = norm()
+        if spec.scaled:
+            self.output_scale = nnx.Param(jnp.ones(1))
+        self.spec, self.eps = spec, eps
+
+    def __call__(self, x: jax.Array, context: TokenContext, cache: Any, shared: dict, per_layer_BTP: Any):
+        """x [B, T, H] -> (x, the mixer's new cache, the keys and values that later layers may read, by name).
+
+        Args:
+          shared: the keys and values that earlier layers share with later ones, by name.
+          per_layer_BTP: this layer's part of Gemma 4's per-layer inputs; None without them.
+        """
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return rms_norm(x, getattr(self, name)[...], self.eps) if hasattr(self, name) else x
+
+        mixed, cache, keys_values = self.mixer(norm("before_mixer", x), context, cache, shared)
+        x = x + norm("after_mixer", mixed) * self.spec.residual
+        normed = norm("before_mlp", x)
+        if self.spec.experts is None:
+            out = self.mlp(normed)
+        elif self.spec.mlp is None:
+            out = self.moe(normed, normed)
+        else:
+            out = norm("after_dense", self.mlp(normed))
+            out = out + norm("after_experts", self.moe(norm("before_experts", x), x))
+        x = x + norm("after_mlp", out) * self.spec.residual
+        if self.spec.per_layer_width:
+            assert self.spec.mlp is not None
+            gated = GATES[self.spec.mlp.activation](self.per_layer_gate(x), per_layer_BTP)
+            x = x + norm("per_layer_norm", self.per_layer_out(gated))
+        shares = getattr(self.spec.mixer, "share_kv_as", "")
+        return (x * self.output_scale[...] if self.spec.scaled else x), cache, {shares: keys_values} if shares else {}
 
 
 class LayerGroup(NamedTuple):
@@ -95,14 +155,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(
-        self,
-        spec: TargetSpec,
-        dtype: Any,
-        rngs: nnx.Rngs,
-        *,
-        stacked: bool,
-        stored: Any = None,
-        mesh: Any = None,
+        self, spec: TargetSpec, dtype: Any, rngs: nnx.Rngs, *, stacked: bool, stored: Any = None, mesh: Any = None
     ):
         init = nnx.initializers.normal(0.02)
         build = BuildOptions(dtype, rngs, stored, mesh)
@@ -123,6 +176,8 @@ class Decoder(nnx.Module):
         if spec.per_layer_vocab:
             self.per_layer = PerLayerInputs(spec, build)
         self.spec, self.dtype, self.stacked, self.mesh = spec, dtype, stacked, mesh
+        ropes = [getattr(block.mixer, "rope", None) for block in spec.blocks]
+        self.needs_lengths = any(rope is not None and depends_on_length(rope) for rope in ropes)
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -165,7 +220,7 @@ class Decoder(nnx.Module):
         """
         tokens, positions, segments = (by_rows(array, self.mesh) for array in (tokens, positions, segments))
         lengths = None
-        if self._needs_lengths():
+        if self.needs_lengths:
             same = segments[:, :, None] == segments[:, None, :]
             lengths = jnp.where(same, positions[:, None, :], 0).max(axis=-1) + 1
         mask = AttentionMask(positions, positions, segments, segments)
@@ -196,7 +251,7 @@ class Decoder(nnx.Module):
         length = next((c.keys.shape[-3] for c in cache if isinstance(c, KVCache)), tokens.shape[1])
         keys = jnp.broadcast_to(jnp.arange(length), (tokens.shape[0], length))
         lengths = None
-        if self._needs_lengths():
+        if self.needs_lengths:
             total = positions[:, 0] + (tokens.shape[1] if count_B is None else count_B)
             lengths = jnp.broadcast_to(total[:, None], positions.shape)
         context = TokenContext(positions, None, AttentionMask(positions, keys), lengths, count_B)
@@ -209,13 +264,12 @@ class Decoder(nnx.Module):
         Args:
           rollback: number of tokens by which a row may go back when a draft is rejected; only recurrent states use it.
         """
-
-        def empty(group: LayerGroup, block: Block) -> Any:
+        caches = []
+        for group, block in zip(self.groups, self.blocks, strict=True):
             lead = (len(group.layers),) if self.stacked else ()
             one = block.mixer.empty(rows, length, dtype, rollback)
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), one)
-
-        return tuple(empty(group, block) for group, block in zip(self.groups, self.blocks, strict=True))
+            caches.append(jax.tree.map(lambda x, lead=lead: jnp.broadcast_to(x, (*lead, *x.shape)), one))
+        return tuple(caches)
 
     def admit(self, cache: Caches, fresh: Caches, rows_R: Int[Array, " R"]) -> Caches:
         """Replaces the rows `rows_R` of `cache` by those of `fresh`, which may be shorter; rows out of range are
@@ -243,11 +297,10 @@ class Decoder(nnx.Module):
             else:
                 number = run[0].layers[0]
                 own = None if extra is None else extra[number]
-                x, one, keys_values = blocks[0](x, context, caches[0], shared, own)
+                x, one, shares = blocks[0](x, context, caches[0], shared, own)
                 x, new = self._split_by_rows(x, context), [one]
                 aux[number + 1] = x
-                if name := getattr(run[0].block.mixer, "share_kv_as", ""):
-                    shared[name] = keys_values
+                shared |= shares
             new_caches += new
         wanted = [aux[layer] for layer in aux_layers]
         return x, jnp.stack(wanted, axis=2) if aux_layers else None, tuple(new_caches)
@@ -255,10 +308,6 @@ class Decoder(nnx.Module):
     def _split_by_rows(self, x: jax.Array, context: TokenContext) -> jax.Array:
         """Splits packed rows over devices by rows; left to itself, the compiler would split them as the weights are."""
         return x if context.segments_BT is None else by_rows(x, self.mesh)
-
-    def _needs_lengths(self) -> bool:
-        ropes = (getattr(block.mixer, "rope", None) for block in self.spec.blocks)
-        return any(rope is not None and depends_on_length(rope) for rope in ropes)
 
     def _scan(self, run, blocks, x, context, caches, shared, extra, aux_layers, aux):
         """Scans over the repeats of one run of layers; adds its aux hidden states to `aux` and its keys and values to
@@ -277,12 +326,11 @@ class Decoder(nnx.Module):
             new, shared_here = [], {}
             for j, (graphdef, _) in enumerate(parts):
                 block = nnx.merge(graphdef, states[j])
-                x, one, keys_values = block(x, context, cache[j], before | shared_here, None if own is None else own[j])
+                x, one, shares = block(x, context, cache[j], before | shared_here, None if own is None else own[j])
                 x = self._split_by_rows(x, context)
                 buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, slot[j], 0)
                 new.append(one)
-                if name := getattr(run[j].block.mixer, "share_kv_as", ""):
-                    shared_here[name] = keys_values
+                shared_here |= shares
             return (x, buffer), (new, shared_here)
 
         inputs = ([state for _, state in parts], [jnp.array(s, jnp.int32) for s in slots], caches, extras)

@@ -71,11 +71,11 @@ def distributions(model: Decoder, last_BNH: Float[Array, "B N H"], top_k: int = 
       last_BNH: hidden states after the final norm.
       top_k: number of the most likely tokens to return; 0 = none.
     """
-    if not top_k:
-        return DistributionSummary(*greedy_and_lse(model, last_BNH), None)
 
-    def top(logits: jax.Array) -> tuple[jax.Array, TopK]:
+    def top(logits: jax.Array) -> tuple[jax.Array, TopK | None]:
         lse = jax.nn.logsumexp(logits, axis=-1)
+        if not top_k:
+            return lse, None
         values, ids = top_k_by_blocks(logits, top_k)
         log_probs = values - lse[..., None]
         rest = jnp.maximum(1.0 - jnp.exp(log_probs).sum(axis=-1), 0.0)
@@ -83,11 +83,6 @@ def distributions(model: Decoder, last_BNH: Float[Array, "B N H"], top_k: int = 
 
     greedy_BN, (lse_BN, top_BN) = over_vocabulary(model, last_BNH, top)
     return DistributionSummary(greedy_BN, lse_BN, top_BN)
-
-
-def greedy_and_lse(model: Decoder, last_BNH: Float[Array, "B N H"]) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
-    """argmax (int32) and logsumexp (float32) of the logits of states after the final norm."""
-    return over_vocabulary(model, last_BNH, lambda logits: jax.nn.logsumexp(logits, axis=-1))
 
 
 def greedy_and_gap(model: Decoder, last_BNH: Float[Array, "B N H"]) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
@@ -132,6 +127,5 @@ def over_vocabulary(
     def joined(values: jax.Array) -> jax.Array:
         return jnp.moveaxis(values, 0, 1).reshape(batch, chunks * chunk, *values.shape[3:])[:, :width]
 
-    return jax.tree.map(
-        joined, jax.lax.map(one_chunk, jnp.moveaxis(padded.reshape(batch, chunks, chunk, hidden), 1, 0))
-    )
+    by_chunk = jnp.moveaxis(padded.reshape(batch, chunks, chunk, hidden), 1, 0)
+    return jax.tree.map(joined, jax.lax.map(one_chunk, by_chunk))

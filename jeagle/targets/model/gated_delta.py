@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jeagle.layers import Linear, rms_norm
-from jeagle.targets.model.mixer import Axes, BuildOptions, KVCache, TokenContext
+from jeagle.targets.model.attention import Axes, BuildOptions, KVCache, TokenContext
 from jeagle.targets.model.spec import DeltaSpec
 
 CHUNK = 64  # tokens
@@ -44,19 +44,15 @@ class GatedDelta(nnx.Module):
 
     def __init__(self, spec: DeltaSpec, width: int, eps: float, build: BuildOptions):
         keys, values = spec.key_heads * spec.key_dim, spec.value_heads * spec.value_dim
-
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, build.dtype, build.rngs, stored=build.stored)
-
-        self.q_proj, self.k_proj = linear(width, keys), linear(width, keys)
-        self.v_proj, self.z_proj = linear(width, values), linear(width, values)
+        self.q_proj, self.k_proj = build.linear(width, keys), build.linear(width, keys)
+        self.v_proj, self.z_proj = build.linear(width, values), build.linear(width, values)
         # Two numbers for each head are too few to be worth narrowing.
         self.a_proj = Linear(width, spec.value_heads, build.dtype, build.rngs)
         self.b_proj = Linear(width, spec.value_heads, build.dtype, build.rngs)
         self.conv = nnx.Param(jnp.zeros((2 * keys + values, spec.kernel)))
         self.a_log, self.dt_bias = nnx.Param(jnp.zeros(spec.value_heads)), nnx.Param(jnp.ones(spec.value_heads))
         self.norm = nnx.Param(jnp.ones(spec.value_dim))
-        self.o_proj = linear(values, width)
+        self.o_proj = build.linear(values, width)
         self.spec, self.eps, self.dtype = spec, eps, build.dtype
 
     def __call__(self, x: jax.Array, context: TokenContext, cache: RecurrentCache | None, shared: dict[str, KVCache]):
@@ -119,7 +115,9 @@ class GatedDelta(nnx.Module):
         shared = spec.value_heads // spec.key_heads
 
         def heads(x: jax.Array) -> jax.Array:
-            return jnp.repeat(_unit_norm(x.reshape(*lead, spec.key_heads, spec.key_dim)), shared, axis=2)
+            """Keys or queries of each value head, divided by their norm in float32 or better."""
+            x = x.reshape(*lead, spec.key_heads, spec.key_dim).astype(jnp.promote_types(x.dtype, jnp.float32))
+            return jnp.repeat(x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6), shared, axis=2)
 
         log_decay = -jnp.exp(self.a_log[...]) * jax.nn.softplus(self.a_proj(x) + self.dt_bias[...])
         values = values.reshape(*lead, spec.value_heads, spec.value_dim)
@@ -133,12 +131,6 @@ class GatedDelta(nnx.Module):
         inputs = jnp.zeros((rows, rollback + 1, spec.kernel - 1, channels), dtype)
         states = jnp.zeros((rows, rollback + 1, spec.value_heads, spec.key_dim, spec.value_dim), jnp.float32)
         return RecurrentCache(inputs, states, jnp.full(rows, -rollback, jnp.int32))
-
-
-def _unit_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """x / sqrt(sum(x^2) + eps) over the last axis, in float32 or better."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)
 
 
 class DeltaInputs(NamedTuple):

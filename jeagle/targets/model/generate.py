@@ -19,7 +19,7 @@ from jeagle.errors import UserError
 from jeagle.runtime.mesh import replicated, row_parts
 from jeagle.runtime.xla_workarounds import argmax_by_blocks
 from jeagle.targets.checkpoint.load import Target
-from jeagle.targets.model.mixer import cache_shardings
+from jeagle.targets.model.attention import cache_shardings
 
 STEPS_BETWEEN_ADMISSIONS = 8
 ADMITTED_AT_ONCE = 8
@@ -125,15 +125,12 @@ def _constrained(state: GenerationState, mesh: Mesh | None) -> GenerationState:
 def idle_rows(graphdef: Any, params: Any, mesh: Mesh | None, batch: int, length: int, room: int) -> GenerationState:
     """The state of `batch` idle rows, with caches of `length` tokens and room for `room` written ones."""
     cache = nnx.merge(graphdef, params).empty_cache(batch, length, jnp.float32)
-    zeros = jnp.zeros(batch, jnp.int32)
-    written = jnp.zeros((batch, room), jnp.int32)
+    zeros, written = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, room), jnp.int32)
     return _constrained(GenerationState(cache, zeros, zeros, zeros, written, zeros, zeros.astype(jnp.uint32)), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames=("state",))
-def prefill(
-    graphdef: Any, params: Any, state: GenerationState, prompts: Prompts, *, mesh: Mesh | None
-) -> GenerationState:
+def prefill(graphdef: Any, params: Any, state: GenerationState, prompts: Prompts, mesh: Any) -> GenerationState:
     """Reads prompts into their rows, except for the last token of each, which the next decoding step reads."""
     model = nnx.merge(graphdef, params)
     tokens_RP, last_R = prompts.tokens_RP, prompts.lengths_R - 1
@@ -156,26 +153,17 @@ def prefill(
     return _constrained(filled, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "sampling", "steps"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "sampling"), donate_argnames=("state",))
 def decode_steps(
-    graphdef: Any,
-    params: Any,
-    state: GenerationState,
-    ends: jax.Array,
-    key: jax.Array,
-    *,
-    mesh: Mesh | None,
-    sampling: Sampling,
-    steps: int,
+    graphdef: Any, params: Any, state: GenerationState, ends: jax.Array, key: jax.Array, mesh: Any, sampling: Sampling
 ) -> GenerationState:
-    """Lets every busy row write up to `steps` tokens; a row becomes idle after one of `ends` or at its limit."""
+    """Lets every busy row write STEPS_BETWEEN_ADMISSIONS tokens; it turns idle after one of `ends` or at its limit."""
     model = nnx.merge(graphdef, params)
 
     def one_step(state: GenerationState, _: None) -> tuple[GenerationState, None]:
         _, last, cache = model.extend(state.last_B[:, None], state.position_B[:, None], state.cache, ())
-        keys_B = jax.vmap(lambda number, count: jax.random.fold_in(jax.random.fold_in(key, number), count))(
-            state.number_B, state.count_B
-        )
+        fold_in = jax.vmap(lambda number, count: jax.random.fold_in(jax.random.fold_in(key, number), count))
+        keys_B = fold_in(state.number_B, state.count_B)
         token_B = sample_tokens(model.logits(last[:, 0]), keys_B, sampling)
         busy_B = state.left_B > 0
         ended_B = (token_B[:, None] == ends).any(axis=1)
@@ -190,7 +178,7 @@ def decode_steps(
             number_B=state.number_B,
         ), None
 
-    return _constrained(jax.lax.scan(one_step, state, None, length=steps)[0], mesh)
+    return _constrained(jax.lax.scan(one_step, state, None, length=STEPS_BETWEEN_ADMISSIONS)[0], mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,8 +244,8 @@ class _Generation:
     """The host's part: it decides which prompt sits in which row."""
 
     def __init__(self, target, prompts, limits, numbers, ends, batch, sampling, seed):
-        self.target, self.prompts, self.limits, self.numbers = target, prompts, limits, numbers
-        self.mesh, self.sampling = target.mesh, sampling
+        self.prompts, self.limits, self.numbers = prompts, limits, numbers
+        self.model, self.mesh, self.sampling = (target.graphdef, target.state), target.mesh, sampling
         self.ends, self.key = jnp.array(ends, jnp.int32), jax.random.key(seed)
         parts = row_parts(self.mesh) if self.mesh is not None else 1
         self.batch, self.admitted = (-(-rows // parts) * parts for rows in (batch, ADMITTED_AT_ONCE))
@@ -266,44 +254,30 @@ class _Generation:
         self.in_row: list[int | None] = [None] * self.batch
         bucket = -(-max(map(len, prompts), default=0) // PROMPT_BUCKET) * PROMPT_BUCKET
         room = max(limits, default=0) + 1
-        self.state = idle_rows(target.graphdef, target.state, self.mesh, self.batch, bucket + room, room)
+        self.state = idle_rows(*self.model, self.mesh, self.batch, bucket + room, room)
 
     def run(self, stops: Stops | None) -> Iterator[GeneratedAnswer]:
         while self.waiting or any(i is not None for i in self.in_row):
             self._admit()
-            self.state = decode_steps(
-                self.target.graphdef,
-                self.target.state,
-                self.state,
-                self.ends,
-                self.key,
-                mesh=self.mesh,
-                sampling=self.sampling,
-                steps=STEPS_BETWEEN_ADMISSIONS,
-            )
+            self.state = decode_steps(*self.model, self.state, self.ends, self.key, self.mesh, self.sampling)
             yield from self._finished(stops)
 
     def _admit(self) -> None:
         """Prefills waiting prompts into idle rows."""
         idle = [row for row, index in enumerate(self.in_row) if index is None]
         while idle and self.waiting:
-            rows = [idle.pop(0) for _ in range(min(self.admitted, len(idle), len(self.waiting)))]
-            indices = [self.waiting.popleft() for _ in rows]
-            for row, index in zip(rows, indices, strict=True):
+            indices = [self.waiting.popleft() for _ in range(min(self.admitted, len(idle), len(self.waiting)))]
+            longest = max(len(self.prompts[i]) for i in indices)
+            tokens = np.zeros((self.admitted, -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET), np.int32)
+            lengths, limits = np.ones(self.admitted, np.int32), np.zeros(self.admitted, np.int32)
+            rows, numbers = np.full(self.admitted, self.batch, np.int32), np.zeros(self.admitted, np.uint32)
+            for slot, index in enumerate(indices):
+                prompt, row = self.prompts[index], idle.pop(0)
                 self.in_row[row] = index
-            prompts = self._padded(rows, indices)
-            self.state = prefill(self.target.graphdef, self.target.state, self.state, prompts, mesh=self.mesh)
-
-    def _padded(self, rows: list[int], indices: list[int]) -> Prompts:
-        longest = max(len(self.prompts[i]) for i in indices)
-        tokens = np.zeros((self.admitted, -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET), np.int32)
-        lengths, limits = np.ones(self.admitted, np.int32), np.zeros(self.admitted, np.int32)
-        rows_R, numbers = np.full(self.admitted, self.batch, np.int32), np.zeros(self.admitted, np.uint32)
-        for slot, (row, index) in enumerate(zip(rows, indices, strict=True)):
-            prompt = self.prompts[index]
-            tokens[slot, : len(prompt)], lengths[slot] = prompt, len(prompt)
-            rows_R[slot], limits[slot], numbers[slot] = row, self.limits[index], self.numbers[index]
-        return Prompts(tokens, lengths, rows_R, limits, numbers)
+                tokens[slot, : len(prompt)], lengths[slot] = prompt, len(prompt)
+                rows[slot], limits[slot], numbers[slot] = row, self.limits[index], self.numbers[index]
+            prompts = Prompts(tokens, lengths, rows, limits, numbers)
+            self.state = prefill(*self.model, self.state, prompts, self.mesh)
 
     def _finished(self, stops: Stops | None) -> Iterator[GeneratedAnswer]:
         left, count = np.asarray(self.state.left_B), np.asarray(self.state.count_B)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from jeagle.layers import GATES, Dense, Linear, rms_norm
 from jeagle.runtime.mesh import row_axes
-from jeagle.targets.model.mixer import BuildOptions
+from jeagle.targets.model.attention import BuildOptions
 from jeagle.targets.model.spec import ExpertsSpec, RouterSpec
 
 _EXPERT, _TENSOR = "expert", "tensor"  # the mesh axes that experts, and their inner width, are split over
@@ -31,18 +31,16 @@ class MoE(nnx.Module):
         self.router = Router(spec.router, spec.count, spec.chosen, width, build.rngs)
         self.experts = Experts(spec, width, build)
         if spec.shared_width:
-            self.shared = Dense(
-                width, spec.shared_width, build.dtype, build.rngs, activation=spec.activation, stored=build.stored
-            )
+            options = {"activation": spec.activation, "stored": build.stored}
+            self.shared = Dense(width, spec.shared_width, build.dtype, build.rngs, **options)
         if spec.shared_gate:
             self.shared_gate = Linear(width, 1, build.dtype, build.rngs)
-        self.spec, self.eps, self.mesh = spec, eps, build.mesh
+        self.spec, self.eps = spec, eps
 
     def __call__(self, x: jax.Array, router_input: jax.Array) -> jax.Array:
         """x and router_input [B, T, H] -> float32 [B, T, H]."""
         chosen, weights = self.router(router_input, self.eps)
-        rows = () if self.mesh is None else row_axes(self.mesh, x.shape[0])
-        out = self.experts(x, chosen, weights, weighs_input=self.spec.router.weighs_input, rows=rows)
+        out = self.experts(x, chosen, weights)
         if self.spec.shared_width:
             shared = self.shared(x)
             out = out + (jax.nn.sigmoid(self.shared_gate(x)) * shared if self.spec.shared_gate else shared)
@@ -66,11 +64,14 @@ class Router(nnx.Module):
         if spec.normed:
             x = rms_norm(x, None, eps) * self.input_scale[...] * x.shape[-1] ** -0.5
         logits = self.proj(x)
-        scores = jax.nn.softmax(logits, axis=-1) if spec.scores == "softmax" else logits
-        scores = jax.nn.sigmoid(logits) if spec.scores == "sigmoid" else scores
+        scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "chosen": jnp.asarray}[spec.scores](logits)
         ranking = scores + self.correction[...] if spec.correction else scores
-        if spec.groups:
-            ranking = self._within_best_groups(ranking)
+        if spec.groups:  # all experts but those of the best groups are ranked last
+            grouped = ranking.reshape(*ranking.shape[:-1], spec.groups, -1)
+            best_of_each = jax.lax.top_k(grouped, 1 if spec.group_score == "max" else 2)[0].sum(axis=-1)
+            _, best = jax.lax.top_k(best_of_each, spec.chosen_groups)
+            in_best = jax.nn.one_hot(best, spec.groups, dtype=bool).any(axis=-2)
+            ranking = jnp.where(in_best[..., None], grouped, -jnp.inf).reshape(ranking.shape)
         _, chosen = jax.lax.top_k(ranking, self.chosen)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if spec.scores == "chosen":
@@ -79,18 +80,6 @@ class Router(nnx.Module):
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
         weights = weights * spec.scale
         return chosen, weights * self.expert_scale[...][chosen] if spec.normed else weights
-
-    def _within_best_groups(self, ranking: jax.Array) -> jax.Array:
-        """The ranking with -inf for the experts of all but the best groups."""
-        spec = self.spec
-        grouped = ranking.reshape(*ranking.shape[:-1], spec.groups, -1)
-        if spec.group_score == "max":
-            group_scores = grouped.max(axis=-1)
-        else:
-            group_scores = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
-        _, best = jax.lax.top_k(group_scores, spec.chosen_groups)
-        in_best = jax.nn.one_hot(best, spec.groups, dtype=bool).any(axis=-2)
-        return jnp.where(in_best[..., None], grouped, -jnp.inf).reshape(ranking.shape)
 
 
 class Experts(nnx.Module):
@@ -110,46 +99,26 @@ class Experts(nnx.Module):
         self.gate_proj = kernels(count, width, inner)
         self.up_proj = kernels(count, width, inner)
         self.down_proj = kernels(count, inner, width)
-        if stored is not None:
-            self.gate_scale, self.up_scale = nnx.Param(jnp.ones((count, inner))), nnx.Param(jnp.ones((count, inner)))
-            self.down_scale = nnx.Param(jnp.ones((count, width)))
-        if spec.bias:
-            self.gate_bias, self.up_bias = nnx.Param(jnp.zeros((count, inner))), nnx.Param(jnp.zeros((count, inner)))
-            self.down_bias = nnx.Param(jnp.zeros((count, width)))
-        alpha, limit = spec.clamp
-        clamped = functools.partial(clamped_swiglu, alpha=alpha, limit=limit)
+        for part, outputs in (("gate", inner), ("up", inner), ("down", width)):
+            if stored is not None:
+                setattr(self, f"{part}_scale", nnx.Param(jnp.ones((count, outputs))))
+            if spec.bias:
+                setattr(self, f"{part}_bias", nnx.Param(jnp.zeros((count, outputs))))
+        clamped = functools.partial(clamped_swiglu, alpha=spec.clamp[0], limit=spec.clamp[1])
         self.gate = clamped if spec.activation == "clamped_swiglu" else GATES[spec.activation]
-        self.dtype, self.mesh = build.dtype, build.mesh
+        self.dtype, self.mesh, self.weighs_input = build.dtype, build.mesh, spec.router.weighs_input
 
-    def __call__(
-        self,
-        x: jax.Array,
-        chosen: jax.Array,
-        weights: jax.Array,
-        *,
-        weighs_input: bool,
-        rows: tuple[str, ...] = (),
-    ) -> jax.Array:
-        """x [B, T, H], chosen and weights [B, T, k] -> float32 [B, T, H].
-
-        Args:
-          weighs_input: the weights multiply the experts' inputs instead of their outputs.
-          rows: the mesh axes that B is split over; the expert axis may be one of them.
-        """
+    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        """x [B, T, H], chosen and weights [B, T, k] -> float32 [B, T, H]."""
         params = {name: getattr(self, name)[...] for name in _PARTITIONS if hasattr(self, name)}
         mesh = self.mesh
         if mesh is None or mesh.size == 1:
-            return self._own_experts(x, chosen, weights, params, weighs_input, 0)
-        # An axis that does not divide a dimension evenly does not split it.
-        specs = {
-            name: PartitionSpec(
-                *(
-                    axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(_PARTITIONS[name], param.shape, strict=True)
-                )
-            )
-            for name, param in params.items()
-        }
+            return self._own_experts(x, chosen, weights, params, 0)
+        rows = row_axes(mesh, x.shape[0])  # the expert axis may be one of them
+        specs = {}
+        for name, param in params.items():  # an axis that does not divide a dimension evenly does not split it
+            axes = zip(_PARTITIONS[name], param.shape, strict=True)
+            specs[name] = PartitionSpec(*(a if a in mesh.shape and n % mesh.shape[a] == 0 else None for a, n in axes))
         expert_axis, _, tensor_axis = specs["gate_proj"]
         tokens_split_by_expert_axis = expert_axis is not None and _EXPERT in rows
 
@@ -160,13 +129,13 @@ class Experts(nnx.Module):
                 )
             first = jax.lax.axis_index(_EXPERT) * params["gate_proj"].shape[0] if expert_axis else 0
             adds_bias = (jax.lax.axis_index(_TENSOR) == 0) if tensor_axis else True
-            out = self._own_experts(x, chosen, weights, params, weighs_input, first, adds_bias)
+            out = self._own_experts(x, chosen, weights, params, first, adds_bias)
             if tokens_split_by_expert_axis:
                 out = jax.lax.psum_scatter(out, _EXPERT, scatter_dimension=0, tiled=True)
             summed = tuple(axis for axis in (None if tokens_split_by_expert_axis else expert_axis, tensor_axis) if axis)
             return jax.lax.psum(out, summed) if summed else out
 
-        if not weighs_input:
+        if not self.weighs_input:
             x = x.astype(self.dtype)  # the products would round it anyway, and fewer bytes are exchanged
         tokens = PartitionSpec(rows or None)
         return jax.shard_map(
@@ -179,7 +148,6 @@ class Experts(nnx.Module):
         chosen: jax.Array,
         weights: jax.Array,
         params: dict[str, jax.Array],
-        weighs_input: bool,
         first: Any,
         adds_bias: Any = True,
     ) -> jax.Array:
@@ -196,7 +164,7 @@ class Experts(nnx.Module):
         expert, token = expert[order], order // each
         sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
         weight = weights.reshape(-1)[order][:, None]
-        inputs = flat[token] * weight if weighs_input else flat[token]
+        inputs = flat[token] * weight if self.weighs_input else flat[token]
 
         def product(name: str, x: jax.Array) -> jax.Array:
             total = jnp.promote_types(self.dtype, jnp.float32)
@@ -211,18 +179,10 @@ class Experts(nnx.Module):
             return y
 
         out = product("down", self.gate(product("gate", inputs), product("up", inputs)))
-        out = jnp.where((expert < count)[:, None], out if weighs_input else out * weight, 0.0)
+        out = jnp.where((expert < count)[:, None], out if self.weighs_input else out * weight, 0.0)
         return jnp.zeros(flat.shape, out.dtype).at[token].add(out).reshape(x.shape)
 
 
-_PARTITIONS = {
-    "gate_proj": (_EXPERT, None, _TENSOR),
-    "up_proj": (_EXPERT, None, _TENSOR),
-    "down_proj": (_EXPERT, _TENSOR, None),
-    "gate_scale": (_EXPERT, _TENSOR),
-    "up_scale": (_EXPERT, _TENSOR),
-    "down_scale": (_EXPERT, None),
-    "gate_bias": (_EXPERT, _TENSOR),
-    "up_bias": (_EXPERT, _TENSOR),
-    "down_bias": (_EXPERT, None),
-}
+_PARTITIONS: dict[str, tuple[str | None, ...]] = {f"{part}_proj": (_EXPERT, None, _TENSOR) for part in ("gate", "up")}
+_PARTITIONS |= {"down_proj": (_EXPERT, _TENSOR, None), "down_scale": (_EXPERT, None), "down_bias": (_EXPERT, None)}
+_PARTITIONS |= {f"{part}_{kind}": (_EXPERT, _TENSOR) for part in ("gate", "up") for kind in ("scale", "bias")}

@@ -7,7 +7,6 @@ numbers differ from these by that rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jeagle.errors import UserError
-from jeagle.targets.quantised.views import Index, StoredArray, Swapped, View, full_index
+from jeagle.targets.quantised.views import Computed, Index, StoredArray, View, full_index, swapped
 
 Arrays = Mapping[str, StoredArray]
 _FP8 = {np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)}
@@ -81,21 +80,16 @@ def _scaled_weights(arrays: Arrays, block: tuple[int, int] | None) -> dict[str, 
     return views
 
 
-def _fine_grained(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dict[str, View]:
-    """DeepSeek's method: `weight_scale_inv` has a scale for each block of weight_block_size, or one for the weight."""
-    return _scaled_weights(arrays, _pair(quantisation.get("weight_block_size")))
-
-
 def _compressed_tensors(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dict[str, View]:
     """vLLM's method: eight symmetric bits, with a `weight_scale` for the weight, for each row, or for each block."""
     groups = list((quantisation.get("config_groups") or {}).values())
-    blocks = {_pair((group.get("weights") or {}).get("block_structure")) for group in groups}
+    weights = [group.get("weights") or {} for group in groups]
+    blocks = {_pair(weight.get("block_structure")) for weight in weights}
     sparsity = (quantisation.get("sparsity_config") or {}).get("format", "dense")
-    wrong = [
-        str(kind) for kind in {group.get("format") or quantisation.get("format") for group in groups} - _COMPRESSED
-    ]
-    wrong += [f"{w['num_bits']} bits" for group in groups if (w := group.get("weights")) and w.get("num_bits") != 8]
-    wrong += ["asymmetric" for group in groups if (group.get("weights") or {}).get("symmetric") is False]
+    kinds = {group.get("format") or quantisation.get("format") for group in groups}
+    wrong = [str(kind) for kind in kinds - _COMPRESSED]
+    wrong += [f"{weight['num_bits']} bits" for weight in weights if weight and weight.get("num_bits") != 8]
+    wrong += ["asymmetric" for weight in weights if weight.get("symmetric") is False]
     wrong += [sparsity] if sparsity not in ("dense", None) else []
     wrong += ["transform_config"] if quantisation.get("transform_config") else []
     wrong += ["blocks of several sizes"] if len(blocks - {None}) > 1 else []
@@ -122,13 +116,13 @@ def _mxfp4(arrays: Arrays, quantisation: Mapping[str, Any], folder: Path) -> dic
     """gpt-oss's method: the tensor X is stored as `X_blocks` and `X_scales`."""
     views: dict[str, View] = dict(arrays)
     for name in arrays:
-        if name.endswith("_blocks"):
-            weight = name.removesuffix("_blocks")
-            scales = weight + "_scales"
-            if scales not in arrays:
-                raise UserError(f"The target {folder} has the tensor {name}, but no {scales}: download it again.")
-            views[weight] = mxfp4_experts(arrays[name], arrays[scales])
-            del views[name], views[scales]
+        weight = name.removesuffix("_blocks")
+        if weight == name:
+            continue
+        if (scales := f"{weight}_scales") not in arrays:
+            raise UserError(f"The target {folder} has the tensor {name}, but no {scales}: download it again.")
+        views[weight] = mxfp4_experts(arrays[name], arrays[scales])
+        del views[name], views[scales]
     return views
 
 
@@ -136,102 +130,64 @@ def _pair(size: Any) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if size else None
 
 
-@dataclass(frozen=True)
-class ScaledWeights:
-    """A view of a matrix, or a stack of matrices, multiplied by the scale of each of its blocks; float32.
+def scaled(values: StoredArray, scales: StoredArray, block: tuple[int, int] | None) -> View:
+    """Returns the float32 products of a matrix, or a stack of matrices, and the scale of each of its blocks.
 
-    Attributes:
+    Args:
       values: [..., out, in], fp8 or int8.
-      scales: one for each block.
-      grid: shape of the scales, [..., ceil(out / rows), ceil(in / columns)]; leading axes may be 1.
-      block: (rows, columns) of a block; blocks at the far edges may be smaller.
-    """
-
-    values: StoredArray
-    scales: StoredArray
-    grid: tuple[int, ...]
-    block: tuple[int, int]
-    dtype = np.dtype(np.float32)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    def read(self, index: Index) -> np.ndarray:
-        rows, columns = index[-2:]
-        high, wide = self.block
-        product = self.values.read(index).astype(np.float32)
-        stored = self.scales.read(full_index(None, self.scales.shape))  # all of them, since they are few
-        if stored.dtype == np.uint8:  # exponents of two, plus 127
-            stored = stored.view(ml_dtypes.float8_e8m0fnu)
-        stored = stored.astype(np.float32).reshape(self.grid)
-        stored = np.broadcast_to(stored, (*self.shape[:-2], *self.grid[-2:]))[index[:-2]]
-        scales = np.take(stored, np.arange(rows.start, rows.stop) // high, axis=-2)
-        for number in range(columns.start // wide, -(-columns.stop // wide)):  # block by block, without a second array
-            start, stop = max(number * wide, columns.start), min((number + 1) * wide, columns.stop)
-            product[..., start - columns.start : stop - columns.start] *= scales[..., number : number + 1]
-        return product
-
-
-def scaled(values: StoredArray, scales: StoredArray, block: tuple[int, int] | None) -> ScaledWeights:
-    """Returns values with their scales, of which there is one for each block of the stated size, one a row, or one.
+      scales: one for each block of `block` = (rows, columns), one for each row, or one. Leading axes may be 1; blocks
+        at the far edges may be smaller.
 
     Raises:
       UserError: where the shape of the scales is none of these.
     """
     *lead, rows, columns = values.shape
     sizes = [(1, columns), (rows, columns)]
-    for size in [block, *sizes] if block else sizes:
-        blocks = (-(-rows // size[0]), -(-columns // size[1]))
-        for grid in ((*lead, *blocks), (*(1 for _ in lead), *blocks)):
-            if [n for n in scales.shape if n != 1] == [n for n in grid if n != 1]:
-                return ScaledWeights(values, scales, grid, size)
-    raise UserError(
-        f"The scales {scales.name} in {scales.path} are {scales.shape}, which fits neither the weight {values.name} of "
-        f"{values.shape} nor its blocks of {block}: download the model again."
-    )
+    fitting = [
+        (grid, size)
+        for size in ([block, *sizes] if block else sizes)
+        for grid in ((*axes, -(-rows // size[0]), -(-columns // size[1])) for axes in (lead, (1,) * len(lead)))
+        if [n for n in scales.shape if n != 1] == [n for n in grid if n != 1]
+    ]
+    if not fitting:
+        raise UserError(
+            f"The scales {scales.name} in {scales.path} are {scales.shape}, which fits neither the weight "
+            f"{values.name} of {values.shape} nor its blocks of {block}: download the model again."
+        )
+    grid, (high, wide) = fitting[0]
 
+    def read(index: Index) -> np.ndarray:
+        rows, columns = index[-2:]
+        product = values.read(index).astype(np.float32)
+        stored = scales.read(full_index(None, scales.shape))  # all of them, since they are few
+        if stored.dtype == np.uint8:  # exponents of two, plus 127
+            stored = stored.view(ml_dtypes.float8_e8m0fnu)
+        stored = stored.astype(np.float32).reshape(grid)
+        stored = np.broadcast_to(stored, (*lead, *grid[-2:]))[index[:-2]]
+        factors = np.take(stored, np.arange(rows.start, rows.stop) // high, axis=-2)
+        for number in range(columns.start // wide, -(-columns.stop // wide)):  # block by block, without a second array
+            start, stop = max(number * wide, columns.start), min((number + 1) * wide, columns.stop)
+            product[..., start - columns.start : stop - columns.start] *= factors[..., number : number + 1]
+        return product
 
-@dataclass(frozen=True)
-class Mxfp4Weights:
-    """A view [..., rows, groups * 32] of MXFP4 weights in bfloat16, which represents each of them exactly.
-
-    Two numbers of four bits share a byte, and 32 numbers share an exponent.
-
-    Attributes:
-      blocks: uint8 [..., rows, groups, 16]; the low half of a byte comes first.
-      scales: uint8 [..., rows, groups], exponents of two plus 127.
-
-    Source: the OCP Microscaling specification (E2M1 with E8M0 scales); transformers' integrations/mxfp4.py for the
-    layout.
-    """
-
-    blocks: StoredArray
-    scales: StoredArray
-    dtype = np.dtype(ml_dtypes.bfloat16)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *lead, groups, _ = self.blocks.shape
-        return (*lead, groups * _MXFP4_GROUP)
-
-    def read(self, index: Index) -> np.ndarray:
-        *lead, columns = index
-        groups = slice(columns.start // _MXFP4_GROUP, -(-columns.stop // _MXFP4_GROUP))
-        packed = self.blocks.read((*lead, groups, slice(0, _MXFP4_BYTES)))
-        exponents = self.scales.read((*lead, groups)).astype(np.int32) - _MXFP4_BIAS
-        halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], _MXFP4_GROUP)
-        numbers = np.ldexp(_MXFP4_VALUES[halves], exponents[..., None]).astype(self.dtype)
-        numbers = numbers.reshape(*packed.shape[:-2], packed.shape[-2] * _MXFP4_GROUP)
-        start = columns.start - groups.start * _MXFP4_GROUP
-        return numbers[..., start : start + columns.stop - columns.start]
+    return Computed(values.shape, np.dtype(np.float32), read)
 
 
 def mxfp4_experts(blocks: StoredArray, scales: StoredArray) -> View:
     """Returns the weight of the unquantised checkpoint, gate_up_proj [E, H, 2F] or down_proj [E, F, H].
 
+    It is bfloat16, which represents every MXFP4 number exactly. Two numbers of four bits share a byte, and 32 numbers
+    share an exponent.
+
+    Args:
+      blocks: uint8 [..., rows, groups, 16]; the low half of a byte comes first.
+      scales: uint8 [..., rows, groups], exponents of two plus 127.
+
     Raises:
       UserError: where shapes or types are not those of MXFP4.
+
+    Source: the OCP Microscaling specification (E2M1 with E8M0 scales); transformers' integrations/mxfp4.py for the
+    layout.
     """
     right = blocks.shape[-1:] == (_MXFP4_BYTES,) and blocks.shape[:-1] == scales.shape
     if not right or {blocks.dtype, scales.dtype} != {np.dtype(np.uint8)}:
@@ -239,13 +195,27 @@ def mxfp4_experts(blocks: StoredArray, scales: StoredArray) -> View:
             f"The tensors {blocks.name} {blocks.shape} and {scales.name} {scales.shape} in {blocks.path} are not "
             f"MXFP4's [..., {_MXFP4_BYTES}] and [...] of bytes: download the model again."
         )
-    return Swapped(Mxfp4Weights(blocks, scales))
+    dtype = np.dtype(ml_dtypes.bfloat16)
+
+    def read(index: Index) -> np.ndarray:
+        *lead, columns = index
+        groups = slice(columns.start // _MXFP4_GROUP, -(-columns.stop // _MXFP4_GROUP))
+        packed = blocks.read((*lead, groups, slice(0, _MXFP4_BYTES)))
+        exponents = scales.read((*lead, groups)).astype(np.int32) - _MXFP4_BIAS
+        halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], _MXFP4_GROUP)
+        numbers = np.ldexp(_MXFP4_VALUES[halves], exponents[..., None]).astype(dtype)
+        numbers = numbers.reshape(*packed.shape[:-2], packed.shape[-2] * _MXFP4_GROUP)
+        start = columns.start - groups.start * _MXFP4_GROUP
+        return numbers[..., start : start + columns.stop - columns.start]
+
+    return swapped(Computed((*scales.shape[:-1], scales.shape[-1] * _MXFP4_GROUP), dtype, read))
 
 
 METHODS: dict[str, Callable[[Arrays, Mapping[str, Any], Path], dict[str, View]]] = {
     "compressed-tensors": _compressed_tensors,
     "fbgemm_fp8": lambda arrays, quantisation, folder: _scaled_weights(arrays, None),
-    "fp8": _fine_grained,
+    # DeepSeek's method: `weight_scale_inv` has a scale for each block of weight_block_size, or one for the weight.
+    "fp8": lambda arrays, quantisation, folder: _scaled_weights(arrays, _pair(quantisation.get("weight_block_size"))),
     "modelopt": _modelopt,
     "mxfp4": _mxfp4,
 }

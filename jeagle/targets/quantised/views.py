@@ -20,24 +20,10 @@ import numpy as np
 from jeagle.errors import UserError
 
 # numpy types by safetensors' names; types narrower than a byte are not supported.
-DTYPES = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "U16": np.uint16,
-    "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F32": np.float32,
-    "F64": np.float64,
-}
+DTYPES = {f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)}
+DTYPES |= {"BOOL": np.dtype(bool), "F16": np.dtype("f2"), "F32": np.dtype("f4"), "F64": np.dtype("f8")}
+DTYPES |= {"BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+DTYPES |= {"F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
 _MAX_HEADER = 100_000_000  # the format's own bound
 
 Index = tuple[slice, ...]
@@ -79,13 +65,10 @@ class StoredArray:
 
     def read(self, index: Index) -> np.ndarray:
         sizes = tuple(part.stop - part.start for part in index)
-        out = np.empty(math.prod(sizes) * self.dtype.itemsize, np.uint8)
-        if out.size:
-            self._fill(out.data, index)
-        return out.view(self.dtype).reshape(sizes)
-
-    def _fill(self, out: memoryview, index: Index) -> None:
-        """Reads contiguous runs: of the last axes that are read entirely, and the axis before them."""
+        array = np.empty(math.prod(sizes) * self.dtype.itemsize, np.uint8)
+        if not array.size:
+            return array.view(self.dtype).reshape(sizes)
+        # Contiguous runs are read: of the last axes that are read entirely, and the axis before them.
         strides = [math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize for axis in range(len(self.shape))]
         starts = [range(part.start * n, part.stop * n, n) for part, n in zip(index, strides, strict=True)]
         cut = [axis for axis, size in enumerate(self.shape) if len(starts[axis]) != size]
@@ -95,16 +78,17 @@ class StoredArray:
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             for number, offsets in enumerate(itertools.product(*outer)):
-                self._read_run(descriptor, out[number * run : (number + 1) * run], self.offset + sum(offsets))
+                out, start = array.data[number * run : (number + 1) * run], self.offset + sum(offsets)
+                while out:
+                    count = os.preadv(descriptor, [out], start)  # which may read less than was asked for
+                    if not count:
+                        raise UserError(
+                            f"The target's file {self.path} is cut short at its tensor {self.name}: get it again."
+                        )
+                    out, start = out[count:], start + count
         finally:
             os.close(descriptor)
-
-    def _read_run(self, descriptor: int, out: memoryview, start: int) -> None:
-        while out:
-            count = os.preadv(descriptor, [out], start)  # which may read less than was asked for
-            if not count:
-                raise UserError(f"The target's file {self.path} is cut short at its tensor {self.name}: get it again.")
-            out, start = out[count:], start + count
+        return array.view(self.dtype).reshape(sizes)
 
 
 def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
@@ -124,44 +108,52 @@ def safetensors_arrays(path: Path) -> dict[str, StoredArray]:
         raise UserError(f"The target's file {path} cannot be read ({error}): download it again.") from error
     if not isinstance(header, dict):
         raise UserError(f"The target's file {path} cannot be read: its header is cut short or damaged.")
-    return {name: _array(path, name, entry, 8 + length, size) for name, entry in header.items() if name[:2] != "__"}
+    arrays = {}
+    for name, entry in header.items():
+        if name.startswith("__"):
+            continue
+        try:
+            kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            damaged = f"The target's file {path} cannot be read: its header's entry {name} is damaged."
+            raise UserError(damaged) from error
+        if kind not in DTYPES:
+            raise UserError(f"The target's tensor {name} in {path} is of the type {kind}, which is not supported.")
+        if stop - start != math.prod(shape) * DTYPES[kind].itemsize or start < 8 + length:
+            raise UserError(f"The target's file {path} cannot be read: its header's entry {name} contradicts itself.")
+        if stop > size:
+            raise UserError(
+                f"The target's file {path} cannot be read: it is cut short at its tensor {name} ({size} bytes of at "
+                f"least {stop}); download it again."
+            )
+        arrays[name] = StoredArray(path, name, start, shape, DTYPES[kind])
+    return arrays
 
 
-def _array(path: Path, name: str, entry: dict, base: int, size: int) -> StoredArray:
-    try:
-        kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-        start, stop = (base + int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"The target's file {path} cannot be read: its header's entry {name} is damaged.") from error
-    if kind not in DTYPES:
-        raise UserError(f"The target's tensor {name} in {path} is of the type {kind}, which is not supported.")
-    dtype = np.dtype(DTYPES[kind])
-    if stop - start != math.prod(shape) * dtype.itemsize or start < base:
-        raise UserError(f"The target's file {path} cannot be read: its header's entry {name} contradicts itself.")
-    if stop > size:
-        raise UserError(
-            f"The target's file {path} cannot be read: it is cut short at its tensor {name} ({size} bytes of at least "
-            f"{stop}); download it again."
-        )
-    return StoredArray(path, name, start, shape, dtype)
+class WeightSource:
+    """A target's configuration and named arrays, whose views are given."""
 
-
-class NamedViews:
-    """The arrays of a `weights.WeightSource`: views by name, of the target at `path`."""
+    config: dict[str, Any]
+    """As in Hugging Face's config.json; eos_token_id may be a list."""
 
     def __init__(self, path: Path, views: dict[str, View]):
         self._path, self._views = path, views
 
     def names(self) -> list[str]:
+        """The sorted names of the tensors, such as model.layers.0.self_attn.q_proj.weight."""
         return sorted(self._views)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; a matrix is [out, in]. Raises UserError for a name that does not exist."""
         return self._view(name).shape
 
     def dtype(self, name: str) -> np.dtype:
+        """The type of what `read` returns."""
         return self._view(name).dtype
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Reads a tensor, or only its part at `index`, which has a slice with step 1 for each axis."""
         view = self._view(name)
         return view.read(full_index(index, view.shape))
 
@@ -172,146 +164,95 @@ class NamedViews:
 
 
 @dataclass(frozen=True)
-class _OfOne:
-    """Base of views of one other view, with its shape and dtype."""
+class Computed:
+    """A view whose parts are computed from those of other views."""
 
-    base: View
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Reordered(_OfOne):
+def reordered(base: View, order: np.ndarray) -> View:
     """Row r is row `order[r]` of the base."""
 
-    order: np.ndarray
-
-    def read(self, index: Index) -> np.ndarray:
-        rows = self.order[index[0]]
+    def read(index: Index) -> np.ndarray:
+        rows = order[index[0]]
         low, high = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
-        return self.base.read((slice(low, high), *index[1:]))[rows - low]
+        return base.read((slice(low, high), *index[1:]))[rows - low]
+
+    return Computed(base.shape, base.dtype, read)
 
 
-@dataclass(frozen=True)
-class Mapped(_OfOne):
+def mapped(base: View, function: Callable[[np.ndarray], np.ndarray]) -> View:
     """A function applied to every element."""
-
-    function: Callable[[np.ndarray], np.ndarray]
-
-    def read(self, index: Index) -> np.ndarray:
-        return self.function(self.base.read(index))
+    return Computed(base.shape, base.dtype, lambda index: function(base.read(index)))
 
 
-@dataclass(frozen=True)
-class Picked(_OfOne):
+def picked(base: View, entry: int) -> View:
     """One entry of the first axis, such as one expert of a stack; the axis is dropped."""
-
-    entry: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape[1:]
-
-    def read(self, index: Index) -> np.ndarray:
-        return self.base.read((slice(self.entry, self.entry + 1), *index))[0]
+    return Computed(base.shape[1:], base.dtype, lambda index: base.read((slice(entry, entry + 1), *index))[0])
 
 
-class Swapped(_OfOne):
+def swapped(base: View) -> View:
     """The transpose: the last two axes are exchanged."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *lead, rows, columns = self.base.shape
-        return (*lead, columns, rows)
-
-    def read(self, index: Index) -> np.ndarray:
+    def read(index: Index) -> np.ndarray:
         *lead, columns, rows = index
-        return self.base.read((*lead, rows, columns)).swapaxes(-1, -2)
+        return base.read((*lead, rows, columns)).swapaxes(-1, -2)
+
+    *lead, rows, columns = base.shape
+    return Computed((*lead, columns, rows), base.dtype, read)
 
 
-class AsRow(_OfOne):
+def as_row(base: View) -> View:
     """A vector as a matrix of one row; a matrix stays as it is."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape if len(self.base.shape) == 2 else (1, *self.base.shape)
-
-    def read(self, index: Index) -> np.ndarray:
-        if len(self.base.shape) == 2:
-            return self.base.read(index)
-        return self.base.read(index[1:])[None][index[0]]
+    if len(base.shape) == 2:
+        return base
+    return Computed((1, *base.shape), base.dtype, lambda index: base.read(index[1:])[None][index[0]])
 
 
-class Flattened(_OfOne):
+def flattened(base: View) -> View:
     """The first two axes are merged."""
+    outer_size, inner, *rest = base.shape
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        outer, inner, *rest = self.base.shape
-        return (outer * inner, *rest)
-
-    def read(self, index: Index) -> np.ndarray:
-        inner, (start, stop) = self.base.shape[1], (index[0].start, index[0].stop)
-        parts = [np.zeros((0, *(part.stop - part.start for part in index[1:])), self.dtype)]
+    def read(index: Index) -> np.ndarray:
+        start, stop = index[0].start, index[0].stop
+        parts = [np.zeros((0, *(part.stop - part.start for part in index[1:])), base.dtype)]
         while start < stop:
             outer, first = divmod(start, inner)
             last = min(first + stop - start, inner)
-            parts.append(self.base.read((slice(outer, outer + 1), slice(first, last), *index[1:]))[0])
+            parts.append(base.read((slice(outer, outer + 1), slice(first, last), *index[1:]))[0])
             start += last - first
         return np.concatenate(parts)
 
-
-@dataclass(frozen=True)
-class _OfSeveral:
-    """Base of views of several other views, with the dtype of the first."""
-
-    parts: Sequence[Any]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.parts[0].dtype
+    return Computed((outer_size * inner, *rest), base.dtype, read)
 
 
-@dataclass(frozen=True)
-class Joined(_OfSeveral):
+def joined(parts: Sequence[View], axis: int) -> View:
     """The parts concatenated along an axis."""
+    sizes = [part.shape[axis] for part in parts]
+    offsets = [0, *itertools.accumulate(sizes)]
 
-    axis: int
+    def read(index: Index) -> np.ndarray:
+        arrays = []
+        for part, offset, size in zip(parts, offsets, sizes, strict=False):
+            start, stop = (min(max(edge - offset, 0), size) for edge in (index[axis].start, index[axis].stop))
+            arrays.append(part.read((*index[:axis], slice(start, stop), *index[axis + 1 :])))
+        return np.concatenate(arrays, axis)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = list(self.parts[0].shape)
-        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
-        return tuple(shape)
-
-    def read(self, index: Index) -> np.ndarray:
-        read, offset, wanted = [], 0, index[self.axis]
-        for part in self.parts:
-            size = part.shape[self.axis]
-            start, stop = (min(max(edge - offset, 0), size) for edge in (wanted.start, wanted.stop))
-            read.append(part.read((*index[: self.axis], slice(start, stop), *index[self.axis + 1 :])))
-            offset += size
-        return np.concatenate(read, self.axis)
+    return Computed((*parts[0].shape[:axis], offsets[-1], *parts[0].shape[axis + 1 :]), parts[0].dtype, read)
 
 
-class Interleaved(_OfSeveral):
+def interleaved(parts: Sequence[View]) -> View:
     """Two parts interleaved along the last axis: a0 b0 a1 b1 ..."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *lead, size = self.parts[0].shape
-        return (*lead, 2 * size)
-
-    def read(self, index: Index) -> np.ndarray:
+    def read(index: Index) -> np.ndarray:
         start, stop = index[-1].start, index[-1].stop
-        out = np.empty([part.stop - part.start for part in index], self.dtype)
-        for which, part in enumerate(self.parts):
+        out = np.empty([part.stop - part.start for part in index], parts[0].dtype)
+        for which, part in enumerate(parts):
             first, last = (start + 1 - which) // 2, (stop + 1 - which) // 2
             out[..., (which - start) % 2 :: 2] = part.read((*index[:-1], slice(first, last)))
         return out
+
+    *lead, size = parts[0].shape
+    return Computed((*lead, 2 * size), parts[0].dtype, read)

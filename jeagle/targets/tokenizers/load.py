@@ -25,52 +25,31 @@ def load_tokenizer(files: TargetFiles) -> PreTrainedTokenizerFast:
         has tokens for which the target has no embedding.
     """
     folder = files.path if files.format == "safetensors" else files.path.parent
-    if files.format == "gguf" and not (folder / "tokenizer.json").is_file():
+    if files.format == "gguf":  # the gguf package takes a second to import
+        from jeagle.targets.gguf.reader import open_gguf
         from jeagle.targets.gguf.tokenizer import gguf_tokenizer
-
+    if files.format == "gguf" and not (folder / "tokenizer.json").is_file():
         tokenizer = gguf_tokenizer(files.path)
     else:
         tokenizer = _from_folder(folder)
-    if (rows := _embedding_rows(files)) is not None:
-        check_vocabulary(tokenizer, rows, files.reference)
-    return tokenizer
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, target: str) -> None:
-    """Checks that the target has an embedding for every token of its tokenizer.
-
-    Special tokens without a role may lie beyond the embedding, since only a text that spells them out contains them.
-    (Gemma 3's text models have such a token for images.)
-
-    Args:
-      rows: the target's vocab_size.
-      target: its name in messages.
-
-    Raises:
-      UserError: if tokens have no embedding.
-    """
+    if files.format == "gguf":
+        embedding = open_gguf(files.path).tensors.get("token_embd.weight")
+        rows = embedding.shape[0] if embedding else None
+    else:
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    # Special tokens without a role may lie beyond the embedding, since only a text that spells them out contains them.
+    # (Gemma 3's text models have such a token for images.)
     roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
-    added = tokenizer.added_tokens_decoder
-    vocab = tokenizer.get_vocab()
-    beyond = {i: token for token, i in vocab.items() if i >= rows}
+    added, vocab = tokenizer.added_tokens_decoder, tokenizer.get_vocab()
+    beyond = {} if rows is None else {i: token for token, i in vocab.items() if i >= rows}
     if any(i in roles or i not in added or not added[i].special for i in beyond):
         raise UserError(
-            f"The tokenizer of the target {target} has {max(vocab.values()) + 1} tokens, but the target embeds only "
-            f"{rows} ({beyond[min(beyond)]!r} is the first without a row): copy the model's own tokenizer there."
+            f"The tokenizer of the target {files.reference} has {max(vocab.values()) + 1} tokens, but the target "
+            f"embeds only {rows} ({beyond[min(beyond)]!r} is the first without a row): copy the model's own tokenizer "
+            "there."
         )
-
-
-def _embedding_rows(files: TargetFiles) -> int | None:
-    """Returns vocab_size; None if the files do not have it."""
-    if files.format == "gguf":
-        from jeagle.targets.gguf.reader import open_gguf
-
-        embedding = open_gguf(files.path).tensors.get("token_embd.weight")
-        return embedding.shape[0] if embedding else None
-    if not (files.path / "config.json").is_file():
-        return None
-    config = read_json(files.path / "config.json")
-    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return tokenizer
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -150,28 +129,26 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
         return sentencepiece_folder(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises errors of many kinds for files that are missing or damaged
-        settings = folder / "tokenizer_config.json"
-        if not (settings.is_file() and read_json(settings).get("auto_map")):
-            raise _unreadable(folder, error) from error
-        # The folder names a class of its own, whose code is never run; a tokenizer.json does not need it.
-        if "tokenizer.json" not in files:
-            raise UserError(
-                f"The target's tokenizer in {folder} needs Python code of that folder, which jeagle never runs: put "
-                "the tokenizer.json of the same model there."
-            ) from error
         try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            settings = folder / "tokenizer_config.json"
+            if not (settings.is_file() and read_json(settings).get("auto_map")):
+                raise
+            # The folder names a class of its own, whose code is never run; a tokenizer.json does not need it.
+            if "tokenizer.json" not in files:
+                raise UserError(
+                    f"The target's tokenizer in {folder} needs Python code of that folder, which jeagle never runs: "
+                    "put the tokenizer.json of the same model there."
+                ) from error
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as second:
-            raise _unreadable(folder, second) from second
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises errors of many kinds for files that are missing or damaged
+        raise UserError(
+            f"The target's tokenizer in {folder} cannot be loaded ({error}): copy the model's own tokenizer.json and "
+            "tokenizer_config.json there."
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"The target {folder} has no tokenizer.json: copy the model's own there.")
     return tokenizer
-
-
-def _unreadable(folder: Path, error: Exception) -> UserError:
-    return UserError(
-        f"The target's tokenizer in {folder} cannot be loaded ({error}): copy the model's own tokenizer.json and "
-        "tokenizer_config.json there."
-    )

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"  # sentencepiece's spelling of a space
 _KINDS: dict[int, Literal["unigram", "bpe"]] = {1: "unigram", 2: "bpe"}
-_OTHER_KINDS = {3: "word", 4: "char"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,8 @@ def read_vocabulary(path: Path) -> SentencePieceVocabulary:
         raise UserError(f"The target's {path} is not a sentencepiece model ({error}): copy the model's own.") from error
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if not model.pieces or trainer.model_type not in _KINDS or trainer.treat_whitespace_as_suffix:
-        what = "spaces after words" if trainer.treat_whitespace_as_suffix else _OTHER_KINDS.get(trainer.model_type)
+        kind = {3: "word", 4: "char"}.get(trainer.model_type)
+        what = "spaces after words" if trainer.treat_whitespace_as_suffix else kind
         raise UserError(
             f"The target's {path} is not a sentencepiece model of a kind that is supported ({what or 'no pieces'}): "
             "copy the model's tokenizer.json there."
@@ -106,7 +106,11 @@ def sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
     Raises:
       UserError: for files that are damaged or of a kind that is not supported.
     """
-    config = _optional(folder / "special_tokens_map.json") | _optional(folder / "tokenizer_config.json")
+
+    def optional(name: str) -> dict[str, Any]:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    config = optional("special_tokens_map.json") | optional("tokenizer_config.json")
     vocabulary = read_vocabulary(folder / "tokenizer.model")
     # `legacy` inserts a space after every special token too; `add_prefix_space` false inserts none.
     if vocabulary.space_first != "never":
@@ -114,41 +118,25 @@ def sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
         first = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
         vocabulary = dataclasses.replace(vocabulary, space_first=first)
     # Older folders have their added tokens in a file of their own.
-    added = {int(i): {"content": text, "special": False} for text, i in _optional(folder / "added_tokens.json").items()}
+    added = {int(i): {"content": text, "special": False} for text, i in optional("added_tokens.json").items()}
     added |= {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
-    defaults = {"bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad, "unk": vocabulary.unknown}
-    roles = {
-        role: _text(config[f"{role}_token"])
-        if f"{role}_token" in config
-        else None
-        if i is None
-        else vocabulary.texts[i]
-        for role, i in defaults.items()
-    }
+    ids = {"bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad, "unk": vocabulary.unknown}
+    roles: dict[str, Any] = {role: vocabulary.texts[i] for role, i in ids.items() if i is not None}
+    roles |= {role: config[f"{role}_token"] for role in ids if f"{role}_token" in config}
+    roles = {role: token.get("content") if isinstance(token, dict) else token for role, token in roles.items()}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several templates by name
+        template = {entry["name"]: entry["template"] for entry in template}
+    if (file := folder / "chat_template.jinja").is_file():
+        template = file.read_text(encoding="utf-8")
     return wrap_tokenizer(
         build_tokenizer(vocabulary, added),
         {role: text for role, text in roles.items() if text},
         add_bos=bool(config.get("add_bos_token", True)),
         add_eos=bool(config.get("add_eos_token", False)),
-        chat_template=_chat_template(folder, config),
+        chat_template=template,
         longest=config.get("model_max_length"),
     )
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> Any:
-    """The text of chat_template.jinja, or the configuration's template, or its several templates by name."""
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    return {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else template
-
-
-def _text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def build_tokenizer(vocabulary: SentencePieceVocabulary, added: Mapping[int, Mapping[str, Any]]) -> Tokenizer:
@@ -164,117 +152,88 @@ def build_tokenizer(vocabulary: SentencePieceVocabulary, added: Mapping[int, Map
     Raises:
       UserError: where added tokens leave ids without a token.
     """
-    from tokenizers import Tokenizer, decoders
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocabulary = _with_added(vocabulary, added)
-    tokenizer = Tokenizer(_bpe(vocabulary) if vocabulary.kind == "bpe" else _unigram(vocabulary))
-    _set_pre_tokenizer(tokenizer, vocabulary)
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if vocabulary.space_first != "never":
-        steps.append(decoders.Strip(content=" ", left=1))
-    tokenizer.decoder = decoders.Sequence(steps)
-    _add_tokens(tokenizer, vocabulary, added)
+    if vocabulary.kind == "bpe":
+        tokenizer = Tokenizer(_bpe(vocabulary))
+    else:
+        vocab = list(zip(vocabulary.texts, vocabulary.scores, strict=True))
+        unigram = models.Unigram(vocab=vocab, unk_id=vocabulary.unknown, byte_fallback=vocabulary.byte_fallback)
+        tokenizer = Tokenizer(unigram)
+    before: list[Any] = [normalizers.Precompiled(vocabulary.charsmap)] if vocabulary.charsmap else []
+    if vocabulary.trim:
+        left = vocabulary.space_first == "never"  # otherwise they become the inserted space
+        before += [normalizers.Strip(left=left), normalizers.Replace(Regex(" {2,}"), " ")]
+    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
+    # `Metaspace` inserts no space before a text that starts with one, which is right only where spaces are trimmed.
+    # Otherwise a first `Metaspace` inserts it: it looks for blanks, of which the normaliser has left none.
+    looked_for = SPACE if vocabulary.trim else " "
+    first = pre_tokenizers.Metaspace(looked_for, prepend_scheme=vocabulary.space_first, split=False)
+    splits: list[Any] = [first, pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False)]
+    if vocabulary.kind == "unigram" and vocabulary.byte_fallback:  # the name of a byte in a text is not that byte
+        splits.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    after: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    after += [decoders.Strip(content=" ", left=1)] if vocabulary.space_first != "never" else []
+    tokenizer.decoder = decoders.Sequence(after)
+    for i, (text, kind) in enumerate(zip(vocabulary.texts, vocabulary.types, strict=True)):
+        given = added.get(i, {})
+        if given or kind in (CONTROL, USER_DEFINED, UNKNOWN):
+            flags = {flag: bool(given.get(flag, False)) for flag in ("lstrip", "rstrip", "single_word")}
+            special = bool(given.get("special", kind != USER_DEFINED))
+            add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+            add([AddedToken(text, normalized=False, **flags)])
     return tokenizer
 
 
 def _with_added(vocabulary: SentencePieceVocabulary, added: Mapping[int, Mapping[str, Any]]) -> SentencePieceVocabulary:
-    texts, scores, types = list(vocabulary.texts), list(vocabulary.scores), list(vocabulary.types)
-    for i, kind in enumerate(types):
-        if kind == USER_DEFINED:  # which are matched in the text as it was written
-            texts[i] = texts[i].replace(SPACE, " ")
+    """The vocabulary with the added tokens, and user-defined pieces as they stand in a text."""
+    scores, types = list(vocabulary.scores), list(vocabulary.types)
+    pieces = zip(vocabulary.texts, types, strict=True)
+    texts = [text.replace(SPACE, " ") if kind == USER_DEFINED else text for text, kind in pieces]
     for i, token in sorted(added.items()):
-        if i < len(texts):
-            if texts[i] != token["content"] and types[i] != USER_DEFINED:
-                texts[i], types[i] = token["content"], CONTROL
-        elif i == len(texts):
-            texts.append(token["content"])
-            scores.append(0.0)
-            types.append(CONTROL)
-        else:
+        if i > len(texts):
             raise UserError(
                 f"The target's tokenizer_config.json adds the token {token['content']} as {i}, but no token has the id "
                 f"{len(texts)}: copy the model's own files there."
             )
+        if i == len(texts):
+            texts.append(token["content"])
+            scores.append(0.0)
+            types.append(CONTROL)
+        elif texts[i] != token["content"] and types[i] != USER_DEFINED:
+            texts[i], types[i] = token["content"], CONTROL
     return dataclasses.replace(vocabulary, texts=texts, scores=scores, types=types)
-
-
-def _add_tokens(
-    tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary, added: Mapping[int, Mapping[str, Any]]
-) -> None:
-    from tokenizers import AddedToken
-
-    flags = ("lstrip", "rstrip", "single_word")
-    for i, (text, kind) in enumerate(zip(vocabulary.texts, vocabulary.types, strict=True)):
-        given = added.get(i, {})
-        if not given and kind not in (CONTROL, USER_DEFINED, UNKNOWN):
-            continue
-        special = bool(given.get("special", kind != USER_DEFINED))
-        token = AddedToken(text, normalized=False, **{flag: bool(given.get(flag, False)) for flag in flags})
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
 
 
 def _bpe(vocabulary: SentencePieceVocabulary) -> Any:
     """BPE with merges that follow from the scores: neighbours whose joint piece scores best are merged first."""
     from tokenizers import models
 
-    texts, vocab = _with_letters(vocabulary), {}
+    texts, present = list(vocabulary.texts), set(vocabulary.texts)
+    # Sentencepiece merges ASCII letters whether or not they are pieces themselves; the tokenizers library merges only
+    # pieces, so that missing letters take the places of the pieces of their bytes.
+    needed = {letter for text in texts if len(text) > 1 for letter in text if letter.isascii()} - present
+    where = {text: i for i, text in enumerate(texts)}
+    for letter in sorted(needed):
+        if (i := where.get(f"<0x{ord(letter):02X}>")) is not None and vocabulary.types[i] == BYTE:
+            texts[i] = letter
+    vocab: dict[str, int] = {}
     for i, text in enumerate(texts):
         vocab.setdefault(text, i)
-    merging = {text for text, kind in zip(texts, vocabulary.types, strict=True) if kind == NORMAL}
-    merging |= {text for text, kind in zip(texts, vocabulary.types, strict=True) if kind == BYTE and len(text) == 1}
+    kinds = zip(texts, vocabulary.types, strict=True)
+    merging = {text for text, kind in kinds if kind == NORMAL or (kind == BYTE and len(text) == 1)}
     ranked = []
     for i, text in enumerate(texts):
         if text in merging and vocab[text] == i:
             splits = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
             ranked += [(-vocabulary.scores[i], i, pair) for pair in splits if pair[0] in merging and pair[1] in merging]
     ranked.sort(key=lambda entry: (*entry[:2], len(entry[2][0])))
-    unknown = None if vocabulary.unknown is None else texts[vocabulary.unknown]
     return models.BPE(
         vocab=vocab,
         merges=[pair for _, _, pair in ranked],
-        unk_token=unknown,
+        unk_token=None if vocabulary.unknown is None else texts[vocabulary.unknown],
         fuse_unk=True,
         byte_fallback=vocabulary.byte_fallback,
     )
-
-
-def _with_letters(vocabulary: SentencePieceVocabulary) -> list[str]:
-    """The texts of pieces, with missing ASCII letters in place of the pieces of their bytes.
-
-    Sentencepiece merges letters whether or not they are pieces themselves; the tokenizers library merges only pieces.
-    """
-    texts, present = list(vocabulary.texts), set(vocabulary.texts)
-    needed = {letter for text in texts if len(text) > 1 for letter in text if letter.isascii()} - present
-    where = {text: i for i, text in enumerate(texts)}
-    for letter in sorted(needed):
-        if (i := where.get(f"<0x{ord(letter):02X}>")) is not None and vocabulary.types[i] == BYTE:
-            texts[i] = letter
-    return texts
-
-
-def _unigram(vocabulary: SentencePieceVocabulary) -> Any:
-    from tokenizers import models
-
-    vocab = list(zip(vocabulary.texts, vocabulary.scores, strict=True))
-    return models.Unigram(vocab=vocab, unk_id=vocabulary.unknown, byte_fallback=vocabulary.byte_fallback)
-
-
-def _set_pre_tokenizer(tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary) -> None:
-    """Spells spaces as `SPACE`, and inserts one before the text.
-
-    `Metaspace` inserts no space before a text that starts with one, which is right only where spaces are trimmed.
-    Otherwise a first `Metaspace` inserts it: it looks for blanks, of which the normaliser has left none.
-    """
-    from tokenizers import Regex, normalizers, pre_tokenizers
-
-    steps: list[Any] = [normalizers.Precompiled(vocabulary.charsmap)] if vocabulary.charsmap else []
-    if vocabulary.trim:
-        left = vocabulary.space_first == "never"  # otherwise they become the inserted space
-        steps += [normalizers.Strip(left=left), normalizers.Replace(Regex(" {2,}"), " ")]
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    looked_for = SPACE if vocabulary.trim else " "
-    first = pre_tokenizers.Metaspace(looked_for, prepend_scheme=vocabulary.space_first, split=False)
-    then: list[Any] = [first, pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False)]
-    if vocabulary.kind == "unigram" and vocabulary.byte_fallback:  # the name of a byte in a text is not that byte
-        then.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(then)

@@ -124,7 +124,7 @@ def test_earlier_reasoning_is_shown_as_the_server_shows_it():
     assert first[1] == second[1] == [THINKING["qwen3-thinking"]]
     assert tokenizer.decode(second[0]).count("a red bird") == 1
     with pytest.raises(ConversationError, match="does not write the reasoning"):
-        documents(tokenizer, messages, rewritten="set_aside")
+        documents(tokenizer, messages, rewritten="reject")
 
 
 @pytest.mark.parametrize("template", sorted(set(TEMPLATES) - set(THINKING)))

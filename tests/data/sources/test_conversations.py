@@ -33,9 +33,8 @@ def test_one_bad_line_is_rejected_and_many_stop_the_reading(tmp_path):
     good = tiny.write_chats(tmp_path / "chats.jsonl", 200).read_text()
     (tmp_path / "one.jsonl").write_text(good + "{not json\n")
     reading = read_conversations(str(tmp_path / "one.jsonl"))
-    assert list(reading.examples) == ["the line is not valid JSON"] and reading.examples["the line is not valid JSON"][
-        0
-    ].endswith("one.jsonl:201")
+    [(reason, where)] = reading.examples.items()
+    assert reason == "the line is not valid JSON" and where.endswith("one.jsonl:201")
     (tmp_path / "many.jsonl").write_text(good + '{"messages": [{"role": "user", "content": "hi"}]}\n' * 9)
     with pytest.raises(UserError, match=r"9 of 209.*has no answer.*many.jsonl:201"):
         read_conversations(str(tmp_path / "many.jsonl"))
@@ -79,7 +78,7 @@ def test_a_bad_line_is_rejected_with_its_reason_and_place(tmp_path, line):
         file.write(line + b"\n" + good)
     reading = read_conversations(str(tmp_path / "one.jsonl.gz"))
     [(reason, where)] = reading.examples.items()
-    assert BAD_LINES[line] in reason and where == [f"{tmp_path}/one.jsonl.gz:1"]
+    assert BAD_LINES[line] in reason and where == f"{tmp_path}/one.jsonl.gz:1"
     assert len(reading.conversations) + reading.duplicates == 200
 
 

@@ -18,7 +18,7 @@ from jeagle import targets
 from jeagle.config import RunConfig, TargetConfig
 from jeagle.errors import UserError
 from jeagle.run import assemble
-from jeagle.runtime import memory
+from jeagle.runtime import host
 from jeagle.runtime.mesh import make_mesh
 from jeagle.targets.checkpoint import layout, load
 from jeagle.targets.checkpoint.load import from_slices
@@ -121,7 +121,7 @@ class Untouched:
     """A source whose arrays must not be read."""
 
     def __init__(self, source):
-        self.config, self.names, self.shape = source.config, source.names, source.shape
+        self.config, self.names, self.shape, self.dtype = source.config, source.names, source.shape, source.dtype
 
     def read(self, name, index=None):
         raise AssertionError(f"{name} is read before all is checked")
@@ -134,7 +134,7 @@ def refused(folder: Path, said: str, **how) -> None:
 
 
 def test_too_little_memory_is_reported_with_numbers_and_what_to_do(folder, monkeypatch):
-    monkeypatch.setattr(memory, "host_bytes_available", lambda: 30_000)
+    monkeypatch.setattr(host, "host_bytes_available", lambda: 30_000)
     said = (
         r"weights, 8.09e-05 GiB in all, take 8.09e-05 GiB on each of 1 cpu device, and only 2.79e-05 GiB are free "
         r"there: use more devices \(--mesh.fsdp .*\), keep the weights in half the bytes \(--target.weights int8\), or "
@@ -145,18 +145,18 @@ def test_too_little_memory_is_reported_with_numbers_and_what_to_do(folder, monke
 
 def test_available_memory_is_that_of_the_container_where_it_has_less(tmp_path, monkeypatch):
     meminfo, cgroup = tmp_path / "meminfo", tmp_path / "cgroup"
-    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
-    monkeypatch.setattr(memory, "_CGROUP", cgroup)
-    assert memory.host_bytes_available() is None
+    monkeypatch.setattr(host, "_MEMINFO", meminfo)
+    monkeypatch.setattr(host, "_CGROUP", cgroup)
+    assert host.host_bytes_available() is None
     meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\n")
-    assert memory.host_bytes_available() == 5000 * 1024
+    assert host.host_bytes_available() == 5000 * 1024
     cgroup.mkdir()
     for name, text in (("memory.max", "max"), ("memory.current", "600"), ("memory.stat", "anon 1\ninactive_file 200")):
         (cgroup / name).write_text(text)
-    assert memory.host_bytes_available() == 5000 * 1024
+    assert host.host_bytes_available() == 5000 * 1024
     (cgroup / "memory.max").write_text("1000\n")
-    assert memory.host_bytes_available() == 600
-    assert memory.free_bytes(make_mesh()) == 600 // jax.device_count()
+    assert host.host_bytes_available() == 600
+    assert host.free_bytes(make_mesh()) == 600 // jax.device_count()
 
 
 def test_a_missing_tensor_is_named(folder):

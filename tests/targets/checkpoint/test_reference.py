@@ -80,7 +80,7 @@ def test_gguf_fingerprint_is_recorded_and_renewed(tmp_path: Path, monkeypatch: p
     path.write_bytes(CONTENT)
     first = resolve(str(path)).fingerprint
     with monkeypatch.context() as patch:
-        patch.setattr(download, "sha256_of", lambda _: pytest.fail("hashed again"))
+        patch.setattr(download.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
         assert resolve(str(path)).fingerprint == first
     path.write_bytes(CONTENT + b"x")
     assert resolve(str(path)).fingerprint == hashlib.sha256(CONTENT + b"x").hexdigest()[:16]

@@ -45,7 +45,7 @@ def asked() -> Asked:
     return Asked(prompts, [int(n) for n in rng.permutation([1, 2, 3, 5, 7, 8, 9, 11, 12, 14, 15])])
 
 
-def answers(target: targets.Target, prompts, limits, batch: int, **how) -> dict[int, targets.Answer]:
+def answers(target: targets.Target, prompts, limits, batch: int, **how) -> dict[int, targets.GeneratedAnswer]:
     found = targets.generate(
         target, prompts, end_token_ids=(END,), max_new_tokens=limits, batch=batch, seed=SEED, **how
     )
