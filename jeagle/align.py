@@ -17,7 +17,7 @@ Source: EAGLE-3 (arXiv 2503.01840), section 3; each rule names the trainer whose
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 from jeagle.interfaces import Batch
 
 SlotRule = Literal["served", "predicted", "specforge", "speculators"]
-SLOT_RULES: tuple[SlotRule, ...] = ("served", "predicted", "specforge", "speculators")
+SLOT_RULES: tuple[SlotRule, ...] = get_args(SlotRule)
 
 
 def shift_left(array_BT: Any, by: int, *, fill: Any = 0, xp: ModuleType = jnp) -> Any:
@@ -34,10 +34,7 @@ def shift_left(array_BT: Any, by: int, *, fill: Any = 0, xp: ModuleType = jnp) -
 
     by=2:  a b c d e  ->  c d e . .
     """
-    if by == 0:
-        return array_BT
-    length = array_BT.shape[-1]
-    by = min(by, length)
+    by = min(by, array_BT.shape[-1])
     pad = [(0, 0)] * (array_BT.ndim - 1) + [(0, by)]
     return xp.pad(array_BT[..., by:], pad, constant_values=fill)
 
@@ -71,11 +68,11 @@ def read_positions(segments_BT: Any, steps: int, *, cross_documents: bool = Fals
         step 1      a2 b1  . b2  .  .
     """
     length = segments_BT.shape[-1]
-    slots_BT = same_document(segments_BT, 1, xp=xp)
-    here_T = xp.arange(length)
     if not cross_documents:
+        here_T = xp.arange(length)
         reads = [xp.where(same_document(segments_BT, 1 + k, xp=xp), here_T + 1 + k, length) for k in range(steps)]
         return xp.stack(reads).astype(xp.int32)
+    slots_BT = same_document(segments_BT, 1, xp=xp)
     order_BT = xp.argsort(~slots_BT, axis=-1, stable=True)
     rank_BT = xp.cumsum(slots_BT, axis=-1) - 1
     total_B1 = slots_BT.sum(axis=-1, keepdims=True)
@@ -105,30 +102,20 @@ def counting_slots(
       ValueError: for a rule that is not in `SLOT_RULES`.
     """
     supervised_BT, segments_BT = batch.supervised_BT, batch.segments_BT
-    if rule == "served":
-        return _served(supervised_BT, segments_BT, steps, xp)
-    if rule == "predicted":
-        counts = [
-            shift_left(supervised_BT, 2 + k, fill=False, xp=xp) & same_document(segments_BT, 2 + k, xp=xp)
-            for k in range(steps)
-        ]
-        return xp.stack(counts)
     if rule not in SLOT_RULES:
         raise ValueError(f"The slot rule {rule!r} is unknown; the rules are {', '.join(SLOT_RULES)}.")
+    if rule in ("served", "predicted"):
+        counts, run_BT = [], shift_left(supervised_BT, 1, fill=False, xp=xp)
+        for k in range(steps):
+            label_BT = shift_left(supervised_BT, 2 + k, fill=False, xp=xp)
+            run_BT = run_BT & label_BT if rule == "served" else label_BT
+            counts.append(run_BT & same_document(segments_BT, 2 + k, xp=xp))
+        return xp.stack(counts)
     length = segments_BT.shape[-1]
     reads_KBT = read_positions(segments_BT, steps, cross_documents=cross_documents, xp=xp)
     bit_KBT = xp.clip(reads_KBT - (1 if rule == "specforge" else 0), 0, length - 1)
     bits = [xp.take_along_axis(supervised_BT, bit_KBT[k], axis=-1) for k in range(steps)]
     return xp.stack(bits) & (reads_KBT < length)
-
-
-def _served(supervised_BT: Any, segments_BT: Any, steps: int, xp: ModuleType) -> Any:
-    run_BT = shift_left(supervised_BT, 1, fill=False, xp=xp)
-    counts = []
-    for k in range(steps):
-        run_BT = run_BT & shift_left(supervised_BT, 2 + k, fill=False, xp=xp)
-        counts.append(run_BT & same_document(segments_BT, 2 + k, xp=xp))
-    return xp.stack(counts)
 
 
 def near_supervised(batch: Batch, *, xp: ModuleType = jnp) -> Any:
@@ -174,11 +161,9 @@ def take_rows(array_BTX: Shaped[Array, "B T ..."], positions_BN: Int[Array, "B N
 def teacher_positions(counts_KBT: Any, reads_KBT: Any, *, xp: ModuleType = jnp) -> Any:
     """The positions that teach a slot that counts, at any step: bool [B, T]."""
     length = counts_KBT.shape[-1]
-    at_KBT = xp.where(counts_KBT, reads_KBT, length)
+    at_KBT, rows = xp.where(counts_KBT, reads_KBT, length), xp.arange(counts_KBT.shape[1])[None, :, None]
     if xp is jnp:
-        rows = jnp.arange(at_KBT.shape[1])[None, :, None]
         return jnp.zeros(at_KBT.shape[1:], bool).at[rows, at_KBT].set(True, mode="drop")
     teaches = xp.zeros((at_KBT.shape[1], length + 1), bool)
-    for at_BT in at_KBT:
-        xp.put_along_axis(teaches, at_BT, True, axis=1)
+    teaches[rows, at_KBT] = True
     return teaches[:, :length]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jeagle.decoding.chain import Models, SpeculativeAnswer, padded_width
+from jeagle.decoding.chain import Models, SpeculativeAnswer, grouped, padded_width
 
 TIE = 1e-4
 """Two logits closer than this count as a tie: rounding may order them either way."""
@@ -46,19 +46,12 @@ def decode_greedy(
       width: prompts are padded to at least so many tokens, as in `chain.decode_speculative`.
       on_done: called with the number of prompts that are done.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = max(padded_width(prompts), width)
     answers: dict[int, GreedyAnswer] = {}
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        padded = np.zeros((batch, width), np.int32)
-        lengths = np.ones(batch, np.int32)
-        for row, i in enumerate(chosen):
-            padded[row, : len(prompts[i])], lengths[row] = prompts[i], len(prompts[i])
+    for chosen, padded, lengths in grouped(prompts, batch, width):
         written, gaps = jax.device_get(_greedy(models, weights, padded, lengths, tokens, width + tokens + 1))
-        for row, i in enumerate(chosen):
-            answers[i] = GreedyAnswer(written[:, row], gaps[:, row])
-        on_done(min(start + batch, len(order)))
+        answers |= {i: GreedyAnswer(written[:, row], gaps[:, row]) for row, i in enumerate(chosen)}
+        on_done(len(answers))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -86,11 +79,11 @@ class Comparison(NamedTuple):
     excused: bool
 
 
-def compare_answers(speculative: SpeculativeAnswer, greedy: GreedyAnswer, *, tie: float = TIE) -> Comparison:
+def compare_answers(speculative: SpeculativeAnswer, greedy: GreedyAnswer) -> Comparison:
     """Compares token for token over the speculative answer's length; the first difference decides."""
     for position, token in enumerate(speculative.tokens):
         if token != greedy.tokens[position]:
-            return Comparison(False, bool(greedy.gaps[position] < tie))
+            return Comparison(False, bool(greedy.gaps[position] < TIE))
     return Comparison(True, False)
 
 

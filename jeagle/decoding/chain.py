@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,24 +99,32 @@ def decode_speculative(
         compiled programs.
       on_done: called with the number of prompts that are done.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     width = max(padded_width(prompts), width)
     cache_length = width + max_new_tokens + 2 * draft_tokens + 2
-    answers: dict[int, SpeculativeAnswer] = {}
-    done = 0
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        group = _Group([prompts[i] for i in chosen], batch, max_new_tokens, set(end_token_ids))
-        state, first = _prefill(models, weights, *group.padded(width), draft_tokens, cache_length)
-        group.add_round(np.asarray(first)[:, None], np.zeros(batch, int), count=False)
-        while group.active():
+    answers, done = [SpeculativeAnswer([], []) for _ in prompts], 0
+
+    def commit(greedy: np.ndarray, accepted: np.ndarray) -> None:
+        """Adds greedy[:, : accepted + 1] to the answers of the running rows; rows that end stop running."""
+        for row, answer in list(running.items()):
+            for token in greedy[row, : accepted[row] + 1].tolist():
+                answer.tokens.append(token)
+                if token in end_token_ids or len(answer.tokens) == max_new_tokens:
+                    del running[row]
+                    break
+
+    for chosen, tokens_BP, lengths_B in grouped(prompts, batch, width):
+        running = {row: answers[i] for row, i in enumerate(chosen)}
+        state, first = _prefill(models, weights, tokens_BP, lengths_B, draft_tokens, cache_length)
+        commit(np.asarray(first)[:, None], np.zeros(batch, int))  # the prefill is no round
+        while running:
             state, greedy, accepted = _round(models, weights, state, draft_tokens, cache_length)
-            group.add_round(np.asarray(greedy), np.asarray(accepted), count=True)
-        for index, answer in zip(chosen, group.answers, strict=True):
-            answers[index] = answer
+            accepted = np.asarray(accepted)
+            for row, answer in running.items():
+                answer.rounds.append(int(accepted[row]))
+            commit(np.asarray(greedy), accepted)
         done += len(chosen)
         on_done(done)
-    return [answers[i] for i in range(len(prompts))]
+    return answers
 
 
 def padded_width(prompts: Sequence[np.ndarray]) -> int:
@@ -124,37 +132,21 @@ def padded_width(prompts: Sequence[np.ndarray]) -> int:
     return -(-max(map(len, prompts)) // WIDTH_STEP) * WIDTH_STEP
 
 
-class _Group:
-    """Prompts that are decoded side by side, and their answers so far, on the host."""
+def grouped(
+    prompts: Sequence[np.ndarray], batch: int, width: int
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Groups of `batch` prompts, short ones first: (indices, tokens int32 [B, width], lengths int32 [B]).
 
-    def __init__(self, prompts: list[np.ndarray], batch: int, max_new: int, ends: set[int]):
-        self.prompts, self.batch, self.max_new, self.ends = prompts, batch, max_new, ends
-        self.answers = [SpeculativeAnswer([], []) for _ in prompts]
-        self.done = [False] * len(prompts)
-
-    def padded(self, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """(Tokens [B, width], lengths [B]); rows beyond the prompts repeat the first prompt."""
-        filled = self.prompts + [self.prompts[0]] * (self.batch - len(self.prompts))
-        tokens = np.zeros((self.batch, width), np.int32)
+    Where the last group has fewer prompts, its first one fills the remaining rows.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        filled = [prompts[i] for i in chosen] + [prompts[chosen[0]]] * (batch - len(chosen))
+        tokens_BP = np.zeros((batch, width), np.int32)
         for row, prompt in enumerate(filled):
-            tokens[row, : len(prompt)] = prompt
-        return tokens, np.array([len(p) for p in filled], np.int32)
-
-    def active(self) -> bool:
-        return not all(self.done)
-
-    def add_round(self, greedy: np.ndarray, accepted: np.ndarray, *, count: bool) -> None:
-        """Adds the committed tokens greedy[:, : accepted + 1]; `count` is false for the prefill, which is no round."""
-        for row, answer in enumerate(self.answers):
-            if self.done[row]:
-                continue
-            if count:
-                answer.rounds.append(int(accepted[row]))
-            for token in greedy[row, : accepted[row] + 1].tolist():
-                answer.tokens.append(token)
-                if token in self.ends or len(answer.tokens) == self.max_new:
-                    self.done[row] = True
-                    break
+            tokens_BP[row, : len(prompt)] = prompt
+        yield chosen, tokens_BP, np.array([len(prompt) for prompt in filled], np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("models", "draft_tokens", "cache_length"))
@@ -194,11 +186,8 @@ def _round(models: Models, weights: Any, state: DecodingState, draft_tokens: int
     last = jnp.take_along_axis(greedy, accepted[:, None], axis=1)[:, 0]
     # A row that has finished continues unused: its positions must stay within the caches.
     length = jnp.minimum(state.length_B + accepted + 1, cache_length - 2 * draft_tokens - 2)
-    return (
-        DecodingState(target_cache, draft_cache, length, last, *_at(accepted, greedy_draft, hidden)),
-        greedy,
-        accepted,
-    )
+    state = DecodingState(target_cache, draft_cache, length, last, *_at(accepted, greedy_draft, hidden))
+    return state, greedy, accepted
 
 
 def _at(index_B: jax.Array, tokens_BT: jax.Array, hidden_BTW: jax.Array) -> tuple[jax.Array, jax.Array]:

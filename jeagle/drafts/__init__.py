@@ -1,11 +1,16 @@
 """The draft model: Batch + Features + Tables -> Predictions in training, and the same draft as it decodes."""
 
-from jeagle.drafts.decode import advance, empty_cache, greedy_token
-from jeagle.drafts.eagle3 import Eagle3
-from jeagle.drafts.lora import add_adapters, merge_adapters, with_adapters
-from jeagle.drafts.sharding import by_path, constrain_draft, draft_sharding
+from jeagle.drafts.eagle3 import Eagle3, advance, empty_cache, greedy_token
+from jeagle.drafts.parameters import (
+    add_adapters,
+    by_path,
+    constrain_draft,
+    draft_sharding,
+    merge_adapters,
+    with_adapters,
+)
 from jeagle.drafts.ttt import unroll
-from jeagle.drafts.ttt_attention import Backend, attention_backend, kernel_fault, trusted_backend
+from jeagle.drafts.ttt_attention import Backend, attention_backend, trusted_backend
 
 __all__ = [
     "Backend",
@@ -18,7 +23,6 @@ __all__ = [
     "draft_sharding",
     "empty_cache",
     "greedy_token",
-    "kernel_fault",
     "merge_adapters",
     "trusted_backend",
     "unroll",

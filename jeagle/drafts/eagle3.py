@@ -1,4 +1,7 @@
-"""The EAGLE-3 draft: fused aux hidden states and a token's embedding through one decoder layer, or several."""
+"""The EAGLE-3 draft: fused aux hidden states and a token's embedding through one decoder layer, or several.
+
+`advance` runs it as it runs at serving: with a KV cache, from one hidden state to the next; `ttt.unroll` trains it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jeagle.drafts.trained_products import scaled_linear, trained_linear
-from jeagle.interfaces import DraftSpec
-from jeagle.layers import rms_norm, rotate_by
+from jeagle.interfaces import DraftSpec, Tables
+from jeagle.layers import AttentionMask, masked_attention, rms_norm, rotate_by
 from jeagle.runtime.xla_workarounds import flat_matmul, save_residual
 
 PRODUCT, RESIDUAL_STREAM = "product", "residual_stream"
@@ -54,15 +57,11 @@ class DraftAttention(nnx.Module):
     def __init__(self, spec: DraftSpec, inputs: int, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        self.q_proj = nnx.Param(init(rngs.params(), (inputs, query)))
-        self.k_proj = nnx.Param(init(rngs.params(), (inputs, key)))
-        self.v_proj = nnx.Param(init(rngs.params(), (inputs, key)))
-        self.o_proj = nnx.Param(init(rngs.params(), (query, spec.width)))
-        if spec.attention_bias:
-            self.q_bias = nnx.Param(jnp.zeros(query))
-            self.k_bias = nnx.Param(jnp.zeros(key))
-            self.v_bias = nnx.Param(jnp.zeros(key))
-            self.o_bias = nnx.Param(jnp.zeros(spec.width))
+        shapes = {"q": (inputs, query), "k": (inputs, key), "v": (inputs, key), "o": (query, spec.width)}
+        for which, shape in shapes.items():
+            setattr(self, f"{which}_proj", nnx.Param(init(rngs.params(), shape)))
+            if spec.attention_bias:
+                setattr(self, f"{which}_bias", nnx.Param(jnp.zeros(shape[1])))
         if spec.qk_norm:
             self.q_norm = nnx.Param(jnp.ones(spec.head_dim))
             self.k_norm = nnx.Param(jnp.ones(spec.head_dim))
@@ -165,7 +164,7 @@ class DraftLayer(nnx.Module):
 
 
 class Eagle3(nnx.Module):
-    """The draft's parameters and its parts; `ttt.unroll` trains with them and `decode.advance` decodes with them.
+    """The draft's parameters and its parts; `ttt.unroll` trains with them and `advance` decodes with them.
 
     Source: EAGLE-3 (arXiv 2503.01840), section 3.1; the switches of `DraftSpec` are where its reproductions differ.
     """
@@ -201,3 +200,62 @@ class Eagle3(nnx.Module):
     def logits(self, hidden: Float[Array, "*rows W"]) -> Float[Array, "*rows D"]:
         """What lm_head reads -> logits over the draft vocabulary, float32 or better."""
         return flat_matmul(hidden.astype(self.dtype), self.lm_head[...].astype(self.dtype), transposed=True)
+
+
+class DraftCache(NamedTuple):
+    """One layer's keys and values of S slots."""
+
+    keys_BSGC: Float[Array, "B S G C"]
+    values_BSGC: Float[Array, "B S G C"]
+
+
+def empty_cache(draft: Eagle3, rows: int, length: int) -> tuple[DraftCache, ...]:
+    """A cache of `length` slots for each of `rows` sequences, one entry per layer."""
+    shape = (rows, length, draft.spec.kv_heads, draft.spec.head_dim)
+    dtype = jnp.promote_types(draft.dtype, jnp.float32)
+    return tuple(DraftCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in draft.layers)
+
+
+def advance(
+    draft: Eagle3,
+    tables: Tables,
+    hidden_BTW: Float[Array, "B T W"],
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    cache: tuple[DraftCache, ...],
+) -> tuple[Float[Array, "B T W"], Float[Array, "B T W"], tuple[DraftCache, ...]]:
+    """The slots at `positions_BT` each read a hidden state and a token.
+
+    Keys and values are written at the positions. A slot attends to the cached slots up to its own position, so that
+    slots written for rejected tokens are overwritten before any slot attends to them.
+
+    Args:
+      hidden_BTW: `draft.fuse(aux)` where the target has read the position; else the draft's own previous state.
+      tokens_BT: the token after each position.
+      positions_BT: slot t has position t, by which it rotates, as in vLLM and SGLang.
+
+    Returns:
+      (what lm_head reads, the hidden states to continue from, the cache with the new slots).
+
+    Source: EAGLE-3 (arXiv 2503.01840), section 3.1.
+    """
+    rows = jnp.arange(tokens_BT.shape[0])[:, None]
+    length = cache[0].keys_BSGC.shape[1]
+    mask = AttentionMask(positions_BT, jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length)))
+    embedded = tables.embed_VW[tokens_BT].astype(jnp.float32)
+    stream, new_cache = ResidualStream.of(hidden_BTW, draft.dtype), []
+    for layer, past, window in zip(draft.layers, cache, draft.spec.windows, strict=True):
+        read, residual = layer.inputs(embedded, stream)
+        new = layer.self_attn.keys_values(read, positions_BT)
+        past = DraftCache(*(cached.at[rows, positions_BT].set(x) for cached, x in zip(past, new, strict=True)))
+        queries = layer.self_attn.queries(read, positions_BT)
+        mixed = masked_attention(queries, *past, mask, draft.dtype, window=window)
+        stream = ResidualStream.of(layer.finish(residual, mixed), draft.dtype)
+        new_cache.append(past)
+    for_head, next_hidden = draft.finish(stream)
+    return for_head, next_hidden, tuple(new_cache)
+
+
+def greedy_token(draft: Eagle3, tables: Tables, for_head: Float[Array, "*rows W"]) -> Int[Array, "*rows"]:
+    """The draft's most likely token for what lm_head reads, as an id of the target's vocabulary."""
+    return tables.draft_to_target_D[jnp.argmax(draft.logits(for_head), axis=-1)]

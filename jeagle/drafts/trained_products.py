@@ -27,10 +27,6 @@ def trained_linear(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> F
     return flat_matmul(x, kernel.astype(x.dtype))
 
 
-def _linear_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return trained_linear(x, kernel), (x, kernel)
-
-
 def _linear_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     dy = dy.astype(x.dtype)
@@ -38,10 +34,9 @@ def _linear_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> t
     return dx.astype(x.dtype), kernel_gradient(x, dy).astype(kernel.dtype)
 
 
-trained_linear.defvjp(_linear_forward, _linear_backward)
+trained_linear.defvjp(lambda x, kernel: (trained_linear(x, kernel), (x, kernel)), _linear_backward)
 
 
-@jax.custom_vjp
 def scaled_linear(
     x: Float[Array, "*rows I"], scale: Float[Array, " I"], kernel: Float[Array, "I O"]
 ) -> Float[Array, "*rows O"]:
@@ -50,20 +45,7 @@ def scaled_linear(
     The scale is multiplied into the kernel, so that its gradient follows from the kernel's: the product that the
     gradient of x would take is never computed.
     """
-    return flat_matmul(x, (scale[:, None] * kernel).astype(x.dtype))
-
-
-def _scaled_linear_forward(x, scale, kernel):
-    return scaled_linear(x, scale, kernel), (x, scale, kernel)
-
-
-def _scaled_linear_backward(residuals, dy):
-    x, scale, kernel = residuals
-    dproduct = kernel_gradient(x, dy.astype(x.dtype)).astype(kernel.dtype)
-    return jnp.zeros_like(x), jnp.sum(dproduct * kernel, axis=1), dproduct * scale[:, None]
-
-
-scaled_linear.defvjp(_scaled_linear_forward, _scaled_linear_backward)
+    return trained_linear(jax.lax.stop_gradient(x), scale[:, None] * kernel)
 
 
 MLP_CHUNK = 2048
@@ -109,10 +91,6 @@ def chunked_mlp(
     return y, carried
 
 
-def _mlp_forward(dtype, normed, kernels, carried):
-    return chunked_mlp(dtype, normed, kernels, carried), (normed, kernels)
-
-
 def _mlp_backward(dtype, residuals, cotangents):
     (normed, kernels), (dy, sums) = residuals, cotangents
     dy = dy.astype(dtype)
@@ -138,7 +116,10 @@ def _mlp_backward(dtype, residuals, cotangents):
     return dnormed.astype(dtype), MLPKernels(None, None, None), sums
 
 
-chunked_mlp.defvjp(_mlp_forward, _mlp_backward)
+chunked_mlp.defvjp(
+    lambda dtype, normed, kernels, carried: (chunked_mlp(dtype, normed, kernels, carried), (normed, kernels)),
+    _mlp_backward,
+)
 
 
 def _chunks(kernels: MLPKernels) -> int:

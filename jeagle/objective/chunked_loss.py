@@ -138,13 +138,9 @@ def _scan_chunks(options, hidden_KBNW, lm_head_DW, teachers, *, with_gradient):
         source, lse, label, weight, slot, factors = chunk
         at = slot_index(slot)
         hidden = from_bits(hidden_bits.at[at].get(mode="clip"), hidden_KBNW.dtype).astype(dtype)
-        if isinstance(source, TruncatedTeacher):
-            teacher = _teacher(options, _truncated_logits(source, len(teacher_head)), jnp.zeros_like(lse))
-        else:
-            teacher_logits = flat_matmul(source.astype(dtype), teacher_head, transposed=True)
-            teacher = _teacher(options, options.logits(teacher_logits), lse)
+        teacher = _teacher(options, source, teacher_head, lse)
         logits = flat_matmul(hidden, lm_head, transposed=True)
-        losses, chunk_total, dlogits = _loss(options, logits, teacher, weight, factors, with_gradient)
+        (chunk_total, losses), dlogits = _loss(options, logits, teacher, weight, factors, with_gradient)
         correct = argmax_by_blocks(logits) == label[..., None]
         metrics = SlotMetrics(losses, overlap(logits, teacher.full_probs), correct)
         if with_gradient:
@@ -171,8 +167,15 @@ def slot_index(slot_BMK: Int[Array, "B M K"]) -> tuple[jax.Array, jax.Array, jax
     return jnp.arange(steps), jnp.arange(batch)[:, None, None], slot_BMK
 
 
-def _teacher(options: LossOptions, logits_BmD: jax.Array, lse_Bm: jax.Array) -> TeacherProbs:
+def _teacher(options: LossOptions, source, head_DH: jax.Array, lse_Bm: jax.Array) -> TeacherProbs:
     """The teacher's probabilities, the same for all steps: [B, m, 1, D]."""
+    if isinstance(source, TruncatedTeacher):  # known probabilities are logits whose logsumexp is 0
+        known_BmP, lse_Bm = source.log_probs_BMP, jnp.zeros_like(lse_Bm)
+        at = jnp.arange(len(known_BmP))[:, None, None], jnp.arange(known_BmP.shape[1])[None, :, None]
+        unknown_BmD = jnp.full((*known_BmP.shape[:2], len(head_DH)), _UNKNOWN, known_BmP.dtype)
+        logits_BmD = unknown_BmD.at[(*at, source.entries_BMP)].set(known_BmP, mode="drop")
+    else:
+        logits_BmD = options.logits(flat_matmul(source.astype(head_DH.dtype), head_DH, transposed=True))
     logits = logits_BmD[:, :, None]
     softened = logits if options.temperature == 1.0 else logits / options.temperature
     normaliser = jax.nn.logsumexp(softened, axis=-1, keepdims=True)
@@ -184,24 +187,12 @@ def _teacher(options: LossOptions, logits_BmD: jax.Array, lse_Bm: jax.Array) -> 
     return TeacherProbs(probs, jnp.exp(logits - lse_Bm[..., None, None]))
 
 
-def _truncated_logits(teacher: TruncatedTeacher, size: int) -> jax.Array:
-    """The known probabilities as logits [B, m, D] whose logsumexp over the whole vocabulary is 0."""
-    log_probs = teacher.log_probs_BMP
-    row, position = jnp.arange(len(log_probs))[:, None, None], jnp.arange(log_probs.shape[1])[None, :, None]
-    unknown = jnp.full((*log_probs.shape[:2], size), _UNKNOWN, log_probs.dtype)
-    return unknown.at[row, position, teacher.entries_BMP].set(log_probs, mode="drop")
-
-
 def _loss(options: LossOptions, logits, teacher: TeacherProbs, weight, factors, with_gradient: bool):
-    """(The loss of each slot, their weighted sum, its gradient or None)."""
+    """((The weighted sum over the slots, the loss of each slot), the sum's gradient or None)."""
     loss_of = weighted_sum(options.terms, options.kl_share, factors)
 
     def total_of(logits):
         losses = loss_of(logits, teacher)
         return jnp.sum(jnp.where(weight != 0, losses * weight, 0.0)), losses
 
-    if not with_gradient:
-        total, losses = total_of(logits)
-        return losses, total, None
-    (total, losses), gradient = jax.value_and_grad(total_of, has_aux=True)(logits)
-    return losses, total, gradient
+    return jax.value_and_grad(total_of, has_aux=True)(logits) if with_gradient else (total_of(logits), None)

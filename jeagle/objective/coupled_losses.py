@@ -7,28 +7,12 @@ by them. Values and gradients are exact.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jeagle.objective.losses import KLShare, Terms
 from jeagle.runtime.mesh import summed_over
-
-
-class SlotLosses(NamedTuple):
-    """A loss as a sum of losses of single slots.
-
-    Attributes:
-      terms: weights and names of such losses.
-      factors: what each term is multiplied by at each slot [K, B, N]; None is 1.
-      rest_K: what is missing of each step's loss; it has no gradient.
-    """
-
-    terms: Terms
-    factors: tuple[jax.Array | None, ...]
-    rest_K: jax.Array
 
 
 def split_by_slot(
@@ -39,7 +23,7 @@ def split_by_slot(
     decay: float,
     share: KLShare,
     over: tuple[str, ...] = (),
-) -> SlotLosses:
+) -> tuple[Terms, tuple[jax.Array | None, ...], Float[Array, " K"]]:
     """The terms as losses of single slots.
 
     lk_step: w soft_ce + (1 - w)(1 - a), where a is the mean acceptance of the step's slots and w the share of KL at a.
@@ -56,10 +40,13 @@ def split_by_slot(
       decay: of the objective; a slot of step j is part of the products of all steps k >= j, which weigh decay**k.
       share: of KL in lk_step.
       over: mesh axes over which a surrounding `shard_map` splits the rows.
+
+    Returns:
+      (Weights and names of losses of single slots; what each of them is multiplied by at each slot [K, B, N], None
+      being 1; what is missing of each step's loss, which has no gradient).
     """
-    steps = len(trained_KBN)
     split: list[tuple[tuple[float, str], jax.Array | None]] = []
-    rest_K = jnp.zeros(steps, scale_KBN.dtype)
+    rest_K = jnp.zeros(len(trained_KBN), scale_KBN.dtype)
     for weight, name in terms:
         if name == "lk_step":
             kl_factor, tv_factor = _step_factors(accepted_KBN, trained_KBN, scale_KBN, share, over)
@@ -70,7 +57,7 @@ def split_by_slot(
             rest_K = rest_K + weight * missing_K
         else:
             split.append(((weight, name), None))
-    return SlotLosses(tuple(term for term, _ in split), tuple(factor for _, factor in split), rest_K)
+    return tuple(term for term, _ in split), tuple(factor for _, factor in split), rest_K
 
 
 def _step_factors(accepted, trained, scale, share: KLShare, over) -> tuple[jax.Array, jax.Array]:

@@ -133,16 +133,7 @@ def lk(
     return w * kl(logits, teacher) + (1.0 - w) * (1.0 - accepted)
 
 
-LOSSES: dict[str, Loss] = {
-    "soft_ce": soft_ce,
-    "hard_ce": hard_ce,
-    "kl": kl,
-    "reverse_kl": reverse_kl,
-    "js": js,
-    "tv": tv,
-    "nla": nla,
-    "lk": lk,
-}
+LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (soft_ce, hard_ce, kl, reverse_kl, js, tv, nla, lk)}
 COUPLED_LOSSES = ("lk_step", "length")
 """Losses of a slot that depend on other slots too: see `coupled_losses`."""
 ACCEPTANCE_LOSSES = ("tv", "nla", "lk", *COUPLED_LOSSES)

@@ -84,7 +84,9 @@ def objective(
     Source: EAGLE-3 (arXiv 2503.01840); the switches of `spec` name the differences between its trainers.
     """
     length, width = batch.tokens_BT.shape[1], predictions.counts_KBN.shape[2]
-    counts_KBN, entry_V = predictions.counts_KBN, _draft_entries(tables)
+    counts_KBN, entries = predictions.counts_KBN, jnp.arange(len(tables.draft_to_target_D))
+    # Each token as an entry of the draft vocabulary; -1 where the draft vocabulary lacks it.
+    entry_V = jnp.full(len(tables.embed_VW), -1, jnp.int32).at[tables.draft_to_target_D].set(entries)
     label_BT = entry_V[features.greedy_BT]
     teacher_KBN = jnp.minimum(predictions.taught_by_KBN, length - 1)
     label_KBN = jax.vmap(take_rows, (None, 0))(label_BT, teacher_KBN)
@@ -93,7 +95,10 @@ def objective(
     segments_BN = take_rows(batch.segments_BT, slots.positions_BN)
     if divisor_K is None:
         divisor_K = divisors(spec, trained_KBN, segments_BN, batch.tokens_BT.shape, over)
-    scale_KBN = _scale(spec, trained_KBN, segments_BN, divisor_K, length)
+    scale_KBN = jnp.broadcast_to((1.0 / divisor_K)[:, None, None], trained_KBN.shape)
+    if spec.normaliser == "document":  # each document's slots share its weight
+        sizes_KBS = _by_document(trained_KBN, segments_BN, length)
+        scale_KBN = scale_KBN / jnp.maximum(jax.vmap(take_rows, (0, None))(sizes_KBS, segments_BN), 1)
     decay_K = spec.decay ** jnp.arange(len(counts_KBN), dtype=scale_KBN.dtype)
     weight_KBN = jnp.where(trained_KBN, scale_KBN * decay_K[:, None, None], 0.0)
 
@@ -117,20 +122,15 @@ def objective(
         _, first_pass = chunked_loss(options._replace(terms=((1.0, "tv"),)), *frozen)
         accepted, present = _by_slot((first_pass.accepted, present_BMK), slot_BMK, present_BMK, width)
         carries_loss = trained_KBN & (present > 0)
-        split = split_by_slot(options.terms, accepted, carries_loss, scale_KBN, spec.decay, spec.kl_share, over)
-        options, rest_K = options._replace(terms=split.terms), split.rest_K
-        taught = taught._replace(factors=tuple(None if f is None else f[at] for f in split.factors))
+        terms, factors, rest_K = split_by_slot(
+            options.terms, accepted, carries_loss, scale_KBN, spec.decay, spec.kl_share, over
+        )
+        options = options._replace(terms=terms)
+        taught = taught._replace(factors=tuple(None if f is None else f[at] for f in factors))
     loss, by_teacher = chunked_loss(options, predictions.hidden_KBNW, lm_head_DW, taught)
     by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, width)
-    metrics = _metrics(by_slot, counts_KBN, trained_KBN, scale_KBN)
-    metrics = metrics._replace(loss=metrics.loss + rest_K)
+    metrics = _metrics(by_slot, counts_KBN, trained_KBN, scale_KBN, rest_K)
     return summed_over((loss + jnp.sum(decay_K * rest_K), metrics), over)
-
-
-def _draft_entries(tables: Tables) -> jax.Array:
-    """Each token as a draft vocabulary entry [V]; -1 where the draft vocabulary lacks it."""
-    entries = tables.draft_to_target_D.shape[0]
-    return jnp.full(tables.embed_VW.shape[0], -1, jnp.int32).at[tables.draft_to_target_D].set(jnp.arange(entries))
 
 
 def _teacher_source(
@@ -172,18 +172,6 @@ def divisors(
     return jnp.maximum(summed_over(documents_KB.sum(axis=1), over), 1).astype(jnp.float32)
 
 
-def _scale(
-    spec: ObjectiveSpec, trained_KBN: jax.Array, segments_BN: jax.Array, divisor_K: jax.Array, length: int
-) -> jax.Array:
-    """What each slot's loss is multiplied by before the decay: one number per step, except for "document"."""
-    scale = jnp.broadcast_to((1.0 / divisor_K)[:, None, None], trained_KBN.shape)
-    if spec.normaliser != "document":
-        return scale
-    counts_KBS = _by_document(trained_KBN, segments_BN, length)
-    own_KBN = jax.vmap(take_rows, (0, None))(counts_KBS, segments_BN)
-    return scale / jnp.maximum(own_KBN, 1)
-
-
 def _by_document(trained_KBX: jax.Array, segments_BX: jax.Array, length: int) -> jax.Array:
     """The number of slots that carry loss in each document, [K, B, T + 1]."""
 
@@ -222,12 +210,14 @@ def _by_slot(by_teacher: Any, slot_BMK: jax.Array, present_BMK: jax.Array, width
     return jax.tree.map(scatter, by_teacher)
 
 
-def _metrics(by_slot: SlotMetrics, counts: jax.Array, trained: jax.Array, scale: jax.Array) -> Metrics:
+def _metrics(
+    by_slot: SlotMetrics, counts: jax.Array, trained: jax.Array, scale: jax.Array, rest_K: jax.Array
+) -> Metrics:
     def total(values: jax.Array) -> jax.Array:
         return values.sum(axis=(1, 2), dtype=jnp.float32)
 
     return Metrics(
-        loss=total(jnp.where(trained, by_slot.loss * scale, 0.0)),
+        loss=total(jnp.where(trained, by_slot.loss * scale, 0.0)) + rest_K,
         counting=total(counts),
         correct=total(by_slot.correct * counts),
         trained=total(trained),

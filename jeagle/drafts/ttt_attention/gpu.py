@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from jeagle.drafts.ttt_attention.reference import MASKED, Step0Inputs
+from jeagle.drafts.ttt_attention.reference import MASKED, Step0Inputs, contract
 
 SMALLEST = 16  # rows of a matrix product
 LOG2_E = math.log2(math.e)  # the exponential that a GPU has is that of two
@@ -47,87 +47,88 @@ def divides(slots: int, length: int) -> bool:
 
 def forward(inputs: Step0Inputs, *, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `Step0Inputs` describes it."""
-    shape, args = _shape(inputs, FORWARD), _Args.of(inputs)
-    rows, keys, numbers, visible = _specs_by_slots(shape)
-    out = jax.ShapeDtypeStruct(args.queries_BGMC.shape, jnp.float32)
-    number = jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)
-    mixed, top, total = _call(
-        functools.partial(_forward_kernel, shape),
-        grid=(shape.slots // shape.blocks.slots, shape.groups * shape.heads, shape.batch),
-        in_specs=[rows, keys, keys, visible, visible],
-        out_specs=[rows, numbers, numbers],
-        out_shape=[out, number, number],
-        shape=shape,
-        products=2,
-        interpret=interpret,
-    )(*args)
+    mixed, top, total = _call_by_slots(_forward_kernel, inputs, FORWARD, _arguments(inputs), 3, interpret)
     by_head = inputs.queries_BGRNC.shape
-    return _of_width(mixed, inputs).reshape(by_head), *(x.reshape(*by_head[:-1], 1) for x in (top, total))
+    return mixed[..., : by_head[-1]].reshape(by_head), *(x.reshape(*by_head[:-1], 1) for x in (top, total))
 
 
 def backward(
     inputs: Step0Inputs, dout: jax.Array, lse: jax.Array, dout_dot_out: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `Step0Inputs` describes it."""
-    args = _Args.of(inputs)
-    numbers = args.queries_BGMC.shape[:3]
-    given = (*args, _rows(dout.astype(inputs.dtype)), lse.reshape(numbers) * LOG2_E, dout_dot_out.reshape(numbers))
-    dqueries = _of_width(_dqueries(inputs, interpret)(*given), inputs).reshape(inputs.queries_BGRNC.shape)
-    dkeys, dvalues = _dkeys_dvalues(inputs, interpret)(*_reach(inputs, _shape(inputs, DKEYS)), *given)
-    return dqueries, _of_width(dkeys, inputs), _of_width(dvalues, inputs)
+    args, by_head = _arguments(inputs), inputs.queries_BGRNC.shape
+    numbers = args[0].shape[:3]
+    args += (_rows(dout.astype(inputs.dtype)), lse.reshape(numbers) * LOG2_E, dout_dot_out.reshape(numbers))
+    (dqueries,) = _call_by_slots(_dqueries_kernel, inputs, DQUERIES, args, 1, interpret)
+    dqueries = dqueries[..., : by_head[-1]].reshape(by_head)
+    dkeys, dvalues = _dkeys_dvalues(inputs, args, interpret)
+    return dqueries, dkeys[..., : by_head[-1]], dvalues[..., : by_head[-1]]
 
 
-def _dqueries(inputs: Step0Inputs, interpret: bool) -> Callable[..., jax.Array]:
-    shape = _shape(inputs, DQUERIES)
-    rows, keys, numbers, visible = _specs_by_slots(shape)
+def _call_by_slots(
+    kernel: Callable,
+    inputs: Step0Inputs,
+    table: dict[int, Blocks],
+    args: tuple[jax.Array, ...],
+    outputs: int,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Runs a kernel of programs (block of slots, head, batch) -> rows, and two numbers a row where `outputs` is 3.
+
+    A block is not loaded as a whole: a kernel loads what it reads of it.
+    """
+    shape = _shape(inputs, table)
+    block, blocks, heads = shape.blocks.slots, shape.slots // shape.blocks.slots, shape.heads
+
+    def row(n: jax.Array, h: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+        return b, jax.lax.div(h, jnp.int32(heads)), jax.lax.rem(h, jnp.int32(heads)) * blocks + n
+
+    rows = pl.BlockSpec((None, None, block, shape.width), lambda n, h, b: (*row(n, h, b), 0))
+    keys = pl.BlockSpec((None, None, shape.length, shape.width), lambda n, h, b: (*row(n, h, b)[:2], 0, 0))
+    numbers = pl.BlockSpec((None, None, block), row)
+    visible = pl.BlockSpec((None, block), lambda n, h, b: (b, n))
+    out = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
+    number = jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)
     return _call(
-        functools.partial(_dqueries_kernel, shape),
-        grid=(shape.slots // shape.blocks.slots, shape.groups * shape.heads, shape.batch),
-        in_specs=[rows, keys, keys, visible, visible, rows, numbers, numbers],
-        out_specs=rows,
-        out_shape=jax.ShapeDtypeStruct(
-            (shape.batch, shape.groups, shape.heads * shape.slots, shape.width), jnp.float32
-        ),
+        functools.partial(kernel, shape),
+        grid=(blocks, shape.groups * shape.heads, shape.batch),
+        in_specs=[rows, keys, keys, visible, visible, rows, numbers, numbers][: len(args)],
+        out_specs=[rows, numbers, numbers][:outputs],
+        out_shape=[out, number, number][:outputs],
         shape=shape,
-        products=3,
+        products=2 if outputs == 3 else 3,
         interpret=interpret,
-    )
+    )(*args)
 
 
-def _dkeys_dvalues(inputs: Step0Inputs, interpret: bool) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _dkeys_dvalues(inputs: Step0Inputs, args: tuple[jax.Array, ...], interpret: bool) -> list[jax.Array]:
+    """Runs the kernel of programs (block of keys, key head, batch)."""
     shape = _shape(inputs, DKEYS)
     rows = pl.BlockSpec((None, None, shape.heads * shape.slots, shape.width), lambda t, g, b: (b, g, 0, 0))
     keys = pl.BlockSpec((None, None, shape.blocks.keys, shape.width), lambda t, g, b: (b, g, t, 0))
     numbers = pl.BlockSpec((None, None, shape.heads * shape.slots), lambda t, g, b: (b, g, 0))
     visible = pl.BlockSpec((None, shape.slots), lambda t, g, b: (b, 0))
     reach = pl.BlockSpec((None, 1), lambda t, g, b: (b, t))
-    out = jax.ShapeDtypeStruct((shape.batch, shape.groups, shape.length, shape.width), jnp.float32)
     return _call(
         functools.partial(_dkeys_dvalues_kernel, shape),
         grid=(shape.length // shape.blocks.keys, shape.groups, shape.batch),
         in_specs=[reach, reach, rows, keys, keys, visible, visible, rows, numbers, numbers],
         out_specs=[keys, keys],
-        out_shape=[out, out],
+        out_shape=[jax.ShapeDtypeStruct(args[1].shape, jnp.float32)] * 2,
         shape=shape,
         products=4,
         interpret=interpret,
-    )
+    )(*_reach(inputs, shape), *args)
 
 
-class _Args(NamedTuple):
-    """The kernels' arguments. M counts the N slots of a group's R heads, by head; C is padded to a power of two."""
+def _arguments(inputs: Step0Inputs) -> tuple[jax.Array, ...]:
+    """(Queries [B, G, M, C], keys and values [B, G, T, C], first and last [B, N]) as the kernels read them.
 
-    queries_BGMC: jax.Array
-    keys_BGTC: jax.Array
-    values_BGTC: jax.Array
-    first_BN: jax.Array
-    last_BN: jax.Array
-
-    @staticmethod
-    def of(inputs: Step0Inputs) -> _Args:
-        keys, values = (_wide(x.astype(inputs.dtype)) for x in (inputs.keys_BGTC, inputs.values_BGTC))
-        first, last = (x.astype(jnp.int32) for x in (inputs.first_BN, inputs.last_BN))
-        return _Args(_rows(inputs.queries_BGRNC.astype(inputs.dtype)), keys, values, first, last)
+    M counts the N slots of a group's R heads, by head; C is padded to a power of two.
+    """
+    keys, values = (_wide(x.astype(inputs.dtype)) for x in (inputs.keys_BGTC, inputs.values_BGTC))
+    first, last = (x.astype(jnp.int32) for x in (inputs.first_BN, inputs.last_BN))
+    return _rows(inputs.queries_BGRNC.astype(inputs.dtype)), keys, values, first, last
 
 
 def _rows(x_BGRNC: jax.Array) -> jax.Array:
@@ -139,10 +140,6 @@ def _wide(x: jax.Array) -> jax.Array:
     """Pads each row with zeros to a power of two, which Triton's blocks must be."""
     wanted = pl.next_power_of_2(max(x.shape[-1], SMALLEST))
     return x if wanted == x.shape[-1] else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, wanted - x.shape[-1])])
-
-
-def _of_width(x: jax.Array, inputs: Step0Inputs) -> jax.Array:
-    return x[..., : inputs.keys_BGTC.shape[-1]]
 
 
 class GPUKernelShape(NamedTuple):
@@ -179,25 +176,6 @@ def _call(kernel: Callable, *, shape: GPUKernelShape, products: int, interpret: 
     )
 
 
-def _specs_by_slots(shape: GPUKernelShape) -> tuple[pl.BlockSpec, ...]:
-    """Block specs of rows, keys, one number per row, and one per slot, for programs (block of slots, head, batch).
-
-    A block is not loaded as a whole: a kernel loads what it reads of it.
-    """
-    block, blocks, heads = shape.blocks.slots, shape.slots // shape.blocks.slots, shape.heads
-
-    def group(h: jax.Array) -> jax.Array:
-        return jax.lax.div(h, jnp.int32(heads))
-
-    def row(n: jax.Array, h: jax.Array) -> jax.Array:
-        return jax.lax.rem(h, jnp.int32(heads)) * blocks + n
-
-    rows = pl.BlockSpec((None, None, block, shape.width), lambda n, h, b: (b, group(h), row(n, h), 0))
-    keys = pl.BlockSpec((None, None, shape.length, shape.width), lambda n, h, b: (b, group(h), 0, 0))
-    numbers = pl.BlockSpec((None, None, block), lambda n, h, b: (b, group(h), row(n, h)))
-    return rows, keys, numbers, pl.BlockSpec((None, block), lambda n, h, b: (b, n))
-
-
 def _reach(inputs: Step0Inputs, shape: GPUKernelShape) -> tuple[jax.Array, jax.Array]:
     """For each block of keys, the blocks of slots that attend to some of it: (the first, the one after the last).
 
@@ -214,20 +192,9 @@ def _reach(inputs: Step0Inputs, shape: GPUKernelShape) -> tuple[jax.Array, jax.A
     return jnp.minimum(begin_BY, end_BY).astype(jnp.int32), end_BY.astype(jnp.int32)
 
 
-def _product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """Contracts axis `contracted[0]` of a with `contracted[1]` of b, summed in float32."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    numbers = (((contracted[0],), (contracted[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, numbers, precision=exact, preferred_element_type=jnp.float32)
-
-
 def _scores(a: jax.Array, b: jax.Array, here: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
     """Masked scores of queries and the keys at positions `here`, or of keys and queries; times log2(e), for exp2."""
-    return jnp.where((here >= first) & (here <= last), _product(a, b, (1, 1)) * LOG2_E, MASKED)
-
-
-def _positions(begin: jax.Array, size: int) -> jax.Array:
-    return begin + jnp.arange(size, dtype=jnp.int32)
+    return jnp.where((here >= first) & (here <= last), contract(a, b, (1, 1)) * LOG2_E, MASKED)
 
 
 def _key_blocks(first: jax.Array, last: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -241,12 +208,14 @@ def _forward_kernel(shape, q_ref, k_ref, v_ref, first_ref, last_ref, out_ref, to
     def body(t, carry):
         mixed, top, total = carry
         keys, values = (ref[pl.ds(t * size, size), :] for ref in (k_ref, v_ref))
-        scores = _scores(queries, keys, _positions(t * size, size)[None], first[:, None], last[:, None])
+        scores = _scores(
+            queries, keys, t * size + jnp.arange(size, dtype=jnp.int32)[None], first[:, None], last[:, None]
+        )
         # What a row sums over blocks that are masked for it, its first unmasked key scales down to zero.
         new = jnp.maximum(top, jnp.max(scores, axis=1))
         weights, fade = jnp.exp2(scores - new[:, None]), jnp.exp2(top - new)
         total = total * fade + jnp.sum(weights, axis=1)
-        return mixed * fade[:, None] + _product(weights.astype(values.dtype), values, (1, 0)), new, total
+        return mixed * fade[:, None] + contract(weights.astype(values.dtype), values, (1, 0)), new, total
 
     nothing = jnp.zeros(queries.shape, jnp.float32), jnp.full(first.shape, MASKED), jnp.zeros(first.shape, jnp.float32)
     mixed, top, total = jax.lax.fori_loop(*_key_blocks(first, last, size), body, nothing)
@@ -255,39 +224,29 @@ def _forward_kernel(shape, q_ref, k_ref, v_ref, first_ref, last_ref, out_ref, to
     total_ref[...] = total
 
 
-def _dqueries_kernel(shape, q_ref, k_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, dout_dot_out_ref, dq_ref):
+def _dqueries_kernel(shape, q_ref, k_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, dot_ref, dq_ref):
     queries, dout, size = q_ref[...], dout_ref[...], shape.blocks.keys
-    first, last, lse, dout_dot_out = first_ref[...], last_ref[...], lse_ref[...], dout_dot_out_ref[...]
+    first, last, lse, dout_dot_out = first_ref[...], last_ref[...], lse_ref[...], dot_ref[...]
 
     def body(t, dqueries):
         keys, values = (ref[pl.ds(t * size, size), :] for ref in (k_ref, v_ref))
-        scores = _scores(queries, keys, _positions(t * size, size)[None], first[:, None], last[:, None])
-        dweights = _product(dout, values, (1, 1))
+        scores = _scores(
+            queries, keys, t * size + jnp.arange(size, dtype=jnp.int32)[None], first[:, None], last[:, None]
+        )
+        dweights = contract(dout, values, (1, 1))
         dscores = jnp.exp2(scores - lse[:, None]) * (dweights - dout_dot_out[:, None])
-        return dqueries + _product(dscores.astype(keys.dtype), keys, (1, 0))
+        return dqueries + contract(dscores.astype(keys.dtype), keys, (1, 0))
 
     nothing = jnp.zeros(queries.shape, jnp.float32)
     dq_ref[...] = jax.lax.fori_loop(*_key_blocks(first, last, size), body, nothing)
 
 
 def _dkeys_dvalues_kernel(
-    shape,
-    begin_ref,
-    end_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    first_ref,
-    last_ref,
-    dout_ref,
-    lse_ref,
-    dout_dot_out_ref,
-    dk_ref,
-    dv_ref,
+    shape, begin_ref, end_ref, q_ref, k_ref, v_ref, first_ref, last_ref, dout_ref, lse_ref, dot_ref, dk_ref, dv_ref
 ):
     keys, values, size = k_ref[...], v_ref[...], shape.blocks.slots
     begin, end = begin_ref[0], end_ref[0]
-    here = _positions(pl.program_id(0) * shape.blocks.keys, shape.blocks.keys)
+    here = pl.program_id(0) * shape.blocks.keys + jnp.arange(shape.blocks.keys, dtype=jnp.int32)
 
     def body(i, carry):
         dkeys, dvalues = carry
@@ -298,9 +257,9 @@ def _dkeys_dvalues_kernel(
         # Keys by slots, as both gradients need them: slots by keys would be transposed in shared memory for each.
         scores = _scores(keys, queries, here[:, None], first_ref[slots][None], last_ref[slots][None])
         weights = jnp.exp2(scores - lse_ref[rows][None])
-        dscores = weights * (_product(values, dout, (1, 1)) - dout_dot_out_ref[rows][None])
-        dkeys = dkeys + _product(dscores.astype(queries.dtype), queries, (1, 0))
-        return dkeys, dvalues + _product(weights.astype(dout.dtype), dout, (1, 0))
+        dscores = weights * (contract(values, dout, (1, 1)) - dot_ref[rows][None])
+        dkeys = dkeys + contract(dscores.astype(queries.dtype), queries, (1, 0))
+        return dkeys, dvalues + contract(weights.astype(dout.dtype), dout, (1, 0))
 
     nothing = jnp.zeros(keys.shape, jnp.float32)
     dk_ref[...], dv_ref[...] = jax.lax.fori_loop(0, (end - begin) * shape.heads, body, (nothing, nothing))

@@ -58,15 +58,10 @@ def deliver_to_backward(result: Float[Array, "..."], own: BackwardCarry, carry: 
     return result
 
 
-def _deliver_forward(result: jax.Array, own: BackwardCarry, carry: BackwardCarry) -> tuple[jax.Array, BackwardCarry]:
-    return result, own
-
-
-def _deliver_backward(own: BackwardCarry, dresult: jax.Array) -> tuple[jax.Array, BackwardCarry, BackwardCarry]:
-    return dresult, BackwardCarry(*(jnp.zeros_like(x) for x in own)), own
-
-
-deliver_to_backward.defvjp(_deliver_forward, _deliver_backward)
+deliver_to_backward.defvjp(
+    lambda result, own, carry: (result, own),
+    lambda own, dresult: (dresult, jax.tree.map(jnp.zeros_like, own), own),
+)
 
 
 class BackendPasses(NamedTuple):
@@ -105,13 +100,6 @@ class AttentionArgs(NamedTuple):
     own_allowed_J: jax.Array
 
 
-class AttentionOptions(NamedTuple):
-    """What is static about a call."""
-
-    dtype: Any
-    backend: Backend
-
-
 def attend_ttt(
     queries_BQNC: Float[Array, "B Q N C"],
     keys_BGTC: Float[Array, "B G T C"],
@@ -143,44 +131,40 @@ def attend_ttt(
     )
     if not BACKENDS[backend].divides(queries_BQNC.shape[2], keys_BGTC.shape[2]):
         backend = "chunked"
-    return _attention(AttentionOptions(jnp.dtype(dtype), backend), args, backward_carry)
+    return _attention(jnp.dtype(dtype), backend, args, backward_carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(
-    options: AttentionOptions, args: AttentionArgs, carry: BackwardCarry | None
-) -> tuple[jax.Array, BackwardCarry | None]:
-    return _forward(options, args, carry)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(dtype: Any, backend: Backend, args: AttentionArgs, carry: Any) -> tuple[jax.Array, Any]:
+    return _forward(dtype, backend, args, carry)[0]
 
 
-def _forward(
-    options: AttentionOptions, args: AttentionArgs, carry: BackwardCarry | None
-) -> tuple[tuple[jax.Array, BackwardCarry | None], Any]:
-    step_0 = _step_0_inputs(options, args)
-    mixed, top, total = BACKENDS[options.backend].forward(step_0)
+def _forward(dtype: Any, backend: Backend, args: AttentionArgs, carry: Any) -> tuple[tuple[jax.Array, Any], Any]:
+    step_0 = _step_0_inputs(dtype, args)
+    mixed, top, total = BACKENDS[backend].forward(step_0)
     if args.own_allowed_J.size:
         own = _own_scores(args, step_0.queries_BGRNC)
         joint = jnp.maximum(top, own.max(axis=0))
         scale, own = jnp.exp(top - joint), jnp.exp(own - joint)
         total = total * scale + own.sum(axis=0)
         mixed, top = mixed * scale + _own_sum(own, args.own_values_JBGNC), joint
-    out = (mixed / total).reshape(args.queries_BQNC.shape).astype(options.dtype)
+    out = (mixed / total).reshape(args.queries_BQNC.shape).astype(dtype)
     out, lse = name_residual(out, ATTENTION), name_residual(top + jnp.log(total), ATTENTION)
     if carry is not None:
         args = args._replace(own_keys_JBGNC=None, own_values_JBGNC=None)
     return (out, carry), (args, out, lse)
 
 
-def _backward(options: AttentionOptions, residuals: Any, cotangents: Any) -> tuple[AttentionArgs, BackwardCarry | None]:
+def _backward(dtype: Any, backend: Backend, residuals: Any, cotangents: Any) -> tuple[AttentionArgs, Any]:
     (args, out, lse), (dout_BQNC, carry) = residuals, cotangents
     if carry is not None:
         args = args._replace(own_keys_JBGNC=carry.keys_JBGNC, own_values_JBGNC=carry.values_JBGNC)
-    step_0 = _step_0_inputs(options, args)
+    step_0 = _step_0_inputs(dtype, args)
     queries = step_0.queries_BGRNC
     dout = dout_BQNC.astype(queries.dtype).reshape(queries.shape)
     # What the softmax's normaliser subtracts from the gradient of each weight.
     dout_dot_out = jnp.sum(dout * out.reshape(dout.shape), axis=-1, keepdims=True)
-    dqueries, dkeys, dvalues = BACKENDS[options.backend].backward(step_0, dout, lse, dout_dot_out)
+    dqueries, dkeys, dvalues = BACKENDS[backend].backward(step_0, dout, lse, dout_dot_out)
     own_weights = jnp.exp(_own_scores(args, queries) - lse)
     down = own_weights * (_own_dots(dout, args.own_values_JBGNC) - dout_dot_out)
     dqueries = dqueries + _own_sum(down, args.own_keys_JBGNC)
@@ -201,13 +185,13 @@ def _backward(options: AttentionOptions, residuals: Any, cotangents: Any) -> tup
 _attention.defvjp(_forward, _backward)
 
 
-def _step_0_inputs(options: AttentionOptions, args: AttentionArgs) -> Step0Inputs:
+def _step_0_inputs(dtype: Any, args: AttentionArgs) -> Step0Inputs:
     """Queries are scaled, and grouped by the key head that they read."""
     batch, heads, slots, width = args.queries_BQNC.shape
     groups = args.keys_BGTC.shape[1]
     grouped = args.queries_BQNC.reshape(batch, groups, heads // groups, slots, width)
-    queries = grouped.astype(jnp.promote_types(options.dtype, jnp.float32)) / math.sqrt(width)
-    return Step0Inputs(options.dtype, queries, args.keys_BGTC, args.values_BGTC, args.first_BN, args.last_BN)
+    queries = grouped.astype(jnp.promote_types(dtype, jnp.float32)) / math.sqrt(width)
+    return Step0Inputs(dtype, queries, args.keys_BGTC, args.values_BGTC, args.first_BN, args.last_BN)
 
 
 def _own_dots(queries: jax.Array, own_JBGNC: jax.Array) -> jax.Array:

@@ -36,6 +36,13 @@ class Step0Inputs(NamedTuple):
     last_BN: Int[Array, "B N"]
 
 
+def contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Contracts axis `axes[0]` of matrix a with `axes[1]` of matrix b, summed in float32: a product in a kernel."""
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    numbers = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, numbers, precision=exact, preferred_element_type=jnp.float32)
+
+
 def reference(
     queries_BQNC: Float[Array, "B Q N C"],
     keys_BGTC: Float[Array, "B G T C"],

@@ -34,7 +34,10 @@ def kernel_fault(backend: Backend, dtype: Any, *, heads: int, kv_heads: int, hea
     programs takes seconds.
     """
     groups = min(kv_heads, GROUPS)
-    arrays = _arrays(heads // kv_heads * groups, groups, head_dim)
+    step_0, own = (3, groups, LENGTH, head_dim), (OWN_STEPS, 3, groups, SLOTS, head_dim)
+    shapes = (3, heads // kv_heads * groups, SLOTS, head_dim), step_0, step_0, own, own
+    keys, names = jax.random.split(jax.random.key(0), len(shapes)), (*STEP_0_NAMES, *OWN_NAMES)
+    arrays = {name: jax.random.normal(*of) for name, *of in zip(names, keys, shapes, strict=True)}
 
     def ours(*inputs: jax.Array) -> jax.Array:
         return attend_ttt(*inputs, dtype=dtype, backward_carry=None, backend=backend)[0].astype(jnp.float32)
@@ -68,13 +71,6 @@ def trusted_backend(mesh: Mesh, spec: DraftSpec, dtype: Any) -> Backend:
     return "chunked" if distributed.anywhere(bool(fault)) else backend
 
 
-def _arrays(heads: int, kv_heads: int, head_dim: int) -> Arrays:
-    step_0, own = (3, kv_heads, LENGTH, head_dim), (OWN_STEPS, 3, kv_heads, SLOTS, head_dim)
-    shapes = (3, heads, SLOTS, head_dim), step_0, step_0, own, own
-    keys, names = jax.random.split(jax.random.key(0), len(shapes)), (*STEP_0_NAMES, *OWN_NAMES)
-    return {name: jax.random.normal(*of) for name, *of in zip(names, keys, shapes, strict=True)}
-
-
 def _visible() -> tuple[np.ndarray, np.ndarray]:
     """The first and the last position of each slot's keys, int32 [3, N] each.
 
@@ -98,10 +94,8 @@ def _values_and_gradients(attention: Callable[..., jax.Array]) -> Callable[[Arra
         # A slot without any key has no softmax: without own keys, each must attend to some step-0 key.
         none = [x[:0] for x in own]
         without_own = attention(*step_0, np.minimum(first_BN, last_BN), last_BN, *none, jnp.ones(0, bool))
-        return jnp.sum(jnp.sin(with_own) + jnp.cos(without_own)), {
-            "output": with_own,
-            "output without own keys": without_own,
-        }
+        outputs = {"output": with_own, "output without own keys": without_own}
+        return jnp.sum(jnp.sin(with_own) + jnp.cos(without_own)), outputs
 
     def both(arrays: Arrays) -> Arrays:
         (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)

@@ -8,6 +8,7 @@ go through the matrix unit together, as rows of one product.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jeagle.drafts.ttt_attention.reference import MASKED, Step0Inputs
+from jeagle.drafts.ttt_attention.reference import MASKED, Step0Inputs, contract
 
 BLOCKS = (512, 256, 128)
 ROWS = 1024  # most rows of one product: slots of a block times heads of a group
@@ -46,130 +47,80 @@ def _shape(inputs: Step0Inputs) -> TPUKernelShape:
 
 def forward(inputs: Step0Inputs, *, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `Step0Inputs` describes it."""
-    shape, (batch, groups, heads, slots, width) = _shape(inputs), inputs.queries_BGRNC.shape
-    queries, keys, values, numbers = _specs(shape, width)
-    rows = shape.heads * shape.slots
-    out = jax.ShapeDtypeStruct(inputs.queries_BGRNC.shape, jnp.float32)
-    number = jax.ShapeDtypeStruct((batch, groups, heads, slots, 1), jnp.float32)
-    call = pl.pallas_call(
-        functools.partial(_forward_kernel, shape),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, groups, shape.slot_blocks, shape.key_blocks),
-            in_specs=[queries, keys, values, _visible_spec(shape)],
-            out_specs=[queries, numbers, numbers],
-            scratch_shapes=[pltpu.VMEM((rows, n), jnp.float32) for n in (width, 1, 1)],
-        ),
-        out_shape=[out, number, number],
-        compiler_params=_semantics(3),
-        interpret=interpret,
-    )
-    return tuple(call(*_reach(inputs, shape), *_operands(inputs), _visible(inputs)))
+    by_query = inputs.queries_BGRNC.shape
+    number = (*by_query[:-1], 1)
+    return _call(_forward_kernel, inputs, (), (by_query, number, number), interpret=interpret)
 
 
 def backward(
     inputs: Step0Inputs, dout: jax.Array, lse: jax.Array, dout_dot_out: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `Step0Inputs` describes it."""
-    given = (*_operands(inputs), _visible(inputs), dout.astype(inputs.dtype), lse, dout_dot_out)
-    reach, shape = _reach(inputs, _shape(inputs)), _shape(inputs)
-    return _dqueries(inputs, shape, interpret)(*reach, *given), *_dkeys_dvalues(inputs, shape, interpret)(
-        *reach, *given
+    given, by_key = (dout.astype(inputs.dtype), lse, dout_dot_out), inputs.keys_BGTC.shape
+    (dqueries,) = _call(_dqueries_kernel, inputs, given, (inputs.queries_BGRNC.shape,), interpret=interpret)
+    dkeys, dvalues = _call(
+        _dkeys_dvalues_kernel, inputs, given, (by_key, by_key), slots_inside=True, interpret=interpret
     )
+    return dqueries, dkeys, dvalues
 
 
-def _dqueries(inputs: Step0Inputs, shape: TPUKernelShape, interpret: bool) -> Any:
-    batch, groups, _, _, width = inputs.queries_BGRNC.shape
-    queries, keys, values, numbers = _specs(shape, width)
+def _call(
+    kernel: Callable,
+    inputs: Step0Inputs,
+    given: tuple[jax.Array, ...],
+    outputs: tuple[tuple[int, ...], ...],
+    *,
+    slots_inside: bool = False,
+    interpret: bool,
+) -> Any:
+    """Runs a kernel on the inputs and on `given`; it sums each of the float32 `outputs` in scratch memory.
+
+    The inner loop, over which it sums, is that of the blocks of keys, or of the blocks of slots with `slots_inside`.
+    """
+    shape = _shape(inputs)
+    arrays = [x.astype(inputs.dtype) for x in (inputs.queries_BGRNC, inputs.keys_BGTC, inputs.values_BGTC)]
+    arrays += [jnp.stack([inputs.first_BN, inputs.last_BN], axis=-1).astype(jnp.int32), *given]
+    # The first and the last block of keys that a block of slots attends to: int32 [B * blocks of slots] each.
+    first = inputs.first_BN.reshape(-1, shape.slots).min(axis=1) // shape.keys
+    last = inputs.last_BN.reshape(-1, shape.slots).max(axis=1) // shape.keys
+    loops = (shape.key_blocks, shape.slot_blocks) if slots_inside else (shape.slot_blocks, shape.key_blocks)
+    rows = shape.keys if slots_inside else shape.heads * shape.slots
     return pl.pallas_call(
-        functools.partial(_dqueries_kernel, shape),
+        functools.partial(kernel, shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, groups, shape.slot_blocks, shape.key_blocks),
-            in_specs=[queries, keys, values, _visible_spec(shape), queries, numbers, numbers],
-            out_specs=queries,
-            scratch_shapes=[pltpu.VMEM((shape.heads * shape.slots, width), jnp.float32)],
+            grid=(*inputs.keys_BGTC.shape[:2], *loops),
+            in_specs=[_spec(shape, x.shape, slots_inside) for x in arrays],
+            out_specs=[_spec(shape, size, slots_inside) for size in outputs],
+            scratch_shapes=[pltpu.VMEM((rows, size[-1]), jnp.float32) for size in outputs],
         ),
-        out_shape=jax.ShapeDtypeStruct(inputs.queries_BGRNC.shape, jnp.float32),
-        compiler_params=_semantics(3),
+        out_shape=[jax.ShapeDtypeStruct(size, jnp.float32) for size in outputs],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         interpret=interpret,
-    )
+    )(first.astype(jnp.int32), last.astype(jnp.int32), *arrays)
 
 
-def _dkeys_dvalues(inputs: Step0Inputs, shape: TPUKernelShape, interpret: bool) -> Any:
-    """The gradients of keys and values, with slots in the inner loop: a block of keys sums over all slots."""
-    batch, groups, length, width = inputs.keys_BGTC.shape
-    queries = pl.BlockSpec((1, 1, shape.heads, shape.slots, width), lambda b, g, t, n, lo, hi: (b, g, 0, n, 0))
-    numbers = pl.BlockSpec((1, 1, shape.heads, shape.slots, 1), lambda b, g, t, n, lo, hi: (b, g, 0, n, 0))
-    keys = pl.BlockSpec((1, 1, shape.keys, width), lambda b, g, t, n, lo, hi: (b, g, t, 0))
-    visible = pl.BlockSpec((1, shape.slots, 2), lambda b, g, t, n, lo, hi: (b, n, 0))
-    out = jax.ShapeDtypeStruct((batch, groups, length, width), jnp.float32)
-    return pl.pallas_call(
-        functools.partial(_dkeys_dvalues_kernel, shape),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, groups, shape.key_blocks, shape.slot_blocks),
-            in_specs=[queries, keys, keys, visible, queries, numbers, numbers],
-            out_specs=[keys, keys],
-            scratch_shapes=[pltpu.VMEM((shape.keys, width), jnp.float32) for _ in "kv"],
-        ),
-        out_shape=[out, out],
-        compiler_params=_semantics(3),
-        interpret=interpret,
-    )
+def _spec(shape: TPUKernelShape, size: tuple[int, ...], slots_inside: bool) -> pl.BlockSpec:
+    """The block of an array [B, N, 2], of keys [B, G, T, C] or of queries [B, G, R, N, C] that a program takes.
 
-
-def _semantics(parallel: int) -> Any:
-    return pltpu.CompilerParams(dimension_semantics=("parallel",) * parallel + ("arbitrary",))
-
-
-def _operands(inputs: Step0Inputs) -> tuple[jax.Array, ...]:
-    return tuple(x.astype(inputs.dtype) for x in (inputs.queries_BGRNC, inputs.keys_BGTC, inputs.values_BGTC))
-
-
-def _visible(inputs: Step0Inputs) -> jax.Array:
-    """The first and the last position of each slot's keys, int32 [B, N, 2]."""
-    return jnp.stack([inputs.first_BN, inputs.last_BN], axis=-1).astype(jnp.int32)
-
-
-def _reach(inputs: Step0Inputs, shape: TPUKernelShape) -> tuple[jax.Array, jax.Array]:
-    """The first and the last block of keys that a block of slots attends to: int32 [B * blocks of slots] each."""
-    blocks = inputs.first_BN.shape[0] * shape.slot_blocks
-    first = inputs.first_BN.reshape(blocks, shape.slots).min(axis=1)
-    last = inputs.last_BN.reshape(blocks, shape.slots).max(axis=1)
-    return (first // shape.keys).astype(jnp.int32), (last // shape.keys).astype(jnp.int32)
-
-
-def _specs(shape: TPUKernelShape, width: int) -> tuple[pl.BlockSpec, ...]:
-    """Block specs of queries, keys, values, and one number per query, with keys in the inner loop.
-
-    Where no slot attends to a block of keys, the nearest one that is needed stands for it, which takes no fetch.
+    With keys in the inner loop, where no slot attends to a block of keys, the nearest one that is needed stands for it,
+    which takes no fetch.
     """
 
-    def needed(b, g, n, t, lo, hi):
-        at = b * shape.slot_blocks + n
-        return (b, g, jnp.clip(t, lo[at], hi[at]), 0)
+    def at(b, g, outer, inner, lo, hi):
+        n, t = (inner, outer) if slots_inside else (outer, inner)
+        if len(size) == 4:
+            here = b * shape.slot_blocks + n
+            return b, g, t if slots_inside else jnp.clip(t, lo[here], hi[here]), 0
+        return (b, n, 0) if len(size) == 3 else (b, g, 0, n, 0)
 
-    queries = pl.BlockSpec((1, 1, shape.heads, shape.slots, width), lambda b, g, n, t, lo, hi: (b, g, 0, n, 0))
-    numbers = pl.BlockSpec((1, 1, shape.heads, shape.slots, 1), lambda b, g, n, t, lo, hi: (b, g, 0, n, 0))
-    keys = pl.BlockSpec((1, 1, shape.keys, width), needed)
-    return queries, keys, keys, numbers
-
-
-def _visible_spec(shape: TPUKernelShape) -> pl.BlockSpec:
-    return pl.BlockSpec((1, shape.slots, 2), lambda b, g, n, t, lo, hi: (b, n, 0))
+    blocks = {3: (1, shape.slots), 4: (1, 1, shape.keys), 5: (1, 1, shape.heads, shape.slots)}
+    return pl.BlockSpec((*blocks[len(size)], size[-1]), at)
 
 
 def _in_reach(shape: TPUKernelShape, n, t, lo_ref, hi_ref):
     at = pl.program_id(0) * shape.slot_blocks + n
     return (t >= lo_ref[at]) & (t <= hi_ref[at])
-
-
-def _product(a, b, contracted: tuple[int, int]):
-    """Contracts axis `contracted[0]` of a with `contracted[1]` of b, summed in float32."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    numbers = (((contracted[0],), (contracted[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, numbers, precision=exact, preferred_element_type=jnp.float32)
 
 
 def _rows(ref):
@@ -180,7 +131,7 @@ def _rows(ref):
 
 def _scores(shape: TPUKernelShape, t, queries, keys, visible_ref):
     """[R * n, t], masked."""
-    scores = _product(queries, keys, (1, 1))
+    scores = contract(queries, keys, (1, 1))
     here = t * shape.keys + jax.lax.broadcasted_iota(jnp.int32, (shape.slots, shape.keys), 1)
     first, last = visible_ref[0, :, :1], visible_ref[0, :, 1:]
     hidden = jnp.where((here >= first) & (here <= last), 0.0, MASKED)
@@ -188,91 +139,67 @@ def _scores(shape: TPUKernelShape, t, queries, keys, visible_ref):
     return masked.reshape(scores.shape)
 
 
+def _sum_blocks(block, blocks: int, wanted, add: Callable[[], None], *sums):
+    """Runs `add` on a wanted block; each of the sums (result, scratch, start) starts at the first block."""
+
+    @pl.when(block == 0)
+    def _():
+        for _, scratch, start in sums:
+            scratch[...] = jnp.full_like(scratch, start)
+
+    pl.when(wanted)(add)
+
+    @pl.when(block == blocks - 1)
+    def _():
+        for ref, scratch, _ in sums:
+            ref[0, 0] = scratch[...].reshape(ref.shape[2:])
+
+
 def _forward_kernel(
     shape, lo_ref, hi_ref, q_ref, k_ref, v_ref, visible_ref, out_ref, top_ref, total_ref, acc, top, total
 ):
     n, t = pl.program_id(2), pl.program_id(3)
 
-    @pl.when(t == 0)
-    def _():
-        acc[...] = jnp.zeros_like(acc)
-        top[...] = jnp.full_like(top, MASKED)
-        total[...] = jnp.zeros_like(total)
-
-    @pl.when(_in_reach(shape, n, t, lo_ref, hi_ref))
-    def _():
+    def add():
         scores = _scores(shape, t, _rows(q_ref), k_ref[0, 0], visible_ref)
         # What a row sums over blocks that are masked for it, its first unmasked key scales down to zero.
         new = jnp.maximum(top[...], scores.max(axis=1, keepdims=True))
         weights, fade = jnp.exp(scores - new), jnp.exp(top[...] - new)
         total[...] = total[...] * fade + weights.sum(axis=1, keepdims=True)
-        acc[...] = acc[...] * fade + _product(weights.astype(v_ref.dtype), v_ref[0, 0], (1, 0))
+        acc[...] = acc[...] * fade + contract(weights.astype(v_ref.dtype), v_ref[0, 0], (1, 0))
         top[...] = new
 
-    @pl.when(t == shape.key_blocks - 1)
-    def _():
-        for ref, scratch in ((out_ref, acc), (top_ref, top), (total_ref, total)):
-            ref[0, 0] = scratch[...].reshape(ref.shape[2:])
+    sums = (out_ref, acc, 0.0), (top_ref, top, MASKED), (total_ref, total, 0.0)
+    _sum_blocks(t, shape.key_blocks, _in_reach(shape, n, t, lo_ref, hi_ref), add, *sums)
 
 
-def _weights_and_dscores(shape, t, q_ref, k_ref, v_ref, visible_ref, dout_ref, lse_ref, dout_dot_out_ref):
+def _weights_and_dscores(shape, t, q_ref, k_ref, v_ref, visible_ref, dout_ref, lse_ref, dot_ref):
     weights = jnp.exp(_scores(shape, t, _rows(q_ref), k_ref[0, 0], visible_ref) - _rows(lse_ref))
-    dweights = _product(_rows(dout_ref), v_ref[0, 0], (1, 1))
-    dscores = weights * (dweights - _rows(dout_dot_out_ref))
+    dweights = contract(_rows(dout_ref), v_ref[0, 0], (1, 1))
+    dscores = weights * (dweights - _rows(dot_ref))
     return weights.astype(v_ref.dtype), dscores.astype(q_ref.dtype)
 
 
-def _dqueries_kernel(
-    shape, lo_ref, hi_ref, q_ref, k_ref, v_ref, visible_ref, dout_ref, lse_ref, dout_dot_out_ref, dq_ref, acc
-):
+def _dqueries_kernel(shape, lo_ref, hi_ref, q_ref, k_ref, v_ref, visible_ref, dout_ref, lse_ref, dot_ref, dq_ref, acc):
     n, t = pl.program_id(2), pl.program_id(3)
 
-    @pl.when(t == 0)
-    def _():
-        acc[...] = jnp.zeros_like(acc)
+    def add():
+        _, dscores = _weights_and_dscores(shape, t, q_ref, k_ref, v_ref, visible_ref, dout_ref, lse_ref, dot_ref)
+        acc[...] += contract(dscores, k_ref[0, 0], (1, 0))
 
-    @pl.when(_in_reach(shape, n, t, lo_ref, hi_ref))
-    def _():
-        given = (q_ref, k_ref, v_ref, visible_ref, dout_ref, lse_ref, dout_dot_out_ref)
-        _, dscores = _weights_and_dscores(shape, t, *given)
-        acc[...] += _product(dscores, k_ref[0, 0], (1, 0))
-
-    @pl.when(t == shape.key_blocks - 1)
-    def _():
-        dq_ref[0, 0] = acc[...].reshape(dq_ref.shape[2:])
+    _sum_blocks(t, shape.key_blocks, _in_reach(shape, n, t, lo_ref, hi_ref), add, (dq_ref, acc, 0.0))
 
 
 def _dkeys_dvalues_kernel(
-    shape,
-    lo_ref,
-    hi_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    visible_ref,
-    dout_ref,
-    lse_ref,
-    dout_dot_out_ref,
-    dk_ref,
-    dv_ref,
-    dk_acc,
-    dv_acc,
+    shape, lo_ref, hi_ref, q_ref, k_ref, v_ref, visible_ref, dout_ref, lse_ref, dot_ref, dk_ref, dv_ref, dk_acc, dv_acc
 ):
     t, n = pl.program_id(2), pl.program_id(3)
 
-    @pl.when(n == 0)
-    def _():
-        dk_acc[...] = jnp.zeros_like(dk_acc)
-        dv_acc[...] = jnp.zeros_like(dv_acc)
-
-    @pl.when(_in_reach(shape, n, t, lo_ref, hi_ref))
-    def _():
-        given = (q_ref, k_ref, v_ref, visible_ref, dout_ref, lse_ref, dout_dot_out_ref)
+    def add():
+        given = (q_ref, k_ref, v_ref, visible_ref, dout_ref, lse_ref, dot_ref)
         weights, dscores = _weights_and_dscores(shape, t, *given)
-        dk_acc[...] += _product(dscores, _rows(q_ref), (0, 0))
-        dv_acc[...] += _product(weights, _rows(dout_ref), (0, 0))
+        dk_acc[...] += contract(dscores, _rows(q_ref), (0, 0))
+        dv_acc[...] += contract(weights, _rows(dout_ref), (0, 0))
 
-    @pl.when(n == shape.slot_blocks - 1)
-    def _():
-        dk_ref[0, 0] = dk_acc[...]
-        dv_ref[0, 0] = dv_acc[...]
+    sums = (dk_ref, dk_acc, 0.0), (dv_ref, dv_acc, 0.0)
+    _sum_blocks(n, shape.slot_blocks, _in_reach(shape, n, t, lo_ref, hi_ref), add, *sums)
