@@ -11,20 +11,3 @@ from jeagle.drafts.parameters import (
 )
 from jeagle.drafts.ttt import unroll
 from jeagle.drafts.ttt_attention import Backend, attention_backend, trusted_backend
-
-__all__ = [
-    "Backend",
-    "Eagle3",
-    "add_adapters",
-    "advance",
-    "attention_backend",
-    "by_path",
-    "constrain_draft",
-    "draft_sharding",
-    "empty_cache",
-    "greedy_token",
-    "merge_adapters",
-    "trusted_backend",
-    "unroll",
-    "with_adapters",
-]
