@@ -10,19 +10,19 @@ from jeagle.errors import UserError
 from jeagle.runtime.cli import run
 
 COMMANDS = {
-    "pipeline": "the whole road: prepare, train, bench, export, report; finished stages are reused",
-    "regenerate": "the target's own answers to prompts, as training data",
-    "prepare": "conversations to packed token rows, and the draft's vocabulary",
-    "preview": "prepared rows, with what is learnt coloured, and their figures",
-    "extract": "the target's hidden states of prepared rows, into a store to train from",
-    "store": "info, verify, sample or prune a store of hidden states",
-    "train": "train a draft against its frozen target; an existing run goes on",
-    "bench": "acceptance length of a trained draft, by really decoding",
+    "pipeline": "prepare, train, bench, export and report in one command; finished stages are reused",
+    "regenerate": "let the target answer prompts, to make training data",
+    "prepare": "turn conversations into packed rows and a draft vocabulary",
+    "preview": "show prepared rows with supervised tokens coloured, and their statistics",
+    "extract": "write the target's hidden states of prepared rows into a store to train from",
+    "store": "describe, verify, sample or prune a store of hidden states",
+    "train": "train a draft against its frozen target, from the last checkpoint of the run on",
+    "bench": "measure the acceptance length of a draft by speculative decoding",
     "export": "write a trained draft in the layouts that SGLang and vLLM load",
     "import_draft": "import a published EAGLE-3 draft as a run, to measure, export or train further",
     "import_features": "import hidden states of SpecForge, speculators or vLLM into a store",
-    "report": "report.html and report.json of a run",
-    "doctor": "a target's hidden states and logits against transformers', layer by layer",
+    "report": "write report.html of a run again",
+    "doctor": "compare a target's hidden states and logits with transformers', layer by layer",
 }
 
 

@@ -1,61 +1,64 @@
-"""`python -m jeagle.bench --draft RUN`: acceptance length by really decoding, and whether the text is the target's."""
+"""`python -m jeagle.bench --run RUN` measures the acceptance length of a draft by speculative decoding.
+
+It also compares each text with the target's own greedy decoding.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from jeagle.config import from_json
 from jeagle.errors import UserError
 from jeagle.run import acceptance, assemble
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
 from jeagle.runtime.outputs import check_replaceable, json_file
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Decodes prompts speculatively (chain, temperature 0) and reports what was accepted."""
+class BenchArguments:
+    """Decodes prompts speculatively (a chain of drafted tokens, temperature 0) and reports what was accepted."""
 
-    draft: Path
-    """The run's folder, runs/NAME."""
+    run: Annotated[Path, tyro.conf.arg(aliases=("--draft", "--checkpoint"))]
+    """The folder of the run, runs/NAME."""
     prompts: Path | None = None
-    """A jsonl file of {"turns": [...]} lines (the first turn is asked); default: the run's held-out conversations."""
+    """A jsonl file of {"turns": [...]} lines, whose first turns are asked. Default: the held-out conversations."""
     max_prompts: int = 64
-    """Measure only the first so many prompts; 0 measures all."""
+    """Largest number of prompts; 0 measures all."""
     max_new_tokens: int = 64
-    """Tokens of each answer."""
+    """Largest number of tokens in an answer."""
     draft_tokens: int = 7
-    """Tokens drafted before each verification."""
+    """Number of tokens that are drafted before each verification."""
     batch: int = 16
-    """Prompts decoded side by side."""
+    """Number of prompts that are decoded at the same time."""
     step: str = "last"
-    """Checkpoint step, last, or best: the one with the best held-out figures of those that are kept."""
+    """Step of the checkpoint, or last, or best: the saved checkpoint with the best held-out metrics."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of both models' matrix products."""
+    """Type of the matrix products of both models."""
     weights: Literal["run", "dtype", "int8", "fp8"] = "run"
-    """How the target's kernels are kept in memory; run: as the run's own configuration says."""
+    """How the target's kernels are stored in memory; run takes the run's own setting."""
     out: Path | None = None
-    """File for the report, JSON."""
+    """JSON file for the report."""
 
 
 MEASURED = json_file("measurement of jeagle.bench's", "acceptance_length", "prompts_measured")
 
 
 def main(arguments: list[str]) -> None:
-    args = tyro.cli(Arguments, args=arguments, prog="python -m jeagle.bench")
+    args = tyro.cli(BenchArguments, args=arguments, prog="python -m jeagle.bench")
     for name in ("max_new_tokens", "draft_tokens", "batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0.")
     if args.out:
         check_replaceable(args.out, MEASURED)
     prepare_host()
-    folder = assemble.run_folder(args.draft)
+    folder = assemble.run_folder(args.run)
     config = from_json(json.loads((folder / "config.json").read_text()))
     if args.weights != "run":
         config = dataclasses.replace(config, target=dataclasses.replace(config.target, weights=args.weights))
@@ -72,4 +75,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

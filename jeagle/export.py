@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -22,7 +22,7 @@ from jeagle.exporting.readback import check_export
 from jeagle.exporting.run_reader import open_run_draft
 from jeagle.exporting.target_files import open_target
 from jeagle.run import dataset
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.host import keep_freed_memory
 from jeagle.runtime.outputs import check_replaceable
 
@@ -31,8 +31,8 @@ from jeagle.runtime.outputs import check_replaceable
 class ExportArguments:
     """Writes a trained draft in an engine's layout, reads it back, and compares its logits."""
 
-    checkpoint: str
-    """The run's folder, runs/NAME, or a copy of it at gs://BUCKET/PATH or s3://BUCKET/PATH."""
+    run: Annotated[str, tyro.conf.arg(aliases=("--checkpoint", "--draft"))]
+    """The folder of the run, runs/NAME, or a copy of it at gs://BUCKET/PATH or s3://BUCKET/PATH."""
     out: Path | None = None
     """The folder to write. The default is exports/ENGINE in the run's folder."""
     step: str = "last"
@@ -62,7 +62,7 @@ ENGINES: dict[str, type[ExportArguments]] = {"sglang": ExportArguments, "vllm": 
 def main(arguments: list[str], program: str = "") -> None:
     """The command `jeagle export sglang|vllm ...`, and, with their names as `program`, the two converters."""
     if not arguments or arguments[0] not in ENGINES:
-        raise UserError("jeagle export needs an engine first: sglang or vllm, then --checkpoint runs/NAME.")
+        raise UserError("jeagle export needs an engine first: sglang or vllm, then --run runs/NAME.")
     args = tyro.cli(ENGINES[arguments[0]], args=arguments[1:], prog=program or f"jeagle export {arguments[0]}")
     # Less freed memory is kept than `prepare_host` keeps, because large arrays come and go one by one (keeping none
     # costs a third more time). Nothing is dispatched asynchronously, because waiting work keeps its operands in memory.
@@ -94,14 +94,14 @@ def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> s
       UserError: for a run without a checkpoint, what the engine cannot serve, or an export that does not read back.
     """
     vllm = args if isinstance(args, VllmExportArguments) else None
-    if args.out is None and "://" in args.checkpoint:
-        raise UserError(f"{args.checkpoint} is not on this machine: give the folder to write with --out.")
+    if args.out is None and "://" in args.run:
+        raise UserError(f"{args.run} is not on this machine: give the folder to write with --out.")
     if args.out is not None and ":/" in str(args.out):
         raise UserError(f"--out {args.out} is not a folder of this machine: write the export here, then copy it.")
-    out = args.out or Path(args.checkpoint) / "exports" / ("vllm" if vllm else "sglang")
+    out = args.out or Path(args.run) / "exports" / ("vllm" if vllm else "sglang")
     layout = vllm.layout if vllm else "plain"
     check_replaceable(out, exchange.EXPORT_FOLDER)
-    with open_run_draft(args.checkpoint, args.step) as draft:
+    with open_run_draft(args.run, args.step) as draft:
         config = dataclasses.replace(draft.config.target, ref=args.target or draft.config.target.ref)
         if not config.ref:
             raise UserError(
@@ -154,4 +154,4 @@ def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> s
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -125,7 +125,7 @@ def import_draft(args: ImportDraftArguments) -> list[str]:
         f"export: python converters/to_sglang.py --checkpoint {run}{flag}    (or to_vllm.py)",
         f"train further: python -m jeagle.train --config CONFIG --draft.start {run} --draft.vocab {_vocab_flag(spec)}",
     ]
-    return lines + ([f"measure: python -m jeagle.bench --draft {run}"] if args.target else [])
+    return lines + ([f"measure: python -m jeagle.bench --run {run}"] if args.target else [])
 
 
 def _target_head(target: OpenTarget, spec: DraftSpec, ids_D: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jinja2
 import tyro
@@ -26,15 +26,15 @@ LABEL_ROOM = 8.5  # percent of a chart's height that a line of text takes
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Writes report.html of a run anew, from its report.json and metrics.jsonl."""
+class ReportArguments:
+    """Writes report.html of a run again, from its report.json and metrics.jsonl."""
 
-    run: Path
-    """The run's folder, runs/NAME."""
+    run: Annotated[Path, tyro.conf.arg(aliases=("--draft", "--checkpoint"))]
+    """The folder of the run, runs/NAME."""
 
 
 def main(arguments: list[str]) -> None:
-    folder = tyro.cli(Arguments, args=arguments, prog="python -m jeagle.report").run
+    folder = tyro.cli(ReportArguments, args=arguments, prog="python -m jeagle.report").run
     path = folder / "report.json"
     if not path.is_file():
         raise UserError(f"{folder} has no report.json: python -m jeagle.pipeline measures a run and writes it.")

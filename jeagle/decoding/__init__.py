@@ -2,16 +2,3 @@
 
 from jeagle.decoding.baselines import GreedyAnswer, NGramTable, compare_answers, decode_greedy, decode_ngram
 from jeagle.decoding.chain import Models, SpeculativeAnswer, acceptance_counters, decode_speculative, padded_width
-
-__all__ = [
-    "GreedyAnswer",
-    "Models",
-    "NGramTable",
-    "SpeculativeAnswer",
-    "acceptance_counters",
-    "compare_answers",
-    "decode_greedy",
-    "decode_ngram",
-    "decode_speculative",
-    "padded_width",
-]

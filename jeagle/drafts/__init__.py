@@ -5,20 +5,3 @@ from jeagle.drafts.lora import add_adapters, merge_adapters, with_adapters
 from jeagle.drafts.sharding import by_path, constrain_draft, draft_sharding
 from jeagle.drafts.ttt import unroll
 from jeagle.drafts.ttt_attention import Backend, attention_backend, trusted_backend
-
-__all__ = [
-    "Backend",
-    "Eagle3",
-    "add_adapters",
-    "advance",
-    "attention_backend",
-    "by_path",
-    "constrain_draft",
-    "draft_sharding",
-    "empty_cache",
-    "greedy_token",
-    "merge_adapters",
-    "trusted_backend",
-    "unroll",
-    "with_adapters",
-]

@@ -12,27 +12,3 @@ from jeagle.exchange.export_writer import write_export
 from jeagle.exchange.interpretation import Interpretation, interpretations
 from jeagle.exchange.limits import check_spec, sglang_jax_limits, sglang_limits, vllm_limits
 from jeagle.exchange.peer_features import PeerFeatures, open_peer_features
-
-__all__ = [
-    "EXPORT_FOLDER",
-    "Export",
-    "ExportCard",
-    "Hints",
-    "Interpretation",
-    "OpenDraft",
-    "PeerFeatures",
-    "check_params",
-    "check_spec",
-    "expected_shapes",
-    "interpretations",
-    "model_card",
-    "open_draft_folder",
-    "open_peer_features",
-    "read_draft",
-    "read_draft_config",
-    "same_embedding",
-    "sglang_jax_limits",
-    "sglang_limits",
-    "vllm_limits",
-    "write_export",
-]

@@ -4,19 +4,3 @@ from jeagle.layers.attention import LANES, AttentionMask, masked_attention
 from jeagle.layers.linear import GATES, Dense, GatedMLP, Linear, matmul, rms_norm
 from jeagle.layers.rope import depends_on_length, rotate_by, yarn_mscale
 from jeagle.layers.splash import packed_attention
-
-__all__ = [
-    "GATES",
-    "LANES",
-    "AttentionMask",
-    "Dense",
-    "GatedMLP",
-    "Linear",
-    "depends_on_length",
-    "masked_attention",
-    "matmul",
-    "packed_attention",
-    "rms_norm",
-    "rotate_by",
-    "yarn_mscale",
-]

@@ -3,15 +3,3 @@
 from jeagle.objective.dialects import DIALECTS, ObjectiveSpec, resolve_objective
 from jeagle.objective.losses import LOSSES
 from jeagle.objective.objective import ACCELERATOR_CHUNK, CPU_CHUNK, Metrics, divisors, objective
-
-__all__ = [
-    "ACCELERATOR_CHUNK",
-    "CPU_CHUNK",
-    "DIALECTS",
-    "LOSSES",
-    "Metrics",
-    "ObjectiveSpec",
-    "divisors",
-    "objective",
-    "resolve_objective",
-]

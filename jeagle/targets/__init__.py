@@ -15,31 +15,3 @@ from jeagle.targets.model.features import distributions, features, greedy_and_ga
 from jeagle.targets.model.generate import GeneratedAnswer, Sampling, generate
 from jeagle.targets.model.spec import TargetSpec, check_aux_layers
 from jeagle.targets.tokenizers.load import end_token_ids, load_tokenizer
-
-__all__ = [
-    "Family",
-    "GeneratedAnswer",
-    "Piece",
-    "Sampling",
-    "Switches",
-    "Table",
-    "Target",
-    "TargetFiles",
-    "TargetSpec",
-    "abstract_target",
-    "check_aux_layers",
-    "distributions",
-    "embedding_table",
-    "end_token_ids",
-    "features",
-    "generate",
-    "greedy_and_gap",
-    "head_table",
-    "is_target_embedding",
-    "load_target",
-    "load_tokenizer",
-    "open_weights",
-    "own_family",
-    "read_spec",
-    "resolve",
-]

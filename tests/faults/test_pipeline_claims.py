@@ -76,7 +76,7 @@ def measure(config, prepared, *, trained):
 
 
 def export(args, acceptance):
-    folder, engine = Path(args.checkpoint), "vllm" if isinstance(args, VllmExportArguments) else "sglang"
+    folder, engine = Path(args.run), "vllm" if isinstance(args, VllmExportArguments) else "sglang"
     place = folder / "exports" / engine
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)

@@ -3,15 +3,3 @@
 from jeagle.drafts.ttt_attention.op import ATTENTION, Backend, BackwardCarry, attend_ttt, deliver_to_backward
 from jeagle.drafts.ttt_attention.reference import reference
 from jeagle.drafts.ttt_attention.self_check import attention_backend, kernel_fault, trusted_backend
-
-__all__ = [
-    "ATTENTION",
-    "Backend",
-    "BackwardCarry",
-    "attend_ttt",
-    "attention_backend",
-    "deliver_to_backward",
-    "kernel_fault",
-    "reference",
-    "trusted_backend",
-]
