@@ -3,8 +3,6 @@
 Instead of a kernel W [I, O], adapters down [I, R] and up [R, O] are trained, and W + down up is used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
