@@ -70,7 +70,7 @@ def _call_by_slots(
     args: tuple[jax.Array, ...],
     outputs: int,
     interpret: bool,
-) -> list[jax.Array]:
+) -> Any:
     """Runs a kernel of programs (block of slots, head, batch) -> rows, and two numbers a row where `outputs` is 3.
 
     A block is not loaded as a whole: a kernel loads what it reads of it.
@@ -99,7 +99,7 @@ def _call_by_slots(
     )(*args)
 
 
-def _dkeys_dvalues(inputs: Step0Inputs, args: tuple[jax.Array, ...], interpret: bool) -> list[jax.Array]:
+def _dkeys_dvalues(inputs: Step0Inputs, args: tuple[jax.Array, ...], interpret: bool) -> Any:
     """Runs the kernel of programs (block of keys, key head, batch)."""
     shape = _shape(inputs, DKEYS)
     rows = pl.BlockSpec((None, None, shape.heads * shape.slots, shape.width), lambda t, g, b: (b, g, 0, 0))

@@ -7,7 +7,7 @@ go through the matrix unit together, as rows of one product.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ def forward(inputs: Step0Inputs, *, interpret: bool = False) -> tuple[jax.Array,
     """As `Step0Inputs` describes it."""
     by_query = inputs.queries_BGRNC.shape
     number = (*by_query[:-1], 1)
-    return _call(_forward_kernel, inputs, (), (by_query, number, number), interpret=interpret)
+    mixed, top, total = _call(_forward_kernel, inputs, (), (by_query, number, number), interpret=interpret)
+    return mixed, top, total
 
 
 def backward(
@@ -70,7 +71,7 @@ def _call(
     *,
     slots_inside: bool = False,
     interpret: bool,
-) -> Any:
+) -> tuple[jax.Array, ...]:
     """Runs a kernel on the inputs and on `given`; it sums each of the float32 `outputs` in scratch memory.
 
     The inner loop, over which it sums, is that of the blocks of keys, or of the blocks of slots with `slots_inside`.
@@ -83,7 +84,7 @@ def _call(
     last = inputs.last_BN.reshape(-1, shape.slots).max(axis=1) // shape.keys
     loops = (shape.key_blocks, shape.slot_blocks) if slots_inside else (shape.slot_blocks, shape.key_blocks)
     rows = shape.keys if slots_inside else shape.heads * shape.slots
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -95,7 +96,8 @@ def _call(
         out_shape=[jax.ShapeDtypeStruct(size, jnp.float32) for size in outputs],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         interpret=interpret,
-    )(first.astype(jnp.int32), last.astype(jnp.int32), *arrays)
+    )
+    return tuple(call(first.astype(jnp.int32), last.astype(jnp.int32), *arrays))
 
 
 def _spec(shape: TPUKernelShape, size: tuple[int, ...], slots_inside: bool) -> pl.BlockSpec:
