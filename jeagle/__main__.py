@@ -1,7 +1,5 @@
 """`jeagle COMMAND ...`, which is `python -m jeagle.COMMAND ...`."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from typing import NoReturn

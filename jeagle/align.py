@@ -14,8 +14,6 @@ never reads from another document unless `cross_documents` is true.
 Source: EAGLE-3 (arXiv 2503.01840), section 3; each rule names the trainer whose convention it is.
 """
 
-from __future__ import annotations
-
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 

@@ -3,8 +3,6 @@
 It also compares each text with the target's own greedy decoding.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -3,8 +3,6 @@
 The trees that `to_json` writes are the config.json of a run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ It compares the residual stream after every layer, the output of the final norm 
 the activations of a model's first token may be a thousand times as large as the others', and would hide their errors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any, Literal, NamedTuple

@@ -5,8 +5,6 @@ Parameters pass one at a time from the checkpoint into the file, so that a draft
 command ends, the export is read back in the same way and its logits are compared with the trained draft's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

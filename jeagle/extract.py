@@ -3,8 +3,6 @@
 Any number of processes and hosts may write to one store at the same time. The same command makes what is missing.
 """
 
-from __future__ import annotations
-
 from jeagle import features, flags
 from jeagle.extraction.fill import extract
 from jeagle.run import dataset

@@ -5,8 +5,6 @@ A recipe is a Python file with `get_config() -> RunConfig`. Every field can be o
 defaults.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import runpy

@@ -5,8 +5,6 @@ jeagle. With --target, the questions that its files leave open are answered by m
 every possible interpretation.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

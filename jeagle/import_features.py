@@ -4,8 +4,6 @@ Both scripts are in converters/. The target is needed for its embedding and head
 are its own, taken after the layers that --target.aux-layers gives. The files are read without running code.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jeagle import flags

@@ -4,8 +4,6 @@ Each stage leaves a note of what it was made from and of the files that it wrote
 and there, and makes the rest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import hashlib

@@ -1,7 +1,5 @@
 """`python -m jeagle.report --run runs/NAME`: what a run reached, on one self-contained page."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """`python -m jeagle.store info|verify|sample|prune STORE`: describes, checks, shows or cleans a store of features."""
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from pathlib import Path

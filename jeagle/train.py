@@ -4,8 +4,6 @@ A Flax target, sharded on a mesh, produces fused hidden states that feed a jit-c
 draft. The same command again goes on from the last checkpoint.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from jeagle import flags

@@ -1,7 +1,5 @@
 """What a trained draft is compared with: greedy decoding of the target alone, and an n-gram table as the draft."""
 
-from __future__ import annotations
-
 import collections
 import functools
 from collections.abc import Callable, Iterable, Sequence

@@ -14,8 +14,6 @@ Counters are vLLM's: the first token, from the prompt's prefill, belongs to no r
 the answer ends inside it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence

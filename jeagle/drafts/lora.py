@@ -3,8 +3,6 @@
 Source: Hu et al., LoRA (arXiv 2106.09685), with a scale of 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

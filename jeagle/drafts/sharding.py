@@ -1,7 +1,5 @@
 """How a draft's parameters are sharded over a mesh."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@
 is down(silu(gate(x)) * up(x)). tests/drafts/test_trained_products.py proves them equal to these plain forms.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

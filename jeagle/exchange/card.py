@@ -1,7 +1,5 @@
 """Describes an export: jeagle_export.json for programs, README.md (the model card) for people."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -14,8 +14,6 @@ Sources: the configurations and export code of SafeAILab/EAGLE (traineagle3), sg
 NVIDIA/Model-Optimizer (hf_spec_export) and NVIDIA-NeMo/Automodel (speculative/eagle), August 2026; speculators 0.9.0.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 A field that two readers would understand differently is refused, and the message names it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

@@ -8,8 +8,6 @@ SGLang reads the ids nested in `eagle_config` and adds one. The plain layout wri
 engines collect the same hidden states.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jeagle

@@ -5,8 +5,6 @@ embed_tokens) have the same shape in both. The files of SpecForge and EAGLE call
 speculators `layers.0.`; SGLang and vLLM load both.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Mapping

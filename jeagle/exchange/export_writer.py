@@ -7,8 +7,6 @@ Source of the format: the safetensors specification. A file has eight bytes with
 the type, shape and data offsets of each tensor), and the data without gaps, row-major and little-endian.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -12,8 +12,6 @@ norm_output            in a plain config.json of an unknown trainer  the carried
 norm_before_residual   in speculators' layout without the field      false (speculators); true (vLLM)
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from typing import Any, NamedTuple

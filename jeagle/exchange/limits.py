@@ -6,8 +6,6 @@ transformers_utils/configs/speculators), SGLang 0.5.23 (srt/models/llama_eagle3.
 draft that breaks one of these rules loads, and fewer or none of its tokens are accepted.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Literal

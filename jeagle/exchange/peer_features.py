@@ -3,8 +3,6 @@
 These files do not say which layers their aux hidden states belong to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

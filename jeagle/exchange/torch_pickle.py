@@ -3,8 +3,6 @@
 A pickle may ask for any function to be called; this reader knows a few names and refuses all others.
 """
 
-from __future__ import annotations
-
 import collections
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Opens the weight files of a draft's folder, safetensors or torch's .bin and .pt, and reads tensors one at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

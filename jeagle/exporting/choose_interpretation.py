@@ -1,7 +1,5 @@
 """Measures the interpretations of a published draft by decoding a few prompts, and chooses the most accepted one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

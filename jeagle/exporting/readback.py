@@ -4,8 +4,6 @@ The forward pass reads each parameter when it needs it and drops it afterwards, 
 memory.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 from collections.abc import Mapping

@@ -4,8 +4,6 @@
 tensorstore opens them itself, so that a draft larger than memory can be exported.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

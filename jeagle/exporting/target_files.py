@@ -1,7 +1,5 @@
 """Opens as much of a target as the export or the import of a draft needs: its files, without loading the model."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from jeagle import targets

@@ -1,7 +1,5 @@
 """Whether a store agrees with itself and, where the target's weights are on this machine, with the target."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The target as a function from rows to the features that a store contains of them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Filling a store, unit by unit, with features that the target computes or that others have computed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 

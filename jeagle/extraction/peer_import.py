@@ -1,7 +1,5 @@
 """Hidden states that other trainers wrote, into a store, once they have been compared with the target."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

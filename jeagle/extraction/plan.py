@@ -1,7 +1,5 @@
 """The store that a run's rows make: its store.json, the disk space that it needs, and its tables."""
 
-from __future__ import annotations
-
 import datetime
 import math
 import shlex

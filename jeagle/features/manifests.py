@@ -9,8 +9,6 @@ STORE/
   index.json               all manifests in one file, so that a store opens quickly; derived again where it lacks some
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

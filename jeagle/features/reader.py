@@ -1,7 +1,5 @@
 """Reading stores: rows by number, many at a time, straight into the arrays of a batch; and every byte, to verify it."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

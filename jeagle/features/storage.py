@@ -9,8 +9,6 @@ drivers only zarr3 stores an array in one file, reads a few positions of it, and
 has the measurements.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math

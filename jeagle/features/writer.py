@@ -3,8 +3,6 @@
 And removing what is damaged, or belongs to no segment.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Grouped-query attention under masks that follow from positions, computed in blocks of queries."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

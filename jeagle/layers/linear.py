@@ -1,7 +1,5 @@
 """Matrix products, gated MLPs and RMSNorm; products are in a chosen type, and their sums in float32."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

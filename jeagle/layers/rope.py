@@ -1,7 +1,5 @@
 """Rotary position embedding (RoPE), with every scaling that Hugging Face's configurations name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Attention of packed rows on TPUs by JAX's splash kernel, which never writes scores to memory."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

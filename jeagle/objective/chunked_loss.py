@@ -6,8 +6,6 @@ loss is a scalar, so a chunk's gradients are computed in the forward pass and on
 a second matrix product.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ the gradients of each slot's own cross entropy and overlap, and a second pass, t
 by them. Values and gradients are exact.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float

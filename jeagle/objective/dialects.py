@@ -1,7 +1,5 @@
 """The switches of the EAGLE-3 loss, and how each trainer (dialect) sets them."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Literal
 

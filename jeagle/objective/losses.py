@@ -4,8 +4,6 @@ Every loss takes the draft's logits [..., D] over the draft vocabulary and the t
 number per slot [...], in the logits' type.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple

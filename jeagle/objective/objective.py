@@ -1,7 +1,5 @@
 """Predictions and the target's features -> one loss, and the metrics that describe how well a draft does."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """Acceptance length by really decoding: target and draft ready to decode, prompts, and what was accepted."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """From a config to the parts of a run: what every command starts with."""
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

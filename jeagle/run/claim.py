@@ -1,7 +1,5 @@
 """A run's folder belongs to jeagle, and to one writer at a time."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

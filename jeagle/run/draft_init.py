@@ -1,7 +1,5 @@
 """What a run's draft is and what its parameters start from: derived from the target, from a file, or an older draft."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import io

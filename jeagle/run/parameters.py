@@ -1,7 +1,5 @@
 """Which of a draft's parameters are trained, and which of a checkpoint's arrays are measured and exported."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Work that begins on threads before its result is asked for."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Orbax checkpoints of named arrays, saved asynchronously and restored exactly."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

@@ -3,8 +3,6 @@
 Also how it writes another command down for the user.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

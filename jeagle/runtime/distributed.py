@@ -1,7 +1,5 @@
 """Runs of several processes: joining them, agreeing, and knowing who speaks."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import threading

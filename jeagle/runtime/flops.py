@@ -1,7 +1,5 @@
 """FLOPs of a program, counted from its jaxpr (compilers miss those of loops and kernels), and how fast chips are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

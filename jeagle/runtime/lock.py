@@ -1,7 +1,5 @@
 """One writer at a time: a lock file that says who holds it and that the system frees when its holder dies."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import errno

@@ -5,8 +5,6 @@ most a sibling whose name starts with a dot and ends in .partial; the next write
 removes it. One path is written by one thread of a process at a time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib

@@ -1,7 +1,5 @@
 """The device mesh and the rules that lay logical axes on it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

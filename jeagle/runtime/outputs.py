@@ -4,8 +4,6 @@ Every writer of `manifest.py` names the kind of its output, so that none can for
 `check_replaceable` once more before they begin, so that a refusal comes before any work.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json

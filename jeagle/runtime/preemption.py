@@ -1,7 +1,5 @@
 """Stopping at the end of the step under way when a signal asks for it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

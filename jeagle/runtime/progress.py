@@ -1,7 +1,5 @@
 """One live line for long work, so that nobody has to ask whether it is alive."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import threading

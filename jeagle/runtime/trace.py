@@ -1,7 +1,5 @@
 """A profile of some steps, for XProf."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any, Self

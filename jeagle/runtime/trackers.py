@@ -1,7 +1,5 @@
 """Where the metrics of a run go. metrics.jsonl is always written; the rest are entries of one table."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -5,8 +5,6 @@ names the backend and the version it was seen on (jaxlib 0.10.2 unless it says o
 and W3 are those of `benchmarks.step`. Before removing one, measure again: benchmarks/RESULTS.md has the numbers.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

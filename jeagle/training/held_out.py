@@ -1,7 +1,5 @@
 """What a draft does on rows that it is not trained on, at each checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """The metrics of training, a step late; skipped updates, unchanged parameters, the share of the peak FLOPs."""
 
-from __future__ import annotations
-
 import collections
 import time
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Learning rates, optimisers, and the moving average of parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Setting a run up: its target, draft, rows and optimiser on the mesh, and the state before the first step."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

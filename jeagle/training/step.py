@@ -3,8 +3,6 @@
 All of it is one jitted program. `train_step` reads from top to bottom; what it calls stands below it in the same order.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Where a run's features, rows and tables come from: the target and the data, or stores."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gc

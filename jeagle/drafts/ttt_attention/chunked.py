@@ -3,8 +3,6 @@
 A block reads only the keys up to the last position that its slots can have.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

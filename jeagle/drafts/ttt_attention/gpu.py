@@ -5,8 +5,6 @@ through the slots that attend to them. It starts and ends at the blocks that it 
 nor other documents cost anything. Sums stay in registers, without atomic additions: every run gives the same results.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What the op computes, in its plain form; and the part of it that a backend computes."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

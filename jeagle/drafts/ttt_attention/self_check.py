@@ -1,7 +1,5 @@
 """Compares a kernel with the reference on the device that is to run it, before a run relies on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

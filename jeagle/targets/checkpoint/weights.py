@@ -1,7 +1,5 @@
 """A target's weights by Hugging Face's names, whatever file format they are stored in."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

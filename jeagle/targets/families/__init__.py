@@ -4,8 +4,6 @@ To add a family, add an entry to `FAMILIES` of one of the files, and a golden te
 `--target.family package.module:NAME`.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

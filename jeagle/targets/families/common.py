@@ -1,7 +1,5 @@
 """Tools that describe target families: reading every key of a config.json, and naming weights."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any

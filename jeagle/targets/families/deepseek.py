@@ -1,7 +1,5 @@
 """DeepSeek V2 and V3, and GLM-4-MoE, whose router is V3's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jeagle.targets.families import common

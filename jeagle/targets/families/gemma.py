@@ -1,7 +1,5 @@
 """Gemma 1 to 4: scaled embeddings, sliding windows, and (up to Gemma 3) norms stored as their difference from 1."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jeagle.interfaces import LogitShape

@@ -3,8 +3,6 @@
 Mistral, Ministral, SmolLM3, Granite, OLMo, Llama 4; GLM-4 (dense), Phi-3 and 4, gpt-oss.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Qwen 2 to 3.5, dense and with experts, and Mixtral; most layers of Qwen3-Next and 3.5 have the gated delta rule."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

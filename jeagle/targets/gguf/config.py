@@ -7,8 +7,6 @@ not in the file. They replace the entry "architectures" where it does not follow
 Source: llama.cpp's convert_hf_to_gguf.py and src/models/*.cpp.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

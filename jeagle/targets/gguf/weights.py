@@ -4,8 +4,6 @@ The gguf package maps Hugging Face's names to those of a GGUF; this module undoe
 changes in the numbers besides: it permutes, stacks, splits and transposes some tensors, and adds 1 to Gemma's norms.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ A mixer (one of these, or the gated delta rule) is built with `BuildOptions`. It
 returns its output [B, T, H], its new cache, and the keys and values that it attended to (None where it has none).
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """The decoder that runs every target family: its layers, how they are stacked, and the scan over them."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

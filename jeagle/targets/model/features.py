@@ -1,7 +1,5 @@
 """Features of a batch: the aux hidden states and the distributions of the target that a draft learns from."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Batched generation with a KV cache, greedy or sampled; a finished row is replaced by a waiting prompt."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections import deque

@@ -1,7 +1,5 @@
 """Mixtures of experts: a router chooses a few gated MLPs for each token."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Specification of a target, whatever its family: everything that `Decoder` needs, and nothing about files."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from typing import Literal

@@ -4,8 +4,6 @@ Weights are float32 or bfloat16 numbers. Activations are not quantised; where a 
 numbers differ from these by that rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Every view reads only what its slice needs of the views that it is made of, down to `StoredArray`, bytes of a file.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
