@@ -210,7 +210,7 @@ def test_a_value_of_a_launch_script_is_never_an_option(script, option, tmp_path)
     ("script", "options"), [("tpu_pod.sh", ["--name", "n", "--zone", "z"]), ("slurm.sh", []), ("gpu_node.sh", [])]
 )
 def test_a_command_of_a_launch_script_is_never_an_option(script, options):
-    refused(launch(script, "--print-only", *options, "--", "-c", "true"), "the command is '-c'")
+    refused(launch(script, "--print-only", *options, "--", "-c", "true"), "the command '-c' begins with a dash")
 
 
 def refused(done, sentence):
