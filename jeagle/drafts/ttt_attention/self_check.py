@@ -69,7 +69,7 @@ def trusted_backend(mesh: Mesh, spec: DraftSpec, dtype: Any) -> Backend:
     return "chunked" if distributed.anywhere(bool(fault)) else backend
 
 
-def _visible() -> tuple[np.ndarray, np.ndarray]:
+def _visible() -> tuple[jax.Array, jax.Array]:
     """The first and the last position of each slot's keys, int32 [3, N] each.
 
     In the last row, a third of the slots attend to no step-0 key: first > last.
@@ -79,7 +79,7 @@ def _visible() -> tuple[np.ndarray, np.ndarray]:
     first_BN = np.where(last_BN < LENGTH // 3, 0, LENGTH // 3)
     first_BN[1] = np.maximum(first_BN[1], last_BN[1] - WINDOW + 1)
     first_BN[2, SLOTS // 3 : 2 * (SLOTS // 3)] = last_BN[2, SLOTS // 3 : 2 * (SLOTS // 3)] + 1
-    return first_BN.astype(np.int32), last_BN.astype(np.int32)
+    return jnp.asarray(first_BN, jnp.int32), jnp.asarray(last_BN, jnp.int32)
 
 
 def _values_and_gradients(attention: Callable[..., jax.Array]) -> Callable[[Arrays], Arrays]:
@@ -91,7 +91,7 @@ def _values_and_gradients(attention: Callable[..., jax.Array]) -> Callable[[Arra
         with_own = attention(*step_0, first_BN, last_BN, *own, jnp.arange(OWN_STEPS) < OWN_STEPS - 1)
         # A slot without any key has no softmax: without own keys, each must attend to some step-0 key.
         none = [x[:0] for x in own]
-        without_own = attention(*step_0, np.minimum(first_BN, last_BN), last_BN, *none, jnp.ones(0, bool))
+        without_own = attention(*step_0, jnp.minimum(first_BN, last_BN), last_BN, *none, jnp.ones(0, bool))
         outputs = {"output": with_own, "output without own keys": without_own}
         return jnp.sum(jnp.sin(with_own) + jnp.cos(without_own)), outputs
 
