@@ -62,10 +62,11 @@ class DistributionSummary(NamedTuple):
     top: TopK | None
 
 
-def distributions(model: Decoder, last_BNH: Float[Array, "B N H"], top_k: int = 0) -> DistributionSummary:
+def distributions(model: Any, last_BNH: Float[Array, "B N H"], top_k: int = 0) -> DistributionSummary:
     """Summarises the target's distributions over its whole vocabulary.
 
     Args:
+      model: as for `over_vocabulary`.
       last_BNH: hidden states after the final norm.
       top_k: number of the most likely tokens to return; 0 = none.
     """
@@ -83,7 +84,7 @@ def distributions(model: Decoder, last_BNH: Float[Array, "B N H"], top_k: int = 
     return DistributionSummary(greedy_BN, lse_BN, top_BN)
 
 
-def greedy_and_gap(model: Decoder, last_BNH: Float[Array, "B N H"]) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
+def greedy_and_gap(model: Any, last_BNH: Float[Array, "B N H"]) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
     """argmax (int32) of the logits of states after the final norm, and its lead over the next best logit (float32)."""
 
     def gap(logits: jax.Array) -> jax.Array:
@@ -95,12 +96,12 @@ def greedy_and_gap(model: Decoder, last_BNH: Float[Array, "B N H"]) -> tuple[Int
 
 
 def over_vocabulary(
-    model: Decoder, last_BNH: Float[Array, "B N H"], reduce: Callable[[jax.Array], Any]
+    model: Any, last_BNH: Float[Array, "B N H"], reduce: Callable[[jax.Array], Any]
 ) -> tuple[Int[Array, "B N"], Any]:
     """argmax and `reduce` of the logits of each position, a chunk of positions at a time.
 
     Args:
-      model: a decoder, or without a mesh any object with its method `logits`.
+      model: a `Decoder`, or without a mesh any object with its method `logits`.
       reduce: logits [B, n, V] -> array [B, n, ...] or a tree of such arrays.
     """
     batch, width, hidden = last_BNH.shape

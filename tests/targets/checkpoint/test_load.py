@@ -22,6 +22,7 @@ from jeagle.runtime import host
 from jeagle.runtime.mesh import make_mesh
 from jeagle.targets.checkpoint import layout, load
 from jeagle.targets.checkpoint.load import from_slices
+from jeagle.targets.quantised.views import WeightSource
 from tests import tiny
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -117,7 +118,7 @@ def test_the_estimate_equals_the_memory_used_on_a_device(case, stored, monkeypat
             targets.load_target(source, mesh, "bfloat16", stacked=True, stored=stored)
 
 
-class Untouched:
+class Untouched(WeightSource):
     """A source whose arrays must not be read."""
 
     def __init__(self, source):
