@@ -9,7 +9,7 @@ import pytest
 
 from jeagle import flags as configs
 from jeagle.config import RunConfig
-from jeagle.data import load_rows, load_tables, unpack
+from jeagle.data import load_rows, load_tables, preparation, unpack
 from jeagle.errors import UserError
 from jeagle.run import dataset
 from tests import tiny
@@ -88,7 +88,7 @@ def test_a_failure_leaves_what_was_there(folder, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset.room.prepare_rows.__globals__["SplitWriter"], "finish", fail)
+    monkeypatch.setattr(preparation.SplitWriter, "finish", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, data__row_length=128)
     assert stamps(prepared.data) == before
