@@ -16,7 +16,7 @@ from jeagle.data.preparation import ROWS, prepare_rows
 from jeagle.data.regeneration.openai_client import AnswerServer, ask_server
 from jeagle.data.regeneration.prompts import ANSWER_FILES, VARIETY, AnswerFile, read_prompts, read_rows
 from jeagle.data.regeneration.self_instruct import WrittenPrompts, collect_prompts, prompt_requests
-from jeagle.data.rows import RowStream, RowWriter, load_rows, rows_of, unpack
+from jeagle.data.rows import RowStream, RowWriter, live_counts, load_rows, rows_of, unpack
 from jeagle.data.sources.catalog import parse_source, source_fingerprint, starter_answers
 from jeagle.data.vocabulary import (
     TABLES,

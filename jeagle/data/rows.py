@@ -154,6 +154,25 @@ def load_rows(folder: Path) -> Batch:
     return Batch(*(np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None) for path in paths))
 
 
+def live_counts(
+    rows: Batch, numbers: np.ndarray, steps: int, rule: align.SlotRule, *, cross_documents: bool
+) -> np.ndarray:
+    """The live slots, or the positions that teach them if these are more, of each row in `numbers`: int64 [R].
+
+    Args:
+      steps: K, TTT steps.
+      rule, cross_documents: which slots count, as `align.counting_slots` takes them.
+    """
+    counted = [np.zeros(0, np.int64)]
+    for start in range(0, len(numbers), _BLOCK):
+        block = Batch(*(np.asarray(array[numbers[start : start + _BLOCK]]) for array in rows))
+        counts = align.counting_slots(block, steps, rule, cross_documents=cross_documents, xp=np)
+        reads = align.read_positions(block.segments_BT, steps, cross_documents=cross_documents, xp=np)
+        taught = align.teacher_positions(counts, reads, xp=np)
+        counted.append(np.maximum(counts.any(axis=0).sum(axis=1), taught.sum(axis=1)))
+    return np.concatenate(counted)
+
+
 class RowStream:
     """Batches of packed rows by global step; the step number is the whole state of the stream.
 
@@ -209,14 +228,8 @@ class RowStream:
           steps: K, TTT steps.
           rule, cross_documents: which slots count, as `align.counting_slots` takes them.
         """
-        counted = []
-        for start in range(0, len(self._rows.tokens_BT), _BLOCK):
-            block = Batch(*(np.asarray(array[start : start + _BLOCK]) for array in self._rows))
-            counts = align.counting_slots(block, steps, rule, cross_documents=cross_documents, xp=np)
-            reads = align.read_positions(block.segments_BT, steps, cross_documents=cross_documents, xp=np)
-            taught = align.teacher_positions(counts, reads, xp=np)
-            counted.append(np.maximum(counts.any(axis=0).sum(axis=1), taught.sum(axis=1)))
-        self._live = np.concatenate(counted)
+        every = np.arange(len(self._rows.tokens_BT))
+        self._live = live_counts(self._rows, every, steps, rule, cross_documents=cross_documents)
 
     def widest(self, step: int) -> int:
         """Returns the most live slots (or teacher positions) in any row of the global batch, on every process."""

@@ -6,7 +6,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from jeagle import align, data, features
+from jeagle import data, features
 from jeagle.interfaces import Batch
 from jeagle.run.draft_init import BEST_BY, HELD_OUT
 from jeagle.run.parameters import served_draft
@@ -15,8 +15,6 @@ from jeagle.runtime.ahead import read_ahead
 from jeagle.runtime.trackers import Trackers, open_trackers
 from jeagle.training.setup import Run, put_rows
 from jeagle.training.step import Program, TrainState, evaluation_step
-
-_BLOCK = 1024  # rows whose slots are counted at a time
 
 
 class HeldOut:
@@ -110,11 +108,7 @@ def spread(total: int, most: int) -> np.ndarray:
 
 def _width(rows: Batch, numbers: np.ndarray, program: Program) -> int:
     """The most live slots, or positions that teach them, of any of these rows."""
-    spec, most = program.objective, 1
-    for start in range(0, len(numbers), _BLOCK):
-        block = Batch(*(np.asarray(array[numbers[start : start + _BLOCK]]) for array in rows))
-        counts = align.counting_slots(block, program.ttt_steps, spec.slots, cross_documents=spec.cross_documents, xp=np)
-        reads = align.read_positions(block.segments_BT, program.ttt_steps, cross_documents=spec.cross_documents, xp=np)
-        taught = align.teacher_positions(counts, reads, xp=np)
-        most = max(most, int(counts.any(axis=0).sum(axis=1).max()), int(taught.sum(axis=1).max()))
+    spec, steps = program.objective, program.ttt_steps
+    counts = data.live_counts(rows, numbers, steps, spec.slots, cross_documents=spec.cross_documents)
+    most = int(counts.max(initial=1))
     return min(-(-most // 16) * 16, rows.tokens_BT.shape[1])
