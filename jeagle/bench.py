@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jeagle import decoding
 from jeagle.config import from_json
 from jeagle.errors import UserError
 from jeagle.run import acceptance, assemble
@@ -17,11 +18,12 @@ from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
 from jeagle.runtime.outputs import check_replaceable, json_file
+from jeagle.runtime.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchArguments:
-    """Decodes prompts speculatively (a chain of drafted tokens, temperature 0) and reports what was accepted."""
+    """Decodes prompts speculatively and reports what was accepted."""
 
     run: Annotated[Path, tyro.conf.arg(aliases=("--draft", "--checkpoint"))]
     """The folder of the run, runs/NAME."""
@@ -32,9 +34,24 @@ class BenchArguments:
     max_new_tokens: int = 64
     """Largest number of tokens in an answer."""
     draft_tokens: int = 7
-    """Number of tokens that are drafted before each verification."""
+    """Number of tokens in the chain that is drafted before each verification."""
     batch: int = 16
     """Number of prompts that are decoded at the same time."""
+    config_list: tuple[str, ...] = ()
+    """Chains and trees to measure instead of --draft-tokens and --batch, each as BATCH,STEPS,TOPK,VERIFY (as in
+    SpecForge): prompts at the same time, forward passes of the draft, tokens that each of them expands (1 is a chain),
+    and tokens that the target verifies at once."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the most likely token each time."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probabilities reach this sum."""
+    top_k: int = 0
+    """Sample from this number of most likely tokens; 0 samples from all."""
+    rule: Literal["target", "rejection"] = "target"
+    """How drafted tokens are judged when the temperature is above 0: against a token that the target samples (vLLM), or
+    by rejection sampling of tokens that the draft samples (chains only)."""
+    seed: int = 0
+    """Random seed; used when the temperature is above 0."""
     step: str = "last"
     """Step of the checkpoint, or last, or best: the saved checkpoint with the best held-out metrics."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -50,9 +67,9 @@ MEASURED = json_file("measurement of jeagle.bench's", "acceptance_length", "prom
 
 def main(arguments: list[str]) -> None:
     args = tyro.cli(BenchArguments, args=arguments, prog="python -m jeagle.bench")
-    for name in ("max_new_tokens", "draft_tokens", "batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0.")
+    plans = read_plans(args)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be above 0.")
     if args.out:
         check_replaceable(args.out, MEASURED)
     prepare_host()
@@ -63,13 +80,33 @@ def main(arguments: list[str]) -> None:
     step, spec, params = assemble.load_draft(folder, args.step)
     bench = acceptance.open_bench(config, spec, folder, params, dtype=args.dtype)
     prompts = acceptance.prompt_ids(bench, config, folder, args.prompts, args.max_prompts)
-    settings = {n: getattr(args, n) for n in ("max_new_tokens", "draft_tokens", "batch")}
-    report, _ = acceptance.measure(bench, prompts, **settings)
-    report |= {"run": str(folder), "step": step, "dtype": args.dtype, "temperature": 0, "prompts": str(args.prompts)}
-    text = json.dumps(report | {"weights": config.target.weights}, indent=2)
+    common = {"run": str(folder), "step": step, "dtype": args.dtype, "prompts": str(args.prompts)}
+    common |= {"weights": config.target.weights, "seed": args.seed}
+    reports = []
+    for batch, how in plans:
+        report, decoded = acceptance.measure(
+            bench, prompts, how=how, max_new_tokens=args.max_new_tokens, batch=batch, seed=args.seed
+        )
+        report["baselines"] = acceptance.measure_baselines(folder, prompts, decoded, how.shape)
+        reports.append(report | {"batch": batch} | common)
+    whole = reports[0] | ({"measurements": reports} if len(reports) > 1 else {})
+    text = json.dumps(whole, indent=2)
     if args.out:
         atomic_write(args.out, text + "\n", MEASURED)
     print(text)
+
+
+def read_plans(args: BenchArguments) -> list[tuple[int, decoding.Decoding]]:
+    """The batch and the decoding of each measurement. UserError for sizes that cannot be."""
+    sampling = Sampling(args.temperature, args.top_p, args.top_k)
+    sizes = []
+    for text in args.config_list or (f"{args.batch},{args.draft_tokens},1,{args.draft_tokens + 1}",):
+        numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+        if len(numbers) != 4 or min(numbers) < 1:
+            flags = "--config-list" if args.config_list else "--batch and --draft-tokens"
+            raise UserError(f"{flags}: {text!r} is not BATCH,STEPS,TOPK,VERIFY, four numbers above 0.")
+        sizes.append(numbers)
+    return [(batch, decoding.Decoding(decoding.TreeShape(*shape), sampling, args.rule)) for batch, *shape in sizes]
 
 
 if __name__ == "__main__":

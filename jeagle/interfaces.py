@@ -75,6 +75,22 @@ class Tables(NamedTuple):
     draft_to_target_D: Int[Array, " D"]
 
 
+class CacheView(NamedTuple):
+    """Where tokens go in a KV cache of S slots and what they attend to, if a slot is not the position of its token.
+
+    The tokens of a draft tree are such: several of them continue the same text and share a position.
+
+    Attributes:
+      slots_BT: the slot that each token's key and value are written to.
+      key_positions_BS: the position of each slot's token.
+      visible_BTS: whether token t may attend to slot s, apart from what windows and later positions exclude.
+    """
+
+    slots_BT: Int[Array, "B T"]
+    key_positions_BS: Int[Array, "B S"]
+    visible_BTS: Bool[Array, "B T S"]
+
+
 class LogitShape(NamedTuple):
     """How a target's family scales and caps its logits. It is static, so that it costs most targets nothing.
 

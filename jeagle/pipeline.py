@@ -187,13 +187,14 @@ def _measure(config: RunConfig, prepared: Any, *, trained: bool) -> dict[str, An
     opened = acceptance.open_bench(config, spec, folder, params, loaded=loaded, start=start)
     prompts = acceptance.prompt_ids(opened, config, folder, None, settings.max_prompts)
     chosen = prompts if trained else prompts[: settings.prompts_before]
-    sizes = {name: getattr(settings, name) for name in ("draft_tokens", "max_new_tokens", "batch")}
+    how = decoding.Decoding(decoding.TreeShape(settings.draft_tokens))
+    sizes = {"max_new_tokens": settings.max_new_tokens, "batch": settings.batch}
     width = decoding.padded_width(prompts)
-    report, decoded = acceptance.measure(opened, chosen, **sizes, width=width, label="measure")
+    report, decoded = acceptance.measure(opened, chosen, how=how, **sizes, width=width, label="measure")
     report["draft_parameters"] = sum(int(np.prod(x.shape)) for x in assemble.flat_draft(opened.weights.draft).values())
     if trained:
-        ngram = acceptance.measure_ngram(folder, chosen, decoded, draft_tokens=settings.draft_tokens)
-        report |= {"ngram": ngram, "sample": _sample(config, loaded.tokenizer, decoded)}
+        report |= acceptance.measure_baselines(folder, chosen, decoded, how.shape)
+        report["sample"] = _sample(config, loaded.tokenizer, decoded)
     return report
 
 

@@ -174,7 +174,7 @@ def live_counts(
 
 
 def _shuffled(total: int, seed: int, epoch: int) -> Int64[np.ndarray, " R"]:
-    """The order of the rows in an epoch: by numbers of Philox, whose raw output is the same in every version of NumPy."""
+    """The order of the rows in an epoch, by numbers of Philox, whose raw output no version of NumPy changes."""
     return np.argsort(np.random.Philox(key=[seed % 2**64, epoch]).random_raw(total), kind="stable")
 
 

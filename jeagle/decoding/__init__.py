@@ -1,4 +1,21 @@
-"""Speculative and greedy decoding with two models as step functions, and how many drafted tokens were accepted."""
+"""Speculative and plain decoding with two models as step functions, and how many drafted tokens were accepted."""
 
-from jeagle.decoding.baselines import GreedyAnswer, NGramTable, compare_answers, decode_greedy, decode_ngram
-from jeagle.decoding.chain import Models, SpeculativeAnswer, acceptance_counters, decode_speculative, padded_width
+from jeagle.decoding.baselines import (
+    Drafter,
+    FirstThatDrafts,
+    NGramTable,
+    PlainAnswer,
+    PromptLookup,
+    compare_answers,
+    decode_plain,
+    decode_without_draft_model,
+)
+from jeagle.decoding.speculative import (
+    Decoding,
+    Models,
+    SpeculativeAnswer,
+    acceptance_counters,
+    decode_speculative,
+    padded_width,
+)
+from jeagle.decoding.tree import TreeShape

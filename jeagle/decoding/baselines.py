@@ -1,33 +1,42 @@
-"""What a trained draft is compared with: greedy decoding of the target alone, and an n-gram table as the draft."""
+"""What a trained draft is compared with: plain decoding of the target, and drafters that need no model."""
 
 import collections
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jeagle.decoding.chain import Models, SpeculativeAnswer, grouped, padded_width
+from jeagle.decoding.speculative import (
+    Models,
+    SpeculativeAnswer,
+    grouped,
+    padded_width,
+    read_prompts,
+    token_keys,
+)
+from jeagle.runtime.sampling import GREEDY, Sampling, sampling_scores
+from jeagle.runtime.xla_workarounds import argmax_by_blocks
 
 TIE = 1e-4
-"""Two logits closer than this count as a tie: rounding may order them either way."""
+"""Two scores closer than this count as a tie: rounding may order them either way."""
 
 
-class GreedyAnswer(NamedTuple):
-    """The target's greedy tokens after a prompt, without stopping at an end token.
+class PlainAnswer(NamedTuple):
+    """The target's own tokens after a prompt, without stopping at an end token.
 
     Attributes:
       tokens: int32 [n].
-      gaps: float32 [n], the chosen logit minus the second largest one.
+      gaps: float32 [n], the score of the chosen token minus the second largest one.
     """
 
     tokens: np.ndarray
     gaps: np.ndarray
 
 
-def decode_greedy(
+def decode_plain(
     models: Models,
     weights: Any,
     prompts: Sequence[np.ndarray],
@@ -35,54 +44,73 @@ def decode_greedy(
     tokens: int,
     batch: int,
     width: int = 0,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
     on_done: Callable[[int], None] = lambda done: None,
-) -> list[GreedyAnswer]:
-    """`tokens` greedy tokens after each prompt, one forward pass of the target each; answers in the prompts' order.
+) -> list[PlainAnswer]:
+    """`tokens` tokens after each prompt, one forward pass of the target each; answers in the prompts' order.
 
     Args:
       batch: prompts that are decoded side by side.
-      width: prompts are padded to at least so many tokens, as in `chain.decode_speculative`.
+      width: prompts are padded to at least so many tokens, as in `speculative.decode_speculative`.
+      sampling, seed: with the same ones, the rule "target" of `decode_speculative` gives the same text.
       on_done: called with the number of prompts that are done.
     """
-    width = max(padded_width(prompts), width)
-    answers: dict[int, GreedyAnswer] = {}
+    width, key = max(padded_width(prompts), width), jax.random.key(seed)
+    answers: dict[int, PlainAnswer] = {}
     for chosen, padded, lengths in grouped(prompts, batch, width):
-        written, gaps = jax.device_get(_greedy(models, weights, padded, lengths, tokens, width + tokens + 1))
-        answers |= {i: GreedyAnswer(written[:, row], gaps[:, row]) for row, i in enumerate(chosen)}
+        numbers = jnp.array([*chosen, *[chosen[0]] * (batch - len(chosen))], jnp.uint32)
+        decoded = _plain(models, weights, padded, lengths, numbers, key, tokens, width + tokens + 1, sampling)
+        written, gaps = jax.device_get(decoded)
+        answers |= {i: PlainAnswer(written[:, row], gaps[:, row]) for row, i in enumerate(chosen)}
         on_done(len(answers))
     return [answers[i] for i in range(len(prompts))]
 
 
-@functools.partial(jax.jit, static_argnames=("models", "tokens", "cache_length"))
-def _greedy(models: Models, weights: Any, padded: jax.Array, lengths: jax.Array, tokens: int, cache_length: int):
-    positions = jnp.broadcast_to(jnp.arange(padded.shape[1]), padded.shape)
-    cache = models.target_cache(weights, padded.shape[0], cache_length, 0)
-    greedy, gap, _, cache = models.verify(weights, cache, padded, positions, lengths)
-    last = (lengths - 1)[:, None]
-    first = tuple(jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (greedy, gap))
+@functools.partial(jax.jit, static_argnames=("models", "tokens", "cache_length", "sampling"))
+def _plain(models, weights, padded, lengths_B, numbers_B, key, tokens: int, cache_length: int, sampling: Sampling):
+    def choose(logits_BV: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The token that the target chooses, and the lead of its score."""
+        keys_B = token_keys(key, numbers_B, jnp.broadcast_to(count, (len(numbers_B), 1)))[:, 0]
+        scores_BV = sampling_scores(logits_BV, keys_B, sampling)
+        token_B = argmax_by_blocks(scores_BV).astype(jnp.int32)
+        others = jnp.where(jnp.arange(scores_BV.shape[-1]) == token_B[:, None], -jnp.inf, scores_BV)
+        return token_B, scores_BV.max(axis=-1) - others.max(axis=-1)
 
-    def step(carry: Any, _: None):
-        cache, token, position = carry
-        greedy, gap, _, cache = models.verify(weights, cache, token[:, None], position[:, None], None)
-        return (cache, greedy[:, 0], position + 1), (greedy[:, 0], gap[:, 0])
+    def step(carry: Any, count: jax.Array):
+        cache, token_B = carry
+        position_B = lengths_B + count - 1
+        last, _, cache = models.read(weights, cache, token_B[:, None], position_B[:, None], None, None)
+        chosen = choose(models.logits(weights, last)[:, 0], count)
+        return (cache, chosen[0]), chosen
 
-    _, rest = jax.lax.scan(step, (cache, first[0], lengths), None, length=tokens - 1)
+    logits_BV, _, cache, _ = read_prompts(models, weights, padded, lengths_B, cache_length, 0)
+    first = choose(logits_BV, jnp.zeros((), jnp.int32))
+    _, rest = jax.lax.scan(step, (cache, first[0]), jnp.arange(1, tokens))
     return tuple(jnp.concatenate([a[None], b]) for a, b in zip(first, rest, strict=True))
 
 
 class Comparison(NamedTuple):
-    """Whether two answers are equal; a difference is excused where the two best logits of greedy decoding tie."""
+    """Whether two answers are equal; a difference is excused where the two best scores of plain decoding tie."""
 
     equal: bool
     excused: bool
 
 
-def compare_answers(speculative: SpeculativeAnswer, greedy: GreedyAnswer) -> Comparison:
+def compare_answers(speculative: SpeculativeAnswer, plain: PlainAnswer) -> Comparison:
     """Compares token for token over the speculative answer's length; the first difference decides."""
     for position, token in enumerate(speculative.tokens):
-        if token != greedy.tokens[position]:
-            return Comparison(False, bool(greedy.gaps[position] < TIE))
+        if token != plain.tokens[position]:
+            return Comparison(False, bool(plain.gaps[position] < TIE))
     return Comparison(True, False)
+
+
+class Drafter(Protocol):
+    """Proposes tokens without a model."""
+
+    def draft(self, context: Sequence[int], tokens: int) -> list[int]:
+        """At most `tokens` tokens after `context`."""
+        ...
 
 
 class NGramTable:
@@ -115,21 +143,56 @@ class NGramTable:
         return drafted
 
 
-def decode_ngram(
-    table: NGramTable, prompt: np.ndarray, greedy: np.ndarray, answer: int, draft_tokens: int
+class PromptLookup:
+    """Drafts what followed the latest earlier occurrence of the text's last tokens.
+
+    Source: Saxena's prompt lookup decoding, vLLM's "ngram" and SGLang's "NGRAM" method; the longest match wins.
+
+    Attributes:
+      longest: largest number of tokens that are looked for.
+    """
+
+    def __init__(self, longest: int = 3):
+        self.longest = longest
+
+    def draft(self, context: Sequence[int], tokens: int) -> list[int]:
+        """At most `tokens` tokens after `context`."""
+        text = np.asarray(context)
+        for length in range(min(self.longest, len(text) - 1), 0, -1):
+            windows = np.lib.stride_tricks.sliding_window_view(text[:-1], length)
+            matches = np.flatnonzero((windows == text[-length:]).all(axis=1))
+            if len(matches):
+                begin = matches[-1] + length
+                return text[begin : begin + tokens].tolist()
+        return []
+
+
+class FirstThatDrafts:
+    """Drafts with the first of several drafters that has anything to propose."""
+
+    def __init__(self, *drafters: Drafter):
+        self.drafters = drafters
+
+    def draft(self, context: Sequence[int], tokens: int) -> list[int]:
+        """At most `tokens` tokens after `context`."""
+        return next((drafted for d in self.drafters if (drafted := d.draft(context, tokens))), [])
+
+
+def decode_without_draft_model(
+    drafter: Drafter, prompt: np.ndarray, plain: np.ndarray, answer: int, draft_tokens: int
 ) -> SpeculativeAnswer:
-    """Speculative decoding of a known greedy text with the table as the draft; the target is not run.
+    """Speculative decoding of a known text of the target with a drafter; the target is not run.
 
     Args:
-      greedy: the target's tokens, at least `draft_tokens` more than the answer.
+      plain: the target's tokens, at least `draft_tokens` more than the answer.
       answer: how many of them the answer has.
     """
-    text, position, rounds = [*prompt.tolist(), *greedy.tolist()], len(prompt) + 1, []
+    text, position, rounds = [*prompt.tolist(), *plain.tolist()], len(prompt) + 1, []
     while position < len(prompt) + answer:
-        drafted = table.draft(text[:position], draft_tokens)
+        drafted = drafter.draft(text[:position], draft_tokens)
         accepted = 0
         while accepted < len(drafted) and drafted[accepted] == text[position + accepted]:
             accepted += 1
         rounds.append(accepted)
         position += accepted + 1
-    return SpeculativeAnswer(greedy[:answer].tolist(), rounds)
+    return SpeculativeAnswer(plain[:answer].tolist(), rounds)

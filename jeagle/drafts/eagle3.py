@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jeagle.drafts.trained_products import scaled_linear, trained_linear
-from jeagle.interfaces import DraftSpec, Tables
+from jeagle.interfaces import CacheView, DraftSpec, Tables
 from jeagle.layers import AttentionMask, masked_attention, rms_norm, rotate_by
 from jeagle.runtime.xla_workarounds import flat_matmul, save_residual
 
@@ -223,6 +223,7 @@ def advance(
     tokens_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     cache: tuple[DraftCache, ...],
+    view: CacheView | None = None,
 ) -> tuple[Float[Array, "B T W"], Float[Array, "B T W"], tuple[DraftCache, ...]]:
     """The slots at `positions_BT` each read a hidden state and a token.
 
@@ -233,6 +234,7 @@ def advance(
       hidden_BTW: `draft.fuse(aux)` where the target has read the position; else the draft's own previous state.
       tokens_BT: the token after each position.
       positions_BT: slot t has position t, by which it rotates, as in vLLM and SGLang.
+      view: slots and visible keys of the tokens of a tree.
 
     Returns:
       (what lm_head reads, the hidden states to continue from, the cache with the new slots).
@@ -242,20 +244,18 @@ def advance(
     rows = jnp.arange(tokens_BT.shape[0])[:, None]
     length = cache[0].keys_BSGC.shape[1]
     mask = AttentionMask(positions_BT, jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length)))
+    slots_BT = positions_BT
+    if view is not None:
+        mask, slots_BT = AttentionMask(positions_BT, view.key_positions_BS, also_BTS=view.visible_BTS), view.slots_BT
     embedded = tables.embed_VW[tokens_BT].astype(jnp.float32)
     stream, new_cache = ResidualStream.of(hidden_BTW, draft.dtype), []
     for layer, past, window in zip(draft.layers, cache, draft.spec.windows, strict=True):
         read, residual = layer.inputs(embedded, stream)
         new = layer.self_attn.keys_values(read, positions_BT)
-        past = DraftCache(*(cached.at[rows, positions_BT].set(x) for cached, x in zip(past, new, strict=True)))
+        past = DraftCache(*(cached.at[rows, slots_BT].set(x) for cached, x in zip(past, new, strict=True)))
         queries = layer.self_attn.queries(read, positions_BT)
         mixed = masked_attention(queries, *past, mask, draft.dtype, window=window)
         stream = ResidualStream.of(layer.finish(residual, mixed), draft.dtype)
         new_cache.append(past)
     for_head, next_hidden = draft.finish(stream)
     return for_head, next_hidden, tuple(new_cache)
-
-
-def greedy_token(draft: Eagle3, tables: Tables, for_head: Float[Array, "*rows W"]) -> Int[Array, "*rows"]:
-    """The draft's most likely token for what lm_head reads, as an id of the target's vocabulary."""
-    return tables.draft_to_target_D[jnp.argmax(draft.logits(for_head), axis=-1)]

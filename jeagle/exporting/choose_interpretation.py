@@ -84,16 +84,17 @@ def _measure(
 ) -> MeasuredInterpretation:
     bench = acceptance.open_bench(config, interpretation.spec, folder, params, loaded=target)
     ids = acceptance.prompt_ids(bench, config, folder, prompts, config.bench.max_prompts)
+    shape = decoding.TreeShape(config.bench.draft_tokens)
     decoded = decoding.decode_speculative(
         bench.models,
         bench.weights,
         ids,
-        draft_tokens=config.bench.draft_tokens,
+        decoding=decoding.Decoding(shape),
         max_new_tokens=config.bench.max_new_tokens,
         end_token_ids=target.end_token_ids,
         batch=min(len(ids), config.bench.batch),
     )
-    counters = decoding.acceptance_counters(decoded, config.bench.draft_tokens)
+    counters = decoding.acceptance_counters(decoded, shape)
     return MeasuredInterpretation(interpretation, [list(answer.rounds) for answer in decoded], counters)
 
 

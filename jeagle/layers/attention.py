@@ -20,12 +20,14 @@ class AttentionMask(NamedTuple):
       queries_BT, keys_BS: positions within the document, int32.
       query_segments_BT, key_segments_BS: the documents of packed rows, whose queries and keys are the same tokens in
         the same order, with positions that rise by one within each document; None where keys come from a cache.
+      also_BTS: a further condition on a query and a key; None where there is none.
     """
 
     queries_BT: jax.Array
     keys_BS: jax.Array
     query_segments_BT: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
+    also_BTS: jax.Array | None = None
 
     def visible(self, window: int = 0, chunk: int = 0) -> Bool[Array, "B T S"]:
         """Whether query t may attend to key s: the key is of the same document and not later.
@@ -38,6 +40,8 @@ class AttentionMask(NamedTuple):
         allowed = keys <= queries
         if self.query_segments_BT is not None and self.key_segments_BS is not None:
             allowed &= self.query_segments_BT[:, :, None] == self.key_segments_BS[:, None, :]
+        if self.also_BTS is not None:
+            allowed &= self.also_BTS
         if window:
             allowed &= queries - keys < window
         if chunk:
@@ -46,11 +50,12 @@ class AttentionMask(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Queries or keys [B, T, heads, C], with their positions and documents [B, T]."""
+    """Queries or keys [B, T, heads, C], with their positions and documents [B, T], and the queries' condition."""
 
     heads: jax.Array
     positions: jax.Array
     segments: jax.Array | None
+    also: jax.Array | None = None
 
 
 def masked_attention(
@@ -91,7 +96,7 @@ def masked_attention(
             return attend(queries, keys, values)
         return _join_blocks(jax.lax.map(lambda part: attend(part, keys, values), _split_blocks(queries, block)))
 
-    queries = _Side(queries_BTQC, mask.queries_BT, mask.query_segments_BT)
+    queries = _Side(queries_BTQC, mask.queries_BT, mask.query_segments_BT, mask.also_BTS)
     keys = _Side(keys_BSGC, mask.keys_BS, mask.key_segments_BS)
     if length <= block or length % block:
         return attend(queries, keys, values_BSGE)
@@ -131,7 +136,7 @@ def _join_blocks(out: jax.Array) -> jax.Array:
 
 def _attend_block(queries: _Side, keys: _Side, values: jax.Array, dtype, window, chunk, scale, soft_cap, sinks):
     """`masked_attention` without blocks: all scores exist at the same time."""
-    mask = AttentionMask(queries.positions, keys.positions, queries.segments, keys.segments)
+    mask = AttentionMask(queries.positions, keys.positions, queries.segments, keys.segments, queries.also)
     allowed = mask.visible(window, chunk)
     batch, length, heads, width = queries.heads.shape
     groups = keys.heads.shape[2]

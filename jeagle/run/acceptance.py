@@ -1,17 +1,17 @@
 """Acceptance length by really decoding: target and draft ready to decode, prompts, and what was accepted."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jeagle import data, decoding, drafts, targets
+from jeagle import data, decoding, drafts
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Tables
@@ -66,26 +66,25 @@ def open_bench(
 def make_models(target: Any, draft: Any, aux_layers: tuple[int, ...]) -> decoding.Models:
     """The two graphdefs as the functions that decoding runs."""
 
-    def verify(weights: Weights, cache: Any, tokens: jax.Array, positions: jax.Array, count: jax.Array | None = None):
+    def read(weights: Weights, cache: Any, tokens, positions, count, view):
         model = nnx.merge(target, weights.target)
-        aux, last, cache = model.extend(tokens, positions, cache, aux_layers, count)
-        return *targets.greedy_and_gap(model, last), aux, cache
+        aux, last, cache = model.extend(tokens, positions, cache, aux_layers, count, view)
+        return last, aux, cache
 
-    def draft_from_own(weights: Weights, cache: Any, state: jax.Array, tokens: jax.Array, positions: jax.Array):
+    def advance(weights: Weights, cache: Any, hidden, tokens, positions, view):
         module = nnx.merge(draft, weights.draft)
-        for_head, state, cache = drafts.advance(module, weights.tables, state, tokens, positions, cache)
-        return drafts.greedy_token(module, weights.tables, for_head), state, cache
-
-    def draft_from_aux(weights: Weights, cache: Any, aux: jax.Array, tokens: jax.Array, positions: jax.Array):
-        fused = nnx.merge(draft, weights.draft).fuse(aux)
-        return draft_from_own(weights, cache, fused, tokens, positions)
+        return drafts.advance(module, weights.tables, hidden, tokens, positions, cache, view)
 
     return decoding.Models(
         target_cache=lambda w, *sizes: nnx.merge(target, w.target).empty_cache(*sizes[:2], jnp.float32, sizes[2]),
+        read=read,
+        logits=lambda w, last: nnx.merge(target, w.target).logits(last),
+        move_slots=lambda w, *slots: nnx.merge(target, w.target).move_slots(*slots),
         draft_cache=lambda w, rows, room: drafts.empty_cache(nnx.merge(draft, w.draft), rows, room),
-        verify=verify,
-        draft_from_aux=draft_from_aux,
-        draft_from_own=draft_from_own,
+        fuse=lambda w, aux: nnx.merge(draft, w.draft).fuse(aux),
+        draft=advance,
+        draft_logits=lambda w, for_head: nnx.merge(draft, w.draft).logits(for_head),
+        draft_ids=lambda w: w.tables.draft_to_target_D,
     )
 
 
@@ -110,63 +109,95 @@ class Decoded(NamedTuple):
     """The texts behind a report: speculative and plain."""
 
     speculative: list[decoding.SpeculativeAnswer]
-    plain: list[decoding.GreedyAnswer]
+    plain: list[decoding.PlainAnswer]
 
 
 def measure(
     bench: Bench,
     prompts: Sequence[np.ndarray],
     *,
-    draft_tokens: int,
+    how: decoding.Decoding,
     max_new_tokens: int,
     batch: int,
     label: str = "bench",
     width: int = 0,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], Decoded]:
     """Speculative and plain decoding of the same prompts -> (report, texts)."""
-    room, most = max(map(len, prompts)) + max_new_tokens + 2 * draft_tokens, bench.loaded.target.spec.max_positions
+    spec, shape = bench.loaded.target.spec, how.shape
+    if shape.top_k > 1 and spec.is_recurrent:
+        raise UserError(
+            "The target has recurrent layers, which can read a chain of drafted tokens and no tree: give a top-k of 1."
+        )
+    room, most = max(map(len, prompts)) + max_new_tokens + 2 * shape.room, spec.max_positions
     if room > most:
         raise UserError(
             f"The longest prompt and its answer need {room} positions, the target has {most}: shorten the prompts or "
             "lower --max-new-tokens."
         )
-    decode = {"batch": batch, "width": width}
+    decode: dict[str, Any] = {"batch": batch, "width": width, "seed": seed}
     with Progress(2 * len(prompts), "decodings", label) as progress:
-        more = max_new_tokens + draft_tokens + 1  # so that a baseline's last draft can be judged whole
-        plain = decoding.decode_greedy(
-            bench.models, bench.weights, prompts, tokens=more, on_done=progress.update, **decode
+        more = max_new_tokens + shape.steps + 1  # so that a baseline's last draft can be judged whole
+        plain = decoding.decode_plain(
+            bench.models,
+            bench.weights,
+            prompts,
+            tokens=more,
+            sampling=how.sampling,
+            on_done=progress.update,
+            **decode,
         )
         decoded = decoding.decode_speculative(
             bench.models,
             bench.weights,
             prompts,
-            draft_tokens=draft_tokens,
+            decoding=how,
             max_new_tokens=max_new_tokens,
             end_token_ids=bench.loaded.end_token_ids,
             on_done=lambda done: progress.update(len(prompts) + done),
             **decode,
         )
-    compared = [decoding.compare_answers(a, b) for a, b in zip(decoded, plain, strict=True)]
-    report = decoding.acceptance_counters(decoded, draft_tokens) | {
-        "lossless": all(c.equal or c.excused for c in compared),
-        "excused_ties": sum(c.excused for c in compared),
-        "different": sum(not c.equal and not c.excused for c in compared),
+    report = decoding.acceptance_counters(decoded, shape)
+    if how.rule == "target" or not how.sampling.temperature:  # else the texts are other draws of one distribution
+        compared = [decoding.compare_answers(a, b) for a, b in zip(decoded, plain, strict=True)]
+        report |= {
+            "lossless": all(c.equal or c.excused for c in compared),
+            "excused_ties": sum(c.excused for c in compared),
+            "different": sum(not c.equal and not c.excused for c in compared),
+        }
+    report |= {
         "prompts_measured": len(prompts),
         "prompts_hash": hashlib.sha256(b"".join(p.tobytes() for p in prompts)).hexdigest()[:16],
-        "draft_tokens": draft_tokens,
+        "draft_tokens": shape.steps,
+        "top_k": shape.top_k,
+        "verified_tokens": shape.verify,
+        **dataclasses.asdict(how.sampling),
+        "rule": how.rule,
         "max_new_tokens": max_new_tokens,
     }
     return report, Decoded(decoded, plain)
 
 
-def measure_ngram(
-    folder: Path, prompts: Sequence[np.ndarray], decoded: Decoded, *, draft_tokens: int
-) -> dict[str, Any]:
-    """The same counters for a 3-gram table of the run's training answers, over the same answers."""
-    documents = data.unpack(data.load_rows(folder / "data" / "train"))
-    table = decoding.NGramTable((document.ids, document.supervised) for document in documents)
-    measured = [
-        decoding.decode_ngram(table, prompt, plain.tokens, len(answer.tokens), draft_tokens)
-        for prompt, plain, answer in zip(prompts, decoded.plain, decoded.speculative, strict=True)
-    ]
-    return decoding.acceptance_counters(measured, draft_tokens)
+def measure_baselines(
+    folder: Path, prompts: Sequence[np.ndarray], decoded: Decoded, shape: decoding.TreeShape
+) -> dict[str, dict[str, Any]]:
+    """The same counters for drafters without a model, over the same answers.
+
+    Returns:
+      "prompt_lookup"; and for a run with training rows also "ngram", a 3-gram table of their answers, and "both", which
+      takes the table where lookup finds nothing.
+    """
+    lookup = decoding.PromptLookup()
+    drafters: dict[str, decoding.Drafter] = {"prompt_lookup": lookup}
+    if (rows := folder / "data" / "train").is_dir():
+        documents = data.unpack(data.load_rows(rows))
+        table = decoding.NGramTable((document.ids, document.supervised) for document in documents)
+        drafters |= {"ngram": table, "both": decoding.FirstThatDrafts(lookup, table)}
+    counters = {}
+    for name, drafter in drafters.items():
+        answers = [
+            decoding.decode_without_draft_model(drafter, prompt, plain.tokens, len(answer.tokens), shape.steps)
+            for prompt, plain, answer in zip(prompts, decoded.plain, decoded.speculative, strict=True)
+        ]
+        counters[name] = decoding.acceptance_counters(answers, decoding.TreeShape(shape.steps))
+    return counters

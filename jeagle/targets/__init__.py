@@ -5,6 +5,7 @@ import os
 # transformers, whose configurations and tokenizers are used, would warn in every command that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from jeagle.runtime.sampling import Sampling
 from jeagle.targets.checkpoint.load import Target, abstract_target, load_target
 from jeagle.targets.checkpoint.reference import TargetFiles, resolve
 from jeagle.targets.checkpoint.tensor_reader import Table, embedding_table, head_table, is_target_embedding
@@ -12,6 +13,6 @@ from jeagle.targets.checkpoint.weights import open_weights
 from jeagle.targets.families import own_family, read_spec
 from jeagle.targets.families.common import Family, Piece, Switches
 from jeagle.targets.model.features import distributions, features, greedy_and_gap
-from jeagle.targets.model.generate import GeneratedAnswer, Sampling, generate
+from jeagle.targets.model.generate import GeneratedAnswer, generate
 from jeagle.targets.model.spec import TargetSpec, check_aux_layers
 from jeagle.targets.tokenizers.load import end_token_ids, load_tokenizer

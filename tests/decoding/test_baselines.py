@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from jeagle.decoding import (
-    GreedyAnswer,
+    FirstThatDrafts,
     NGramTable,
+    PlainAnswer,
+    PromptLookup,
     SpeculativeAnswer,
+    TreeShape,
     acceptance_counters,
     compare_answers,
-    decode_ngram,
+    decode_without_draft_model,
 )
 
 
@@ -50,17 +53,41 @@ def test_no_context_reaches_into_another_document():
 def test_decoding_a_known_text_counts_what_the_table_gets_right():
     """The prompt's prefill gives the answer's first token; each round then commits the right drafts and one more."""
     counted = table(([1, 2, 3, 4, 5], [1] * 5))
-    answer = decode_ngram(counted, np.array([9, 1]), np.array([2, 3, 4, 7, 5, 1, 2, 3]), answer=5, draft_tokens=3)
+    answer = decode_without_draft_model(
+        counted, np.array([9, 1]), np.array([2, 3, 4, 7, 5, 1, 2, 3]), answer=5, draft_tokens=3
+    )
     assert answer.tokens == [2, 3, 4, 7, 5]
     assert answer.rounds == [2, 0]  # 3 4 of 3 4 5 and the target's 7; then nothing follows 7, and the target's 5
-    whole = decode_ngram(counted, np.array([9, 1]), np.array([2, 3, 4, 5, 6, 6, 6, 6]), answer=4, draft_tokens=3)
+    whole = decode_without_draft_model(
+        counted, np.array([9, 1]), np.array([2, 3, 4, 5, 6, 6, 6, 6]), answer=4, draft_tokens=3
+    )
     assert whole.rounds == [3]
+
+
+@pytest.mark.parametrize(
+    ("context", "drafted"),
+    [
+        ([1, 2, 3, 9, 1, 2, 3], [9, 1, 2]),
+        ([5, 3, 8, 4, 3, 7, 6, 3], [7, 6, 3]),  # the latest of two occurrences
+        ([4, 3, 8, 9, 3, 7, 4, 3], [8, 9, 3]),  # a longer match wins over a later one
+        ([1, 2, 3], []),
+        ([6], []),
+    ],
+)
+def test_prompt_lookup_drafts_what_followed_the_longest_latest_match(context, drafted):
+    assert PromptLookup().draft(context, 3) == drafted
+
+
+def test_the_first_drafter_with_a_proposal_drafts():
+    both = FirstThatDrafts(PromptLookup(), table(([3, 4], [1, 1])))
+    assert both.draft([3, 5, 3], 2) == [5, 3]
+    assert both.draft([1, 3], 2) == [4]
 
 
 def test_counters_are_vllms():
     """By hand: five rounds of three drafted tokens, 3 + 0 + 1 + 2 + 0 = 6 accepted."""
     answers = [SpeculativeAnswer([1] * 9, [3, 0, 1]), SpeculativeAnswer([1] * 4, [2, 0])]
-    assert acceptance_counters(answers, 3) == {
+    assert acceptance_counters(answers, TreeShape(3)) == {
         "drafts": 5,
         "drafted_tokens": 15,
         "accepted_tokens": 6,
@@ -70,7 +97,7 @@ def test_counters_are_vllms():
 
 
 def test_counters_without_a_round():
-    counters = acceptance_counters([SpeculativeAnswer([2], [])], 2)
+    counters = acceptance_counters([SpeculativeAnswer([2], [])], TreeShape(2))
     assert counters["acceptance_length"] == 1.0 and counters["acceptance_by_position"] == [0.0, 0.0]
 
 
@@ -86,5 +113,5 @@ def test_counters_without_a_round():
     ],
 )
 def test_a_difference_is_excused_where_greedy_decoding_ties(speculative, gaps, equal, excused):
-    greedy = GreedyAnswer(np.array([1, 2, 3, 4]), np.array(gaps, np.float32))
+    greedy = PlainAnswer(np.array([1, 2, 3, 4]), np.array(gaps, np.float32))
     assert compare_answers(SpeculativeAnswer(speculative, []), greedy) == (equal, excused)

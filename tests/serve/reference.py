@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jeagle import decoding
 from jeagle.config import RunConfig, from_json
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec
@@ -111,7 +112,7 @@ def decode(run: Path, settings: Settings) -> Reference:
     report, decoded = acceptance.measure(
         endless,
         prompts,
-        draft_tokens=settings.draft_tokens,
+        how=decoding.Decoding(decoding.TreeShape(settings.draft_tokens)),
         max_new_tokens=settings.max_new_tokens,
         batch=settings.max_prompts,
     )

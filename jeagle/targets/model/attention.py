@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jeagle.layers import (
     LANES,
@@ -75,6 +75,7 @@ class TokenContext(NamedTuple):
       mask: which keys each query may attend to; the keys are those of the cache where there is one.
       lengths_BT: length of each token's document; None where no rotary embedding depends on it.
       count_B: with a cache, the number of real tokens in each row; the tokens after them are padding.
+      slots_BT: with a cache, the slot that each token is written to; None where it is the token's position.
     """
 
     positions_BT: jax.Array
@@ -82,14 +83,14 @@ class TokenContext(NamedTuple):
     mask: AttentionMask
     lengths_BT: jax.Array | None = None
     count_B: jax.Array | None = None
+    slots_BT: jax.Array | None = None
 
 
-def write_cache(cache: KVCache, fresh: KVCache, positions_BT: Int[Array, "B T"]) -> KVCache:
-    """Returns `cache` with the fresh keys and values [B, T, G, C] written at their positions."""
-    rows = jnp.arange(positions_BT.shape[0])[:, None]
-    return KVCache(
-        *(old.at[rows, positions_BT].set(new.astype(old.dtype)) for old, new in zip(cache, fresh, strict=True))
-    )
+def write_cache(cache: KVCache, fresh: KVCache, context: TokenContext) -> KVCache:
+    """Returns `cache` with the fresh keys and values [B, T, G, C] written to the slots of their tokens."""
+    slots_BT = context.positions_BT if context.slots_BT is None else context.slots_BT
+    rows = jnp.arange(slots_BT.shape[0])[:, None]
+    return KVCache(*(old.at[rows, slots_BT].set(new.astype(old.dtype)) for old, new in zip(cache, fresh, strict=True)))
 
 
 def cache_shardings(caches: Any, mesh: Mesh) -> Any:
@@ -184,7 +185,7 @@ class GroupedQueryAttention(nnx.Module):
                 values = rms_norm(values, None, self.eps)
             keys_values = KVCache(heads_of(raw_keys, "k_norm"), values)
             if cache is not None:
-                keys_values = cache = write_cache(cache, keys_values, context.positions_BT)
+                keys_values = cache = write_cache(cache, keys_values, context)
         options = {name: getattr(spec, name) for name in ("window", "chunk", "scale", "soft_cap")}
         options["sinks_Q"] = self.sinks[...] if spec.sinks else None
         mixed = attend_on_mesh(queries, *keys_values, context.mask, self.dtype, self.mesh, **options)
@@ -253,7 +254,7 @@ class LatentAttention(nnx.Module):
             keys, queries = jnp.concatenate([keys, shared_part], -1), jnp.concatenate([nope, rotated], -1)
             mixed = attend_on_mesh(queries, keys, values, context.mask, self.dtype, self.mesh, scale=scale)
         else:
-            latents = cache = write_cache(cache, latents, context.positions_BT)
+            latents = cache = write_cache(cache, latents, context)
             mixed = self._absorbed(nope, rotated, latents, context.mask, scale)
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), cache, latents
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jeagle.interfaces import CacheView
 from jeagle.layers import GATES, AttentionMask, Dense, Linear, depends_on_length, matmul, rms_norm
 from jeagle.runtime.mesh import by_rows
 from jeagle.targets.model.attention import BuildOptions, GroupedQueryAttention, KVCache, LatentAttention, TokenContext
@@ -232,6 +233,7 @@ class Decoder(nnx.Module):
         cache: Caches,
         aux_layers: tuple[int, ...],
         count_B: Int[Array, " B"] | None = None,
+        view: CacheView | None = None,
     ) -> tuple[Float[Array, "B T A H"] | None, Float[Array, "B T H"], Caches]:
         """Runs tokens after those of the cache, in which their keys and values are written at `positions`.
 
@@ -239,9 +241,10 @@ class Decoder(nnx.Module):
         before any token attends to them.
 
         Args:
-          positions: rise by one along each row.
+          positions: rise by one along each row, unless there is a view.
           count_B: the number of real tokens in each row, which come first; None = all. A recurrent state needs it;
             attention does not, since whatever follows is overwritten.
+          view: slots and visible keys of the tokens of a tree; only for a model without recurrent layers.
 
         Returns:
           (as `forward`, as `forward`, the new cache).
@@ -252,7 +255,11 @@ class Decoder(nnx.Module):
         if self.needs_lengths:
             total = positions[:, 0] + (tokens.shape[1] if count_B is None else count_B)
             lengths = jnp.broadcast_to(total[:, None], positions.shape)
-        context = TokenContext(positions, None, AttentionMask(positions, keys), lengths, count_B)
+        mask, slots = AttentionMask(positions, keys), None
+        if view is not None:
+            mask, slots = AttentionMask(positions, view.key_positions_BS, also_BTS=view.visible_BTS), view.slots_BT
+            lengths = positions + 1 if self.needs_lengths else None
+        context = TokenContext(positions, None, mask, lengths, count_B, slots)
         x, aux, cache = self._through_layers(tokens, context, cache, aux_layers)
         return aux, self.final_norm(x), cache
 
@@ -268,6 +275,12 @@ class Decoder(nnx.Module):
             one = block.mixer.empty(rows, length, dtype, rollback)
             caches.append(jax.tree.map(lambda x, lead=lead: jnp.broadcast_to(x, (*lead, *x.shape)), one))
         return tuple(caches)
+
+    def move_slots(self, cache: Caches, from_BN: Int[Array, "B N"], to_BN: Int[Array, "B N"]) -> Caches:
+        """Copies keys and values between slots of each row, as the accepted path of a tree needs it."""
+        lead = (slice(None),) if self.stacked else ()
+        rows = jnp.arange(from_BN.shape[0])[:, None]
+        return jax.tree.map(lambda x: x.at[(*lead, rows, to_BN)].set(x[(*lead, rows, from_BN)]), cache)
 
     def admit(self, cache: Caches, fresh: Caches, rows_R: Int[Array, " R"]) -> Caches:
         """Replaces the rows `rows_R` of `cache` by those of `fresh`, which may be shorter; rows out of range are

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
 
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import replicated, row_parts
-from jeagle.runtime.xla_workarounds import argmax_by_blocks
+from jeagle.runtime.sampling import Sampling, sample_tokens
 from jeagle.targets.checkpoint.load import Target
 from jeagle.targets.model.attention import cache_shardings
 
@@ -24,62 +23,6 @@ ADMITTED_AT_ONCE = 8
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of so many tokens
 
 Stops = Callable[[np.ndarray], int | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen from its distribution.
-
-    Attributes:
-      temperature: logits are divided by it; 0 = the most likely token, whatever the other fields say.
-      top_p: only the fewest most likely tokens whose probabilities, at this temperature, sum to at least `top_p`;
-        1 = all.
-      top_k: only the `top_k` most likely tokens, applied before `top_p`; 0 = all.
-
-    Raises:
-      UserError: for a value that is out of range.
-
-    Source: nucleus sampling, Holtzman et al. (arXiv 1904.09751), for top_p.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"The temperature is {self.temperature}; it must be 0 (the most likely token) or above.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it is a share, above 0 and up to 1.")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; it is a number of tokens, or 0 for all.")
-
-
-def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
-    """Chooses one token for each row, int32; the randomness of row b comes from keys_B[b] alone.
-
-    Gumbel noise is added to the logit of each token id, so that logits which differ by rounding give the same token
-    unless two tokens were nearly equal.
-    """
-    if sampling.temperature == 0:
-        return argmax_by_blocks(logits_BV).astype(jnp.int32)
-    scaled_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / sampling.temperature
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(keys_B)
-    allowed_BV = eligible_tokens(scaled_BV, sampling.top_p, sampling.top_k)
-    return argmax_by_blocks(jnp.where(allowed_BV, scaled_BV + noise_BV, -jnp.inf)).astype(jnp.int32)
-
-
-def eligible_tokens(logits_BV: Float[Array, "B V"], top_p: float, top_k: int) -> Bool[Array, "B V"]:
-    """Whether a token is among those that `top_k` and then `top_p` leave; of equal logits the lower id comes first."""
-    rows, vocab = logits_BV.shape
-    top_k = min(top_k or vocab, vocab)
-    if top_k == vocab and top_p == 1:
-        return jnp.ones((rows, vocab), bool)
-    ranked_BK, ids_BK = jax.lax.top_k(logits_BV, top_k)
-    probabilities_BK = jax.nn.softmax(ranked_BK, axis=-1)
-    before_BK = jnp.cumsum(probabilities_BK, axis=-1) - probabilities_BK
-    within_BK = before_BK < top_p if top_p < 1 else jnp.ones_like(before_BK, bool)
-    return jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], ids_BK].set(within_BK)
 
 
 class GenerationState(NamedTuple):

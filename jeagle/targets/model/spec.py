@@ -227,6 +227,11 @@ class TargetSpec:
         """L, the number of layers."""
         return len(self.blocks)
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a recurrent state, which can read one continuation of a text at a time."""
+        return any(isinstance(block.mixer, DeltaSpec) for block in self.blocks)
+
 
 def check_aux_layers(aux_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:
     """Checks layer boundaries, 0 (embeddings) to `layers`, at which a target's hidden states are taken.

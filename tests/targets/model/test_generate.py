@@ -14,7 +14,8 @@ import pytest
 from jeagle import targets
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import make_mesh
-from jeagle.targets.model.generate import Sampling, _Generation, eligible_tokens, sample_tokens
+from jeagle.runtime.sampling import Sampling, eligible_tokens, sample_tokens
+from jeagle.targets.model.generate import _Generation
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ["llama", "gemma3", "gpt_oss", "deepseek_v2", "qwen3_next", "gemma4_shared_kv"]
