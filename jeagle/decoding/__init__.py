@@ -4,6 +4,7 @@ from jeagle.decoding.baselines import (
     Drafter,
     FirstThatDrafts,
     NGramTable,
+    NotFiniteError,
     PlainAnswer,
     PromptLookup,
     compare_answers,

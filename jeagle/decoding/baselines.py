@@ -24,12 +24,20 @@ TIE = 1e-4
 """Two scores closer than this count as a tie: rounding may order them either way."""
 
 
+class NotFiniteError(ArithmeticError):
+    """The target's logits were not finite; `tokens` [n] are the prompt and the tokens after it that they came of."""
+
+    def __init__(self, tokens: np.ndarray):
+        super().__init__("The target's logits are not finite.")
+        self.tokens = tokens
+
+
 class PlainAnswer(NamedTuple):
     """The target's own tokens after a prompt, without stopping at an end token.
 
     Attributes:
       tokens: int32 [n].
-      gaps: float32 [n], the score of the chosen token minus the second largest one.
+      gaps: float32 [n], the score of the chosen token minus the second largest one; NaN if the scores are not finite.
     """
 
     tokens: np.ndarray
@@ -55,6 +63,9 @@ def decode_plain(
       width: prompts are padded to at least so many tokens, as in `speculative.decode_speculative`.
       sampling, seed: with the same ones, the rule "target" of `decode_speculative` gives the same text.
       on_done: called with the number of prompts that are done.
+
+    Raises:
+      NotFiniteError: after the first prompts for which the target's logits are not finite.
     """
     width, key = max(padded_width(prompts), width), jax.random.key(seed)
     answers: dict[int, PlainAnswer] = {}
@@ -63,6 +74,9 @@ def decode_plain(
         decoded = _plain(models, weights, padded, lengths, numbers, key, tokens, width + tokens + 1, sampling)
         written, gaps = jax.device_get(decoded)
         answers |= {i: PlainAnswer(written[:, row], gaps[:, row]) for row, i in enumerate(chosen)}
+        for i in chosen:
+            if np.isnan(answers[i].gaps).any():
+                raise NotFiniteError(np.concatenate([prompts[i], answers[i].tokens]))
         on_done(len(answers))
     return [answers[i] for i in range(len(prompts))]
 
@@ -74,8 +88,9 @@ def _plain(models, weights, padded, lengths_B, numbers_B, key, tokens: int, cach
         keys_B = token_keys(key, numbers_B, jnp.broadcast_to(count, (len(numbers_B), 1)))[:, 0]
         scores_BV = sampling_scores(logits_BV, keys_B, sampling)
         token_B = argmax_by_blocks(scores_BV).astype(jnp.int32)
+        best_B = scores_BV.max(axis=-1)
         others = jnp.where(jnp.arange(scores_BV.shape[-1]) == token_B[:, None], -jnp.inf, scores_BV)
-        return token_B, scores_BV.max(axis=-1) - others.max(axis=-1)
+        return token_B, jnp.where(jnp.isfinite(best_B), best_B - others.max(axis=-1), jnp.nan)
 
     def step(carry: Any, count: jax.Array):
         cache, token_B = carry

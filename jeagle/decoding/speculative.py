@@ -40,6 +40,9 @@ from jeagle.runtime.sampling import GREEDY, Sampling, log_weights, sample_tokens
 WIDTH_STEP = 32
 """Prompts are padded to a multiple of it, so that few shapes are compiled."""
 
+NO_TOKEN = -1
+"""What a draft proposes where its logits are not finite; no target accepts it."""
+
 Rule = Literal["target", "rejection"]
 
 
@@ -287,10 +290,12 @@ def _draft_chain(models, weights, state: DecodingState, key, decoding: Decoding,
     steps, ids_D = decoding.shape.steps, models.draft_ids(weights)
 
     def choose(logits_BD: jax.Array, step: jax.Array) -> jax.Array:
-        if not sampled:
-            return ids_D[jnp.argmax(logits_BD, axis=-1)]
-        keys_B = _purpose(token_keys(key, state.numbers_B, (state.written_B + step)[:, None]), "draft")[:, 0]
-        return ids_D[sample_tokens(logits_BD, keys_B, decoding.sampling)]
+        if sampled:
+            keys_B = _purpose(token_keys(key, state.numbers_B, (state.written_B + step)[:, None]), "draft")[:, 0]
+            entry_B = sample_tokens(logits_BD, keys_B, decoding.sampling)
+        else:
+            entry_B = jnp.argmax(logits_BD, axis=-1)
+        return jnp.where(jnp.isfinite(logits_BD.max(axis=-1)), ids_D[entry_B], NO_TOKEN)
 
     def one(carry: Any, step: jax.Array):
         token, hidden, cache = carry
@@ -317,7 +322,8 @@ def _draft_tree(models, weights, state: DecodingState, shape: TreeShape, cache_l
 
     def children(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         scores, entries = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), k)
-        return scores, ids_D[entries]
+        finite = jnp.isfinite(scores)
+        return jnp.where(finite, scores, -jnp.inf), jnp.where(finite, ids_D[entries], NO_TOKEN)
 
     def expand(carry: Any, step: jax.Array):
         tokens_Bk, scores_Bk, numbers_Bk, hidden_BkW, above_BkM, cache = carry
