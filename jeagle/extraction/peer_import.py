@@ -139,7 +139,7 @@ def _write_rows(
         read = [peers.read(i) for i in numbers]
         return data.rows_of([[data.Rendered(s.tokens[:length], s.supervised[:length]) for s in read]], length)
 
-    with new_rows(config) as aside:
+    with new_rows(config, made) as aside:
         for split, rows in samples.items():
             statistics[split] = dataset.write_split(aside / split, map(row, rows), length, made["target_vocab"])
         loaded.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))

@@ -98,6 +98,15 @@ def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
     return made | {"template_settings": template_settings(config)}
 
 
+def known_target(config: RunConfig, stores: features.StoreSet | None) -> tuple[TargetSpec, str]:
+    """What is known of the run's target before it is loaded, and its fingerprint; a store's where that has all rows."""
+    if stores is not None and not stores.partial:
+        about = stores.members[0].about
+        made = about["made_from"]["target"]
+        return stored_target_spec(about, made["family"]), made["fingerprint"]
+    return assemble.target_spec(config)
+
+
 def prepare_inputs(config: RunConfig, stores: features.StoreSet | None) -> dataset.Prepared:
     """The run's rows and vocabulary tables: from its stores where these have all rows, otherwise from conversations."""
     if stores is None or stores.partial:
@@ -107,9 +116,9 @@ def prepare_inputs(config: RunConfig, stores: features.StoreSet | None) -> datas
     made = dict(first.about["made_from"]["data"])
     if others:
         made["source"] = fingerprint([store.about["made_from"]["data"] for store in stores.members])
-    reused = dataset.found(config.folder / "data", made)
+    reused = dataset.found(config, made)
     if not reused:
-        with new_rows(config) as aside:
+        with new_rows(config, made) as aside:
             statistics = json.loads(first.data_file("manifest.json") or b"{}").get("statistics", {})
             for split in features.SPLITS:
                 every = range(stores.rows(split))
@@ -122,7 +131,7 @@ def prepare_inputs(config: RunConfig, stores: features.StoreSet | None) -> datas
             for name in ("held_out.jsonl", "rejected.jsonl"):
                 (aside / name).write_bytes(b"".join(store.data_file(name) or b"" for store in stores.members))
             dataset.write_rows_manifest(aside, config, made, statistics)
-    return dataset.finish(config, made, reused=reused)
+    return dataset.finish(config, reused=reused)
 
 
 def open_teacher(
