@@ -44,7 +44,7 @@ def import_peer_features(config: RunConfig, source: Path, out: str) -> None:
     check_layers(peers, aux_layers, Capture(loaded.target, every_layer, mesh, width=config.data.row_length))
     samples = _pack_samples(config, peers)
     prepared = _write_rows(config, peers, source, loaded, samples)
-    plan = plan_store(config, out, loaded, prepared, mesh)
+    plan = plan_store(config, out, loaded, prepared, mesh, imported=peers.format)
     channels = unit_channels(len(aux_layers), spec.width) | plan.channels
 
     @jax.jit

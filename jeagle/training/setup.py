@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jeagle import data, drafts, features
 from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
+from jeagle.extraction.plan import store_format
 from jeagle.interfaces import Batch, DraftSpec, LogitShape, Tables
 from jeagle.run import assemble, resume
 from jeagle.run.claim import CONFIG, DRAFT, check_folder, move_aside
@@ -137,6 +138,8 @@ def check_run(config: RunConfig, *, anew: bool = False) -> features.StoreSet | N
         check_parts(config, assemble.mesh_of(config))
     stores = teacher.open_stores(config)
     target, fingerprint = teacher.known_target(config, stores)
+    if config.features == "auto":
+        store_format(config, target)
     vocabulary = config.draft.vocab if 0 < config.draft.vocab < target.vocab else target.vocab
     spec = draft_spec(config, target, vocabulary, (), assemble.open_start(config))
     draft_class(config.draft)
