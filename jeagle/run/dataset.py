@@ -49,7 +49,8 @@ def prepare(config: RunConfig) -> Prepared:
     """Makes the run's data and tables, or finds them made from the same inputs."""
     check_folder(config)
     tokenizer, parts, made = _inputs(config)
-    _given_vocabulary(config, made)  # refused before the rows are made, where it does not fit
+    if _given_vocabulary(config, made) is None:  # what does not fit is refused before the rows are made
+        room.choose_vocabulary(np.zeros(made["target_vocab"], int), config.draft.vocab, made["end_token_ids"])
     reused = found(config, made)
     if not reused:
         for part in parts:

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,12 +57,12 @@ BY_CONTENT = (
 
 _ZERO_IS_ANOTHER_STATE = ("train.clip", "train.ema")  # the optimiser's state has other parts with 0 than without
 _NAMES = {
-    "target": "the content of --target.ref",
-    "data.source": "the content of --data.source",
+    "target": "the content of target.ref",
+    "data.source": "the content of data.source",
     "data.tokenizer": "the tokenizer",
     "data.template": "the chat template",
     "data.version": "the version of jeagle that made the rows",
-    "tables.given": "the content of --data.vocabulary",
+    "tables.given": "the content of data.vocabulary",
 }
 _SHOWN = 60  # characters of a value in a message
 
@@ -76,7 +76,7 @@ class Change(NamedTuple):
     kind: str
 
     def __str__(self) -> str:
-        return _was(f"--{self.field.replace('_', '-')}", self.old, self.new)
+        return _was(self.field, self.old, self.new)
 
 
 def kind_of(field: str) -> str:
@@ -126,17 +126,19 @@ def check_settings(config: RunConfig) -> list[Change]:
     if refused := [change for change in found if change.kind in (DATA, RUN)]:
         raise refusal(config.folder, f"settings ({'; '.join(map(str, refused))})")
     if config.train.steps:
-        check_steps(config, config.train.steps)
+        check_steps(config, config.train.steps, found)
     return [change for change in found if change.field not in ("name", "runs")]
 
 
-def check_steps(config: RunConfig, steps: int) -> None:
-    """UserError where a run of so many steps has made more."""
+def check_steps(config: RunConfig, steps: int, found: Sequence[Change] = ()) -> None:
+    """UserError where a run of so many steps has made more, or has made them all and `found` would change the rest."""
     made = last_step(config.folder) or 0
-    if made > steps:
+    late = [c for c in found if c.kind == TOLD and c.field != "train.held_out_rows"] if made == steps else []
+    if made > steps or late:
+        wanted = f"are for the rest of the training ({'; '.join(map(str, late))})" if late else f"ask for {steps}"
         raise UserError(
-            f"The run {config.folder} has made {made} steps, and these settings ask for {steps}: give --train.steps "
-            f"{made} or more, or --fresh, which moves this run to {free_name(config.folder)} and starts anew."
+            f"The run {config.folder} has made {made} steps, and these settings {wanted}: give more --train.steps, or "
+            f"--fresh, which moves this run to {free_name(config.folder)} and starts anew."
         )
 
 

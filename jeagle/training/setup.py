@@ -180,7 +180,7 @@ def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainS
         process_count=jax.process_count(),
     )
     steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
-    resume.check_steps(config, steps)
+    resume.check_steps(config, steps, resume.check_settings(config))
     trained = assemble.trained(config.draft)
     optimiser = make_optimiser(config.train, learning_rate(config.train, steps), trained=trained)
 

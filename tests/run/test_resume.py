@@ -103,8 +103,7 @@ def test_another_value_does_what_the_table_says(field):
     expected = resume.FREE if field in resume.BY_CONTENT else resume.kind_of(field)
     switched_off = field == "regenerate.live"  # the answers are no data of this run any more
     assert found[0].kind == (resume.FREE if switched_off else expected)
-    flag = re.escape(f"--{field.replace('_', '-')}")
-    assert re.fullmatch(rf"{flag} was .+ and is .+", str(found[0]))
+    assert re.fullmatch(rf"{re.escape(field)} was .+ and is .+", str(found[0]))
 
 
 def test_settings_that_are_not_used_are_free_and_zero_is_another_state():
@@ -130,17 +129,17 @@ def other_target(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "batch": ({"train__batch_rows": 4}, None, r"--train\.batch-rows was 2 and is 4"),
-    "loss": ({"objective__loss": "hard_ce"}, None, r'--objective\.loss was null and is "hard_ce"'),
-    "row length": ({"data__row_length": 96}, None, r"--data\.row-length was 64 and is 96"),
-    "vocabulary": ({"draft__vocab": 90}, None, r"--draft\.vocab was 100 and is 90"),
-    "two settings": ({"draft__width": 16, "train__seed": 3}, None, r"--draft\.width was 0 and is 16; --train\.seed"),
-    "source": ({}, other_source, "the content of --data.source was .* and is "),
-    "target": ({}, other_target, "the content of --target.ref was .* and is "),
+    "batch": ({"train__batch_rows": 4}, None, r"train\.batch_rows was 2 and is 4"),
+    "loss": ({"objective__loss": "hard_ce"}, None, r'objective\.loss was null and is "hard_ce"'),
+    "row length": ({"data__row_length": 96}, None, r"data\.row_length was 64 and is 96"),
+    "vocabulary": ({"draft__vocab": 90}, None, r"draft\.vocab was 100 and is 90"),
+    "two settings": ({"draft__width": 16, "train__seed": 3}, None, r"draft\.width was 0 and is 16; train\.seed"),
+    "source": ({}, other_source, "the content of data.source was .* and is "),
+    "target": ({}, other_target, "the content of target.ref was .* and is "),
     "template": ({"data__template": "vicuna"}, None, "the chat template was .* and is "),
-    "no average": ({"train__ema": 0.0}, None, r"--train\.ema was 0\.9 and is 0\.0"),
+    "no average": ({"train__ema": 0.0}, None, r"train\.ema was 0\.9 and is 0\.0"),
     "batch of no device": ({"train__batch_rows": 2, "mesh__fsdp": 3}, None, "does not fit 1 devices"),
-    "aux layers": ({"target__aux_layers": 99}, None, r"--target\.aux-layers was \[\] and is \[99\]"),
+    "aux layers": ({"target__aux_layers": 99}, None, r"target\.aux_layers was \[\] and is \[99\]"),
 }
 
 
@@ -176,7 +175,14 @@ def test_prepare_keeps_the_rows_that_a_draft_was_trained_on(folder, why):
 def test_fewer_steps_than_were_made_are_refused(folder):
     shutil.move(folder / "runs/tiny/checkpoints/1", folder / "runs/tiny/checkpoints/5")
     message = refused(folder, lambda: train.main(flags_of(folder)))
-    assert "has made 5 steps, and these settings ask for 1: give --train.steps 5 or more" in message
+    assert "has made 5 steps, and these settings ask for 1: give more --train.steps" in message
+
+
+@pytest.mark.parametrize("steps", [{"train__steps": 1}, {"train__steps": 0, "train__epochs": 0.0001}])
+def test_what_changes_the_rest_of_the_training_is_refused_where_no_step_remains(folder, steps):
+    (folder / "runs/tiny/config.json").write_text(json.dumps(to_json(config_of(folder, **steps))))
+    message = refused(folder, lambda: train.main(flags_of(folder, **steps, train__learning_rate=0.5)))
+    assert "has made 1 steps" in message and "train.learning_rate was 0.0001 and is 0.5" in message
 
 
 def test_a_damaged_description_is_refused_and_stays(folder):
@@ -204,8 +210,8 @@ def test_other_paths_to_the_same_files_go_on_and_what_may_change_is_told(folder,
     more = {"name": "renamed", "runs": "runs", "target__ref": "target/", "data__source": "chats.jsonl"}
     train.main(flags_of(folder, **more, train__steps=2, train__log_every=2, train__schedule="constant"))
     said = capsys.readouterr().out
-    assert "goes on from step 1" in said and "--train.steps was 1 and is 2" in said
-    assert '--train.schedule was "cosine" and is "constant"' in said and "--train.log-every was 1 and is 2" in said
+    assert "goes on from step 1" in said and "train.steps was 1 and is 2" in said
+    assert 'train.schedule was "cosine" and is "constant"' in said and "train.log_every was 1 and is 2" in said
     assert tree(folder / "runs/renamed/data") == rows
     assert resume.last_step(folder / "runs/renamed") == 2
 
@@ -233,6 +239,12 @@ def test_what_needs_no_data_is_checked_before_any_row_is_made(begun, tmp_path, m
             with pytest.raises(UserError, match=re.escape(said)):
                 command.main(flags_of(begun, name="new", **settings))
     assert not (begun / "runs" / "new").exists()
+
+
+def test_a_vocabulary_without_room_for_the_end_tokens_is_refused_before_any_row_is_made(folder):
+    (folder / "target" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2, 3]}))
+    message = refused(folder, lambda: prepare.main(flags_of(folder, name="new", draft__vocab=2)))
+    assert "too small for the 3 end tokens" in message
 
 
 @pytest.mark.parametrize("flag", ["--fresh", "--no-resume-from-checkpoint"])
