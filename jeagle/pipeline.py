@@ -59,12 +59,7 @@ def pipeline(config: RunConfig) -> list[str]:
     """All stages of a run; returns the lines that sum it up."""
     stages = Stages(config.folder / "stages")
     file = config.folder / ("answers.jsonl" if config.regenerate.live else "answers_check.jsonl")
-    damaged = resume.is_damaged(config.folder)  # the train stage says what becomes of it
-    if not damaged:
-        resume.check_settings(config)
-        if not config.regenerate.live:
-            check_unchanged(config)
-    check_run(config, anew=damaged)
+    _check_first(config)
     settings, target = to_json(config), targets.resolve(config.target.ref).fingerprint
     answered_from = {"regenerate": settings["regenerate"], "target": settings["target"] | {"ref": target}}
     answered_from |= {"starter": config.data.source == "starter", "system_prompt": config.data.system_prompt}
@@ -75,9 +70,8 @@ def pipeline(config: RunConfig) -> list[str]:
     prepared = prepare(config)
     stages.seconds["prepare"] = time.monotonic() - started
     print("\n".join(describe(prepared)), flush=True)
-    made = {name: finished_manifest(folder) for name, folder in (("data", prepared.data), ("tables", prepared.tables))}
-    begun_from = {"target": target, "data": made["data"]["made_from"], "tables": made["tables"]}
-    begun_from |= resume.decisive(config, resume.RUN)
+    inputs = {"data": finished_manifest(prepared.data)["made_from"], "tables": finished_manifest(prepared.tables)}
+    begun_from = inputs | {"target": target} | resume.decisive(config, resume.RUN)
     bench_settings = {"bench": settings["bench"]}
     before = stages("measure before", begun_from | bench_settings, lambda: _measure(config, prepared, trained=False))
     trained_from = begun_from | resume.decisive(config, resume.RUN, resume.TOLD)
@@ -102,6 +96,16 @@ def pipeline(config: RunConfig) -> list[str]:
     report = _report(config, prepared.statistics, answers, before, training, after, exports, stages.seconds)
     page = write_report(config.folder, report, after["sample"])
     return [*summary_lines(report), f"report: {page}"]
+
+
+def _check_first(config: RunConfig) -> None:
+    """UserError for what can be refused before the first stage, while nothing of an existing run has been touched."""
+    damaged = resume.is_damaged(config.folder)  # the train stage says what becomes of it
+    if not damaged:
+        resume.check_settings(config)
+        if not config.regenerate.live:
+            check_unchanged(config)
+    check_run(config, anew=damaged)
 
 
 def _answers(config: RunConfig, out: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def stored_target_spec(about: dict[str, Any], family: str) -> TargetSpec:
     Args:
       family: --target.family, the description of a model of the user's own; empty for the one of its architecture.
     """
-    return targets.read_spec(about["target_config"], targets.own_family(family) if family else None)
+    return targets.read_spec(about["target_config"], targets.own_family(family))
 
 
 def stored_tables(store: features.Store, draft_to_target_D: Int[np.ndarray, " D"], mesh: Mesh) -> Tables:

@@ -116,7 +116,7 @@ def made_from(config: RunConfig, tokenizer: Any, target_config: dict[str, Any], 
     Args:
       target_config: the target's config.json. parts: of `room.parse_source`.
     """
-    family = targets.own_family(config.target.family) if config.target.family else None
+    family = targets.own_family(config.target.family)
     return {
         "version": jeagle.__version__,
         "source": room.source_fingerprint(parts),

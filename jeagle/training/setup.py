@@ -111,13 +111,9 @@ Inputs = tuple[features.StoreSet | None, Prepared]
 
 def open_inputs(config: RunConfig) -> Inputs:
     """Checks the settings, opens the stores and prepares the rows. UserError where they do not fit each other."""
-    changes = resume.check_settings(config)
+    resume.check_settings(config)
     stores = check_run(config)
-    prepared = teacher.prepare_inputs(config, stores)
-    if changes and distributed.may_lead():
-        told = "; ".join(map(str, changes))
-        print(f"The run {config.folder} goes on from step {resume.last_step(config.folder)}: {told}.", flush=True)
-    return stores, prepared
+    return stores, teacher.prepare_inputs(config, stores)
 
 
 def check_run(config: RunConfig, *, anew: bool = False) -> features.StoreSet | None:
@@ -180,14 +176,15 @@ def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainS
         process_count=jax.process_count(),
     )
     steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
-    resume.check_steps(config, steps, resume.check_settings(config))
+    changes = resume.check_settings(config)
+    resume.check_steps(config, steps, changes)
     trained = assemble.trained(config.draft)
     optimiser = make_optimiser(config.train, learning_rate(config.train, steps), trained=trained)
 
     top_k = stores.members[0].format.top_k if stores else 0
     program = make_program(config, draft.spec, draft.graphdef, mesh, target.graphdef, target.spec.logits, top_k=top_k)
     widths = slot_widths(stream, program, steps, config.train.slot_buckets, config.data.row_length)
-    write_folder(config, draft)
+    write_folder(config, draft, changes)
     run = Run(config, mesh, program, optimiser, Frozen(target.state, draft.tables), stream, stores, steps, widths)
     return run, first_state(draft.state, optimiser, mesh, average=config.train.ema)
 
@@ -272,9 +269,12 @@ def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) 
     return {"draft": spec.to_json(), "made_from": made_from}
 
 
-def write_folder(config: RunConfig, draft: Draft) -> None:
-    """Writes config.json, draft.json and, where the draft has one of its own, its embedding."""
+def write_folder(config: RunConfig, draft: Draft, changes: list[resume.Change]) -> None:
+    """Writes config.json, draft.json and, where the draft has one of its own, its embedding; says what has changed."""
     if distributed.is_leader():
+        if changes:
+            told = "; ".join(map(str, changes))
+            print(f"The run {config.folder} goes on from step {resume.last_step(config.folder)}: {told}.", flush=True)
         for name, tree, kind in (("config.json", to_json(config), CONFIG), ("draft.json", draft.description, DRAFT)):
             atomic_write(config.folder / name, json.dumps(tree, indent=2) + "\n", kind)
     keep_embedding(config.folder, draft.spec, draft.tables)

@@ -25,7 +25,6 @@ from jeagle.runtime.manifest import fingerprint, finished_manifest
 from jeagle.targets import TargetFiles, TargetSpec
 
 _ROWS = 256  # read and written at a time
-_DOING = "anew with these settings, or give those that the store was made with."
 
 
 class Teacher(NamedTuple):
@@ -64,13 +63,17 @@ def open_stores(config: RunConfig, *, joined: bool = False) -> features.StoreSet
     first = stores.members[0]
     for store in stores.members:
         check_teacher_suffices(store.format, config, f"The store {store}")
-        wanted, doing = expected(config, store), "Import the files" if store.about.get("imported") else "Extract"
-        features.check_fit(store.storage, wanted, store.about["made_from"], f"{doing} {_DOING}")
+        features.check_fit(store.storage, expected(config, store), store.about["made_from"], _remedy(store))
         alike = {name: first.about["made_from"][name] for name in ("target", "taps", "arrays")}
         features.check_fit(
             store.storage, alike, store.about["made_from"], f"Stores are read beside {first} only if they are alike."
         )
     return stores
+
+
+def _remedy(store: features.Store) -> str:
+    again = "Import the files" if store.about.get("imported") else "Extract"
+    return f"{again} anew with these settings, or give those that the store was made with."
 
 
 def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def _check_same_rows(config: RunConfig, partial: features.StoreSet, loaded: asse
     """Raises UserError unless the store's rows are, number by number, the run's; prints how many of them it has."""
     store, prepared = partial.members[0], finished_manifest(config.folder / "data")
     wanted = {"target": {"fingerprint": loaded.files.fingerprint}, "data": prepared["made_from"]}
-    features.check_fit(store.storage, wanted, store.about["made_from"], f"Extract {_DOING}")
+    features.check_fit(store.storage, wanted, store.about["made_from"], _remedy(store))
     if distributed.is_leader():
         train, held_out = (f"{partial.count_present(split)} of {partial.rows(split)}" for split in features.SPLITS)
         print(
