@@ -1,5 +1,6 @@
-"""Exports a run's draft as SGLang or vLLM loads it: `python converters/to_sglang.py --checkpoint RUN --out DIR`, or
-`to_vllm.py`.
+"""Exports a run's draft as SGLang or vLLM loads it: `jeagle export sglang|vllm --run RUN`.
+
+`python converters/to_sglang.py --checkpoint RUN --out DIR` and `to_vllm.py` do the same.
 
 Parameters pass one at a time from the checkpoint into the file, so that a draft may be larger than memory. Before the
 command ends, the export is read back in the same way and its logits are compared with the trained draft's.
@@ -59,6 +60,10 @@ ENGINES: dict[str, type[ExportArguments]] = {"sglang": ExportArguments, "vllm": 
 
 def main(arguments: list[str], program: str = "") -> None:
     """The command `jeagle export sglang|vllm ...`, and, with their names as `program`, the two converters."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"usage: jeagle export {{{','.join(ENGINES)}}} --run RUN [OPTIONS]\n\n{(__doc__ or '').strip()}\n")
+        print("\n".join(f"jeagle export {engine} --help lists the options for {engine}." for engine in ENGINES))
+        return
     if not arguments or arguments[0] not in ENGINES:
         raise UserError("jeagle export needs an engine first: sglang or vllm, then --run runs/NAME.")
     args = tyro.cli(ENGINES[arguments[0]], args=arguments[1:], prog=program or f"jeagle export {arguments[0]}")
@@ -132,7 +137,7 @@ def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> s
             target_architectures=tuple(target.source.config.get("architectures") or ()),
             run=draft.config.name,
             step=draft.step,
-            template_hash=data.template_hash(tokenizer),
+            template_hash=data.template_hash(tokenizer) if tokenizer.chat_template else None,
             recipe=json.dumps(to_json(draft.config)["train"], sort_keys=True) if draft.data else None,
             data=draft.data,
             acceptance=acceptance or draft.acceptance,

@@ -5,7 +5,8 @@ Any number of processes and hosts may write to one store at the same time. The s
 
 from jeagle import features, flags
 from jeagle.extraction.fill import extract
-from jeagle.run import dataset
+from jeagle.extraction.plan import store_format
+from jeagle.run import assemble, dataset
 from jeagle.runtime import distributed
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
@@ -33,6 +34,9 @@ def main(arguments: list[str]) -> None:
     prepare_host()
     out = out or str(config.folder / "features")
     features.check_storage(features.Storage(out))
+    store_format(config, assemble.target_spec(config)[0])  # what is refused, before the rows are made
+    if distributed.devices_known():
+        assemble.mesh_of(config)
     prepared = dataset.prepare(config) if distributed.may_lead() else None
     distributed.initialise()
     extract(config, out, prepared)

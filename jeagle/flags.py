@@ -19,6 +19,9 @@ from jeagle.errors import UserError
 
 SHORT = {"target": "target.ref"}
 """Spellings that other commands have, and the field that they mean here."""
+FRESH = "--fresh"
+"""Of commands that train: move the existing run aside, and start anew."""
+_FRESH_ELSEWHERE = ("--no-resume-from-checkpoint", "--no_resume_from_checkpoint")
 
 
 def from_command_line(
@@ -58,6 +61,12 @@ def take_flag(arguments: Sequence[str], flag: str, value: str) -> tuple[str | No
         if argument.startswith(f"{flag}="):
             return argument.partition("=")[2], rest[:i] + rest[i + 1 :]
     return None, rest
+
+
+def take_fresh(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether --fresh is among the arguments, also in the spelling of other trainers; and the other arguments."""
+    rest = [argument for argument in arguments if argument not in (FRESH, *_FRESH_ELSEWHERE)]
+    return len(rest) < len(arguments), rest
 
 
 def load_recipe(path: str | Path) -> RunConfig:

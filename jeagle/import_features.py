@@ -1,7 +1,7 @@
-"""Writes hidden states of other trainers into a store: from_specforge.py or from_speculators.py --source D --out S.
+"""Writes hidden states of SpecForge, speculators or vLLM in the folder DIR into a store.
 
-Both scripts are in converters/. The target is needed for its embedding and head, and to check that the hidden states
-are its own, taken after the layers that --target.aux-layers gives. The files are read without running code.
+The target is needed for its embedding and head, and to check that the hidden states are its own, taken after the layers
+that --target.aux-layers gives. The files are read without running code.
 """
 
 from pathlib import Path

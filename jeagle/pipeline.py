@@ -1,7 +1,7 @@
 """`python -m jeagle.pipeline --config FILE`: answers, rows, training, measurement, exports and a report, in one call.
 
 Each stage leaves a note of what it was made from and of the files that it wrote; a second call takes what is still true
-and there, and makes the rest.
+and there, and makes the rest. --fresh moves the run to NAME.1, or the next number that is free, and starts anew.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ import jax
 import numpy as np
 
 import jeagle
-from jeagle import data, decoding, flags
+from jeagle import data, decoding, flags, targets
 from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
 from jeagle.export import ENGINES, export
 from jeagle.exporting.run_reader import ACCEPTANCE_METRICS
 from jeagle.report import mean_logged, summary_lines, write_report
-from jeagle.run import acceptance, assemble
+from jeagle.run import acceptance, assemble, resume
 from jeagle.run.answers import RegenerateArguments, regenerate
 from jeagle.run.claim import NOTE, claimed
-from jeagle.run.dataset import describe, prepare
+from jeagle.run.dataset import check_unchanged, describe, prepare
 from jeagle.run.draft_init import EMBEDDING_FILE, draft_spec
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.cli import run
@@ -38,13 +38,18 @@ from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write, file_fingerprint, fingerprint, finished_manifest
 from jeagle.runtime.outputs import check_replaceable
 from jeagle.train import train
+from jeagle.training.setup import check_run, start_anew
 
 
 def main(arguments: list[str]) -> None:
     live = ("--regenerate.live", "True")
     arguments = [part for argument in arguments for part in (live if argument == "--live" else (argument,))]
-    config = flags.from_command_line(arguments, program="python -m jeagle.pipeline", description=__doc__)
+    fresh, arguments = flags.take_fresh(arguments)
+    program = f"python -m jeagle.pipeline [{flags.FRESH}]"
+    config = flags.from_command_line(arguments, program=program, description=__doc__)
     prepare_host()
+    if fresh:
+        start_anew(config)
     with claimed(config):
         for line in pipeline(config):
             print(line)
@@ -54,9 +59,10 @@ def pipeline(config: RunConfig) -> list[str]:
     """All stages of a run; returns the lines that sum it up."""
     stages = Stages(config.folder / "stages")
     file = config.folder / ("answers.jsonl" if config.regenerate.live else "answers_check.jsonl")
-    settings = to_json(config)
-    answered_from = {name: settings[name] for name in ("target", "regenerate")}
-    answered_from |= {name: settings["data"][name] for name in ("source", "system_prompt")}
+    _check_first(config)
+    settings, target = to_json(config), targets.resolve(config.target.ref).fingerprint
+    answered_from = {"regenerate": settings["regenerate"], "target": settings["target"] | {"ref": target}}
+    answered_from |= {"starter": config.data.source == "starter", "system_prompt": config.data.system_prompt}
     answers = stages("answers", answered_from, lambda: _answers(config, file), lambda made: [file] if made else [])
     if answers and config.regenerate.live:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(file)))
@@ -64,13 +70,11 @@ def pipeline(config: RunConfig) -> list[str]:
     prepared = prepare(config)
     stages.seconds["prepare"] = time.monotonic() - started
     print("\n".join(describe(prepared)), flush=True)
-    settings = to_json(config)
-    trained_from = {name: settings[name] for name in ("target", "draft", "objective", "train")} | {
-        "data": finished_manifest(prepared.data)["made_from"],
-        "tables": finished_manifest(prepared.tables),
-    }
+    inputs = {"data": finished_manifest(prepared.data)["made_from"], "tables": finished_manifest(prepared.tables)}
+    begun_from = inputs | {"target": target} | resume.decisive(config, resume.RUN)
     bench_settings = {"bench": settings["bench"]}
-    before = stages("measure before", trained_from | bench_settings, lambda: _measure(config, prepared, trained=False))
+    before = stages("measure before", begun_from | bench_settings, lambda: _measure(config, prepared, trained=False))
+    trained_from = begun_from | resume.decisive(config, resume.RUN, resume.TOLD)
     begun = stages.made("train", trained_from)
     training = stages(
         "train",
@@ -92,6 +96,16 @@ def pipeline(config: RunConfig) -> list[str]:
     report = _report(config, prepared.statistics, answers, before, training, after, exports, stages.seconds)
     page = write_report(config.folder, report, after["sample"])
     return [*summary_lines(report), f"report: {page}"]
+
+
+def _check_first(config: RunConfig) -> None:
+    """UserError for what can be refused before the first stage, while nothing of an existing run has been touched."""
+    damaged = resume.is_damaged(config.folder)  # the train stage says what becomes of it
+    if not damaged:
+        resume.check_settings(config)
+        if not config.regenerate.live:
+            check_unchanged(config)
+    check_run(config, anew=damaged)
 
 
 def _answers(config: RunConfig, out: Path) -> dict[str, Any]:

@@ -55,11 +55,11 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{folder / args.part} has {total} rows, so there is no row {args.start}: lower --start.")
     numbers = range(args.start, min(args.start + args.rows, total))
     shown = [display.display_tokens(rows, number, texts) for number in numbers]
-    tables, coverage = read_manifest(folder.parent / "tables"), None
-    if tables is not None:
-        counts = np.load(folder / "train" / "counts.npy")
-        coverage = room.coverage(counts, room.load_tables(folder.parent / "tables"))
-    statistics = display.statistics_table(finished_manifest(folder), folder, tables, coverage)
+    vocabulary, coverage = None, 0.0
+    if read_manifest(folder.parent / "tables") is not None:
+        vocabulary = room.load_tables(folder.parent / "tables")
+        coverage = room.coverage(np.load(folder / "train" / "counts.npy"), vocabulary)
+    statistics = display.statistics_table(finished_manifest(folder), folder, vocabulary, coverage)
     if args.html is not None:
         page = display.html_page(str(args.data), args.part, list(numbers), shown, statistics)
         atomic_write(args.html, page, display.PAGE)

@@ -1,7 +1,8 @@
 """`python -m jeagle.train --config FILE`: train an EAGLE-3 draft against its frozen target.
 
 A Flax target, sharded on a mesh, produces fused hidden states that feed a jit-compiled scan over TTT steps in the Flax
-draft. The same command again goes on from the last checkpoint.
+draft. The same command again goes on from the last checkpoint; --fresh moves the run to NAME.1, or the next number that
+is free, and starts anew.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from jeagle.runtime.preemption import stop_requested
 from jeagle.runtime.trace import StepTrace
 from jeagle.training.held_out import HeldOut
 from jeagle.training.metrics import MetricsLog
-from jeagle.training.setup import Inputs, open_inputs, set_up
+from jeagle.training.setup import Inputs, open_inputs, set_up, start_anew
 from jeagle.training.step import train_step
 
 READS = (
@@ -40,8 +41,12 @@ READS = (
 
 
 def main(arguments: list[str]) -> None:
-    config = flags.from_command_line(arguments, program="python -m jeagle.train", description=__doc__, reads=READS)
+    fresh, arguments = flags.take_fresh(arguments)
+    program = f"python -m jeagle.train [{flags.FRESH}]"
+    config = flags.from_command_line(arguments, program=program, description=__doc__, reads=READS)
     prepare_host()
+    if fresh:
+        start_anew(config)
     with claimed(config):
         # Before the processes join, because preparing may take longer than they wait for one another.
         inputs = open_inputs(config) if distributed.may_lead() else None

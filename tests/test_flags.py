@@ -1,15 +1,19 @@
 """The command line of commands that take a run's settings."""
 
+import contextlib
 import importlib
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 
-from jeagle import flags
+from jeagle import __main__, flags
 from jeagle.config import RunConfig, from_json, to_json
 from jeagle.errors import UserError
 
 COMMANDS = ("train", "prepare", "extract", "import_features")
+CONVERTERS = sorted((Path(__file__).parents[1] / "converters").glob("*.py"))
 
 
 def shown(command: str, capsys) -> set[str]:
@@ -29,6 +33,25 @@ def test_help_shows_what_a_command_reads_and_nothing_else_without_a_recipe(comma
     assert shown(command, capsys) == wanted
     for read in reads:  # no entry of the list names nothing
         assert any(path == read or path.startswith(f"{read}.") for path in flags.field_paths()), read
+
+
+@pytest.mark.parametrize("command", __main__.COMMANDS)
+def test_the_help_of_every_command_names_it(command, capsys):
+    for arguments in (["--help"], ["-h"]):
+        with contextlib.suppress(SystemExit):
+            assert not __main__.main([command, *arguments])
+        usage = capsys.readouterr().out.partition("\n")[0]
+        assert re.match(rf"usage: (python -m jeagle\.|jeagle ){command}\b", usage), usage
+
+
+@pytest.mark.parametrize("path", CONVERTERS, ids=lambda path: path.name)
+def test_the_help_of_every_converter_names_it_and_no_other(path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    said = capsys.readouterr().out
+    assert not ended.value.code and said.startswith(f"usage: {path.name} ")
+    assert [other.name for other in CONVERTERS if other.name in said] == [path.name]
 
 
 def test_help_shows_the_values_of_the_recipe(capsys, monkeypatch):
@@ -52,6 +75,12 @@ def test_a_recipe_is_optional_and_a_name_is_not():
 def test_the_target_has_the_spelling_of_other_commands_too():
     assert config_of("--name", "x", "--target", "DIR").target.ref == "DIR"
     assert config_of("--name", "x", "--target=DIR").target.ref == "DIR"
+
+
+def test_fresh_is_taken_in_either_spelling():
+    for flag in ("--fresh", "--no-resume-from-checkpoint"):
+        assert flags.take_fresh(["--name", "x", flag]) == (True, ["--name", "x"])
+    assert flags.take_fresh(["--name", "x"]) == (False, ["--name", "x"])
 
 
 @pytest.mark.parametrize(("old", "new"), flags.RENAMED_FLAGS.items())

@@ -109,13 +109,13 @@ def _warnings(s: dict[str, Any]) -> list[str]:
 
 
 def statistics_table(
-    manifest: dict[str, Any], folder: Path, tables: dict[str, Any] | None, coverage: float | None
+    manifest: dict[str, Any], folder: Path, vocabulary: np.ndarray | None, coverage: float
 ) -> list[tuple[str, str]]:
     """Returns (name, value) lines about prepared data.
 
     Args:
       manifest: the manifest of the prepared data in `folder`.
-      tables: the manifest of the vocabulary tables, if there are any.
+      vocabulary: the token ids of the draft vocabulary, if there is one.
       coverage: share of the supervised tokens that the draft vocabulary contains, 0 to 1.
     """
     s = manifest["statistics"]
@@ -141,8 +141,8 @@ def statistics_table(
         ("answers cut short", f"{s['answers_cut_short']:,} ({s['answers_cut_short'] / used:.1%})"),
         ("on-policy share", f"{s['on_policy'] / used:.1%} are known to be answers of {manifest['target']}"),
     ]
-    if coverage is not None and tables is not None:
-        covered = f"{tables['draft_vocab']:,} tokens cover {coverage:.2%} of the supervised tokens"
+    if vocabulary is not None:
+        covered = f"{len(vocabulary):,} tokens cover {coverage:.2%} of the supervised tokens"
         lines.append(("draft vocabulary", covered))
     return lines
 

@@ -66,6 +66,8 @@ def choose_interpretation(
     metrics |= {"step": step, "max_new_tokens": config.bench.max_new_tokens, "dtype": "float32", "temperature": 0}
     (folder / MEASURED_FILE).write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
     lines = _report(measured, ranked)
+    if not target.tokenizer.chat_template:
+        lines.append("note: the target has no chat template: the prompts were measured as plain texts")
     spec, own = best.interpretation.spec, folder / EMBEDDING_FILE
     if spec.width == spec.target_width and own.is_file():
         target_embed_VW = target.target.model().embed_tokens[...]

@@ -31,5 +31,5 @@ def open_target(config: TargetConfig) -> OpenTarget:
     """Opens the target that `config.ref` names. Raises UserError where it is missing or not supported."""
     files = targets.resolve(config.ref)
     source = targets.open_weights(files)
-    family = targets.own_family(config.family) if config.family else None
+    family = targets.own_family(config.family)
     return OpenTarget(config.ref, files, source, family, targets.read_spec(source.config, family))

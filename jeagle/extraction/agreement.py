@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jeagle import align, features, targets
 from jeagle.config import RunConfig
@@ -21,7 +21,9 @@ from jeagle.targets import TargetFiles, TargetSpec
 
 # The limits, by the type that the store has.
 _LEAST_ARGMAX = {"bfloat16": 0.99, "float32": 0.99, "fp8": 0.85, "int8": 0.9}  # share of equal argmaxes
-_MOST_AUX_ERROR = {"bfloat16": 0.02, "float32": 0.02, "fp8": 0.1, "int8": 0.1}  # relative
+_MOST_ERROR = {"bfloat16": 0.02, "float32": 0.02, "fp8": 0.1, "int8": 0.1}  # relative, of hidden states
+_ANEW = "Make the store anew with this target, or give --target.ref the one that it was made with."
+_TIE = 4.0  # standard deviations that rounding may move the difference of two logits
 _SAMPLED = 64  # positions at which a store is checked against itself
 _MOST_MOVED = 0.05  # probability mass of a truncated teacher that may lie on other tokens than the target's
 
@@ -80,7 +82,7 @@ def stored_target_spec(about: dict[str, Any], family: str) -> TargetSpec:
     Args:
       family: --target.family, the description of a model of the user's own; empty for the one of its architecture.
     """
-    return targets.read_spec(about["target_config"], targets.own_family(family) if family else None)
+    return targets.read_spec(about["target_config"], targets.own_family(family))
 
 
 def stored_tables(store: features.Store, draft_to_target_D: Int[np.ndarray, " D"], mesh: Mesh) -> Tables:
@@ -112,7 +114,7 @@ class Agreement(NamedTuple):
 
     Attributes:
       positions: how many were compared.
-      argmax: the share of positions whose stored argmax is the target's.
+      argmax: the share of positions whose stored argmax is the target's, or so near that rounding chooses between them.
       aux_error: |stored - target| / |target| of the aux hidden states: the median over positions of the worst layer.
       moved: the probability mass that a truncated teacher gives to tokens beyond what the target gives them, the mean
         over positions; 0 where hidden states are stored.
@@ -142,7 +144,15 @@ def compare_with_target(store: features.Store, split: str, count: int, target: t
     batch = store.batch(split, rows)
     stored, computed = jax.jit(features.decode_features)(store.stored(split, rows, batch)), capture(batch)
     near_BT, real_BT = align.near_supervised(batch, xp=np), batch.segments_BT > 0
-    same = np.asarray(stored.greedy_BT)[near_BT] == computed.greedy_BT[near_BT]
+    greedy_N, teacher = np.asarray(stored.greedy_BT)[near_BT], jax.tree.map(lambda x: x[near_BT], computed.teacher)
+    same = greedy_N == computed.greedy_BT[near_BT]
+    if isinstance(teacher, TopK):
+        probs_NP = np.exp(np.asarray(teacher.log_probs_BTP, np.float32))
+        own_N = np.where(teacher.ids_BTP == greedy_N[:, None], probs_NP, 0.0).sum(axis=1)
+        same |= probs_NP.max(axis=1) - own_N <= _MOST_MOVED
+    else:
+        head_VH, error = target.model().head_rows(), _MOST_ERROR[store.format.last]
+        same |= np.asarray(near_ties(teacher.values, head_VH, greedy_N, computed.greedy_BT[near_BT], error))
     aux, expected = np.asarray(stored.aux_BTAH)[real_BT], np.asarray(computed.aux.values)[real_BT]
     error_NA = np.linalg.norm(aux - expected, axis=-1) / np.maximum(np.linalg.norm(expected, axis=-1), 1e-9)
     agreement = Agreement(
@@ -153,6 +163,27 @@ def compare_with_target(store: features.Store, split: str, count: int, target: t
     )
     check_agreement(agreement, str(store), store.format.aux)
     return agreement
+
+
+@jax.jit
+def near_ties(
+    x_NH: Float[Array, "N H"],
+    head_VH: Float[Array, "V H"],
+    one_N: Int[Array, " N"],
+    other_N: Int[Array, " N"],
+    error: Float[Array, ""] | float,
+) -> Bool[Array, " N"]:
+    """Whether rounding can choose between two tokens: their logits differ by no more than it may move them apart.
+
+    Rounding points anywhere, so that it moves the difference of two logits by a normal deviate whose standard deviation
+    is error * |x| * |w_one - w_other| / sqrt(H). A large vocabulary of a flat target has many such pairs.
+
+    Args:
+      x_NH: the hidden states that lm_head reads. error: the relative error of these.
+    """
+    apart_NH = (head_VH[one_N] - head_VH[other_N]).astype(jnp.float32)
+    spread_N = jnp.linalg.norm(apart_NH, axis=-1) * jnp.linalg.norm(x_NH, axis=-1) / jnp.sqrt(x_NH.shape[-1])
+    return jnp.abs((x_NH * apart_NH).sum(axis=-1)) <= _TIE * error * spread_N
 
 
 def _moved_mass(stored: Any, computed: Any, near_BT: np.ndarray) -> float:
@@ -177,22 +208,23 @@ def check_agreement(agreement: Agreement, store: str, kind: str) -> None:
       store: its name in the message.
       kind: the type of its aux hidden states.
     """
-    most = _MOST_AUX_ERROR[kind]
+    most = _MOST_ERROR[kind]
     if not (agreement.argmax >= 0.99 and agreement.aux_error <= most):  # NaN is neither
         raise UserError(
             f"The store {store} does not contain this target's features: of {agreement.positions} positions the "
             f"target's argmax is the stored one at {agreement.argmax:.1%}, and the aux hidden states are off by "
-            f"{agreement.aux_error:.1%} ({most:.0%} is allowed for {kind}). Extract the features again."
+            f"{agreement.aux_error:.1%} ({most:.0%} is allowed for {kind}). {_ANEW}"
         )
     if not agreement.moved <= _MOST_MOVED:
         raise UserError(
             f"The store {store} does not contain this target's distributions: {agreement.moved:.1%} of their mass lies "
-            f"elsewhere, over {agreement.positions} positions ({_MOST_MOVED:.0%} is allowed). Extract again."
+            f"elsewhere, over {agreement.positions} positions ({_MOST_MOVED:.0%} is allowed). {_ANEW}"
         )
 
 
 def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShape) -> float:
-    """The share of positions at which the stored last hidden state, put through the stored head, has the stored argmax.
+    """The share of positions at which the stored last hidden state, put through the stored head, has the stored argmax,
+    or one that rounding could have made it.
 
     This shows, without the target, a hidden state that was taken before the final norm or after another layer. Of a
     truncated teacher it is the share at which the likeliest token is the argmax and the probabilities sum to 1.
@@ -219,6 +251,8 @@ def check_stored_argmax(store: features.Store, tables: Tables, logits: LogitShap
     else:
         compute = jax.jit(lambda x, head: jnp.argmax(logits(x @ head.astype(jnp.float32).T), -1))
         argmax, least = np.asarray(compute(teacher, tables.head_DH)), _LEAST_ARGMAX[store.format.last] - 1.5 / len(near)
+        tied = near_ties(teacher, tables.head_DH, greedy, argmax, _MOST_ERROR[store.format.last])
+        argmax = np.where(tied, greedy, argmax)
         reason = "It may contain hidden states from before the final norm, or of another layer."
     share = float((argmax == greedy).mean())
     if share < least:

@@ -44,7 +44,7 @@ def import_peer_features(config: RunConfig, source: Path, out: str) -> None:
     check_layers(peers, aux_layers, Capture(loaded.target, every_layer, mesh, width=config.data.row_length))
     samples = _pack_samples(config, peers)
     prepared = _write_rows(config, peers, source, loaded, samples)
-    plan = plan_store(config, out, loaded, prepared, mesh)
+    plan = plan_store(config, out, loaded, prepared, mesh, imported=peers.format)
     channels = unit_channels(len(aux_layers), spec.width) | plan.channels
 
     @jax.jit
@@ -139,7 +139,7 @@ def _write_rows(
         read = [peers.read(i) for i in numbers]
         return data.rows_of([[data.Rendered(s.tokens[:length], s.supervised[:length]) for s in read]], length)
 
-    with new_rows(config) as aside:
+    with new_rows(config, made) as aside:
         for split, rows in samples.items():
             statistics[split] = dataset.write_split(aside / split, map(row, rows), length, made["target_vocab"])
         loaded.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))

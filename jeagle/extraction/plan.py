@@ -22,6 +22,7 @@ from jeagle.interfaces import Batch
 from jeagle.run import assemble, dataset
 from jeagle.runtime import distributed
 from jeagle.runtime.manifest import finished_manifest
+from jeagle.targets import TargetSpec
 
 _MARGIN = 1.02  # of the counted disk space, for folders and manifests
 _BLOCK = 1024  # rows that are counted at a time
@@ -58,17 +59,25 @@ class StorePlan(NamedTuple):
 
 
 def plan_store(
-    config: RunConfig, out: str, loaded: assemble.LoadedTarget, prepared: dataset.Prepared, mesh: Mesh
+    config: RunConfig,
+    out: str,
+    loaded: assemble.LoadedTarget,
+    prepared: dataset.Prepared,
+    mesh: Mesh,
+    *,
+    imported: str = "",
 ) -> StorePlan:
     """Begins the store at `out`, or opens it to go on with it, and writes what belongs to no row.
+
+    Args:
+      imported: the trainer whose files the rows and features come from; empty where they are the run's own.
 
     Raises:
       UserError: for a store that was made from something else, a disk without room for what is missing, or more of the
         likeliest tokens than the target has tokens.
     """
-    form, spec = store_format(config), loaded.target.spec
-    if form.top_k > spec.vocab:
-        raise UserError(f"--store.top-k {form.top_k} is more than the target's {spec.vocab} tokens.")
+    spec = loaded.target.spec
+    form = store_format(config, spec)
     aux_layers = targets.check_aux_layers(config.target.aux_layers, spec.layers)
     rows = {split: data.load_rows(prepared.data / split) for split in features.SPLITS}
     sizes = {split: row_sizes(batch) for split, batch in rows.items()}
@@ -88,7 +97,10 @@ def plan_store(
         "target_config": targets.open_weights(loaded.files).config,
         "versions": {"jeagle": jeagle.__version__}
         | {name: version(name) for name in ("jax", "tensorstore", "numpy", "ml_dtypes")},
-        "command": shlex.join(["python", "-m", "jeagle.extract", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", f"jeagle.{'import_features' if imported else 'extract'}", *sys.argv[1:]]
+        ),
+        "imported": imported,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     writer = features.Writer(features.Storage(out), about)
@@ -128,11 +140,16 @@ def row_sizes(rows: Batch) -> RowSizes:
     return RowSizes(*np.concatenate(counted, axis=1))
 
 
-def store_format(config: RunConfig) -> features.StoreFormat:
-    """The format that the run's settings ask for. UserError where the run's objective needs more."""
+def store_format(config: RunConfig, target: TargetSpec | None = None) -> features.StoreFormat:
+    """The format that the run's settings ask for.
+
+    UserError where the run's objective needs more, or the target, if it is known, has fewer tokens.
+    """
     settings = config.store
     top_k = settings.top_k if settings.teacher == "top_k" else 0
     form = features.StoreFormat(settings.aux_dtype, settings.last_dtype, top_k)
+    if target is not None and form.top_k > target.vocab:
+        raise UserError(f"--store.top-k {form.top_k} is more than the target's {target.vocab} tokens.")
     check_teacher_suffices(form, config, "The store that these settings make")
     return form
 

@@ -89,20 +89,30 @@ def make_models(target: Any, draft: Any, aux_layers: tuple[int, ...]) -> decodin
 
 
 def prompt_ids(bench: Bench, config: RunConfig, folder: Path, prompts: Path | None, most: int) -> list[np.ndarray]:
-    """Prompts of a file, or the held-out conversations up to the answer, as the target's template renders them."""
-    asked = data.read_prompts(str(prompts or folder / "data" / "held_out.jsonl"))[: most or None]
+    """Prompts of a file, or the held-out conversations up to the answer, as the target's template renders them.
+
+    Without a template, which a base model lacks, they are plain texts. UserError for one that the template refuses.
+    """
+    file, tokenizer = prompts or folder / "data" / "held_out.jsonl", bench.loaded.tokenizer
     arguments = data.parse_arguments(config.data.template_arguments)
-    return [
-        data.render_prompt(
-            bench.loaded.tokenizer,
-            p["messages"],
-            system_prompt=config.data.system_prompt,
-            tools=p.get("tools", ()),
-            thinking=p.get("thinking", True),
-            arguments=arguments,
-        )
-        for p in asked
-    ]
+
+    def ids(number: int, prompt: dict[str, Any]) -> np.ndarray:
+        messages = prompt["messages"]
+        if not tokenizer.chat_template:
+            messages = [{"role": "text", "content": "\n\n".join(message["content"] for message in messages)}]
+        try:
+            return data.render_prompt(
+                tokenizer,
+                messages,
+                system_prompt=config.data.system_prompt,
+                tools=prompt.get("tools", ()),
+                thinking=prompt.get("thinking", True),
+                arguments=arguments,
+            )
+        except data.ConversationError as error:
+            raise UserError(f"Prompt {number} of {file} cannot be measured: {error}.") from error
+
+    return [ids(number, prompt) for number, prompt in enumerate(data.read_prompts(str(file))[: most or None], 1)]
 
 
 class Decoded(NamedTuple):

@@ -38,13 +38,26 @@ def mesh_of(config: RunConfig) -> Mesh:
     return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, expert=config.mesh.expert)
 
 
+def target_spec(config: RunConfig) -> tuple[TargetSpec, str]:
+    """What the target's files say of it, and their fingerprint; nothing is loaded.
+
+    UserError for a target that is missing or not supported, or aux layers that it does not have.
+    """
+    files = targets.resolve(config.target.ref)
+    family = targets.own_family(config.target.family)
+    spec = targets.read_spec(targets.open_weights(files).config, family)
+    if config.target.aux_layers:
+        targets.check_aux_layers(config.target.aux_layers, spec.layers)
+    return spec, files.fingerprint
+
+
 def load_target(config: RunConfig, mesh: Mesh, *, dtype: Any = None) -> LoadedTarget:
     """The config's target on the mesh; `dtype` overrides the config's, as measuring in float32 does."""
     files = targets.resolve(config.target.ref)
     source = targets.open_weights(files)
     tokenizer = dataset.load_tokenizer(config, files)
     ends = targets.end_token_ids(tokenizer, source.config)
-    family = targets.own_family(config.target.family) if config.target.family else None
+    family = targets.own_family(config.target.family)
     if config.target.aux_layers:
         targets.check_aux_layers(config.target.aux_layers, targets.read_spec(source.config, family).layers)
     with bytes_progress("load target", shown=jax.process_index() == 0) as progress:

@@ -3,15 +3,19 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jeagle import data, exchange, features
 from jeagle.config import RunConfig
+from jeagle.errors import UserError
+from jeagle.run import resume
 from jeagle.runtime import distributed
 from jeagle.runtime.lock import only_writer
 from jeagle.runtime.manifest import atomic_folder
 from jeagle.runtime.outputs import check_replaceable, folder_of, json_file, signed_file
 from jeagle.runtime.trackers import METRICS
 
+LOCK = ".writer.lock"
 CONFIG = json_file("file of a run's settings", "name", "target", "data", "draft", "train")
 DRAFT = json_file("description of a run's draft", "draft", "made_from")
 EMBEDDING = signed_file("array of numpy's", b"\x93NUMPY")
@@ -72,12 +76,41 @@ def claimed(config: RunConfig, *, shared: bool = False) -> Iterator[None]:
         yield
         return
     advice = "wait until it ends, stop it, or give another --name."
-    with only_writer(config.folder / ".writer.lock", f"The run {config.folder}", advice, shared=shared):
+    with only_writer(config.folder / LOCK, f"The run {config.folder}", advice, shared=shared):
         yield
 
 
 @contextlib.contextmanager
-def new_rows(config: RunConfig) -> Iterator[Path]:
-    """An empty folder that becomes the run's data/ when the block succeeds."""
-    with claimed(config, shared=True), atomic_folder(config.folder / "data", data.ROWS) as aside:
-        yield aside
+def new_rows(config: RunConfig, made_from: dict[str, Any]) -> Iterator[Path]:
+    """An empty folder that becomes the run's data/ when the block succeeds.
+
+    Args:
+      made_from: everything that the rows depend on.
+
+    Raises:
+      UserError: where a draft has been trained on other rows: they stay.
+    """
+    with claimed(config, shared=True):
+        resume.check_inputs(config, {"data": made_from})
+        with atomic_folder(config.folder / "data", data.ROWS) as aside:
+            yield aside
+
+
+def move_aside(config: RunConfig) -> None:
+    """Renames the run's folder, if there is one, to NAME.N, the first number that is free, and says so.
+
+    UserError where another process writes it, it cannot be moved, or only joining will tell which process leads.
+    """
+    folder = config.folder
+    if not distributed.may_lead() or not folder.is_dir():
+        return
+    if not distributed.surely_leads():
+        raise UserError(f"--fresh cannot tell which process moves {folder}: move it yourself, or give another --name.")
+    with claimed(config):
+        place = resume.free_name(folder)
+        try:
+            folder.rename(place)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be moved to {place} ({error.strerror}): give another --name.") from error
+        (place / LOCK).unlink(missing_ok=True)
+    print(f"The run {folder} was moved to {place}: --fresh starts anew.", flush=True)

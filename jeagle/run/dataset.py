@@ -13,8 +13,9 @@ from jeagle import targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch
+from jeagle.run import resume
 from jeagle.run.claim import check_folder, claimed, new_rows
-from jeagle.runtime.manifest import differences, fingerprint, finished_manifest, read_manifest, write_manifest
+from jeagle.runtime.manifest import fingerprint, finished_manifest, read_manifest, write_manifest
 from jeagle.runtime.progress import Progress
 
 
@@ -47,17 +48,15 @@ def load_tokenizer(config: RunConfig, files: targets.TargetFiles) -> Any:
 def prepare(config: RunConfig) -> Prepared:
     """Makes the run's data and tables, or finds them made from the same inputs."""
     check_folder(config)
-    files = targets.resolve(config.target.ref)
-    tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source)
-    made = made_from(config, tokenizer, targets.open_weights(files).config, parts)
-    data = config.folder / "data"
-    _given_vocabulary(config, made)  # refused before the rows are made, where it does not fit
-    reused = found(data, made)
+    tokenizer, parts, made = _inputs(config)
+    if _given_vocabulary(config, made) is None:  # what does not fit is refused before the rows are made
+        room.choose_vocabulary(np.zeros(made["target_vocab"], int), config.draft.vocab, made["end_token_ids"])
+    reused = found(config, made)
     if not reused:
         for part in parts:
             print(f"prepare: reading {part}", flush=True)
         total = config.data.max_conversations
-        with Progress(total, "conversations", "prepare") as progress, new_rows(config) as aside:
+        with Progress(total, "conversations", "prepare") as progress, new_rows(config, made) as aside:
             statistics = room.prepare_rows(
                 parts,
                 tokenizer,
@@ -71,14 +70,34 @@ def prepare(config: RunConfig) -> Prepared:
             tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone
             statistics["template_reads_date"] = room.reads_date(tokenizer.chat_template)
             write_rows_manifest(aside, config, made, statistics)
-    return finish(config, made, reused=reused)
+    return finish(config, reused=reused)
 
 
-def finish(config: RunConfig, made: dict[str, Any], *, reused: bool) -> Prepared:
+def check_unchanged(config: RunConfig) -> None:
+    """UserError where a draft has been trained on rows that these settings and files would not make."""
+    if resume.last_step(config.folder) is not None:
+        *_, made = _inputs(config)
+        if not found(config, made):
+            resume.check_inputs(config, {"data": made})
+
+
+def _inputs(config: RunConfig) -> tuple[Any, list, dict[str, Any]]:
+    """The tokenizer, the parts of the source, and everything that the rows depend on."""
+    files = targets.resolve(config.target.ref)
+    tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source)
+    return tokenizer, parts, made_from(config, tokenizer, targets.open_weights(files).config, parts)
+
+
+def finish(config: RunConfig, *, reused: bool) -> Prepared:
     """The run's vocabulary tables, its rows being there; and what is known of both."""
     data = config.folder / "data"
-    tables, manifest = _make_tables(config, made, data), finished_manifest(data)
+    manifest = finished_manifest(data)
+    tables = _make_tables(config, manifest["made_from"], data)
     ids = room.load_tables(tables)
+    if config.draft.vocab > len(ids):
+        print(
+            f"prepare: --draft.vocab {config.draft.vocab} is clipped to the {len(ids)} tokens of the target", flush=True
+        )
     counts = {name: np.load(data / name / "counts.npy") for name in ("train", "held_out")}
     vocabulary = {
         "draft_vocab": len(ids),
@@ -97,7 +116,7 @@ def made_from(config: RunConfig, tokenizer: Any, target_config: dict[str, Any], 
     Args:
       target_config: the target's config.json. parts: of `room.parse_source`.
     """
-    family = targets.own_family(config.target.family) if config.target.family else None
+    family = targets.own_family(config.target.family)
     return {
         "version": jeagle.__version__,
         "source": room.source_fingerprint(parts),
@@ -120,18 +139,25 @@ _SHAPING = (  # settings that change rows; --data.streaming reads the same ones 
 )
 
 
-def found(data: Path, made_from: dict[str, Any]) -> bool:
-    """Whether rows made from the same inputs lie there, all files as long as they were made."""
-    old = read_manifest(data)
-    if old is None:
+def found(config: RunConfig, made_from: dict[str, Any]) -> bool:
+    """Whether rows made from the same inputs lie in the run's folder, all files as long as they were made.
+
+    Rows that a draft has been trained on serve later versions of jeagle too.
+    """
+    data = config.folder / "data"
+    if (manifest := read_manifest(data)) is None:
         return False
-    fields, sizes = differences(old["made_from"], made_from), _sizes(data)
-    wrong = [name for name, size in old.get("files", {}).items() if sizes.get(name) != size]
-    if fields:
-        print(f"prepare: {', '.join(fields)} changed since {data} was made; making it anew")
+    old, sizes = manifest["made_from"], _sizes(data)
+    if old.get("version") != made_from["version"] and resume.last_step(config.folder) is not None:
+        made_from = {name: value for name, value in made_from.items() if name in old} | {"version": old.get("version")}
+        old = {name: value for name, value in old.items() if name in made_from}
+    changed = resume.told_differences({"data": old}, {"data": made_from})
+    wrong = [name for name, size in manifest.get("files", {}).items() if sizes.get(name) != size]
+    if changed:
+        print(f"prepare: {data} was made otherwise ({changed})", flush=True)
     elif wrong:
         print(f"prepare: {', '.join(wrong)} in {data} has gone or has another length; making it anew", flush=True)
-    return not (fields or wrong)
+    return not (changed or wrong)
 
 
 def write_split(folder: Path, batches: Iterable[Batch], row_length: int, vocab: int) -> dict[str, int]:
@@ -166,22 +192,17 @@ def _make_tables(config: RunConfig, made_from: dict[str, Any], data: Path) -> Pa
     wanted: dict[str, Any] = {"data": fingerprint(made_from), "draft_vocab": size, "end_token_ids": list(ends)}
     if given is not None:
         wanted["given"] = fingerprint(given.tolist())
-    old = read_manifest(tables)
-    fields = [] if old is None else differences({n: v for n, v in old.items() if n != "ids"}, wanted)
-    counts = np.load(data / "train" / "counts.npy")
-    if old is not None and not fields:
-        if _whole(tables, counts):
+    old, counts, changed = read_manifest(tables), np.load(data / "train" / "counts.npy"), ""
+    if old is not None:
+        before = {name: value for name, value in old.items() if name != "ids"}
+        changed = resume.told_differences({"tables": before}, {"tables": wanted})
+        if not changed and _whole(tables, counts):
             return tables
-        print(f"prepare: {tables} lacks a file or has a damaged one; making it anew", flush=True)
+        print(f"prepare: {tables} {f'was made otherwise ({changed})' if changed else 'is damaged'}", flush=True)
     ids = room.choose_vocabulary(counts, size, ends) if given is None else given
-    trained = any(path.name.isdigit() for path in (config.folder / "checkpoints").glob("*"))
-    if fields and trained and not np.array_equal(ids, room.load_tables(tables)):
-        raise UserError(
-            f"{tables} belongs to a draft that is trained already, and would change ({', '.join(fields)} differ): its "
-            "head's rows would mean other tokens. Give another --name, or the settings that the run was begun with."
-        )
-    if fields:
-        print(f"prepare: {', '.join(fields)} changed since {tables} was made; making it anew", flush=True)
+    if changed and resume.last_step(config.folder) is not None and np.array_equal(ids, room.load_tables(tables)):
+        return tables  # the same tokens, however they were chosen
+    resume.check_inputs(config, {"tables": wanted | {"ids": room.vocabulary_hash(ids)}})
     with claimed(config, shared=True):
         room.save_tables(tables, counts, ids, wanted)
     return tables
@@ -192,13 +213,14 @@ def _given_vocabulary(config: RunConfig, made_from: dict[str, Any]) -> np.ndarra
 
     UserError where it does not fit the target, or the two contradict each other.
     """
-    size, ends = config.draft.vocab, made_from["end_token_ids"]
+    size, vocab, ends = config.draft.vocab, made_from["target_vocab"], made_from["end_token_ids"]
+    size = size if size < vocab else 0
     source = config.data.vocabulary or config.draft.start  # a draft to start from brings its head's rows' meaning
     if not source or (size <= 0 and config.draft.start):  # the whole vocabulary needs no map
         return None
-    given = room.load_given_vocabulary(Path(source), size, made_from["target_vocab"], ends)
+    given = room.load_given_vocabulary(Path(source), size, vocab, ends)
     if config.data.vocabulary and config.draft.start:
-        begun = room.load_given_vocabulary(Path(config.draft.start), size, made_from["target_vocab"], ends)
+        begun = room.load_given_vocabulary(Path(config.draft.start), size, vocab, ends)
         if not np.array_equal(given, begun):
             raise UserError(
                 f"--data.vocabulary {source} is not the vocabulary of the draft to start from, {config.draft.start}: "

@@ -72,6 +72,13 @@ def surely_leads() -> bool:
     return may_lead() and not unknown
 
 
+def devices_known() -> bool:
+    """Whether this process may ask for the run's devices: joined, or alone, not before it joins others."""
+    return jax.distributed.is_initialized() or not (
+        os.environ.get(_AUTO) or _group(None, None, None).get("num_processes", 1) > 1
+    )
+
+
 def is_leader() -> bool:
     """Whether this process is the one that writes files and speaks. Initialises the devices."""
     return jax.process_index() == 0

@@ -1,7 +1,7 @@
 """Setting a run up: its target, draft, rows and optimiser on the mesh, and the state before the first step."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,17 +10,18 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jeagle import data, drafts, features, targets
-from jeagle.config import RunConfig, from_json, to_json
+from jeagle import data, drafts, features
+from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
+from jeagle.extraction.plan import store_format
 from jeagle.interfaces import Batch, DraftSpec, LogitShape, Tables
-from jeagle.run import assemble
-from jeagle.run.claim import CONFIG, DRAFT
+from jeagle.run import assemble, resume
+from jeagle.run.claim import CONFIG, DRAFT, check_folder, move_aside
 from jeagle.run.dataset import Prepared
-from jeagle.run.draft_init import check_engines, draft_spec, keep_embedding
+from jeagle.run.draft_init import check_engines, draft_class, draft_spec, keep_embedding
 from jeagle.runtime import distributed
 from jeagle.runtime.ahead import read_ahead
-from jeagle.runtime.manifest import atomic_write, differences, finished_manifest
+from jeagle.runtime.manifest import atomic_write, finished_manifest
 from jeagle.runtime.mesh import row_parts, row_sharding
 from jeagle.training import teacher
 from jeagle.training.optimiser import learning_rate, make_optimiser
@@ -110,10 +111,45 @@ Inputs = tuple[features.StoreSet | None, Prepared]
 
 def open_inputs(config: RunConfig) -> Inputs:
     """Checks the settings, opens the stores and prepares the rows. UserError where they do not fit each other."""
-    check_settings(config)
-    check_draft(config)
-    stores = teacher.open_stores(config)
+    resume.check_settings(config)
+    stores = check_run(config)
     return stores, teacher.prepare_inputs(config, stores)
+
+
+def check_run(config: RunConfig, *, anew: bool = False) -> features.StoreSet | None:
+    """Checks all that needs no data: before hours of preparing, and before anything of an existing run is touched.
+
+    Args:
+      anew: the run does not go on with what lies in its folder.
+
+    Returns:
+      The stores of `open_inputs`.
+
+    Raises:
+      UserError: for a mesh or a batch that does not fit the devices or the loss, or a draft that the target, an engine
+        or the run in the folder refuses.
+    """
+    assemble.objective_spec(config.objective)
+    if distributed.devices_known():
+        check_parts(config, assemble.mesh_of(config))
+    stores = teacher.open_stores(config)
+    target, fingerprint = teacher.known_target(config, stores)
+    if config.features == "auto":
+        store_format(config, target)
+    vocabulary = config.draft.vocab if 0 < config.draft.vocab < target.vocab else target.vocab
+    spec = draft_spec(config, target, vocabulary, (), assemble.open_start(config))
+    draft_class(config.draft)
+    check_engines(config.draft, spec, target.layers)
+    if not anew:
+        resume.check_inputs(config, {"target": fingerprint}, spec)
+    return stores
+
+
+def start_anew(config: RunConfig) -> None:
+    """Moves the run in the folder aside, if there is one, once nothing about the new one is refused."""
+    check_folder(config)
+    check_run(config, anew=True)
+    move_aside(config)
 
 
 def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainState]:
@@ -140,13 +176,15 @@ def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainS
         process_count=jax.process_count(),
     )
     steps = config.train.steps or max(round(config.train.epochs * stream.steps_per_epoch), 1)
+    changes = resume.check_settings(config)
+    resume.check_steps(config, steps, changes)
     trained = assemble.trained(config.draft)
     optimiser = make_optimiser(config.train, learning_rate(config.train, steps), trained=trained)
 
     top_k = stores.members[0].format.top_k if stores else 0
     program = make_program(config, draft.spec, draft.graphdef, mesh, target.graphdef, target.spec.logits, top_k=top_k)
     widths = slot_widths(stream, program, steps, config.train.slot_buckets, config.data.row_length)
-    write_folder(config, draft)
+    write_folder(config, draft, changes)
     run = Run(config, mesh, program, optimiser, Frozen(target.state, draft.tables), stream, stores, steps, widths)
     return run, first_state(draft.state, optimiser, mesh, average=config.train.ema)
 
@@ -207,38 +245,6 @@ def put_rows(rows: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), rows)
 
 
-def check_settings(config: RunConfig) -> None:
-    """UserError where the run in the folder was begun with other settings."""
-    fixed = ("target", "data", "draft", "objective", "train")
-    changes = _changes_since(config, "config.json", lambda begun: to_json(from_json(begun)), to_json(config))
-    if fields := [field for field in changes if field.split(".")[0] in fixed]:
-        raise UserError(
-            f"The run {config.folder} was begun with other settings ({', '.join(fields)}): give the same ones "
-            "to go on with it, or another --name to begin anew."
-        )
-
-
-def _changes_since(config: RunConfig, name: str, read: Callable[[dict], dict], now: dict) -> list[str]:
-    """Which fields of a file of the run's folder are others `now`; none for a run that has no checkpoints yet."""
-    path = config.folder / name
-    begun = path.is_file() and (config.folder / "checkpoints").is_dir()
-    return differences(read(json.loads(path.read_text())), now) if begun else []
-
-
-def check_draft(config: RunConfig) -> None:
-    """UserError for a draft that the target or an engine refuses, before anything is made of the target's data.
-
-    Where features are read from stores the target need not be at hand, and `open_draft` alone checks it.
-    """
-    if config.features not in ("online", "auto"):
-        return
-    files = targets.resolve(config.target.ref)
-    family = targets.own_family(config.target.family) if config.target.family else None
-    target, size = targets.read_spec(targets.open_weights(files).config, family), config.draft.vocab
-    vocabulary = size if 0 < size < target.vocab else target.vocab
-    check_engines(config.draft, draft_spec(config, target, vocabulary, (), assemble.open_start(config)), target.layers)
-
-
 def check_parts(config: RunConfig, mesh: Mesh) -> None:
     """UserError where --train.accumulate would change the loss, or its parts do not divide over the devices."""
     parts, rows = config.train.accumulate, config.train.batch_rows
@@ -259,17 +265,16 @@ def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) 
     """
     rows, tables = (finished_manifest(config.folder / name) for name in ("data", "tables"))
     made_from = {"target": target_fingerprint, "data": rows["made_from"], "tables": tables}
-    if fields := _changes_since(config, "draft.json", lambda begun: begun["made_from"], made_from):
-        raise UserError(
-            f"The run {config.folder} was begun from other inputs ({', '.join(fields)} differ): give another "
-            "--name, or remove its checkpoints to train anew."
-        )
+    resume.check_inputs(config, made_from, spec)
     return {"draft": spec.to_json(), "made_from": made_from}
 
 
-def write_folder(config: RunConfig, draft: Draft) -> None:
-    """Writes config.json, draft.json and, where the draft has one of its own, its embedding."""
+def write_folder(config: RunConfig, draft: Draft, changes: list[resume.Change]) -> None:
+    """Writes config.json, draft.json and, where the draft has one of its own, its embedding; says what has changed."""
     if distributed.is_leader():
+        if changes:
+            told = "; ".join(map(str, changes))
+            print(f"The run {config.folder} goes on from step {resume.last_step(config.folder)}: {told}.", flush=True)
         for name, tree, kind in (("config.json", to_json(config), CONFIG), ("draft.json", draft.description, DRAFT)):
             atomic_write(config.folder / name, json.dumps(tree, indent=2) + "\n", kind)
     keep_embedding(config.folder, draft.spec, draft.tables)

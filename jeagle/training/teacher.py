@@ -25,7 +25,6 @@ from jeagle.runtime.manifest import fingerprint, finished_manifest
 from jeagle.targets import TargetFiles, TargetSpec
 
 _ROWS = 256  # read and written at a time
-_DOING = "Extract anew with these settings, or give those that the store was made with."
 
 
 class Teacher(NamedTuple):
@@ -64,13 +63,17 @@ def open_stores(config: RunConfig, *, joined: bool = False) -> features.StoreSet
     first = stores.members[0]
     for store in stores.members:
         check_teacher_suffices(store.format, config, f"The store {store}")
-        wanted = expected(config, store)
-        features.check_fit(store.storage, wanted, store.about["made_from"], _DOING)
+        features.check_fit(store.storage, expected(config, store), store.about["made_from"], _remedy(store))
         alike = {name: first.about["made_from"][name] for name in ("target", "taps", "arrays")}
         features.check_fit(
             store.storage, alike, store.about["made_from"], f"Stores are read beside {first} only if they are alike."
         )
     return stores
+
+
+def _remedy(store: features.Store) -> str:
+    again = "Import the files" if store.about.get("imported") else "Extract"
+    return f"{again} anew with these settings, or give those that the store was made with."
 
 
 def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
@@ -83,9 +86,11 @@ def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
     elif target.ref and not path.exists():
         wanted["reference"] = target.ref
     aux_layers = targets.check_aux_layers(target.aux_layers, stored_target_spec(store.about, target.family).layers)
-    rows = dataset.shaping(config)
+    rows, imported = dataset.shaping(config), bool(store.about.get("imported"))
+    if imported:  # its rows are those of the imported files, whatever conversations the settings name
+        rows = {name: rows[name] for name in ("row_length", "held_out")}
     with contextlib.suppress(UserError):  # the data is not on this machine, and need not be
-        parts = data.parse_source(config.data.source) if config.data.source else []
+        parts = data.parse_source(config.data.source) if config.data.source and not imported else []
         if parts and all(part.files for part in parts):
             rows["source"] = data.source_fingerprint(parts)
     made = {"target": wanted, "taps": list(aux_layers), "data": rows}
@@ -93,9 +98,19 @@ def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
         with contextlib.suppress(UserError, OSError):  # a folder without a tokenizer
             files = files or TargetFiles(target.ref, path.resolve(), "safetensors", "")
             tokenizer = dataset.load_tokenizer(config, files)
-            rows |= {"tokenizer": data.tokenizer_hash(tokenizer), "template": data.template_hash(tokenizer)}
+            rows["tokenizer"] = data.tokenizer_hash(tokenizer)
+            rows |= {} if imported else {"template": data.template_hash(tokenizer)}
             return made
-    return made | {"template_settings": template_settings(config)}
+    return made if imported else made | {"template_settings": template_settings(config)}
+
+
+def known_target(config: RunConfig, stores: features.StoreSet | None) -> tuple[TargetSpec, str]:
+    """What is known of the run's target before it is loaded, and its fingerprint; a store's where that has all rows."""
+    if stores is not None and not stores.partial:
+        about = stores.members[0].about
+        made = about["made_from"]["target"]
+        return stored_target_spec(about, made["family"]), made["fingerprint"]
+    return assemble.target_spec(config)
 
 
 def prepare_inputs(config: RunConfig, stores: features.StoreSet | None) -> dataset.Prepared:
@@ -107,9 +122,9 @@ def prepare_inputs(config: RunConfig, stores: features.StoreSet | None) -> datas
     made = dict(first.about["made_from"]["data"])
     if others:
         made["source"] = fingerprint([store.about["made_from"]["data"] for store in stores.members])
-    reused = dataset.found(config.folder / "data", made)
+    reused = dataset.found(config, made)
     if not reused:
-        with new_rows(config) as aside:
+        with new_rows(config, made) as aside:
             statistics = json.loads(first.data_file("manifest.json") or b"{}").get("statistics", {})
             for split in features.SPLITS:
                 every = range(stores.rows(split))
@@ -122,7 +137,7 @@ def prepare_inputs(config: RunConfig, stores: features.StoreSet | None) -> datas
             for name in ("held_out.jsonl", "rejected.jsonl"):
                 (aside / name).write_bytes(b"".join(store.data_file(name) or b"" for store in stores.members))
             dataset.write_rows_manifest(aside, config, made, statistics)
-    return dataset.finish(config, made, reused=reused)
+    return dataset.finish(config, reused=reused)
 
 
 def open_teacher(
@@ -175,7 +190,7 @@ def _check_same_rows(config: RunConfig, partial: features.StoreSet, loaded: asse
     """Raises UserError unless the store's rows are, number by number, the run's; prints how many of them it has."""
     store, prepared = partial.members[0], finished_manifest(config.folder / "data")
     wanted = {"target": {"fingerprint": loaded.files.fingerprint}, "data": prepared["made_from"]}
-    features.check_fit(store.storage, wanted, store.about["made_from"], _DOING)
+    features.check_fit(store.storage, wanted, store.about["made_from"], _remedy(store))
     if distributed.is_leader():
         train, held_out = (f"{partial.count_present(split)} of {partial.rows(split)}" for split in features.SPLITS)
         print(

@@ -16,6 +16,7 @@ from jeagle.extraction.capture import Capture
 from jeagle.extraction.peer_import import import_peer_features
 from jeagle.interfaces import Batch
 from jeagle.run import assemble
+from jeagle.training import teacher
 from tests import tiny
 
 RECIPE = str(Path(__file__).parents[2] / "configs" / "llama3_8b.py")
@@ -62,6 +63,10 @@ def test_states_of_vllm_become_a_store(folder):
     assert (np.asarray(got.greedy_BT)[:, :40] == expected["greedy"][:14]).mean() > 0.97
     first = load_file(folder / "vllm" / "hs_0.safetensors")["hidden_states"][:, :-1]
     np.testing.assert_array_equal(np.asarray(got.aux_BTAH)[0, :40], first.astype(np.float32))
+    # A run's rows are those of the files, whatever conversations its settings name; the remedy fits such a store.
+    assert teacher.open_stores(config_of(folder, features=out, data__long="split")) is not None
+    with pytest.raises(UserError, match=r"row_length: 64 in the store, 32 here\)\. Import the files anew"):
+        teacher.open_stores(config_of(folder, features=out, data__row_length=32))
 
 
 def test_what_a_store_keeps_of_others_states_is_the_users_to_say(folder):

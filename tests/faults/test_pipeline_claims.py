@@ -208,7 +208,8 @@ def test_what_follows_from_another_checkpoint_is_made_again(run, capsys):
 
 OTHERS = {  # what training asks to be named anew is its own law: here it takes any settings
     "bench": ({"bench__max_new_tokens": 5}, MEASURED),
-    "training": ({"train__learning_rate": 0.5}, MEASURED | {"train"}),
+    "training": ({"train__learning_rate": 0.5}, {"train", "measure after", "export"}),  # an untrained draft has none
+    "watching": ({"train__log_every": 7, "train__save_every": 3}, set()),
     "rows": ({"data__row_length": 160}, MEASURED | {"train"}),
     "answers": ({"regenerate__max_new_tokens": 5}, {"answers"}),
 }

@@ -63,7 +63,7 @@ def test_a_change_is_named_and_made_anew(folder, capsys):
     prepare(folder)
     capsys.readouterr()
     longer = prepare(folder, data__row_length=96)
-    assert not longer.reused and "row_length changed" in capsys.readouterr().out
+    assert not longer.reused and "row_length was 64 and is 96" in capsys.readouterr().out
     assert load_rows(longer.data / "train").tokens_BT.shape[1] == 96
 
 

@@ -59,8 +59,10 @@ def architecture_of(config: dict[str, Any]) -> str:
     return _text_part(config)[0]
 
 
-def own_family(path: str) -> Family:
-    """Returns a user's family from `package.module:NAME`. Raises UserError if there is none."""
+def own_family(path: str) -> Family | None:
+    """Returns a user's family from `package.module:NAME`; None for an empty path. Raises UserError if there is none."""
+    if not path:
+        return None
     module, _, name = path.partition(":")
     try:
         family = getattr(importlib.import_module(module), name)
