@@ -13,10 +13,11 @@ import tyro
 from jeagle.config import from_json
 from jeagle.errors import UserError
 from jeagle.run import acceptance, assemble
+from jeagle.runtime.cli import parse
 from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
-from jeagle.runtime.outputs import check_replaceable, json_file
+from jeagle.runtime.outputs import check_output, json_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,12 @@ MEASURED = json_file("measurement of jeagle.bench's", "acceptance_length", "prom
 
 
 def main(arguments: list[str]) -> None:
-    args = tyro.cli(BenchArguments, args=arguments, prog="python -m jeagle.bench")
+    args = parse(BenchArguments, arguments, program="python -m jeagle.bench")
     for name in ("max_new_tokens", "draft_tokens", "batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0.")
     if args.out:
-        check_replaceable(args.out, MEASURED)
+        check_output(args.out, MEASURED)
     prepare_host()
     folder = assemble.run_folder(args.run)
     config = from_json(json.loads((folder / "config.json").read_text()))
@@ -67,9 +68,9 @@ def main(arguments: list[str]) -> None:
     report, _ = acceptance.measure(bench, prompts, **settings)
     report |= {"run": str(folder), "step": step, "dtype": args.dtype, "temperature": 0, "prompts": str(args.prompts)}
     text = json.dumps(report | {"weights": config.target.weights}, indent=2)
+    print(text, flush=True)
     if args.out:
         atomic_write(args.out, text + "\n", MEASURED)
-    print(text)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from jeagle.errors import UserError
 from jeagle.features.formats import StoreFormat
 from jeagle.features.storage import Storage
 from jeagle.runtime.manifest import canonical, fingerprint, flat
-from jeagle.runtime.outputs import Output, check_replaceable, listed
+from jeagle.runtime.outputs import Output, check_output, listed
 
 FORMAT = 1
 STORE, INDEX, MANIFESTS, SEGMENTS, CLAIMS, DATA = "store.json", "index.json", "manifests", "segments", "claims", "data"
@@ -103,13 +103,13 @@ def _foreign(folder: Path) -> str:
     return "" if STORE in names or not names else f"it holds {listed(names)} and no {STORE}"
 
 
-STORE_FOLDER = Output("store of jeagle's", True, _foreign)
+STORE_FOLDER = Output("store of jeagle's", True, _foreign, grows=True)
 
 
 def check_storage(storage: Storage) -> None:
     """Raises UserError unless a storage is empty or contains a store, because writers remove keys there."""
     if storage.path is not None:
-        check_replaceable(storage.path, STORE_FOLDER)
+        check_output(storage.path, STORE_FOLDER)
     if read_store(storage) is not None or storage.path is not None:
         return
     if taken := [name for name in (SEGMENTS, CLAIMS, MANIFESTS, DATA) if storage.names(name)]:
