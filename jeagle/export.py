@@ -69,7 +69,7 @@ def main(arguments: list[str], program: str = "") -> None:
     # costs a third more time). Nothing is dispatched asynchronously, because waiting work keeps its operands in memory.
     keep_freed_memory(largest=64 << 20, most=256 << 20)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if distributed.is_alone():
+    if distributed.devices_known():
         distributed.open_devices()
     print(export(args))
 

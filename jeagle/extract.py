@@ -7,7 +7,7 @@ from jeagle import features, flags
 from jeagle.extraction.fill import extract
 from jeagle.run import dataset
 from jeagle.runtime import distributed
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import run, shell_word
 from jeagle.runtime.host import prepare_host
 
 READS = (
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     distributed.initialise()
     extract(config, out, prepared)
     if distributed.is_leader():
-        print(f"train from it: python -m jeagle.train --config ... --features {out}")
+        print(f"train from it: python -m jeagle.train --config ... --features {shell_word(out)}")
 
 
 if __name__ == "__main__":

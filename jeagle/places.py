@@ -69,6 +69,11 @@ def absolute(path: str, marks: tuple[str, ...]) -> str:
     return path if is_name else os.path.abspath(path)
 
 
+def same_place(one: str, other: str) -> bool:
+    """Whether two texts are equal, or paths of the same file or folder, there or not."""
+    return one == other or os.path.realpath(expanded(one)) == os.path.realpath(expanded(other))
+
+
 def _marks(hint: Any) -> tuple[str, ...]:
     if get_origin(hint) is not Annotated:
         return ()

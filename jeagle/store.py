@@ -83,8 +83,8 @@ def _verify(args: StoreArguments) -> None:
         print(f"{segment}: {reason}")
     if damaged:
         raise UserError(
-            f"{len(damaged)} of {len(store.segments)} segments of {store} are damaged. python -m jeagle.store prune "
-            f"{store} --damaged removes them, and the extract command makes them again."
+            f"{len(damaged)} of {len(store.segments)} segments of {store} are damaged. "
+            f"{store.storage.prune_command} removes them, and the extract command makes them again."
         )
     store.check_complete()
     print(f"{store}: {len(store.segments)} segments, {total:,} bytes: every checksum is right and no row is missing")

@@ -13,6 +13,7 @@ from jeagle import targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch
+from jeagle.places import absolute
 from jeagle.run.claim import check_folder, claimed, new_rows
 from jeagle.runtime.manifest import differences, fingerprint, finished_manifest, read_manifest, write_manifest
 from jeagle.runtime.progress import Progress
@@ -65,7 +66,7 @@ def prepare(config: RunConfig) -> Prepared:
                 aside,
                 end_token_ids=made["end_token_ids"],
                 vocab=made["target_vocab"],
-                target=config.target.ref,
+                target=absolute(config.target.ref, ()),
                 on_done=progress.update,
             )
             tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone

@@ -1,7 +1,5 @@
-"""How a command begins and ends: it reads its arguments, and ends with a sentence where the user can help, with a
-traceback where only a programmer can.
-
-Also how it writes another command down for the user.
+"""How a command reads its arguments, and how it ends: with a sentence where the user can help, a traceback where only a
+programmer can. Also how it writes another command down for the user.
 """
 
 import contextlib

@@ -60,11 +60,6 @@ def initialise(
     open_devices()
 
 
-def is_alone() -> bool:
-    """Whether no other process is to be joined, so that the devices may be used at once."""
-    return not any(os.environ.get(name) for name in (_AUTO, *_VARIABLES.values()))
-
-
 def open_devices() -> None:
     """Opens the devices, which processes that belong together do once they have joined.
 
@@ -107,6 +102,13 @@ def surely_leads() -> bool:
     """Whether it is certain already that this process is the leader: it is not where joining will find the number."""
     unknown = os.environ.get(_AUTO) and "JEAGLE_PROCESS_ID" not in os.environ and not jax.distributed.is_initialized()
     return may_lead() and not unknown
+
+
+def devices_known() -> bool:
+    """Whether this process may ask for the run's devices: joined, or alone, not before it joins others."""
+    return jax.distributed.is_initialized() or not (
+        os.environ.get(_AUTO) or _group(None, None, None).get("num_processes", 1) > 1
+    )
 
 
 def is_leader() -> bool:

@@ -45,7 +45,7 @@ def prepare_host(*, devices: bool = True) -> None:
     if devices:
         from jeagle.runtime import distributed
 
-        if distributed.is_alone():
+        if distributed.devices_known():
             distributed.open_devices()
 
 
