@@ -107,6 +107,7 @@ def _verify(args: StoreArguments) -> None:
 
 
 def _sample(args: StoreArguments) -> None:
+    prepare_host()
     store = features.Store(args.store)
     if not (total := store.rows(args.split)):
         raise UserError(f"The store {store} has no {args.split} rows.")

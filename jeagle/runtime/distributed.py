@@ -68,11 +68,11 @@ def open_devices() -> None:
     """
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # an AssertionError without a text, where the plugin is missing
         wanted = jax.config.jax_platforms
-        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(". ")
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(". ") or "it finds none"
         raise UserError(
-            f"JAX_PLATFORMS is {wanted or 'not set'}, and JAX cannot use these devices ({reason}); this machine has "
+            f"JAX_PLATFORMS is {wanted or 'not set'}, and JAX cannot use such devices ({reason}); this machine has "
             f"{_other_devices()}: set JAX_PLATFORMS to what there is, end the process that holds the devices, or "
             "install jeagle with the extra of this accelerator (cuda or tpu)."
         ) from error
@@ -85,7 +85,7 @@ def _other_devices() -> str:
     try:
         devices = jax.devices()
         return f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         return "no device that JAX can use"
     finally:
         jax.config.update("jax_platforms", wanted)

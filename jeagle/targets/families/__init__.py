@@ -10,6 +10,7 @@ from typing import Any
 from jeagle.errors import UserError
 from jeagle.targets.families import deepseek, gemma, llama, qwen
 from jeagle.targets.families.common import Family, Switches
+from jeagle.targets.families.kinds import check_kinds
 from jeagle.targets.model.spec import TargetSpec
 
 _FILES = (llama, qwen, gemma, deepseek)
@@ -28,6 +29,7 @@ def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpe
     """Returns the TargetSpec of a config.json. Raises UserError for an unknown architecture or an unsupported key."""
     import transformers  # takes two seconds
 
+    check_kinds(config)
     name, values = _text_part(config)
     chosen = family or family_of(config)
     if (kind := chosen.model_type) in transformers.CONFIG_MAPPING:

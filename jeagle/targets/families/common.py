@@ -149,6 +149,12 @@ def rope_from_switches(switches: Switches, kind: str | None = None) -> Rope:
             f"The target's config.json has {unknown[0]} = {scaling[unknown[0]]!r} in its rope_scaling, which jeagle "
             f"does not know for {switches.architecture}: it may change the model's numbers, so it is refused."
         )
+    plain = scaling.get("rope_type", "default") == "default"
+    if plain and (others := sorted(set(scaling) - {"rope_type", "partial_rotary_factor"})):
+        raise UserError(
+            f"The target's config.json has {others[0]} = {scaling[others[0]]!r} in its rope_scaling, which names no "
+            "rope_type that reads it, so that it would count for nothing: copy the model's own file there."
+        )
     scaling["rope_type"] = "longrope" if scaling.get("rope_type") == "su" else scaling.get("rope_type", "default")
     longest = switches.get("max_position_embeddings", 2048)
     if scaling["rope_type"] in ("llama3", "dynamic", "yarn", "longrope"):
