@@ -76,7 +76,7 @@ class Storage:
             raise UserError(
                 f"The store {self.url} must be a local path, gs://BUCKET/PATH or s3://BUCKET/PATH: give one of these."
             )
-        self.path = None if scheme else Path(expanded(self.url)).resolve()
+        self.path = None if scheme else Path(os.path.realpath(expanded(self.url)))
         self._spec = _bucket_spec(self.url, scheme) if scheme else {"driver": "file", "path": f"{self.path}/"}
         self._opened: Any = None
 

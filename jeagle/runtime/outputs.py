@@ -157,10 +157,11 @@ def check_output(path: str | Path, kind: Output) -> None:
 
 def unwritable(path: Path, error: OSError | ValueError) -> UserError:
     """A sentence for the reason why `path` cannot be written."""
-    above = next((parent for parent in path.absolute().parents if os.path.isdir(parent)), path)
+    tried = Path(getattr(error, "filename", None) or path).absolute()  # in a run's folder, one of several places
+    where = tried if os.path.isfile(tried) else next(parent for parent in tried.parents if os.path.isdir(parent))
     return UserError(
-        f"{path} cannot be written, nothing can be made in {above} ({getattr(error, 'strerror', None) or error}): "
-        "make room or get leave to write there, or give another place."
+        f"{path} cannot be written ({where}: {getattr(error, 'strerror', None) or error}): make room or get leave to "
+        "write there, or give another place."
     )
 
 
@@ -206,7 +207,8 @@ def parents_made(path: Path, *, keep: bool = True) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{path} cannot be written, because {error.filename} is not a folder.") from error
+        file = next((p for p in path.parents if os.path.lexists(p) and not p.is_dir()), error.filename)
+        raise UserError(f"{path} cannot be written, because {file} is not a folder: give another place.") from error
     try:
         yield
         made = [] if keep else made
