@@ -38,7 +38,7 @@ def expanded(path: str) -> str:
 
 def with_homes(settings: Settings) -> Settings:
     """The same dataclass, its groups included, with ~ `expanded` in every field that is one place or a Path."""
-    hints, changes = get_type_hints(type(settings), include_extras=True), {}
+    hints, changes = get_type_hints(type(settings), include_extras=True), dict[str, Any]()
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):

@@ -120,7 +120,7 @@ def folder_of(what: str, parts: Mapping[str, Output], folders: Sequence[str] = (
                 return f"its {name} is no {kind.what}: {reason}"
         return "" if there or not others else f"it holds {listed(others)}"
 
-    return Output(what, True, foreign, grows=True, parts=inner | parts)
+    return Output(what, True, foreign, grows=True, parts={**inner, **parts})
 
 
 _FOLDER = Output("folder", True, lambda path: "", grows=True)

@@ -156,7 +156,7 @@ def rope_from_switches(switches: Switches, kind: str | None = None) -> Rope:
             "rope_type that reads it, so that it would count for nothing: copy the model's own file there."
         )
     scaling["rope_type"] = "longrope" if scaling.get("rope_type") == "su" else scaling.get("rope_type", "default")
-    if missing := [name for name in _NEEDED.get(scaling["rope_type"], ()) if name not in scaling]:
+    if missing := [name for name in _NEEDED.get(str(scaling["rope_type"]), ()) if name not in scaling]:
         raise UserError(
             f"The target's config.json has the RoPE scaling {scaling['rope_type']} without {missing[0]}, which its "
             "angles are computed from: copy the model's own file there."
