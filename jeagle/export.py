@@ -20,17 +20,20 @@ from jeagle.errors import UserError
 from jeagle.exporting.readback import check_export
 from jeagle.exporting.run_reader import open_run_draft
 from jeagle.exporting.target_files import open_target
+from jeagle.places import Place
 from jeagle.run import dataset
+from jeagle.runtime import distributed
+from jeagle.runtime.cli import parse
 from jeagle.runtime.cli import run as run_command
 from jeagle.runtime.host import keep_freed_memory
-from jeagle.runtime.outputs import check_replaceable
+from jeagle.runtime.outputs import check_output
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportArguments:
     """Writes a trained draft in an engine's layout, reads it back, and compares its logits."""
 
-    run: Annotated[str, tyro.conf.arg(aliases=("--checkpoint", "--draft"))]
+    run: Annotated[Place, tyro.conf.arg(aliases=("--checkpoint", "--draft"))]
     """The folder of the run, runs/NAME, or a copy of it at gs://BUCKET/PATH or s3://BUCKET/PATH."""
     out: Path | None = None
     """The folder to write. The default is exports/ENGINE in the run's folder."""
@@ -40,7 +43,7 @@ class ExportArguments:
     """Type of the stored parameters."""
     check: bool = True
     """Read the export back and compare its logits with the trained draft's."""
-    target: str = ""
+    target: Place = ""
     """The target, if it has moved since the run: a folder, a hub id, or pypi:NAME==VERSION."""
 
 
@@ -66,11 +69,13 @@ def main(arguments: list[str], program: str = "") -> None:
         return
     if not arguments or arguments[0] not in ENGINES:
         raise UserError("jeagle export needs an engine first: sglang or vllm, then --run runs/NAME.")
-    args = tyro.cli(ENGINES[arguments[0]], args=arguments[1:], prog=program or f"jeagle export {arguments[0]}")
+    args = parse(ENGINES[arguments[0]], arguments[1:], program=program or f"jeagle export {arguments[0]}")
     # Less freed memory is kept than `prepare_host` keeps, because large arrays come and go one by one (keeping none
     # costs a third more time). Nothing is dispatched asynchronously, because waiting work keeps its operands in memory.
     keep_freed_memory(largest=64 << 20, most=256 << 20)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if distributed.devices_known():
+        distributed.open_devices()
     print(export(args))
 
 
@@ -103,7 +108,7 @@ def export(args: ExportArguments, acceptance: dict[str, Any] | None = None) -> s
         raise UserError(f"--out {args.out} is not a folder of this machine: write the export here, then copy it.")
     out = args.out or Path(args.run) / "exports" / ("vllm" if vllm else "sglang")
     layout = vllm.layout if vllm else "plain"
-    check_replaceable(out, exchange.EXPORT_FOLDER)
+    check_output(out, exchange.EXPORT_FOLDER)
     with open_run_draft(args.run, args.step) as draft:
         config = dataclasses.replace(draft.config.target, ref=args.target or draft.config.target.ref)
         if not config.ref:

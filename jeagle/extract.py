@@ -8,7 +8,7 @@ from jeagle.extraction.fill import extract
 from jeagle.extraction.plan import store_format
 from jeagle.run import assemble, dataset
 from jeagle.runtime import distributed
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import run, shell_word
 from jeagle.runtime.host import prepare_host
 
 READS = (
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     distributed.initialise()
     extract(config, out, prepared)
     if distributed.is_leader():
-        print(f"train from it: python -m jeagle.train --config ... --features {out}")
+        print(f"train from it: python -m jeagle.train --config ... --features {shell_word(out)}")
 
 
 if __name__ == "__main__":

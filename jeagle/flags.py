@@ -16,6 +16,7 @@ import tyro
 
 from jeagle.config import DraftConfig, RunConfig, TrainConfig
 from jeagle.errors import UserError
+from jeagle.places import expanded, with_homes
 
 SHORT = {"target": "target.ref"}
 """Spellings that other commands have, and the field that they mean here."""
@@ -43,11 +44,27 @@ def from_command_line(
         raise UserError(
             f"{program} needs --name NAME, the name of the run, or --config FILE with a recipe that has one."
         )
-    return config
+    check_name(config.name)
+    return with_homes(config)
+
+
+def check_name(name: str) -> None:
+    """UserError unless a run's name is the name of a folder in --runs, which no program takes for an option."""
+    wrong = {
+        "leaves the folder of all runs": name in (".", ".."),
+        "has a / in it": "/" in name,
+        "begins with a dash, as options do": name.startswith("-"),
+        "has a line break or another control character in it": not name.isprintable(),
+        "begins or ends with a space": name != name.strip(),
+    }
+    if faults := [fault for fault, holds in wrong.items() if holds]:
+        raise UserError(
+            f"--name {name!r} {' and '.join(faults)}: give the name of one folder, which is made in --runs."
+        )
 
 
 def take_flag(arguments: Sequence[str], flag: str, value: str) -> tuple[str | None, list[str]]:
-    """The value of a flag that is no field of RunConfig, None without it; and the other arguments.
+    """The value of a flag that is a place and no field of RunConfig, None without it; and the other arguments.
 
     Args:
       value: what the flag needs, for the message where its value is missing.
@@ -57,9 +74,9 @@ def take_flag(arguments: Sequence[str], flag: str, value: str) -> tuple[str | No
         if argument == flag:
             if i + 1 == len(rest):
                 raise UserError(f"{flag} needs {value}.")
-            return rest[i + 1], rest[:i] + rest[i + 2 :]
+            return expanded(rest[i + 1]), rest[:i] + rest[i + 2 :]
         if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2], rest[:i] + rest[i + 1 :]
+            return expanded(argument.partition("=")[2]), rest[:i] + rest[i + 1 :]
     return None, rest
 
 

@@ -21,14 +21,15 @@ from jeagle.exchange import OpenDraft
 from jeagle.exporting.choose_interpretation import choose_interpretation
 from jeagle.exporting.target_files import OpenTarget, open_target
 from jeagle.interfaces import DraftSpec
+from jeagle.places import Place
 from jeagle.run import assemble
 from jeagle.run.draft_init import EMBEDDING_FILE
 from jeagle.runtime.checkpoints import Checkpoints
-from jeagle.runtime.cli import run, shell_word
+from jeagle.runtime.cli import parse, run, shell_word
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_folder, fingerprint
 from jeagle.runtime.mesh import make_mesh
-from jeagle.runtime.outputs import NEW_FOLDER, check_replaceable
+from jeagle.runtime.outputs import NEW_FOLDER, check_output
 from jeagle.training.step import TrainState
 
 STEP = 0
@@ -45,7 +46,7 @@ class ImportDraftArguments:
     """A folder with config.json and model.safetensors (or its parts), or pytorch_model.bin."""
     out: Path
     """The run's folder to write, runs/NAME."""
-    target: str = ""
+    target: Place = ""
     """The model that the draft is for: a folder, a hub id, or pypi:NAME==VERSION. It is needed to measure or export the
     draft, and to answer by measuring what the files leave open."""
     aux_layers: tuple[int, ...] = ()
@@ -68,7 +69,7 @@ class ImportDraftArguments:
 
 def main(arguments: list[str], program: str = "python -m jeagle.import_draft") -> None:
     """The command `jeagle import_draft`, and converters/from_eagle3.py."""
-    args = tyro.cli(ImportDraftArguments, args=arguments, prog=program, config=(tyro.conf.FlagConversionOff,))
+    args = parse(ImportDraftArguments, arguments, program=program, config=(tyro.conf.FlagConversionOff,))
     prepare_host()
     for line in import_draft(args):
         print(line)
@@ -81,7 +82,7 @@ def import_draft(args: ImportDraftArguments) -> list[str]:
       UserError: for a folder without a draft, an open question without an answer, a target that the draft was not made
         for, or an output folder that exists. Nothing is written then.
     """
-    check_replaceable(args.out, NEW_FOLDER)
+    check_output(args.out, NEW_FOLDER)
     draft = exchange.open_draft_folder(args.source)
     target = open_target(TargetConfig(ref=args.target, family=args.family)) if args.target else None
     hints = exchange.Hints(args.aux_layers or None, args.norm_output, args.norm_before_residual)

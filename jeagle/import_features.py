@@ -9,6 +9,7 @@ from pathlib import Path
 from jeagle import flags
 from jeagle.errors import UserError
 from jeagle.extraction.peer_import import import_peer_features
+from jeagle.runtime.cli import shell_word
 from jeagle.runtime.host import prepare_host
 
 READS = (
@@ -37,4 +38,7 @@ def main(arguments: list[str], program: str = "python -m jeagle.import_features"
         raise UserError("Give --source, the folder of the files, and --out, the store to write.")
     prepare_host()
     import_peer_features(config, Path(source), out)
-    print(f"train from it: python -m jeagle.train --config ... --name {config.name} --features {out}")
+    print(
+        f"train from it: python -m jeagle.train --config ... --name {shell_word(config.name)} "
+        f"--features {shell_word(out)}"
+    )

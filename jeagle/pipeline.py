@@ -36,7 +36,7 @@ from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write, file_fingerprint, fingerprint, finished_manifest
-from jeagle.runtime.outputs import check_replaceable
+from jeagle.runtime.outputs import check_output
 from jeagle.train import train
 from jeagle.training.setup import check_run, start_anew
 
@@ -299,7 +299,7 @@ class Stages:
           make: makes the result, which JSON can hold, and the files.
           files: result -> the files and folders in the run's folder that the stage wrote.
         """
-        check_replaceable(self._path(name), NOTE)
+        check_output(self._path(name), NOTE)
         old = self._note(name, made_from)
         if old and self._look(files(old["result"])) == old["files"]:
             print(f"[{name}] as before", flush=True)

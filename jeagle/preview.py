@@ -15,9 +15,9 @@ import tyro
 from jeagle import data as room
 from jeagle.data import display
 from jeagle.errors import UserError
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import parse, run
 from jeagle.runtime.manifest import atomic_write, finished_manifest, read_manifest
-from jeagle.runtime.outputs import check_replaceable
+from jeagle.runtime.outputs import check_output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class PreviewArguments:
 
 
 def main(arguments: list[str]) -> None:
-    args = tyro.cli(PreviewArguments, args=arguments, prog="python -m jeagle.preview", description=__doc__)
+    args = parse(PreviewArguments, arguments, program="python -m jeagle.preview", description=__doc__)
     if args.html is not None:
-        check_replaceable(args.html, display.PAGE)
+        check_output(args.html, display.PAGE)
     folder = args.data / "data" if (args.data / "data").is_dir() else args.data
     if read_manifest(folder) is None:
         raise UserError(f"{args.data} has no prepared data: run python -m jeagle.prepare, and give the run's folder.")

@@ -5,17 +5,15 @@ as it is finished, so that an interrupted run continues where it was. The finish
 that it was made from are written beside it.
 """
 
-import tyro
-
 from jeagle import data
 from jeagle.run.answers import RegenerateArguments, answer_settings, regenerate, self_instructed, target_loader
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import parse, run
 from jeagle.runtime.host import prepare_host
 
 
 def main(arguments: list[str]) -> None:
-    args = tyro.cli(RegenerateArguments, args=arguments, prog="python -m jeagle.regenerate")
-    prepare_host()
+    args = parse(RegenerateArguments, arguments, program="python -m jeagle.regenerate")
+    prepare_host(devices=not args.server)
     load = target_loader(args)
     with data.AnswerFile(args.out, answer_settings(args)).alone():
         prompts = self_instructed(args, load) if args.self_instruct else data.read_prompts(args.prompts)

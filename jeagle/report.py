@@ -32,7 +32,7 @@ class ReportArguments:
 
 
 def main(arguments: list[str]) -> None:
-    folder = tyro.cli(ReportArguments, args=arguments, prog="python -m jeagle.report").run
+    folder = cli.parse(ReportArguments, arguments, program="python -m jeagle.report").run
     path = folder / "report.json"
     if not path.is_file():
         raise UserError(f"{folder} has no report.json: python -m jeagle.pipeline measures a run and writes it.")

@@ -13,8 +13,9 @@ from jeagle import align, data, features
 from jeagle.config import RunConfig, TargetConfig
 from jeagle.errors import UserError
 from jeagle.extraction.agreement import compare_with_target, evenly_spaced
+from jeagle.places import Place
 from jeagle.run import assemble
-from jeagle.runtime.cli import run
+from jeagle.runtime.cli import parse, run
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import fingerprint
 from jeagle.runtime.progress import bytes_progress
@@ -29,9 +30,9 @@ class StoreArguments:
 
     action: Annotated[Literal["info", "verify", "sample", "prune"], tyro.conf.Positional]
     """What to do."""
-    store: Annotated[str, tyro.conf.Positional]
+    store: Annotated[Place, tyro.conf.Positional]
     """A local folder, gs://BUCKET/PATH or s3://BUCKET/PATH."""
-    target: str = ""
+    target: Place = ""
     """verify: a target with which some rows are computed again and compared."""
     rows: int = 4
     """The number of rows that are shown, or compared with the target."""
@@ -42,7 +43,7 @@ class StoreArguments:
 
 
 def main(arguments: list[str]) -> int:
-    args = tyro.cli(StoreArguments, args=arguments, prog="python -m jeagle.store", description=__doc__)
+    args = parse(StoreArguments, arguments, program="python -m jeagle.store", description=__doc__)
     {"info": _info, "verify": _verify, "sample": _sample, "prune": _prune}[args.action](args)
     return 0
 
@@ -82,8 +83,8 @@ def _verify(args: StoreArguments) -> None:
         print(f"{segment}: {reason}")
     if damaged:
         raise UserError(
-            f"{len(damaged)} of {len(store.segments)} segments of {store} are damaged. python -m jeagle.store prune "
-            f"{store} --damaged removes them, and the extract command makes them again."
+            f"{len(damaged)} of {len(store.segments)} segments of {store} are damaged. "
+            f"{store.storage.prune_command} removes them, and the extract command makes them again."
         )
     store.check_complete()
     print(f"{store}: {len(store.segments)} segments, {total:,} bytes: every checksum is right and no row is missing")
@@ -106,6 +107,7 @@ def _verify(args: StoreArguments) -> None:
 
 
 def _sample(args: StoreArguments) -> None:
+    prepare_host()
     store = features.Store(args.store)
     if not (total := store.rows(args.split)):
         raise UserError(f"The store {store} has no {args.split} rows.")

@@ -55,7 +55,9 @@ done
 (($#)) || die "there is no command. Put the jeagle command after --, such as -- python -m jeagle.train --config FILE."
 [[ "$1" != -* ]] || die "the command '$1' begins with a dash, as an option does. Put the command first."
 
-remote="$(show cd "$folder") && $(show env JEAGLE_DISTRIBUTED=auto "$@")"
+home="" below="$folder"
+[[ "$folder" != "~"* ]] || home="~" below="${folder#?}" # the hosts' own home folder
+remote="cd $home${below:+$(printf '%q' "$below")} && $(show env JEAGLE_DISTRIBUTED=auto "$@")"
 run=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all)
 [[ -z "$project" ]] || run+=("--project=$project")
 run+=("--command=$remote")

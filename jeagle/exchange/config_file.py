@@ -157,7 +157,9 @@ def read_draft_config(
         raise UserError(f"--draft.json {path} is not a file: give a draft's configuration, or leave the flag out.")
     config = parse_config(path, name=f"--draft.json {path}")
     decoder = config
-    if layout_of(config) == "speculators":
+    if layout_of(config) == "plain":
+        config["tie_word_embeddings"] = False  # as SpecForge sets it, whatever its file says
+    else:
         decoder = config["transformer_layer_config"] = dict(config.get("transformer_layer_config") or {})
     if not decoder.get("head_dim") and decoder.get("hidden_size") and decoder.get("num_attention_heads"):
         decoder["head_dim"] = decoder["hidden_size"] // decoder["num_attention_heads"]

@@ -17,6 +17,9 @@ from jeagle.interfaces import DraftSpec, LayerType, Rope
 NORM_OUTPUT_MEANS = "norm_output_means"
 """A field that `config_file` adds to a plain config.json where the trainer that wrote it is known."""
 _ARCHITECTURES = (PLAIN_ARCHITECTURE, "Eagle3LlamaForCausalLM")
+_PLAIN_TYPES = ("llama", "phi3", "qwen2", "mistral")
+"""Model types of plain drafts, whose architecture says what they are: a Llama's layers. SpecForge's files have the
+target's type there, and neither it nor an engine reads it (SpecForge's modeling/auto.py, August 2026)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ def spec_from_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     """
     layout = layout_of(config)
     decoder = dict(config if layout == "plain" else _required(config, "transformer_layer_config"))
-    _check_supported(config, decoder, ("llama",) if layout == "plain" else ("llama", "qwen3"))
+    _check_supported(config, decoder, _PLAIN_TYPES if layout == "plain" else ("llama", "qwen3"))
     heads = _required(decoder, "num_attention_heads")
     decoder["num_key_value_heads"] = decoder.get("num_key_value_heads") or heads
     decoder["head_dim"] = decoder.get("head_dim") or _rows(shapes, "layers.0.self_attn.q_proj.weight") // heads

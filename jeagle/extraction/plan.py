@@ -15,10 +15,11 @@ from jaxtyping import Int
 
 import jeagle
 from jeagle import align, data, features, targets
-from jeagle.config import RunConfig
+from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
 from jeagle.extraction.capture import Capture
 from jeagle.interfaces import Batch
+from jeagle.places import absolute
 from jeagle.run import assemble, dataset
 from jeagle.runtime import distributed
 from jeagle.runtime.manifest import finished_manifest
@@ -123,7 +124,7 @@ def made_from(
     target = config.target
     identity = {name: getattr(target, name) for name in ("dtype", "weights", "family")}
     return {
-        "target": {"fingerprint": files.fingerprint, "reference": target.ref} | identity,
+        "target": {"fingerprint": files.fingerprint, "reference": absolute(target.ref, ())} | identity,
         "taps": list(aux_layers),
         "data": finished_manifest(prepared.data)["made_from"],
         "template_settings": template_settings(config),
@@ -170,8 +171,8 @@ def check_teacher_suffices(form: features.StoreFormat, config: RunConfig, where:
 
 def template_settings(config: RunConfig) -> dict[str, str]:
     """The settings that choose the chat template, to compare where no tokenizer is on this machine."""
-    names = ("template", "user_header", "assistant_header", "end_of_turn")
-    return {name: getattr(config.data, name) for name in names}
+    settings = to_json(config)["data"]
+    return {name: settings[name] for name in ("template", "user_header", "assistant_header", "end_of_turn")}
 
 
 def _check_space(

@@ -20,7 +20,7 @@ from jeagle.errors import UserError
 from jeagle.features.formats import StoreFormat
 from jeagle.features.storage import Storage
 from jeagle.runtime.manifest import canonical, fingerprint, flat
-from jeagle.runtime.outputs import Output, check_replaceable, listed
+from jeagle.runtime.outputs import Output, check_output, listed
 
 FORMAT = 1
 STORE, INDEX, MANIFESTS, SEGMENTS, CLAIMS, DATA = "store.json", "index.json", "manifests", "segments", "claims", "data"
@@ -28,6 +28,8 @@ TABLES = "tables"  # the segment without rows: the target's embedding, final nor
 SPLITS = ("train", "held_out")
 _LEFTOVERS = (f"{STORE}.__lock", "aside")  # of writers that were killed: tensorstore's, and those of earlier versions
 _IGNORED = ("data.version",)  # fields of made_from that do not change what is stored
+# Fields that say where something was, or how it was chosen; the other field, where both sides have it, says what it is.
+_NAMES_OF = {"target.reference": "target.fingerprint", "template_settings": "data.template"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +77,8 @@ def unsealed(storage: Storage, key: str, data: bytes) -> dict[str, Any]:
         intact = False
     if not intact:
         raise UserError(
-            f"{storage}/{key} is damaged: its checksum does not fit its content. python -m jeagle.store prune "
-            f"{storage} --damaged removes a damaged segment; where store.json is damaged, the store must be made again."
+            f"{storage}/{key} is damaged: its checksum does not fit its content. {storage.prune_command} "
+            "removes a damaged segment; where store.json is damaged, the store must be made again."
         )
     return tree
 
@@ -103,13 +105,13 @@ def _foreign(folder: Path) -> str:
     return "" if STORE in names or not names else f"it holds {listed(names)} and no {STORE}"
 
 
-STORE_FOLDER = Output("store of jeagle's", True, _foreign)
+STORE_FOLDER = Output("store of jeagle's", True, _foreign, grows=True)
 
 
 def check_storage(storage: Storage) -> None:
     """Raises UserError unless a storage is empty or contains a store, because writers remove keys there."""
     if storage.path is not None:
-        check_replaceable(storage.path, STORE_FOLDER)
+        check_output(storage.path, STORE_FOLDER)
     if read_store(storage) is not None or storage.path is not None:
         return
     if taken := [name for name in (SEGMENTS, CLAIMS, MANIFESTS, DATA) if storage.names(name)]:
@@ -173,7 +175,8 @@ def check_fit(storage: Storage, wanted: dict[str, Any], found: dict[str, Any], a
       advice: a sentence that says what to do.
     """
     there, here = flat(found), flat(wanted)
-    fields = [field for field in sorted(here) if here[field] != there.get(field) and field not in _IGNORED]
+    named = tuple(name for name, content in _NAMES_OF.items() if content in here and content in there)
+    fields = [f for f in sorted(here) if here[f] != there.get(f) and f not in _IGNORED and not f.startswith(named)]
     if fields:
         brief = {
             f: [x if len(x) <= 60 else f"{x[:57]}..." for x in (there.get(f, "null"), here[f])] for f in fields[:4]

@@ -1,6 +1,7 @@
 """Reading stores: rows by number, many at a time, straight into the arrays of a batch; and every byte, to verify it."""
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -30,6 +31,8 @@ from jeagle.features.storage import (
     read_into,
 )
 from jeagle.interfaces import Batch
+from jeagle.places import expanded
+from jeagle.runtime.cli import shell_word
 
 _OPEN_ARRAYS = 4096  # handles that stay open; each is small
 
@@ -54,7 +57,9 @@ class Store:
         self.storage = Storage(url)
         self.about: dict[str, Any] = read_store(self.storage) or {}
         if not self.about:
-            raise UserError(f"There is no store at {url}: python -m jeagle.extract --config C --out {url} makes one.")
+            raise UserError(
+                f"There is no store at {url}: python -m jeagle.extract --config C --out {shell_word(url)} makes one."
+            )
         self.row_length: int = self.about["layout"]["row_length"]
         self.format = StoreFormat.from_json(self.about["made_from"]["arrays"])
         self.segments = read_segments(self.storage)
@@ -212,7 +217,8 @@ class StoreSet:
     """
 
     def __init__(self, source: str, *, partial: bool = False, agree: Callable[[np.ndarray], np.ndarray] | None = None):
-        self.members = [Store(part.strip()) for part in source.split(",") if part.strip()]
+        parts = [source] if os.path.exists(expanded(source)) else source.split(",")
+        self.members = [Store(part.strip()) for part in parts if part.strip()]
         if not self.members:
             raise UserError(f"--features {source!r} names no store: give online, auto, STORE, or several as A,B.")
         for store in self.members:

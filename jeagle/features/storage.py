@@ -25,6 +25,8 @@ import tensorstore as ts
 from jaxtyping import Shaped
 
 from jeagle.errors import UserError
+from jeagle.places import expanded
+from jeagle.runtime.cli import shell_word
 
 DRIVERS = {"gs://": "gcs", "s3://": "s3"}
 # Before the first answer a wrong address is likelier than a pause; afterwards a run outlives three minutes of silence.
@@ -74,12 +76,17 @@ class Storage:
             raise UserError(
                 f"The store {self.url} must be a local path, gs://BUCKET/PATH or s3://BUCKET/PATH: give one of these."
             )
-        self.path = None if scheme else Path(self.url).expanduser().resolve()
+        self.path = None if scheme else Path(os.path.realpath(expanded(self.url)))
         self._spec = _bucket_spec(self.url, scheme) if scheme else {"driver": "file", "path": f"{self.path}/"}
         self._opened: Any = None
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def prune_command(self) -> str:
+        """The command that removes damaged segments of a store."""
+        return f"python -m jeagle.store prune {shell_word(self)} --damaged"
 
     def kvstore(self, key: str = "") -> dict[str, Any]:
         """tensorstore's spec of a folder or a key in it."""
@@ -253,8 +260,8 @@ def damage(storage: Storage, segment: str, array: str, error: Exception) -> User
         return fault
     reason = str(error).split(" [source")[0].split(" [tensorstore_spec")[0]
     return UserError(
-        f"The store {storage} is damaged: {array} of segment {segment} cannot be read ({reason[:300]}). Run python -m "
-        f"jeagle.store prune {storage} --damaged, and then the extract command again: it makes only what is missing."
+        f"The store {storage} is damaged: {array} of segment {segment} cannot be read ({reason[:300]}). Run "
+        f"{storage.prune_command}, and then the extract command again: it makes only what is missing."
     )
 
 

@@ -16,9 +16,10 @@ import jeagle
 from jeagle import data, targets
 from jeagle.config import MeshConfig, RunConfig, SamplingConfig, TargetConfig
 from jeagle.errors import UserError
+from jeagle.places import Place, PlaceOrName
 from jeagle.run import assemble
 from jeagle.runtime.manifest import atomic_write
-from jeagle.runtime.outputs import check_replaceable
+from jeagle.runtime.outputs import check_output
 from jeagle.runtime.progress import Progress
 
 # Every token needs all weights, so gathering the weights that fsdp splits would take most of the time.
@@ -29,11 +30,11 @@ TENSOR_PARALLEL = MeshConfig(fsdp=1, tensor=-1)
 class RegenerateArguments(SamplingConfig):
     """Generates the target's own answers to prompts and writes them as conversations."""
 
-    target: str
+    target: Place
     """A local folder (safetensors or GGUF), a hub id, or pypi:NAME==VERSION."""
     out: Path
     """The .jsonl or .jsonl.gz file to write. An unfinished file is continued."""
-    prompts: str = "starter"
+    prompts: PlaceOrName = "starter"
     """A .jsonl file of {"turns": [...]} or {"messages": [...]} lines, or `starter` for the prompts that come with
     jeagle."""
     self_instruct: int = 0
@@ -115,7 +116,7 @@ def self_instructed(
     them are kept follows from the seed alone. OUT.variety.json says how varied they are.
     """
     wanted, out = args.self_instruct, Path(f"{args.out}.turns.jsonl")
-    check_replaceable(f"{args.out}.variety.json", data.VARIETY)
+    check_output(f"{args.out}.variety.json", data.VARIETY)
     sampling = SamplingConfig(
         max_new_tokens=args.turn_tokens, temperature=args.turn_temperature, batch=args.batch, seed=args.seed
     )

@@ -12,7 +12,7 @@ from jeagle.run import resume
 from jeagle.runtime import distributed
 from jeagle.runtime.lock import only_writer
 from jeagle.runtime.manifest import atomic_folder
-from jeagle.runtime.outputs import check_replaceable, folder_of, json_file, signed_file
+from jeagle.runtime.outputs import check_output, folder_of, json_file, signed_file
 from jeagle.runtime.trackers import METRICS
 
 LOCK = ".writer.lock"
@@ -49,13 +49,14 @@ RUN = folder_of(
         },
         **{f"stages/{name}.json": NOTE for name in ("answers", "measure_before", "train", "measure_after", "export")},
     },
+    folders=("checkpoints", "profile", "tensorboard"),
 )
 """Runs of earlier versions are known by the same files."""
 
 
 def check_folder(config: RunConfig) -> None:
     """UserError unless the run's folder is absent, empty or a run's: commands ask before they do anything."""
-    check_replaceable(config.folder, RUN)
+    check_output(config.folder, RUN)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from jeagle import targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch
+from jeagle.places import absolute
 from jeagle.run import resume
 from jeagle.run.claim import check_folder, claimed, new_rows
 from jeagle.runtime.manifest import fingerprint, finished_manifest, read_manifest, write_manifest
@@ -64,7 +65,7 @@ def prepare(config: RunConfig) -> Prepared:
                 aside,
                 end_token_ids=made["end_token_ids"],
                 vocab=made["target_vocab"],
-                target=config.target.ref,
+                target=absolute(config.target.ref, ()),
                 on_done=progress.update,
             )
             tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"))  # so that the rows can be read alone

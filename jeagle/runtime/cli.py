@@ -1,6 +1,5 @@
-"""How a command ends: with a sentence where the user can help, a traceback where only a programmer can.
-
-Also how it writes another command down for the user.
+"""How a command reads its arguments, and how it ends: with a sentence where the user can help, a traceback where only a
+programmer can. Also how it writes another command down for the user.
 """
 
 import contextlib
@@ -8,14 +7,28 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from jeagle.errors import UserError
+from jeagle.places import with_homes
+
+Arguments = TypeVar("Arguments")
 
 USER_ERROR = 2
 INTERRUPTED = 128 + 2  # as shells count SIGINT
 BROKEN_PIPE = 128 + 13  # as shells count SIGPIPE
+
+
+def parse(kind: type[Arguments], arguments: Sequence[str], *, program: str, **more: Any) -> Arguments:
+    """A dataclass from a command's arguments; prints help and exits with 0 on --help. ~ is understood in every path.
+
+    Args:
+      more: what else tyro.cli takes.
+    """
+    import tyro  # a tenth of a second
+
+    return with_homes(tyro.cli(kind, args=arguments, prog=program, **more))
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:

@@ -41,7 +41,7 @@ def initialise(
         raise UserError(f"{_AUTO} is {auto!r}: set it to auto, or leave it out.")
     group = _group(coordinator, processes, process_id)
     if jax.distributed.is_initialized() or not (group or auto) or group.get("num_processes") == 1:
-        return
+        return open_devices()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         _join(group, timeout_seconds)
@@ -57,6 +57,38 @@ def initialise(
             f"{group['coordinator_address']} ({reason}): are all of them started, with the same address, and is its "
             "port open?"
         ) from error
+    open_devices()
+
+
+def open_devices() -> None:
+    """Opens the devices, which processes that belong together do once they have joined.
+
+    Raises:
+      UserError: where what JAX_PLATFORMS names is missing or busy; it says what the machine has.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an AssertionError without a text, where the plugin is missing
+        wanted = jax.config.jax_platforms
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(". ") or "it finds none"
+        raise UserError(
+            f"JAX_PLATFORMS is {wanted or 'not set'}, and JAX cannot use such devices ({reason}); this machine has "
+            f"{_other_devices()}: set JAX_PLATFORMS to what there is, end the process that holds the devices, or "
+            "install jeagle with the extra of this accelerator (cuda or tpu)."
+        ) from error
+
+
+def _other_devices() -> str:
+    """The devices that JAX finds where it may choose them itself, for a message."""
+    wanted = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        devices = jax.devices()
+        return f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+    except (RuntimeError, AssertionError):
+        return "no device that JAX can use"
+    finally:
+        jax.config.update("jax_platforms", wanted)
 
 
 def may_lead() -> bool:

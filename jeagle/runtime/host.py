@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jeagle.places import expanded
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
@@ -20,21 +22,38 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")  # version 2; a container sees its own
 
 
-def prepare_host() -> None:
-    """Keeps freed memory in the process, and compiled programs in the user's cache.
+def prepare_host(*, devices: bool = True) -> None:
+    """Keeps freed memory in the process, and compiled programs in the user's cache; opens the devices.
 
     XLA's CPU backend allocates its temporary buffers anew on every call. glibc hands large ones back to the system each
     time, so that every call pays for zeroing and mapping fresh pages: on two cores a step of a 135M-parameter target
     took 2 to 4 times as long. XLA's threads must share one arena: the arenas that glibc makes for further threads
     cannot hold blocks of 64 MiB and more, whatever the thresholds, and map those anew each time.
+
+    Args:
+      devices: whether the command computes on them.
+
+    Raises:
+      UserError: for devices that are missing or busy.
     """
     keep_freed_memory(largest=1 << 30, most=(1 << 31) - 1)
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle") / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+    if devices:
+        from jeagle.runtime import distributed
+
+        if distributed.devices_known():
+            distributed.open_devices()
+
+
+def cache_folder() -> Path:
+    """JEAGLE_CACHE, or jeagle under XDG_CACHE_HOME, or ~/.cache/jeagle: for downloads and compiled programs."""
+    if given := os.environ.get("JEAGLE_CACHE"):
+        return Path(expanded(given))
+    return Path(expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "jeagle"
 
 
 def keep_freed_memory(*, largest: int, most: int) -> None:

@@ -6,21 +6,22 @@ removes it. One path is written by one thread of a process at a time.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.runtime.host import is_alive
-from jeagle.runtime.outputs import Output, check_replaceable, json_file, parents_made
+from jeagle.runtime.outputs import Output, aside_start, check_replaceable, json_file, parents_made, unwritable
 
 MANIFEST = "manifest.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def atomic_write(path: str | Path, data: bytes | str, kind: Output) -> None:
@@ -113,12 +114,6 @@ def flat(tree: dict, prefix: str = "") -> dict[str, str]:
     return leaves
 
 
-def _start(path: Path) -> str:
-    """How the names of siblings begin that writers on this machine use."""
-    machine = "".join(c if c.isalnum() else "-" for c in socket.gethostname()) or "here"
-    return f".{path.name}.{machine}."
-
-
 @contextlib.contextmanager
 def _replacing(path: str | Path, kind: Output) -> Iterator[tuple[Path, Path]]:
     """Yields `path` and a sibling that is to replace it, which goes where the block fails.
@@ -129,7 +124,7 @@ def _replacing(path: str | Path, kind: Output) -> Iterator[tuple[Path, Path]]:
     path = path if path.name else path.resolve()  # "." has no name
     check_replaceable(path, kind)
     with parents_made(path):
-        start = _start(path)
+        start = aside_start(path)
         for left in path.parent.glob(f"{glob.escape(start)}*.partial"):
             process = left.name[len(start) :].split(".")[0]
             if process.isdigit() and (int(process) == os.getpid() or not is_alive(int(process))):
@@ -137,8 +132,10 @@ def _replacing(path: str | Path, kind: Output) -> Iterator[tuple[Path, Path]]:
         aside = path.with_name(f"{start}{os.getpid()}.partial")
         try:
             yield path, aside
-        except BaseException:
+        except BaseException as error:
             _remove(aside)
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise unwritable(path, error) from error
             raise
 
 
@@ -154,7 +151,7 @@ def _replace_folder(aside: Path, path: Path, kind: Output) -> None:
 
     Hosts that share a disk may do this at the same time: whoever finds the place taken again tries again.
     """
-    old = path.with_name(f"{_start(path)}{os.getpid()}.old.partial")
+    old = path.with_name(f"{aside_start(path)}{os.getpid()}.old.partial")
     for attempt in range(10):
         check_replaceable(path, kind)
         if path.is_symlink() or path.is_file():

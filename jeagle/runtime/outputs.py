@@ -1,16 +1,19 @@
 """How jeagle knows a file or folder that it wrote: it replaces and removes nothing else.
 
 Every writer of `manifest.py` names the kind of its output, so that none can forget the check. Commands ask
-`check_replaceable` once more before they begin, so that a refusal comes before any work.
+`check_output` before they begin, which also tries whether the place can be written, so that a refusal comes before any
+work.
 """
 
 import contextlib
 import gzip
 import json
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jeagle.errors import UserError
@@ -18,6 +21,7 @@ from jeagle.errors import UserError
 _SIGN_BYTES = 1 << 16  # of a page, in which its sign must stand
 _SHOWN = 3  # names of a message
 _MOMENT = 0.05  # seconds, far longer than two renames take
+_TRIAL_BYTES = bytes(4096)  # a disk or a quota without room for them is full
 
 
 class Output(NamedTuple):
@@ -27,11 +31,15 @@ class Output(NamedTuple):
       what: names it in messages, after "is no", such as "export of jeagle's".
       folder: whether it is a folder.
       foreign: why the file or folder at a path, which is not empty, is not of this kind; "" where jeagle wrote it.
+      grows: whether it is added to where it lies; otherwise it is replaced whole.
+      parts: kinds of what may lie in such a folder, by their path in it.
     """
 
     what: str
     folder: bool
     foreign: Callable[[Path], str]
+    grows: bool = False
+    parts: Mapping[str, "Output"] = MappingProxyType({})
 
 
 def json_file(what: str, *fields: str, any_of: tuple[str, ...] = ()) -> Output:
@@ -62,7 +70,7 @@ def jsonl_file(what: str, *fields: str, any_of: tuple[str, ...] = ()) -> Output:
         cut_off = begins and not line.endswith(b"\n")
         return "" if cut_off else f"its first line is no JSON object with {', '.join((*fields, *any_of))}"
 
-    return Output(what, False, foreign)
+    return Output(what, False, foreign, grows=True)
 
 
 def signed_file(what: str, *signs: bytes) -> Output:
@@ -92,24 +100,30 @@ def marked_folder(what: str, mark: str, kind: Output, names: tuple[str, ...]) ->
     return Output(what, True, foreign)
 
 
-def folder_of(what: str, parts: Mapping[str, Output]) -> Output:
+def folder_of(what: str, parts: Mapping[str, Output], folders: Sequence[str] = ()) -> Output:
     """A folder that jeagle adds files to and never replaces whole.
 
     It holds at least one of `parts` (kinds by their path in it) that jeagle wrote, none that it did not write, and
     whatever else. One in which a writer has only begun is of this kind too.
+
+    Args:
+      folders: further names in it under which files are added, which say nothing of who made it.
     """
+    inner = dict.fromkeys([*folders, *(os.path.dirname(name) for name in parts if "/" in name)], _FOLDER)
 
     def foreign(path: Path) -> str:
         begun = lambda name: name.startswith(".") and name.endswith((".partial", ".lock"))  # noqa: E731
         others = [name for name in sorted(os.listdir(path)) if not begun(name)]  # before `there`: writers may add to it
         there = {name: kind for name, kind in parts.items() if _is_there(path / name)}
-        for name, kind in there.items():
+        for name, kind in ({name: _FOLDER for name in inner if os.path.lexists(path / name)} | there).items():
             if reason := _reason(path / name, kind):
                 return f"its {name} is no {kind.what}: {reason}"
         return "" if there or not others else f"it holds {listed(others)}"
 
-    return Output(what, True, foreign)
+    return Output(what, True, foreign, grows=True, parts={**inner, **parts})
 
+
+_FOLDER = Output("folder", True, lambda path: "", grows=True)
 
 NEW_FOLDER = Output("empty folder", True, lambda path: f"it holds {listed(sorted(os.listdir(path)))}")
 """A folder that is made once and never replaced."""
@@ -125,9 +139,58 @@ def check_replaceable(path: str | Path, kind: Output) -> None:
             f"{path} is there already and is no {kind.what} ({reason}): nothing has been changed. "
             "Give another place, or move it away."
         )
-    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if not above.is_dir():
-        raise UserError(f"{path} cannot be written, because {above} is not a folder: give another place.")
+
+
+def check_output(path: str | Path, kind: Output) -> None:
+    """`check_replaceable`, and UserError unless something can be written there, which is tried and leaves no trace."""
+    path = Path(path)
+    check_replaceable(path, kind)
+    try:
+        try:
+            _try(path, kind)
+        except FileNotFoundError:
+            time.sleep(_MOMENT)  # another process may have removed a folder that it had made to try
+            _try(path, kind)
+    except (OSError, ValueError) as error:  # ValueError for a name that no file can have
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError | ValueError) -> UserError:
+    """A sentence for the reason why `path` cannot be written."""
+    tried = Path(getattr(error, "filename", None) or path).absolute()  # in a run's folder, one of several places
+    where = tried if os.path.isfile(tried) else next(parent for parent in tried.parents if os.path.isdir(parent))
+    return UserError(
+        f"{path} cannot be written ({where}: {getattr(error, 'strerror', None) or error}): make room or get leave to "
+        "write there, or give another place."
+    )
+
+
+def aside_start(path: Path) -> str:
+    """How the names of siblings of `path` begin that writers on this machine use."""
+    machine = "".join(c if c.isalnum() else "-" for c in socket.gethostname()) or "here"
+    return f".{path.name}.{machine}."
+
+
+def _try(path: Path, kind: Output) -> None:
+    """OSError where an output of this kind cannot be written at `path`."""
+    if not (kind.grows and path.exists()):
+        with parents_made(path, keep=False):
+            _try_file(path.with_name(f"{aside_start(path)}{os.getpid()}.old.partial"))  # the longest name of a writer's
+    elif kind.folder:
+        _try_file(path / f".tried.{os.getpid()}.partial")
+        for name, part in kind.parts.items():
+            if part.grows and (path / name).exists():
+                _try(path / name, part)
+    else:
+        path.open("ab").close()
+
+
+def _try_file(path: Path) -> None:
+    try:
+        path.write_bytes(_TRIAL_BYTES)
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -144,7 +207,8 @@ def parents_made(path: Path, *, keep: bool = True) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{path} cannot be written, because {error.filename} is not a folder.") from error
+        file = next((p for p in path.parents if os.path.lexists(p) and not p.is_dir()), error.filename)
+        raise UserError(f"{path} cannot be written, because {file} is not a folder: give another place.") from error
     try:
         yield
         made = [] if keep else made

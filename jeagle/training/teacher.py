@@ -18,6 +18,7 @@ from jeagle.extraction.agreement import check_stores, local_target_files, stored
 from jeagle.extraction.fill import extract
 from jeagle.extraction.plan import check_teacher_suffices, template_settings
 from jeagle.interfaces import Tables
+from jeagle.places import same_place
 from jeagle.run import assemble, dataset
 from jeagle.run.claim import check_folder, new_rows
 from jeagle.runtime import distributed
@@ -84,7 +85,8 @@ def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
     if files:
         wanted["fingerprint"] = files.fingerprint
     elif target.ref and not path.exists():
-        wanted["reference"] = target.ref
+        stored = store.about["made_from"]["target"]["reference"]
+        wanted["reference"] = stored if same_place(stored, target.ref) else target.ref
     aux_layers = targets.check_aux_layers(target.aux_layers, stored_target_spec(store.about, target.family).layers)
     rows, imported = dataset.shaping(config), bool(store.about.get("imported"))
     if imported:  # its rows are those of the imported files, whatever conversations the settings name

@@ -25,6 +25,12 @@ def test_every_trainers_form_is_the_same_draft(peer, tmp_path):
         np.testing.assert_array_equal(draft.params[name], array, err_msg=name)
 
 
+@pytest.mark.parametrize("kind", ["phi3", "qwen2", "mistral"])
+def test_a_plain_draft_is_what_its_architecture_says_whatever_its_model_type(kind, tmp_path):
+    folder = write_peer("specforge", tmp_path / "draft", weights(tmp_path), CONFIG | {"model_type": kind})
+    assert read_draft(folder).spec == SPEC
+
+
 def test_a_full_vocabulary_in_the_form_of_eagles_authors(tmp_path):
     spec = dataclasses.replace(SPEC, draft_vocab=40)
     folder = write_peer("eagle", tmp_path / "draft", weights(tmp_path, spec), CONFIG | {"draft_vocab_size": 40})

@@ -50,6 +50,14 @@ def test_a_slice_runs_the_same_command_on_every_host():
     assert in_the_remote_shell == ["cd", "my folder", "&&", "env", "JEAGLE_DISTRIBUTED=auto", *COMMAND]
 
 
+@pytest.mark.parametrize("folder", ["~", "~/my folder", "~user/it's", "/a b", "it's"])
+def test_the_folder_of_a_slice_may_be_in_the_home_of_its_hosts(folder):
+    [[*_, remote]] = printed("tpu_pod.sh", "--name", "slice", "--zone", "z", "--folder", folder)
+    written = remote.removeprefix("--command=").partition(" && ")[0].removeprefix("cd ")
+    assert written.startswith("~") == folder.startswith("~")
+    assert shlex.split(written) == [folder]
+
+
 def test_a_slurm_job_runs_the_same_command_in_every_task():
     assert printed("slurm.sh") == [["srun", "--kill-on-bad-exit=1", "env", "JEAGLE_DISTRIBUTED=auto", *COMMAND]]
 

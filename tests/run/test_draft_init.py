@@ -106,6 +106,23 @@ def test_a_configuration_in_specforges_form(tmp_path):
     assert spec_of(json=str(tmp_path / "draft.json")).aux_layers == (1, 6)
 
 
+OF_THE_TARGET = {  # what SpecForge's files keep of the target, and neither it nor an engine reads of a draft
+    "phi3": {"model_type": "phi3", "tie_word_embeddings": True, "attention_bias": False, "pad_token_id": 3},
+    "qwen2": {"model_type": "qwen2", "max_window_layers": 28, "sliding_window": 32, "use_sliding_window": False,
+              "use_mrope": False, "rope_scaling": None},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "gemma": {"target_model_type": "gemma3_text", "sliding_window": 8, "use_sliding_window": False},
+    "qwen3_next": {"decoder_sparse_step": 1, "use_sliding_window": False, "attention_dropout": 0.0, "use_cache": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", OF_THE_TARGET)
+def test_specforges_files_for_other_families_describe_the_same_layers(tmp_path, target):
+    for name, tree in (("llama", SPECFORGE), (target, SPECFORGE | OF_THE_TARGET[target])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(tree))
+    assert spec_of(json=str(tmp_path / f"{target}.json")) == spec_of(json=str(tmp_path / "llama.json"))
+
+
 def test_a_configuration_in_speculators_form(tmp_path):
     (tmp_path / "draft.json").write_text(json.dumps(SPECULATORS))
     spec = spec_of(json=str(tmp_path / "draft.json"))

@@ -26,7 +26,7 @@ from jeagle.errors import UserError
 from jeagle.runtime.cli import run as command
 from jeagle.runtime.host import prepare_host
 from jeagle.runtime.manifest import atomic_write
-from jeagle.runtime.outputs import check_replaceable, signed_file
+from jeagle.runtime.outputs import check_output, signed_file
 from tests.serve import drafts, peers, with_vllm
 from tests.serve.reference import Settings
 from tests.serve.served import Layout, Served, prepare
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     if not (args.venv / "bin" / "python").is_file():
         raise UserError(f"{args.venv} has no Python interpreter: make serve-check installs vLLM there.")
     if args.out:
-        check_replaceable(args.out, FINDINGS_FILE)
+        check_output(args.out, FINDINGS_FILE)
     prepare_host()
     found = []
     with tempfile.TemporaryDirectory(prefix="serve-check-") as work:

@@ -6,7 +6,7 @@ A template is the tokenizer's own, a user's file, a named one, or one made of he
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from jaxtyping import Int32
 
 from jeagle.config import DataConfig
 from jeagle.errors import UserError
+from jeagle.places import expanded
 from jeagle.runtime.manifest import fingerprint
 
 Messages = Sequence[dict[str, Any]]
@@ -46,7 +47,8 @@ def use_template(
     """Sets the tokenizer's chat template as these settings say, and returns the tokenizer.
 
     Args:
-      template: empty for the tokenizer's own template; a name of `TEMPLATES`; or the path of a Jinja file.
+      template: empty for the tokenizer's own template; the name of one of several that it has, or of `TEMPLATES`; or
+        the path of a Jinja file.
       user_header, assistant_header, end_of_turn: give all three, and no `template`, for a template made of headers.
         A backslash followed by n stands for a line break.
 
@@ -62,7 +64,8 @@ def use_template(
             raise UserError("--data.template and headers exclude each other: give one of them.")
         tokenizer.chat_template = from_headers(*(value.replace("\\n", "\n") for value in headers.values()))
     elif template:
-        tokenizer.chat_template = _load_template(template)
+        own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        tokenizer.chat_template = own[template] if template in own else _load_template(template, own)
     return tokenizer
 
 
@@ -92,15 +95,15 @@ def reads_date(template: Any) -> bool:
     return "strftime_now" in str(template)
 
 
-def _load_template(template: str) -> str:
+def _load_template(template: str, own: Iterable[str] = ()) -> str:
     if template in TEMPLATES:
         return (resources.files(__package__) / "jinja" / f"{template}.jinja").read_text("utf-8").removesuffix("\n")
     from jinja2 import Environment
 
-    path = Path(template)
+    path = Path(expanded(template))
     if not path.is_file():
-        near = difflib.get_close_matches(template, TEMPLATES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give a Jinja file, or one of {', '.join(TEMPLATES)}."
+        near = difflib.get_close_matches(template, [*own, *TEMPLATES], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"give a Jinja file, or one of {', '.join([*own, *TEMPLATES])}."
         raise UserError(f"There is no template {template}: {hint}")
     try:
         text = path.read_text("utf-8")
@@ -117,12 +120,23 @@ class ConversationError(Exception):
 
 
 def template_hash(tokenizer: Any) -> str:
-    """Returns 16 hex digits of the chat template's sha256. UserError if the tokenizer has no chat template."""
-    if not tokenizer.chat_template:
+    """Returns 16 hex digits of the chat template's sha256; empty for none, which texts and ids need not."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else ""
+
+
+def check_template(tokenizer: Any) -> None:
+    """UserError if the tokenizer has no chat template for conversations, or several of which none is the default."""
+    template = tokenizer.chat_template
+    if not template:
         raise UserError(
             "The target's tokenizer has no chat template: choose one with --data.template, or use an instruct model's."
         )
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
+    if isinstance(template, dict) and "default" not in template:
+        raise UserError(
+            f"The target's tokenizer has several chat templates and no default: choose one with --data.template "
+            f"({', '.join(sorted(template))})."
+        )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -182,7 +196,9 @@ class ChatTemplate:
         self._thinking_field = "message.thinking" in template and "reasoning_content" not in template
 
     def texts(self, requests: Sequence[RenderRequest]) -> list[str | ConversationError]:
-        """Returns a text for each request, or the reason why the template cannot render it."""
+        """Returns a text for each request, or the reason why the template cannot render it. UserError without one."""
+        if requests:
+            check_template(self._tokenizer)
         texts: list[str | ConversationError] = [ConversationError("not rendered")] * len(requests)
         groups: dict[tuple[int, bool, bool], list[int]] = {}
         for i, request in enumerate(requests):  # requests with tools are rendered one by one
@@ -198,6 +214,7 @@ class ChatTemplate:
 
     def ids(self, request: RenderRequest) -> list[int]:
         """Returns the ids that transformers' apply_chat_template(tokenize=True) gives for the request."""
+        check_template(self._tokenizer)
         return list(self._apply([request], tokenize=True, return_dict=False)[0])
 
     def _text(self, request: RenderRequest) -> str | ConversationError:

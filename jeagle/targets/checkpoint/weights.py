@@ -6,6 +6,7 @@ from typing import Any
 
 from jeagle.errors import UserError
 from jeagle.targets.checkpoint.reference import TargetFiles
+from jeagle.targets.families.kinds import check_kinds
 from jeagle.targets.quantised.methods import dequantised
 from jeagle.targets.quantised.views import WeightSource, safetensors_arrays
 
@@ -31,14 +32,16 @@ class SafetensorsWeights(WeightSource):
     """
 
     def __init__(self, folder: Path):
-        self.config = read_json(folder / "config.json")
+        self.config = read_config(folder)
         text = self.config.get("text_config") or {}
         # compression_config is the older name of compressed-tensors.
         kinds = [(part, kind) for kind in ("quantization_config", "compression_config") for part in (self.config, text)]
         quantisation = next(filter(None, [part.pop(kind, None) for part, kind in kinds]), None)
         generation = folder / "generation_config.json"
         if generation.is_file():  # chat models often name the end of a turn only there
-            ends = as_ids(self.config.get("eos_token_id")) + as_ids(read_json(generation).get("eos_token_id"))
+            ends = as_ids(self.config.get("eos_token_id")) + as_ids(
+                read_config(folder, generation.name).get("eos_token_id")
+            )
             unique = list(dict.fromkeys(ends))
             self.config["eos_token_id"] = unique if len(unique) != 1 else unique[0]
         index = folder / "model.safetensors.index.json"
@@ -58,6 +61,13 @@ class SafetensorsWeights(WeightSource):
             if name not in arrays or arrays[name].path != folder / file:
                 raise UserError(f"The target's tensor {name} is not in {folder / file}, as {index.name} says.")
         super().__init__(folder, dequantised(arrays, quantisation, folder))
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Reads a configuration of a model's folder. Raises UserError, which names a field of the wrong kind."""
+    tree = read_json(folder / name)
+    check_kinds(tree, f"The target's {folder / name}")
+    return tree
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from jeagle.errors import UserError
 from jeagle.targets.families import deepseek, gemma, llama, qwen
 from jeagle.targets.families.common import Family, Switches
+from jeagle.targets.families.kinds import check_kinds
 from jeagle.targets.model.spec import TargetSpec
 
 _FILES = (llama, qwen, gemma, deepseek)
@@ -28,13 +29,15 @@ def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpe
     """Returns the TargetSpec of a config.json. Raises UserError for an unknown architecture or an unsupported key."""
     import transformers  # takes two seconds
 
+    check_kinds(config)
     name, values = _text_part(config)
     chosen = family or family_of(config)
     if (kind := chosen.model_type) in transformers.CONFIG_MAPPING:
         # The defaults of the model type complete the keys, in the newest spelling, as transformers reads them.
         given = {k: v for k, v in values.items() if k not in ("quantization_config", "model_type")}
-        scaling = given.get("rope_scaling")
-        if isinstance(scaling, dict) and scaling.get("type") == "su":  # the first name of LongRoPE
+        for section in {"rope_scaling", "rope_parameters"} & given.keys():
+            given[section] = _without_nulls(given[section])
+        if (scaling := given.get("rope_scaling") or {}).get("type") == "su":  # the first name of LongRoPE
             given["rope_scaling"] = scaling | {"type": "longrope"}
         try:
             values = transformers.CONFIG_MAPPING[kind](**given).to_dict()
@@ -42,6 +45,13 @@ def read_spec(config: dict[str, Any], family: Family | None = None) -> TargetSpe
             reason = " ".join(str(error).split())
             raise UserError(f"The target's config.json is not a valid {kind} configuration: {reason}") from error
     return chosen.read(Switches(name, values))
+
+
+def _without_nulls(tree: Any) -> Any:
+    """An object without its null fields, which transformers takes for numbers."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: _without_nulls(value) for name, value in tree.items() if value is not None}
 
 
 def family_of(config: dict[str, Any]) -> Family:

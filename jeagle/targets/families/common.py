@@ -141,7 +141,7 @@ def rope_from_switches(switches: Switches, kind: str | None = None) -> Rope:
     parameters = dict(switches["rope_parameters"])
     if kind is not None and isinstance(parameters.get(kind), dict):
         parameters = dict(parameters[kind])
-    theta = float(parameters.pop("rope_theta", 10000.0))
+    theta = float(parameters.pop("rope_theta", None) or 10000.0)
     hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}
     scaling = {k: v for k, v in hashable.items() if v is not None and k not in _NOT_SCALING}
     if unknown := sorted(set(scaling) - _SCALING):
@@ -149,7 +149,18 @@ def rope_from_switches(switches: Switches, kind: str | None = None) -> Rope:
             f"The target's config.json has {unknown[0]} = {scaling[unknown[0]]!r} in its rope_scaling, which jeagle "
             f"does not know for {switches.architecture}: it may change the model's numbers, so it is refused."
         )
+    plain = scaling.get("rope_type", "default") == "default"
+    if plain and (others := sorted(set(scaling) - {"rope_type", "partial_rotary_factor"})):
+        raise UserError(
+            f"The target's config.json has {others[0]} = {scaling[others[0]]!r} in its rope_scaling, which names no "
+            "rope_type that reads it, so that it would count for nothing: copy the model's own file there."
+        )
     scaling["rope_type"] = "longrope" if scaling.get("rope_type") == "su" else scaling.get("rope_type", "default")
+    if missing := [name for name in _NEEDED.get(str(scaling["rope_type"]), ()) if name not in scaling]:
+        raise UserError(
+            f"The target's config.json has the RoPE scaling {scaling['rope_type']} without {missing[0]}, which its "
+            "angles are computed from: copy the model's own file there."
+        )
     longest = switches.get("max_position_embeddings", 2048)
     if scaling["rope_type"] in ("llama3", "dynamic", "yarn", "longrope"):
         scaling.setdefault(
@@ -167,6 +178,9 @@ def rope_from_switches(switches: Switches, kind: str | None = None) -> Rope:
 # Keys of multimodal positions, which are equal over text; of other mechanisms; of the training; and duplicates.
 _NOT_SCALING = {"type", "mrope_section", "mrope_interleaved", "llama_4_scaling_beta", "max_position_embeddings"}
 _NOT_SCALING |= {"finetuned"}
+# Keys without which the angles of a kind of scaling are not known.
+_NEEDED = {"linear": ("factor",), "dynamic": ("factor",), "longrope": ("short_factor", "long_factor")}
+_NEEDED |= {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 # Keys that layers.rope reads.
 _SCALING = {"rope_type", "factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor"}
 _SCALING |= {"low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}

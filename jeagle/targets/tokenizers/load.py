@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jeagle.errors import UserError
 from jeagle.targets.checkpoint.reference import TargetFiles
-from jeagle.targets.checkpoint.weights import as_ids, read_json
+from jeagle.targets.checkpoint.weights import as_ids, read_config, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,16 +28,16 @@ def load_tokenizer(files: TargetFiles) -> PreTrainedTokenizerFast:
     if files.format == "gguf":  # the gguf package takes a second to import
         from jeagle.targets.gguf.reader import open_gguf
         from jeagle.targets.gguf.tokenizer import gguf_tokenizer
+
+        embedding = open_gguf(files.path).tensors.get("token_embd.weight")
+        rows = embedding.shape[0] if embedding else None
+    else:  # before the tokenizer, whose library reads this file too and would be blamed
+        config = read_config(folder) if (folder / "config.json").is_file() else {}
+        rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if files.format == "gguf" and not (folder / "tokenizer.json").is_file():
         tokenizer = gguf_tokenizer(files.path)
     else:
         tokenizer = _from_folder(folder)
-    if files.format == "gguf":
-        embedding = open_gguf(files.path).tensors.get("token_embd.weight")
-        rows = embedding.shape[0] if embedding else None
-    else:
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     # Special tokens without a role may lie beyond the embedding, since only a text that spells them out contains them.
     # (Gemma 3's text models have such a token for images.)
     roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
@@ -75,6 +75,39 @@ def chat_turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
     _, matched, tail = text.rpartition(answer)
     ids = tokenizer(tail, add_special_tokens=False).input_ids if matched else []
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def chat_templates(folder: Path) -> str | dict[str, str] | None:
+    """Returns the chat template of a model's folder, or several by name where it has others than `default`.
+
+    The files in jinja count before the ones in tokenizer_config.json, as in transformers, and these before
+    chat_template.json, where processors of older models have theirs. A later place gives what none before it has:
+    `default`.
+
+    Raises:
+      UserError: for a chat template that is not a text, or not several by name.
+    """
+    found = {p.stem: p.read_text("utf-8") for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (first := folder / "chat_template.jinja").is_file():
+        found["default"] = first.read_text("utf-8")
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        if path.is_file() and "default" not in found:
+            listed = _by_name(read_json(path).get("chat_template"), path)
+            found = found | {"default": listed["default"]} if found and "default" in listed else found or listed
+    return found.get("default") if found.keys() <= {"default"} else found
+
+
+def _by_name(template: Any, path: Path) -> dict[str, str]:
+    """Chat templates by name, of a value that is one text, an object, or a list of objects of name and template."""
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = {entry.get("name"): entry.get("template") for entry in template}
+    named = {"default": template} if isinstance(template, str) else template or {}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise UserError(
+            f"The target's {path} has a chat_template that is neither a text nor several texts by name: copy the "
+            "model's own file there."
+        )
+    return named
 
 
 def wrap_tokenizer(
@@ -145,10 +178,26 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     except UserError:
         raise
     except Exception as error:  # transformers raises errors of many kinds for files that are missing or damaged
+        _check_config(folder)
         raise UserError(
             f"The target's tokenizer in {folder} cannot be loaded ({error}): copy the model's own tokenizer.json and "
             "tokenizer_config.json there."
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"The target {folder} has no tokenizer.json: copy the model's own there.")
+    tokenizer.chat_template = chat_templates(folder)
     return tokenizer
+
+
+def _check_config(folder: Path) -> None:
+    """UserError where it is config.json that transformers cannot read, and not the tokenizer beside it."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many kinds
+        if (folder / "config.json").is_file():
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"The target's {folder / 'config.json'} cannot be read ({reason}): copy the model's own file there."
+            ) from error

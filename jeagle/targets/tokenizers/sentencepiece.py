@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jeagle.errors import UserError
 from jeagle.targets.checkpoint.weights import read_json
-from jeagle.targets.tokenizers.load import wrap_tokenizer
+from jeagle.targets.tokenizers.load import chat_templates, wrap_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -124,17 +124,12 @@ def sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
     roles: dict[str, Any] = {role: vocabulary.texts[i] for role, i in ids.items() if i is not None}
     roles |= {role: config[f"{role}_token"] for role in ids if f"{role}_token" in config}
     roles = {role: token.get("content") if isinstance(token, dict) else token for role, token in roles.items()}
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several templates by name
-        template = {entry["name"]: entry["template"] for entry in template}
-    if (file := folder / "chat_template.jinja").is_file():
-        template = file.read_text(encoding="utf-8")
     return wrap_tokenizer(
         build_tokenizer(vocabulary, added),
         {role: text for role, text in roles.items() if text},
         add_bos=bool(config.get("add_bos_token", True)),
         add_eos=bool(config.get("add_eos_token", False)),
-        chat_template=template,
+        chat_template=chat_templates(folder),
         longest=config.get("model_max_length"),
     )
 

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from jeagle.errors import UserError
+from jeagle.runtime.host import cache_folder
 from jeagle.targets.checkpoint import download
-from jeagle.targets.checkpoint.reference import default_cache_folder, resolve
+from jeagle.targets.checkpoint.reference import resolve
 
 CONTENT = b"GGUF not really" * 1000
 
@@ -90,7 +91,7 @@ def test_gguf_fingerprint_is_recorded_and_renewed(tmp_path: Path, monkeypatch: p
 
 def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JEAGLE_CACHE", str(tmp_path / "a"))
-    assert default_cache_folder() == tmp_path / "a"
+    assert cache_folder() == tmp_path / "a"
     monkeypatch.delenv("JEAGLE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert default_cache_folder() == tmp_path / "b" / "jeagle"
+    assert cache_folder() == tmp_path / "b" / "jeagle"
