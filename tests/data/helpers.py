@@ -23,9 +23,11 @@ class Read(SourceReport):
     conversations: list[Conversation] = dataclasses.field(default_factory=list)
 
 
-def read_conversations(source: str, *, streaming: bool = False, columns: str = "", bad_share: float = 0.01) -> Read:
+def read_conversations(
+    source: str, *, streaming: bool = False, columns: str = "", bad_share: float = 0.01, log: Any = None
+) -> Read:
     """Reads a whole source. UserError if too much of it is rejected."""
-    read = Read(bad_share=bad_share)
+    read = Read(bad_share=bad_share, log=log)
     named = parse_columns(columns)
     read.conversations.extend(read_source(parse_source(source), read, streaming=streaming, columns=named))
     read.check()

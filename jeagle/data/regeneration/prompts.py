@@ -12,6 +12,7 @@ from jeagle.data.sources.conversations import rejection_reason
 from jeagle.data.sources.files import expand, records
 from jeagle.data.sources.json_rows import Record
 from jeagle.data.sources.schema import messages_of, prompt_ids, tools_of
+from jeagle.data.sources.trees import assemble_trees
 from jeagle.data.starter import starter_prompts
 from jeagle.errors import UserError
 from jeagle.runtime.lock import only_writer
@@ -41,7 +42,7 @@ def read_prompts(source: str) -> list[Row]:
     """
     if source == "starter":
         return starter_prompts()
-    prompts = [_parse_prompt(record) for path in expand(source) for record in records(path)]
+    prompts = [_parse_prompt(record) for path in expand(source) for record in assemble_trees(records(path))]
     if not prompts:
         raise UserError(f'{source} contains no prompts: write {{"turns": ["..."]}} on each line.')
     return list({p["id"]: p for p in prompts}.values())

@@ -148,7 +148,8 @@ def find_columns(
 def unused(row: Mapping[str, Any], columns: Columns, messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the columns with content that is not used, except those whose text the messages contain anyway."""
     texts = [message[name] for message in messages for name in ("content", "reasoning_content") if name in message]
-    known = {*columns.used(), *columns.ignore, *_OWN, *(["attention_mask"] if columns.ids else LEARN_LISTS)}
+    known = {*columns.used(), *columns.ignore, *_OWN, *(["attention_mask"] if columns.ids else [])}
+    known |= {name for name in LEARN_LISTS if isinstance(row.get(name), list) and not columns.ids}
     known |= {next((name for name in names if is_full(row.get(name))), "") for names in (TOOLS, MODELS)}
     return [
         plain_name(name)

@@ -11,6 +11,7 @@ from jeagle.data.sources.catalog import SourcePart
 from jeagle.data.sources.columns import MODELS, NO_COLUMNS, Columns, find_columns, thinking_of, unused
 from jeagle.data.sources.json_rows import Record
 from jeagle.data.sources.schema import ANSWERING, messages_of, prompt_ids, shown, tools_of, unused_fields
+from jeagle.data.sources.trees import assemble_trees
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
@@ -155,7 +156,7 @@ def rejection_reason(error: Exception) -> str:
 
 
 def _read_part(part: SourcePart, report: SourceReport, streaming: bool, columns: Columns) -> Iterator[Conversation]:
-    for record in part.rows(streaming=streaming):
+    for record in assemble_trees(part.rows(streaming=streaming)):
         report.rows += 1
         try:
             conversation = _parse_conversation(record, part, report, columns)
