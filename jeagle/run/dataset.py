@@ -48,7 +48,7 @@ def prepare(config: RunConfig) -> Prepared:
     """Makes the run's data and tables, or finds them made from the same inputs."""
     check_folder(config)
     files = targets.resolve(config.target.ref)
-    tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source)
+    tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source, config.data.columns)
     made = made_from(config, tokenizer, targets.open_weights(files).config, parts)
     data = config.folder / "data"
     _given_vocabulary(config, made)  # refused before the rows are made, where it does not fit

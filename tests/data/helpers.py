@@ -11,7 +11,6 @@ from jeagle.config import DataConfig
 from jeagle.data import ConversationError, Rendered, RowWriter, parse_source, rows_of
 from jeagle.data.chat.render import Renderer
 from jeagle.data.rows import Packer
-from jeagle.data.sources.columns import parse_columns
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
 from jeagle.interfaces import Batch
 
@@ -28,8 +27,7 @@ def read_conversations(
 ) -> Read:
     """Reads a whole source. UserError if too much of it is rejected."""
     read = Read(bad_share=bad_share, log=log)
-    named = parse_columns(columns)
-    read.conversations.extend(read_source(parse_source(source), read, streaming=streaming, columns=named))
+    read.conversations.extend(read_source(parse_source(source, columns), read, streaming=streaming))
     read.check()
     return read
 

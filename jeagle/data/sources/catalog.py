@@ -16,9 +16,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jeagle.data.sources.columns import Columns
+from jeagle.data.sources.columns import NO_COLUMNS, Columns, parse_columns
 from jeagle.data.sources.files import expand, first_line, records, without_nulls
 from jeagle.data.sources.json_rows import Record
+from jeagle.data.sources.trees import assemble_trees
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import file_fingerprint, fingerprint
 
@@ -34,6 +35,7 @@ class SourcePart:
       hub: OWNER/NAME of the dataset of the Hub; empty for local files.
       config, splits: which configuration and splits of that dataset are read.
       columns: the columns that hold a conversation; None if they are recognised row by row.
+      named: the columns that the user names.
       model: the model that wrote all answers of this part; empty if that is not known.
     """
 
@@ -44,6 +46,7 @@ class SourcePart:
     config: str | None = None
     splits: tuple[str, ...] = ("train",)
     columns: Columns | None = None
+    named: Columns = NO_COLUMNS
     model: str = ""
 
     def rows(self, *, streaming: bool) -> Iterator[Record]:
@@ -56,9 +59,9 @@ class SourcePart:
           UserError: if the part cannot be read.
         """
         for path in self.files:
-            yield from records(path)
+            yield from assemble_trees(records(path))
         for split in self.splits if self.hub else ():
-            yield from self._hub_rows(split, streaming)
+            yield from assemble_trees(self._hub_rows(split, streaming))
 
     def _hub_rows(self, split: str, streaming: bool) -> Iterator[Record]:
         import datasets
@@ -119,8 +122,11 @@ _HUB = re.compile(r"(?P<hub>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:#(?P<spl
 _WEIGHTED = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\*(.+)")
 
 
-def parse_source(source: str) -> list[SourcePart]:
+def parse_source(source: str, columns: str = "") -> list[SourcePart]:
     """Parses a source into its parts.
+
+    Args:
+      columns: --data.columns, which names columns of the rows of all parts.
 
     Raises:
       UserError: if a part does not exist, or if some parts have a weight and others do not.
@@ -130,12 +136,13 @@ def parse_source(source: str) -> list[SourcePart]:
             "--data.source is empty: give files of conversations (.jsonl, .json, .parquet), a dataset of the Hub, or "
             "`starter`."
         )
+    named = parse_columns(columns)
     if Path(source).exists():
-        return [_parse_part(source)]
+        return [dataclasses.replace(_parse_part(source), named=named)]
     parts = []
     for text in filter(None, (t.strip() for t in source.split(","))):
         weighted = None if Path(text).exists() else _WEIGHTED.fullmatch(text)
-        part = _parse_part(weighted[2].strip() if weighted else text)
+        part = dataclasses.replace(_parse_part(weighted[2].strip() if weighted else text), named=named)
         parts.append(dataclasses.replace(part, weight=float(weighted[1])) if weighted else part)
         if parts[-1].weight == 0:
             raise UserError(f"The weight of {part.label} in --data.source is 0: remove this part instead.")

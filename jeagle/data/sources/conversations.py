@@ -3,15 +3,14 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jeagle.config import DataConfig
 from jeagle.data.sources.catalog import SourcePart
-from jeagle.data.sources.columns import MODELS, NO_COLUMNS, Columns, find_columns, thinking_of, unused
+from jeagle.data.sources.columns import MODELS, find_columns, thinking_of, unused
 from jeagle.data.sources.json_rows import Record
 from jeagle.data.sources.schema import ANSWERING, messages_of, prompt_ids, shown, tools_of, unused_fields
-from jeagle.data.sources.trees import assemble_trees
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
@@ -90,7 +89,7 @@ class SourceReport:
         self.reject(reason, where)
         if self.not_rendered == FIRST_ROWS and not self.rendered and self.bad_share < 1:
             raise UserError(
-                f"None of the first {FIRST_ROWS} conversations can be rendered: {self._reasons()}. Correct them, or "
+                f"None of the first {FIRST_ROWS} conversations can be rendered: {self.reasons()}. Correct them, or "
                 "choose a suitable chat template with --data.template."
             )
 
@@ -99,7 +98,7 @@ class SourceReport:
         bad = self.rejected.total()
         if bad > self.bad_share * max(self.rows, 1):
             raise UserError(
-                f"{bad} of {self.rows} conversations cannot be used: {self._reasons()}. Correct or remove them; "
+                f"{bad} of {self.rows} conversations cannot be used: {self.reasons()}. Correct or remove them; "
                 f"--data.bad-share {self.bad_share:g} is the share that may be rejected."
             )
 
@@ -108,23 +107,28 @@ class SourceReport:
         labels = dict.fromkeys(label for label, _ in self.unused)
         return {label: {name: n for (part, name), n in self.unused.items() if part == label} for label in labels}
 
-    def _reasons(self) -> str:
+    def reasons(self) -> str:
+        """Lists the most common reasons, with their numbers and the place of the first row of each."""
         common = self.rejected.most_common(8)
         return "; ".join(f"{reason} ({n} times, first {self.examples[reason]})" for reason, n in common)
 
 
+Parse = Callable[[Record, SourcePart, SourceReport], Any]
+
+
 def read_source(
-    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False, columns: Columns = NO_COLUMNS
-) -> Iterator[Conversation]:
+    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False, parse: Parse | None = None
+) -> Iterator[Any]:
     """Yields the conversations of a source one at a time, without duplicates.
 
     Parts without weights are read one after another. Parts with weights are mixed in this proportion until one of
     them is exhausted, which `report` notes.
 
     Args:
-      columns: the columns that the user names.
+      parse: makes what is yielded of a row, with an `id` in hexadecimal digits; None = a `Conversation`. Rows for which
+        it raises an error are rejected.
     """
-    streams = [_read_part(part, report, streaming, columns) for part in parts]
+    streams = [_read_part(part, report, streaming, parse or _parse_conversation) for part in parts]
     mixed = _mix(parts, streams, report) if len(parts) > 1 and parts[0].weight is not None else None
     known: set[int] = set()
     for conversation in mixed or (c for stream in streams for c in stream):
@@ -155,22 +159,22 @@ def rejection_reason(error: Exception) -> str:
     return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _read_part(part: SourcePart, report: SourceReport, streaming: bool, columns: Columns) -> Iterator[Conversation]:
-    for record in assemble_trees(part.rows(streaming=streaming)):
+def _read_part(part: SourcePart, report: SourceReport, streaming: bool, parse: Parse) -> Iterator[Any]:
+    for record in part.rows(streaming=streaming):
         report.rows += 1
         try:
-            conversation = _parse_conversation(record, part, report, columns)
+            conversation = parse(record, part, report)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             report.reject(rejection_reason(error), record.where)
         else:
             yield conversation
 
 
-def _parse_conversation(record: Record, part: SourcePart, report: SourceReport, given: Columns) -> Conversation:
+def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) -> Conversation:
     """Parses a row. Answers before the first prompt, as conversations that were cut into pieces have them, go."""
     if record.reason:
         raise ValueError(record.reason)
-    row, columns = record.row, find_columns(record.row, given, part.columns)
+    row, columns = record.row, find_columns(record.row, part.named, part.columns)
     messages, tools = messages_of(row, columns), tools_of(row, columns.ignore)
     roles = [m["role"] for m in messages]
     if not any(m.get("learn", True) for m in messages if m["role"] in ANSWERING):
@@ -195,9 +199,7 @@ def _parse_conversation(record: Record, part: SourcePart, report: SourceReport, 
     return Conversation(number, tuple(messages), tuple(tools), model, thinking_of(row), sampled_with, record.where)
 
 
-def _mix(
-    parts: Sequence[SourcePart], streams: Sequence[Iterator[Conversation]], report: SourceReport
-) -> Iterator[Conversation]:
+def _mix(parts: Sequence[SourcePart], streams: Sequence[Iterator[Any]], report: SourceReport) -> Iterator[Any]:
     weights = [part.weight or 1.0 for part in parts]
     taken = [0] * len(parts)
     while True:

@@ -7,6 +7,7 @@ A message is {"role": system | user | assistant | tool, "content": text}. A tool
   "cut": True          a length limit cut off this answer, so that its end is not supervised
   "learn": False       this answer is not supervised
   "sampled_ids"        the token ids that the target sampled for this answer, its end token included if it ended
+  "sampled_hash"       the fingerprint of these ids
 A row without turns becomes one message: {"role": "text", "content": text} for plain text, of which every token is
 supervised, or {"role": "ids", "ids": token ids, "mask": whether each of them is supervised}.
 """
@@ -39,8 +40,8 @@ _TEXTS = ("content", "value", "text", "system_prompt")  # where a turn may have 
 _PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "thinking": "thinking", "reasoning": "text"}
 _PAIRS = (("human", "assistant"), ("user", "assistant"), ("prompt", "response"), ("question", "answer"))
 ANSWERING = ("assistant", "text", "ids")  # the roles of messages that have supervised tokens
-MARKS = ("cut", "learn", "sampled_ids")  # fields of a message that a chat template never sees
-_READ = {*_SPEAKERS, *NAMES["reasoning"], "tool_calls", "function_call", "name", "tool_call_id", "sampled_ids"}
+MARKS = ("cut", "learn", "sampled_ids", "sampled_hash")  # fields of a message that a chat template never sees
+_READ = {*_SPEAKERS, *NAMES["reasoning"], "tool_calls", "function_call", "name", "tool_call_id", *MARKS}
 
 
 def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]]:
@@ -301,6 +302,9 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     elif role == "text" and turn.get("cut"):
         message["cut"] = True
     text = message["content"]
+    if message.get("cut") and not is_full(text) and message.keys() <= {"role", "content", "cut"}:
+        message["learn"] = False  # a server hides reasoning that was cut off, so that nothing of the answer is known
+        return message
     has_more = role == "tool" or message.keys() & {"tool_calls", "reasoning_content", "sampled_ids"}
     if not isinstance(text, str) or not (text.strip() or has_more):
         raise ValueError("a turn is empty or is not text")
@@ -329,6 +333,8 @@ def _answer_fields(turn: Mapping[str, Any], thoughts: str, calls: Any) -> dict[s
         if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise ValueError("sampled_ids is not a list of token ids")
         fields["sampled_ids"] = ids
+    if isinstance(turn.get("sampled_hash"), str):
+        fields["sampled_hash"] = turn["sampled_hash"]
     return fields
 
 
