@@ -76,7 +76,7 @@ def _parse_prompt(record: Record) -> Row:
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     if first == 0:
         raise UserError(f"{record.where} begins with an answer: a prompt needs a user turn.")
-    more = {"tools": tools} if tools else {}
+    more: Row = {"tools": tools} if tools else {}
     thinking = thinking_of(row)
     more |= {} if thinking is None else {"thinking": thinking}
     return make_prompt(messages[:first], str(row.get("category", ""))) | more

@@ -4,6 +4,7 @@ A column that could change what the answers were sampled behind is used, or the 
 the flag that decides. Every other column is reported by `unused`, so that nothing is left out in silence.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,6 +76,7 @@ class Columns(NamedTuple):
         """Returns the columns without which there is no conversation."""
         return tuple(filter(None, (self.chat, self.prompt, self.answer, self.text, self.ids, self.mask)))
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (a few columns, once for each row)
     def used(self) -> tuple[str, ...]:
         """Returns all columns that are used."""
         return tuple(name for field in self[:-1] for name in ((field,) if isinstance(field, str) else field) if name)
@@ -258,7 +260,7 @@ def _all_text(value: Any) -> str:
     turns = value if isinstance(value, list) else []
     texts = [turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn for turn in turns]
     if texts and all(isinstance(text, str) for text in texts):
-        return "\n".join(texts)
+        return "\n".join(map(str, texts))
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -295,6 +297,8 @@ def is_contained(value: Any, texts: Sequence[Any]) -> bool:
     """Whether one of the texts contains the value, as it is or as JSON writes it."""
     if not isinstance(value, str):
         return False
-    value = value.strip()
-    forms = (value, json.dumps(value, ensure_ascii=False)[1:-1])
-    return any(isinstance(text, str) and any(form in text for form in forms) for text in texts)
+    value, texts = value.strip(), [text for text in texts if isinstance(text, str)]
+    if any(value in text for text in texts):
+        return True
+    written = json.dumps(value, ensure_ascii=False)[1:-1]
+    return written != value and any(written in text for text in texts)

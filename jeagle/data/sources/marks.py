@@ -1,7 +1,8 @@
 """Reads which answers of a row were cut off, and which are not to be learnt, wherever the row says so."""
 
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Names are compared in lower case and without underscores, values in lower case and without the name of an enum.
@@ -46,9 +47,11 @@ def cut_marks(tree: Mapping[str, Any], depth: int = 3) -> Iterator[bool | list[b
     for name, value in tree.items():
         plain = _plain(name)
         if plain in _FINISH_NAMES:
-            yield _each(value, _is_cut)
+            yield [_is_cut(item) for item in value] if isinstance(value, list) else _is_cut(value)
         elif plain in _CUT_FLAGS and isinstance(value, bool | int | list):
-            yield _each(value, lambda flag, cut=_CUT_FLAGS[plain]: isinstance(flag, bool | int) and bool(flag) is cut)
+            flags = value if isinstance(value, list) else [value]
+            cut = [isinstance(flag, bool | int) and bool(flag) is _CUT_FLAGS[plain] for flag in flags]
+            yield cut if isinstance(value, list) else cut[0]
         elif plain in _METADATA and isinstance(value, str) and value.lstrip().startswith("{"):
             try:
                 parsed = json.loads(value)
@@ -99,9 +102,6 @@ def _is_cut(value: Any) -> bool:
     return isinstance(value, str) and value.lower().rpartition(".")[2] in _CUT_VALUES
 
 
-def _each(value: Any, judge: Callable[[Any], bool]) -> bool | list[bool]:
-    return [judge(item) for item in value] if isinstance(value, list) else judge(value)
-
-
+@functools.lru_cache(maxsize=4096)
 def _plain(name: Any) -> str:
     return name.lower().replace("_", "") if isinstance(name, str) else ""

@@ -67,7 +67,7 @@ def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]
     turns = [{n: value for n, value in turn.items() if value is not None and n not in columns.ignore} for turn in turns]
     _add_context(turns, row, columns)
     if columns.history:
-        turns = [*_turns(row[columns.history], columns.history), *turns]
+        turns = [*map(dict, _turns(row[columns.history], columns.history)), *turns]
     if is_choices(row.get("choices")) and columns.chat and _role(turns[-1]) != "assistant":
         turns += _answer_turns(row["choices"], "choices")
     _mark(turns, row, columns)
@@ -95,13 +95,9 @@ def unused_fields(row: Mapping[str, Any], columns: Columns, messages: Sequence[M
     found = set()
     texts = [m[name] for m in messages for name in ("content", "reasoning_content") if name in m]
     for turn in turns if isinstance(turns, list) else ():
-        for name in turn.keys() - _READ - {*columns.ignore} if isinstance(turn, dict) else ():
-            if (
-                is_full(turn[name])
-                and not (is_cut_mark(name) or is_learn_mark(name))
-                and not is_contained(turn[name], texts)
-            ):
-                found.add(f"{columns.chat}.{plain_name(name)}")
+        for name in turn.keys() - _READ if isinstance(turn, dict) else ():
+            if not (name in columns.ignore or is_cut_mark(name) or is_learn_mark(name) or not is_full(turn[name])):
+                found |= set() if is_contained(turn[name], texts) else {f"{columns.chat}.{plain_name(name)}"}
     return found
 
 
@@ -133,9 +129,9 @@ def _ids_message(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
         raise ValueError(f"{columns.ids} is not a list of token ids")
     if len(mask) != len(ids):
         raise ValueError(f"{columns.mask} and {columns.ids} differ in length")
-    if columns.mask == "labels":  # transformers' form: the id itself, or -100 where nothing is learnt
+    if columns.mask == "labels" or -100 in mask:  # transformers' form: the id itself, or -100 where nothing is learnt
         if any(label not in (-100, i) for label, i in zip(mask, ids, strict=True)):
-            raise ValueError(f"labels are not -100 or the id of {columns.ids} at the same place")
+            raise ValueError(f"{columns.mask} are not -100 or the id of {columns.ids} at the same place")
         mask = [label != -100 for label in mask]
     elif any(flag not in (0, 1) for flag in mask):
         raise ValueError(f"{columns.mask} has values other than 0 and 1")
@@ -221,10 +217,10 @@ def _mark(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: Columns)
                 turns[i]["cut"] = True
     for name in LEARN_LISTS:
         if isinstance(values := rest.get(name), list):
-            flags = spread(values, len(turns), answers)
-            if flags is None:
+            learnt = spread(values, len(turns), answers)
+            if learnt is None:
                 raise ValueError(f"the column {name} has neither one value for each turn nor for each answer")
-            for i, flag in zip(answers, flags, strict=True):
+            for i, flag in zip(answers, learnt, strict=True):
                 turns[i]["learn"] = is_learnt(turns[i]) and is_learnt({"loss_mask": flag})
     if len({turns[i]["mask"] for i in answers if isinstance(turns[i].get("mask"), bool)}) > 1:
         raise ValueError("the turns differ in mask, which may mean learnt or left out: --data.columns ignore=mask")
@@ -241,11 +237,12 @@ def _add_context(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: C
 
 def _add_columns(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: Columns) -> None:
     """Adds the reasoning and the system prompt that stand in columns beside the turns."""
-    if columns.reasoning and not is_switch(row[columns.reasoning]):
-        reasoning, answers = _reasoning_text(row[columns.reasoning]), [t for t in turns if _role(t) == "assistant"]
+    answers = [turn for turn in turns if _role(turn) == "assistant"]
+    if columns.reasoning and answers and not is_switch(row[columns.reasoning]):
+        reasoning = _reasoning_text(row[columns.reasoning])
         texts = [text for turn in answers for text in (_parts(_content(turn))[0], _reasoning(turn))]
         if not is_contained(reasoning, texts):
-            if len(answers) != 1 and (columns.chat or not answers):
+            if len(answers) > 1 and columns.chat:
                 raise ValueError(
                     f"the column {columns.reasoning} does not say which answer it belongs to: --data.columns "
                     f"ignore={columns.reasoning} leaves it out"
@@ -265,7 +262,7 @@ def _add_columns(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: C
 
 
 def _role(turn: Mapping[str, Any]) -> str | None:
-    speaker = next((turn[name] for name in _SPEAKERS if turn.get(name) is not None), None)
+    speaker = turn.get("role") or turn.get("from") or turn.get("speaker")
     return "text" if speaker == "text" else _ROLES.get(speaker.lower() if isinstance(speaker, str) else "")
 
 
@@ -308,7 +305,9 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     has_more = role == "tool" or message.keys() & {"tool_calls", "reasoning_content", "sampled_ids"}
     if not isinstance(text, str) or not (text.strip() or has_more):
         raise ValueError("a turn is empty or is not text")
-    json.dumps(message, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
+    for part in (text, message.get("reasoning_content", ""), calls):
+        part.encode()  # raises UnicodeError for a lone surrogate
     return message
 
 
