@@ -9,10 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jeagle.data import read_prompts
+from jeagle.config import DataConfig
+from jeagle.data import load_rows, parse_source, prepare_rows, read_prompts
 from jeagle.data.sources.columns import NAMES, find_columns, parse_columns, thinking_of, unused
 from jeagle.data.sources.schema import ANSWERING, messages_of, unused_fields
 from jeagle.errors import UserError
+from tests.data.chats import end_ids, tokenizer_for
 from tests.data.helpers import read_conversations
 from tests.data.sources.row_shapes import MAKERS, rows_in_shape
 
@@ -346,3 +348,35 @@ def test_a_marker_in_any_column_is_used_or_named(data):
     taught = " ".join(learnt(m) for m in messages if m["role"] == "assistant")
     assert not any(f"[{name}-marker]" in taught for name in (*NAMES["system"], "context", "passage", "id", "notes"))
     assert "-asked]" not in taught
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("xlam", "apigen", "swe")])
+def test_the_rows_of_a_dataset_are_prepared_as_they_are_meant(tmp_path, name):
+    """Through the template, the mask and the disk, what is supervised is what was expected."""
+    tokenizer = tokenizer_for("qwen")
+    groups, expected = rows_in_shape(name)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for rows in groups for row in rows))
+    config = DataConfig(row_length=2048, held_out=0.0, bad_share=1.0)
+    parts, vocab = parse_source(str(tmp_path / "rows.jsonl")), len(tokenizer)
+    prepare_rows(parts, tokenizer, config, tmp_path, end_token_ids=end_ids(tokenizer), vocab=vocab)
+    rows = load_rows(tmp_path / "train")
+    found = []
+    for tokens, segments, supervised in zip(rows.tokens_BT, rows.segments_BT, rows.supervised_BT, strict=True):
+        for segment in range(1, segments.max() + 1):
+            ids = tokens[(segments == segment) & supervised]
+            found.append(str(ids.tolist()) if name == "speculators" else tokenizer.decode(ids))
+    ended = {answer for answers in found for answer in answers.split("<|im_end|>")}
+    wanted = [answer for answers in expected if not isinstance(answers, str) for answer in answers]
+    assert {answer.strip() for answer in wanted} == {answer.strip() for answer in ended if answer}
+
+
+def test_ids_beyond_the_embedding_reject_their_row_with_its_place(tmp_path):
+    tokenizer = tokenizer_for("qwen")
+    rows = [{"input_ids": [i, 7, last], "loss_mask": [0, 1, 1]} for i, last in enumerate([5, len(tokenizer), 6])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"end_token_ids": end_ids(tokenizer), "vocab": len(tokenizer)}
+    config = DataConfig(row_length=8, held_out=0.0, bad_share=0.5)
+    statistics = prepare_rows(parse_source(str(tmp_path / "rows.jsonl")), tokenizer, config, tmp_path, **options)
+    [line] = map(json.loads, (tmp_path / "rejected.jsonl").read_text().splitlines())
+    assert line["where"] == f"{tmp_path}/rows.jsonl:2" and f"token id {len(tokenizer)} is beyond" in line["reason"]
+    assert statistics["train"]["tokens"] == 6
