@@ -113,14 +113,11 @@ def parse_columns(text: str) -> Columns:
     return columns
 
 
-def find_columns(
-    row: Mapping[str, Any], given: Columns = NO_COLUMNS, known: Columns | None = None, *, answered: bool = True
-) -> Columns:
+def find_columns(row: Mapping[str, Any], given: Columns = NO_COLUMNS, *, answered: bool = True) -> Columns:
     """Returns the columns that hold the row's conversation.
 
     Args:
       given: the columns that the user names. A row without one of them is refused.
-      known: the columns of a dataset; they are recognised if the row does not have them.
       answered: whether the row must have an answer, and not a prompt alone.
 
     Raises:
@@ -131,10 +128,8 @@ def find_columns(
     there = {name: value for name, value in row.items() if value is not None and name not in given.ignore}
     if missing := [name for name in given.main() if name not in there]:
         raise ValueError(f"the row has no column {plain_name(missing[0])}, which --data.columns names")
-    main = given if given.main() else known if known and all(n in there for n in known.main()) else None
-    if main is None:
-        main = _recognised(there, answered)
-    elif main.prompt and not main.answer and answered:
+    main = given if given.main() else _recognised(there, answered)
+    if main.prompt and not main.answer and answered:
         main = main._replace(answer=_first(there, "answer", main.used()))
     elif main.answer and not main.prompt:
         main = main._replace(prompt=_first(there, "prompt", main.used()))

@@ -174,7 +174,7 @@ def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) 
     """Parses a row. Answers before the first prompt, as conversations that were cut into pieces have them, go."""
     if record.reason:
         raise ValueError(record.reason)
-    row, columns = record.row, find_columns(record.row, part.named, part.columns)
+    row, columns = record.row, find_columns(record.row, part.columns)
     messages, tools = messages_of(row, columns), tools_of(row, columns.ignore)
     roles = [m["role"] for m in messages]
     if not any(m.get("learn", True) for m in messages if m["role"] in ANSWERING):
