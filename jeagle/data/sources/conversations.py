@@ -164,7 +164,7 @@ def _read_part(part: SourcePart, report: SourceReport, streaming: bool, parse: P
         report.rows += 1
         try:
             conversation = parse(record, part, report)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             report.reject(rejection_reason(error), record.where)
         else:
             yield conversation
