@@ -42,6 +42,7 @@ TOOLS = ("tools", "functions", "tools_json")
 MODELS = ("model", "generator", "model_name")
 # Turn by turn, 1 for an answer that is learnt.
 LEARN_LISTS = ("loss_mask", "loss_masks", "weights", "train_mask")
+_LEAST = 12  # characters
 _SWITCHES = {True: True, False: False, "on": True, "off": False}
 _OWN = ("enable_thinking", "chat_template_kwargs", "sampled_with")  # read elsewhere
 
@@ -152,9 +153,9 @@ def unused(row: Mapping[str, Any], columns: Columns, messages: Sequence[Mapping[
         plain_name(name)
         for name, value in row.items()
         if not (name in known or is_cut_mark(name) or (is_switch(value) and name in NAMES["reasoning"]))
-        and not (name == "choices" and is_choices(value))
+        and not (is_choices(value) and all(is_contained(_all_text(choice), texts) for choice in value))
         and is_full(value)
-        and not is_contained(value, texts)
+        and not is_contained(value, texts, least=_LEAST)
     ]
 
 
@@ -191,7 +192,7 @@ def _recognised(row: Mapping[str, Any], answered: bool) -> Columns:
         return Columns(prompt=prompt, answer=answer)
     if chats and isinstance(row["data"], list):
         return Columns(chat="data")
-    if "text" in row and not (prompt and prompt != "user" and not is_contained(row[prompt], [row["text"]])):
+    if "text" in row and not ids and prompt in ("", "user"):  # otherwise the text may hold a prompt, too
         return Columns(text="text")
     raise ValueError(_unrecognised(row))
 
@@ -240,7 +241,7 @@ def _check_decided(row: Mapping[str, Any], columns: Columns, given: Columns, ans
     for name, kind in doubtful.items():
         decided = name == "user" or (name == "answer" and columns.answer == "solution")  # NuminaMath's bare result
         decided |= is_switch(rest[name]) or is_choices(rest[name]) or _all_text(rest[name]) in texts
-        if not decided and not is_contained(rest[name], texts):
+        if not decided and not is_contained(rest[name], texts, least=_LEAST * (kind == "context")):
             flag = "context" if kind == "prompt" else kind
             raise ValueError(
                 f"the column {name} may belong to the conversation beside the {columns}: decide with --data.columns "
@@ -249,7 +250,9 @@ def _check_decided(row: Mapping[str, Any], columns: Columns, given: Columns, ans
 
 
 def _all_text(value: Any) -> str:
-    """Returns the text of a value: of turns in any form their texts alone, of anything else its JSON."""
+    """Returns the text of a value: of turns and choices in any form their texts alone, of anything else its JSON."""
+    if isinstance(value, dict) and ("message" in value or "text" in value):
+        value = (value.get("message") or value).get("content", value.get("text")) or ""
     if isinstance(value, str):
         return value
     turns = value if isinstance(value, list) else []
@@ -288,11 +291,17 @@ def is_full(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else value is not None and value not in ([], {})
 
 
-def is_contained(value: Any, texts: Sequence[Any]) -> bool:
-    """Whether one of the texts contains the value, as it is or as JSON writes it."""
+def is_contained(value: Any, texts: Sequence[Any], *, least: int = 0) -> bool:
+    """Whether one of the texts is the value or contains it, as it is or as JSON writes it.
+
+    Args:
+      least: characters that a value must have to count as contained, because shorter ones occur by chance.
+    """
     if not isinstance(value, str):
         return False
     value, texts = value.strip(), [text for text in texts if isinstance(text, str)]
+    if len(value) < least:
+        return any(value == text.strip() for text in texts)
     if any(value in text for text in texts):
         return True
     written = json.dumps(value, ensure_ascii=False)[1:-1]

@@ -72,6 +72,8 @@ class SourceReport:
 
     def reject(self, reason: str, where: str) -> None:
         """Counts and logs a rejected row. UserError if none of the first `FIRST_ROWS` rows can be used."""
+        # A reason may quote the row, whose control characters must not reach a terminal.
+        reason = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason)
         self.rejected[reason] += 1
         self.examples.setdefault(reason, where)
         if self.log is not None:

@@ -21,9 +21,7 @@ _CUT_VALUES = (
     *("content_filter", "abort", "aborted", "cancelled", "timeout", "error"),
 )
 # Fields that are true or false -> the value that an answer has which was cut off.
-_CUT_FLAGS = dict.fromkeys(("cut", "cutoff", "truncated", "istruncated"), True) | dict.fromkeys(
-    ("iscomplete", "isfinished", "isreasoningcomplete"), False
-)
+_CUT_FLAGS = {"cut": True, "cutoff": True, "iscomplete": False, "isfinished": False, "isreasoningcomplete": False}
 _LEARN_FLAGS = (
     dict.fromkeys(("learn", "train", "training", "trainable", "loss", "weight", "lossweight"), True)
     | dict.fromkeys(("lossmask", "trainmask"), True)
@@ -104,4 +102,5 @@ def _is_cut(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _plain(name: Any) -> str:
-    return name.lower().replace("_", "") if isinstance(name, str) else ""
+    plain = name.lower().replace("_", "") if isinstance(name, str) else ""
+    return "cut" if plain.endswith("truncated") else plain  # is_truncated, was_truncated, response_truncated

@@ -84,19 +84,18 @@ def tools_of(row: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[dict[st
     tools = from_json(row[name]) if name else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("the tools are not a list of functions")
-    json.dumps(tools, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate
     return tools
 
 
 def unused_fields(row: Mapping[str, Any], columns: Columns, messages: Sequence[Mapping[str, Any]]) -> set[str]:
     """Returns the fields of the row's turns with content that is not used, as COLUMN.FIELD."""
-    turns = row.get(columns.chat)
-    found = set()
+    turns, found = row.get(columns.chat), set()
     texts = [m[name] for m in messages for name in ("content", "reasoning_content") if name in m]
     for turn in turns if isinstance(turns, list) else ():
-        for name in turn.keys() - _READ if isinstance(turn, dict) else ():
-            if not (name in columns.ignore or is_cut_mark(name) or is_learn_mark(name) or not is_full(turn[name])):
-                found |= set() if is_contained(turn[name], texts) else {f"{columns.chat}.{plain_name(name)}"}
+        if isinstance(turn, dict):
+            names = turn.keys() - _READ - {_text_field(turn), *columns.ignore}
+            names = {n for n in names if is_full(turn[n]) and not (is_cut_mark(n) or is_learn_mark(n))}
+            found |= {f"{columns.chat}.{plain_name(n)}" for n in names if not is_contained(turn[n], texts)}
     return found
 
 
@@ -221,9 +220,6 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     has_more = role == "tool" or message.keys() & {"tool_calls", "reasoning_content", "sampled_ids"}
     if not isinstance(text, str) or not (text.strip() or has_more):
         raise ValueError("a turn is empty or is not text")
-    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
-    for part in (text, message.get("reasoning_content", ""), calls):
-        part.encode()  # raises UnicodeError for a lone surrogate
     return message
 
 

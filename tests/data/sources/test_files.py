@@ -152,6 +152,16 @@ def test_any_characters_survive_and_half_characters_reject_their_row_alone(tmp_p
     )
 
 
+def test_reasons_that_quote_a_row_can_be_printed(tmp_path):
+    parts = [{"type": "\ud800\x1b[2J", "text": "a"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}], "\ud800": 1}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        read = read_conversations(str(tmp_path / "x.jsonl"), bad_share=1.0, log=log)
+    [reason] = read.rejected
+    assert "type \\ud800\\x1b[2J" in reason and reason.isprintable()
+
+
 def test_nulls_are_as_if_they_were_absent(tmp_path):
     turns = [{"role": None, "from": "human", "content": None, "value": "a", "weight": None}]
     turns += [{"role": None, "from": "gpt", "content": None, "value": "b", "reasoning": None, "tool_calls": None}]

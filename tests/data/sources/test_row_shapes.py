@@ -90,6 +90,7 @@ CUT = {
     "camel case": {"finishReason": "MAX_TOKENS"},
     "stop_reason": {"stop_reason": "max_tokens"},
     "truncated": {"truncated": True},
+    "was truncated": {"was_truncated": 1},
     "not complete": {"is_complete": False},
     "metadata": {"metadata": {"finish_reason": "length"}},
     "metadata as text": {"metadata": json.dumps({"finish_reason": "max_length"})},
@@ -295,6 +296,13 @@ def test_ids_with_a_mask_are_taken_as_they_are(row, result):
         assert result in refusal(row)
     else:
         assert learnt(parse(row)[0]) == str(result)
+
+
+@pytest.mark.parametrize("more", [{"input_ids": [1, 2]}, {"input_ids": [1], "loss_mask": "01"}, {"prompt": "a"}])
+def test_a_text_that_may_hold_a_prompt_is_not_learnt_whole(more):
+    row = {"text": "a question and an answer"} | more
+    assert "--data.columns" in refusal(row)
+    assert parse(row, "text=text")[0]["role"] == "text"
 
 
 def test_prompts_are_read_from_all_of_these_rows(tmp_path):
