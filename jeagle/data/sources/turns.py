@@ -31,7 +31,7 @@ def ids_message(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
         mask = [label != -100 for label in mask]
     elif any(flag not in (0, 1) for flag in mask):
         raise ValueError(f"{columns.mask} has values other than 0 and 1")
-    message = {"role": "ids", "ids": ids, "mask": [bool(flag) for flag in mask]}
+    message: dict[str, Any] = {"role": "ids", "ids": ids, "mask": [bool(flag) for flag in mask]}
     if any(any(mark) if isinstance(mark, list) else mark for mark in cut_marks(row)):
         message["cut"] = True
     return message | ({} if any(mask) else {"learn": False})
