@@ -28,21 +28,17 @@ NAMES = {
     "ids": ("input_ids", "token_ids"),
     "mask": ("loss_mask", "labels", "assistant_masks", "assistant_mask", "completion_mask"),
 }
-# Columns beside a conversation whose meaning only the user knows: parts of the prompt, or other answers.
-_DOUBTFUL = {
-    "context": (
-        *("contexts", "passage", "passages", "document", "documents", "article", "background", "evidence"),
-        *("choices", "options", "sql_context", "schema", "premise", "hypothesis", "history"),
-    )
-}
-_MEDIA = frozenset(
-    f"{kind}{end}" for kind in ("image", "video", "audio") for end in ("", "s", "_path", "_paths", "_url")
+# Columns beside a conversation that may be parts of the prompt, which only the user knows.
+_CONTEXTS = (
+    *("context", "contexts", "passage", "passages", "document", "documents", "article", "background", "evidence"),
+    *("choices", "options", "sql_context", "schema", "premise", "hypothesis", "history", "input"),
 )
+_MEDIA = ("image", "img", "video", "audio", "pixel")
 TOOLS = ("tools", "functions", "tools_json")
 MODELS = ("model", "generator", "model_name")
 # Turn by turn, 1 for an answer that is learnt.
 LEARN_LISTS = ("loss_mask", "loss_masks", "weights", "train_mask")
-_LEAST = 12  # characters
+_LEAST = 12  # characters of a value below which another text contains it by chance
 _SWITCHES = {True: True, False: False, "on": True, "off": False}
 _OWN = ("enable_thinking", "chat_template_kwargs", "sampled_with")  # read elsewhere
 
@@ -221,10 +217,7 @@ def _check_decided(row: Mapping[str, Any], columns: Columns, given: Columns, ans
     """Raises a ValueError if the row has a column that only the user can judge."""
     used = columns.used()
     rest = {name: value for name, value in row.items() if name not in used and is_full(value)}
-    for name in sorted(_MEDIA & rest.keys()):
-        raise ValueError(
-            f"the column {name} holds what the target does not see: --data.columns ignore={name} learns the text alone"
-        )
+    check_media(rest)
     if columns.text or columns.ids:
         return
     kinds = ["system"] if given.context else ["context", "system"]
@@ -233,10 +226,10 @@ def _check_decided(row: Mapping[str, Any], columns: Columns, given: Columns, ans
     kinds += ["answer"] if answered and not (columns.chat or given.answer) else []
     doubtful: dict[str, str] = {}
     for kind in kinds:
-        for name in rest.keys() & {*NAMES[kind], *_DOUBTFUL.get(kind, ())} - {
-            *(NAMES["prompt"] if columns.chat else ())
-        }:
+        for name in rest.keys() & {*(_CONTEXTS if kind == "context" else NAMES[kind])}:
             doubtful.setdefault(name, kind)
+    if columns.chat:  # a prompt beside turns is one of them, or tells what they came from
+        doubtful.pop("input", None)
     texts = [_all_text(row[name]) for name in used] if doubtful else []
     for name, kind in doubtful.items():
         decided = name == "user" or (name == "answer" and columns.answer == "solution")  # NuminaMath's bare result
@@ -260,6 +253,17 @@ def _all_text(value: Any) -> str:
     if texts and all(isinstance(text, str) for text in texts):
         return "\n".join(map(str, texts))
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def check_media(fields: Mapping[str, Any]) -> None:
+    """Raises a ValueError if one of the fields of a row or a turn holds images, video or audio."""
+    for name, value in fields.items():
+        kind = name.lower().partition("_")[0].rstrip("s") if isinstance(name, str) else ""
+        if kind in _MEDIA and is_full(value) and not isinstance(value, bool | int | float):
+            raise ValueError(
+                f"the column {plain_name(name)} holds what the target does not see: --data.columns "
+                f"ignore={plain_name(name)} learns the text alone"
+            )
 
 
 def is_choices(value: Any) -> bool:

@@ -21,6 +21,7 @@ from jeagle.data.sources.columns import (
     NAMES,
     TOOLS,
     Columns,
+    check_media,
     is_choices,
     is_contained,
     is_full,
@@ -201,6 +202,7 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     role = _role(turn)
     if role is None:
         raise ValueError(f"a turn has the unknown {'role' if 'role' in turn else 'speaker'} {speaker!r}")
+    check_media(turn)
     content, thoughts, calls = _parts(_content(turn))
     message: dict[str, Any] = {"role": role, "content": content}
     if role == "assistant":

@@ -252,6 +252,15 @@ def test_columns_that_matter_are_used_or_decided_by_the_user(row, columns, promp
         assert f"the column {name} " in refusal(row)
 
 
+@pytest.mark.parametrize("name", ["image", "images", "image_path", "video_url", "audios", "pixel_values", "Image"])
+def test_images_and_sounds_reject_their_row_unless_they_are_ignored(name):
+    rows = [PAIR | {name: ["a"]}, {"messages": [USER | {name: "a"}, ANSWER]}, {"text": "a text", name: {"bytes": "a"}}]
+    for row in rows:
+        assert f"the column {name} holds what the target does not see" in refusal(row)
+        assert parse(row, f"ignore={name}")
+    assert parse(PAIR | {name: None, "image_count": 2, "videos": []})
+
+
 def test_a_column_that_the_user_names_must_be_there():
     assert "no column reply, which --data.columns names" in refusal(PAIR, "prompt=question,answer=reply")
     for wrong in ("prompt", "reply=x", "prompt=a,prompt=b", "chat=a,prompt=b", "ids=a"):
