@@ -276,6 +276,15 @@ def test_history_comes_before_the_prompt_and_systems_are_not_doubled():
     assert "the column system differs" in refusal({"messages": own, "system": "t"})
 
 
+def test_tools_that_the_system_turn_lists_are_not_given_to_the_template_again(tmp_path):
+    tools = json.dumps([{"name": "find"}])
+    rows = [{"messages": [{"role": "system", "content": s}, USER, ANSWER], "tools": tools} for s in ("<tools>x", "x")]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = read_conversations(str(tmp_path / "x.jsonl"))
+    assert [c.tools for c in reading.conversations] == [(), ({"name": "find"},)]
+    assert list(reading.notes.values()) == [1]
+
+
 def test_prompts_and_answers_may_be_turns_or_their_json():
     chosen = [USER, ANSWER]
     for prompt in (json.dumps([USER]), [USER], "a question"):
