@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jeagle.config import DataConfig
@@ -115,22 +115,18 @@ class SourceReport:
         return "; ".join(f"{reason} ({n} times, first {self.examples[reason]})" for reason, n in common)
 
 
-Parse = Callable[[Record, SourcePart, SourceReport], Any]
-
-
 def read_source(
-    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False, parse: Parse | None = None
-) -> Iterator[Any]:
+    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False, answered: bool = True
+) -> Iterator[Conversation]:
     """Yields the conversations of a source one at a time, without duplicates.
 
     Parts without weights are read one after another. Parts with weights are mixed in this proportion until one of
     them is exhausted, which `report` notes.
 
     Args:
-      parse: makes what is yielded of a row, with an `id` in hexadecimal digits; None = a `Conversation`. Rows for which
-        it raises an error are rejected.
+      answered: whether a conversation must have an answer. If not, rows of {"turns": ["...", ...]} are read too.
     """
-    streams = [_read_part(part, report, streaming, parse or _parse_conversation) for part in parts]
+    streams = [_read_part(part, report, streaming, answered) for part in parts]
     mixed = _mix(parts, streams, report) if len(parts) > 1 and parts[0].weight is not None else None
     known: set[int] = set()
     for conversation in mixed or (c for stream in streams for c in stream):
@@ -161,26 +157,31 @@ def rejection_reason(error: Exception) -> str:
     return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _read_part(part: SourcePart, report: SourceReport, streaming: bool, parse: Parse) -> Iterator[Any]:
+def _read_part(part: SourcePart, report: SourceReport, streaming: bool, answered: bool) -> Iterator[Conversation]:
     for record in part.rows(streaming=streaming):
         report.rows += 1
         try:
-            conversation = parse(record, part, report)
+            conversation = _parse_conversation(record, part, report, answered)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             report.reject(rejection_reason(error), record.where)
         else:
             yield conversation
 
 
-def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) -> Conversation:
+def _parse_conversation(record: Record, part: SourcePart, report: SourceReport, answered: bool) -> Conversation:
     """Parses a row. Answers before the first prompt, as conversations that were cut into pieces have them, go."""
     if record.reason:
         raise ValueError(record.reason)
-    row, columns = record.row, find_columns(record.row, part.columns)
+    row = record.row
+    if not answered and isinstance(row, dict) and isinstance(row.get("turns"), list):
+        row = row | {"messages": [{"role": "user", "content": text} for text in row["turns"]], "turns": None}
+    columns = find_columns(row, part.columns, answered=answered)
     messages, tools = messages_of(row, columns), tools_of(row, columns.ignore)
     roles = [m["role"] for m in messages]
-    if not any(m.get("learn", True) for m in messages if m["role"] in ANSWERING):
+    if answered and not any(m.get("learn", True) for m in messages if m["role"] in ANSWERING):
         raise ValueError("the conversation has no answer")
+    if not (answered or {"user", "text", "ids"} & set(roles)):
+        raise ValueError("the conversation has no turn of a user")
     report.columns[part.label, columns] += 1
     for name in (*unused(row, columns, messages), *unused_fields(row, columns, messages)):
         report.unused[part.label, name] += 1
@@ -192,7 +193,7 @@ def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) 
     first = next(i for i, role in enumerate(roles) if role != "system")
     if roles[first] == "assistant":
         stop = roles.index("user") if "user" in roles else len(roles)
-        if "assistant" not in roles[stop:]:
+        if ("assistant" if answered else "user") not in roles[stop:]:
             raise ValueError("the conversation has an answer without a prompt")
         messages = [*messages[:first], *messages[stop:]]
         report.notes["a conversation begins with an answer, which is removed"] += 1
@@ -201,7 +202,9 @@ def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) 
     return Conversation(number, tuple(messages), tuple(tools), model, thinking_of(row), sampled_with, record.where)
 
 
-def _mix(parts: Sequence[SourcePart], streams: Sequence[Iterator[Any]], report: SourceReport) -> Iterator[Any]:
+def _mix(
+    parts: Sequence[SourcePart], streams: Sequence[Iterator[Conversation]], report: SourceReport
+) -> Iterator[Conversation]:
     weights = [part.weight or 1.0 for part in parts]
     taken = [0] * len(parts)
     while True:
