@@ -16,6 +16,7 @@ from jeagle.data.near_duplicates import NearDuplicateIndex, document_signatures
 from jeagle.data.rows import Packer, RowWriter, rows_of
 from jeagle.data.sources.catalog import SourcePart
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
+from jeagle.data.sources.schema import ANSWERING
 from jeagle.data.vocabulary import count_supervised
 from jeagle.errors import UserError
 from jeagle.runtime.ahead import read_ahead
@@ -70,6 +71,7 @@ def prepare_rows(
         ):
             counts["conversations"] += 1
             on_done(counts["conversations"])
+            documents = _checked(documents, vocab)
             if isinstance(documents, ConversationError):
                 report.reject_not_rendered(str(documents), conversation.where)
                 continue
@@ -78,7 +80,7 @@ def prepare_rows(
                 continue
             if held_out:
                 prompts.write(_prompt_line(conversation, tokenizer, config))
-            counts["answers_cut_short"] += conversation.truncated
+            counts["answers_cut_short"] += sum(m.get("cut", False) for m in conversation.messages)
             counts["taken_apart"] += len(documents) > 1
             counts["on_policy"] += is_same_model(conversation.model, target)
             counts["known_model"] += bool(conversation.model)
@@ -98,6 +100,7 @@ def prepare_rows(
         "rejected": dict(report.rejected),
         "notes": dict(report.notes),
         "columns": [f"{label}: {columns}" for label, columns in report.columns],
+        "unused": report.unused_columns(),
     }
     return {name: int(counts[name]) for name in names} | read | near_counts | splits
 
@@ -115,7 +118,7 @@ class SplitWriter(RowWriter):
 
     def add(self, documents: Sequence[Rendered], conversation: Conversation) -> None:
         """Packs the documents of one conversation."""
-        self._answers[sum(m["role"] in ("assistant", "text") for m in conversation.messages)] += 1
+        self._answers[sum(m["role"] in ANSWERING for m in conversation.messages)] += 1
         for document in documents:
             self._lengths[len(document.ids)] += 1
             self._closed += self._packer.add(document)
@@ -147,6 +150,16 @@ class SplitWriter(RowWriter):
             self._documents += int(rows.segments_BT.max(axis=1, initial=0).sum())
             self.write(rows)
         self._closed = []
+
+
+def _checked(documents: list[Rendered] | ConversationError, vocab: int) -> list[Rendered] | ConversationError:
+    """Returns the documents, or an error if the target has no embedding for one of their ids."""
+    if isinstance(documents, ConversationError):
+        return documents
+    largest = max(int(document.ids.max(initial=0)) for document in documents)
+    if largest < vocab:
+        return documents
+    return ConversationError(f"token id {largest} is beyond the {vocab} ids of the target's embedding")
 
 
 def is_same_model(model: str, other: str) -> bool:

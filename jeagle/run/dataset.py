@@ -85,7 +85,7 @@ def check_unchanged(config: RunConfig) -> None:
 def _inputs(config: RunConfig) -> tuple[Any, list, dict[str, Any]]:
     """The tokenizer, the parts of the source, and everything that the rows depend on."""
     files = targets.resolve(config.target.ref)
-    tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source)
+    tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source, config.data.columns)
     return tokenizer, parts, made_from(config, tokenizer, targets.open_weights(files).config, parts)
 
 
@@ -131,7 +131,8 @@ def made_from(config: RunConfig, tokenizer: Any, target_config: dict[str, Any], 
 
 def shaping(config: RunConfig) -> dict[str, Any]:
     """The settings that change rows."""
-    return {name: getattr(config.data, name) for name in _SHAPING}
+    named = {"columns": config.data.columns} if config.data.columns else {}  # rows of older versions have no such entry
+    return {name: getattr(config.data, name) for name in _SHAPING} | named
 
 
 _SHAPING = (  # settings that change rows; --data.streaming reads the same ones otherwise

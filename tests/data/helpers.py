@@ -22,10 +22,12 @@ class Read(SourceReport):
     conversations: list[Conversation] = dataclasses.field(default_factory=list)
 
 
-def read_conversations(source: str, *, streaming: bool = False) -> Read:
+def read_conversations(
+    source: str, *, streaming: bool = False, columns: str = "", bad_share: float = 0.01, log: Any = None
+) -> Read:
     """Reads a whole source. UserError if too much of it is rejected."""
-    read = Read()
-    read.conversations.extend(read_source(parse_source(source), read, streaming=streaming))
+    read = Read(bad_share=bad_share, log=log)
+    read.conversations.extend(read_source(parse_source(source, columns), read, streaming=streaming))
     read.check()
     return read
 
@@ -51,7 +53,8 @@ def render(
 ) -> Rendered:
     """Renders one conversation as one document. ConversationError if that is not possible."""
     config = DataConfig(**{"rewritten": "reject"} | settings)
-    conversation = Conversation("", tuple(messages), truncated)
+    messages = [*messages[:-1], messages[-1] | {"cut": True}] if truncated else messages
+    conversation = Conversation("", tuple(messages))
     [documents] = Renderer(tokenizer, config, end_token_ids)([conversation], [check_ids])
     if isinstance(documents, ConversationError):
         raise documents

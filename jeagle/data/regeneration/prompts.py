@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jeagle.data.sources.columns import find_columns, thinking_of
 from jeagle.data.sources.conversations import rejection_reason
-from jeagle.data.sources.files import Record, expand, records
-from jeagle.data.sources.schema import find_columns, messages_of, tools_of
+from jeagle.data.sources.files import expand, records
+from jeagle.data.sources.json_rows import Record
+from jeagle.data.sources.schema import messages_of, prompt_ids, tools_of
+from jeagle.data.sources.trees import assemble_trees
 from jeagle.data.starter import starter_prompts
 from jeagle.errors import UserError
 from jeagle.runtime.lock import only_writer
@@ -39,7 +42,7 @@ def read_prompts(source: str) -> list[Row]:
     """
     if source == "starter":
         return starter_prompts()
-    prompts = [_parse_prompt(record) for path in expand(source) for record in records(path)]
+    prompts = [_parse_prompt(record) for path in expand(source) for record in assemble_trees(records(path))]
     if not prompts:
         raise UserError(f'{source} contains no prompts: write {{"turns": ["..."]}} on each line.')
     return list({p["id"]: p for p in prompts}.values())
@@ -58,20 +61,24 @@ def _parse_prompt(record: Record) -> Row:
         if isinstance(row, dict) and "turns" in row:
             messages = [{"role": "user", "content": row["turns"][0]}]
         else:
-            messages = messages_of(row, find_columns(row))
+            messages = messages_of(row, find_columns(row, answered=False))
         tools = tools_of(row)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
             f'{record.where} is not a prompt ({rejection_reason(error)}): write {{"turns": ["..."]}}.'
         ) from error
+    if messages[0]["role"] == "ids":
+        ids = prompt_ids(messages[0])
+        messages = [{"role": "ids", "ids": ids, "mask": [False] * len(ids)}]
     if messages[0]["role"] == "text":
         words = messages[0]["content"].split(" ")
         messages = [{"role": "text", "content": " ".join(words[: (len(words) + 1) // 2])}]
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     if first == 0:
         raise UserError(f"{record.where} begins with an answer: a prompt needs a user turn.")
-    more = {"tools": tools} if tools else {}
-    more |= {"thinking": row["thinking"]} if isinstance(row.get("thinking"), bool) else {}
+    more: Row = {"tools": tools} if tools else {}
+    thinking = thinking_of(row)
+    more |= {} if thinking is None else {"thinking": thinking}
     return make_prompt(messages[:first], str(row.get("category", ""))) | more
 
 

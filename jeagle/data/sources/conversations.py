@@ -8,8 +8,9 @@ from typing import Any
 
 from jeagle.config import DataConfig
 from jeagle.data.sources.catalog import SourcePart
-from jeagle.data.sources.files import Record
-from jeagle.data.sources.schema import find_columns, messages_of, tools_of
+from jeagle.data.sources.columns import MODELS, find_columns, thinking_of, unused
+from jeagle.data.sources.json_rows import Record
+from jeagle.data.sources.schema import ANSWERING, messages_of, prompt_ids, shown, tools_of, unused_fields
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
@@ -23,17 +24,20 @@ class Conversation:
     Attributes:
       id: 16 hex digits that follow from the messages and the tools.
       messages: in the form that `schema` describes.
-      truncated: whether a length limit cut off the last answer.
       tools: JSON schemas of the tools that the assistant may call.
       model: the model that wrote the answers; empty if that is not known.
+      thinking: the thinking switch that the answers were sampled with; None if the row does not say.
+      sampled_with: TOKENIZER_HASH/TEMPLATE_HASH under which the `sampled_ids` of the messages are valid; empty if
+        there are none.
       where: file and line.
     """
 
     id: str
     messages: tuple[dict[str, Any], ...]
-    truncated: bool = False
     tools: tuple[dict[str, Any], ...] = ()
     model: str = ""
+    thinking: bool | None = None
+    sampled_with: str = ""
     where: str = ""
 
 
@@ -49,6 +53,7 @@ class SourceReport:
       examples: the place of the first rejected row for each reason; the log has all of them.
       notes: what was corrected, and how often.
       columns: (label of the part, columns that hold the conversation) and the number of rows.
+      unused: (label of the part, column that is not used) and the number of rows that have it.
       log: an open text file for one JSON line per rejected row, or None.
       bad_share: the largest share of rows that may be rejected.
     """
@@ -61,11 +66,14 @@ class SourceReport:
     examples: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     columns: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    unused: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     log: Any = None
     bad_share: float = DataConfig.bad_share
 
     def reject(self, reason: str, where: str) -> None:
         """Counts and logs a rejected row. UserError if none of the first `FIRST_ROWS` rows can be used."""
+        # A reason may quote the row, whose control characters must not reach a terminal.
+        reason = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason)
         self.rejected[reason] += 1
         self.examples.setdefault(reason, where)
         if self.log is not None:
@@ -83,7 +91,7 @@ class SourceReport:
         self.reject(reason, where)
         if self.not_rendered == FIRST_ROWS and not self.rendered and self.bad_share < 1:
             raise UserError(
-                f"None of the first {FIRST_ROWS} conversations can be rendered: {self._reasons()}. Correct them, or "
+                f"None of the first {FIRST_ROWS} conversations can be rendered: {self.reasons()}. Correct them, or "
                 "choose a suitable chat template with --data.template."
             )
 
@@ -92,24 +100,33 @@ class SourceReport:
         bad = self.rejected.total()
         if bad > self.bad_share * max(self.rows, 1):
             raise UserError(
-                f"{bad} of {self.rows} conversations cannot be used: {self._reasons()}. Correct or remove them; "
+                f"{bad} of {self.rows} conversations cannot be used: {self.reasons()}. Correct or remove them; "
                 f"--data.bad-share {self.bad_share:g} is the share that may be rejected."
             )
 
-    def _reasons(self) -> str:
+    def unused_columns(self) -> dict[str, dict[str, int]]:
+        """Returns for each part the columns that are not used, and how many rows have them."""
+        labels = dict.fromkeys(label for label, _ in self.unused)
+        return {label: {name: n for (part, name), n in self.unused.items() if part == label} for label in labels}
+
+    def reasons(self) -> str:
+        """Lists the most common reasons, with their numbers and the place of the first row of each."""
         common = self.rejected.most_common(8)
         return "; ".join(f"{reason} ({n} times, first {self.examples[reason]})" for reason, n in common)
 
 
 def read_source(
-    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False
+    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False, answered: bool = True
 ) -> Iterator[Conversation]:
     """Yields the conversations of a source one at a time, without duplicates.
 
     Parts without weights are read one after another. Parts with weights are mixed in this proportion until one of
     them is exhausted, which `report` notes.
+
+    Args:
+      answered: whether a conversation must have an answer. If not, rows of {"turns": ["...", ...]} are read too.
     """
-    streams = [_read_part(part, report, streaming) for part in parts]
+    streams = [_read_part(part, report, streaming, answered) for part in parts]
     mixed = _mix(parts, streams, report) if len(parts) > 1 and parts[0].weight is not None else None
     known: set[int] = set()
     for conversation in mixed or (c for stream in streams for c in stream):
@@ -127,7 +144,7 @@ def is_held_out(conversation: Conversation, share: float) -> bool:
     A hash of the user's turns decides, so that the same prompt is never on both sides of the split.
     """
     turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
-    turns = turns or [m["content"] for m in conversation.messages]
+    turns = turns or [m["content"] if "content" in m else prompt_ids(m) for m in conversation.messages]
     return int(fingerprint(turns)[:13], 16) / 16**13 < share
 
 
@@ -140,38 +157,49 @@ def rejection_reason(error: Exception) -> str:
     return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _read_part(part: SourcePart, report: SourceReport, streaming: bool) -> Iterator[Conversation]:
+def _read_part(part: SourcePart, report: SourceReport, streaming: bool, answered: bool) -> Iterator[Conversation]:
     for record in part.rows(streaming=streaming):
         report.rows += 1
         try:
-            conversation = _parse_conversation(record, part, report)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            conversation = _parse_conversation(record, part, report, answered)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             report.reject(rejection_reason(error), record.where)
         else:
             yield conversation
 
 
-def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) -> Conversation:
+def _parse_conversation(record: Record, part: SourcePart, report: SourceReport, answered: bool) -> Conversation:
     """Parses a row. Answers before the first prompt, as conversations that were cut into pieces have them, go."""
     if record.reason:
         raise ValueError(record.reason)
-    row, columns = record.row, find_columns(record.row, part.columns)
-    messages, tools = messages_of(row, columns), tools_of(row)
+    row = record.row
+    if not answered and isinstance(row, dict) and isinstance(row.get("turns"), list):
+        row = row | {"messages": [{"role": "user", "content": text} for text in row["turns"]], "turns": None}
+    columns = find_columns(row, part.columns, answered=answered)
+    messages, tools = messages_of(row, columns), tools_of(row, columns.ignore)
     roles = [m["role"] for m in messages]
-    if not {"assistant", "text"} & set(roles):
+    if answered and not any(m.get("learn", True) for m in messages if m["role"] in ANSWERING):
         raise ValueError("the conversation has no answer")
+    if not (answered or {"user", "text", "ids"} & set(roles)):
+        raise ValueError("the conversation has no turn of a user")
     report.columns[part.label, columns] += 1
-    number = fingerprint({"messages": messages, "tools": tools} if tools else messages)
+    for name in (*unused(row, columns, messages), *unused_fields(row, columns, messages)):
+        report.unused[part.label, name] += 1
+    if tools and any("<tools>" in m["content"] for m in messages if m["role"] == "system"):
+        report.notes["the system turn lists the tools itself, so that the template is not given them again"] += 1
+        tools = []
+    plain = [shown(m) for m in messages]  # rows that differ in marks alone are duplicates
+    number = fingerprint({"messages": plain, "tools": tools} if tools else plain)
     first = next(i for i, role in enumerate(roles) if role != "system")
     if roles[first] == "assistant":
         stop = roles.index("user") if "user" in roles else len(roles)
-        if "assistant" not in roles[stop:]:
+        if ("assistant" if answered else "user") not in roles[stop:]:
             raise ValueError("the conversation has an answer without a prompt")
         messages = [*messages[:first], *messages[stop:]]
         report.notes["a conversation begins with an answer, which is removed"] += 1
-    model = next((row[name] for name in ("model", "generator") if isinstance(row.get(name), str)), "") or part.model
-    cut_off = row.get("finish_reason") == "length"
-    return Conversation(number, tuple(messages), cut_off, tuple(tools), model, record.where)
+    model = next((row[name] for name in MODELS if isinstance(row.get(name), str)), "") or part.model
+    sampled_with = str(row.get("sampled_with") or "")
+    return Conversation(number, tuple(messages), tuple(tools), model, thinking_of(row), sampled_with, record.where)
 
 
 def _mix(
