@@ -16,6 +16,7 @@ from jeagle.data.near_duplicates import NearDuplicateIndex, document_signatures
 from jeagle.data.rows import Packer, RowWriter, rows_of
 from jeagle.data.sources.catalog import SourcePart
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
+from jeagle.data.sources.schema import ANSWERING
 from jeagle.data.vocabulary import count_supervised
 from jeagle.errors import UserError
 from jeagle.runtime.ahead import read_ahead
@@ -78,7 +79,7 @@ def prepare_rows(
                 continue
             if held_out:
                 prompts.write(_prompt_line(conversation, tokenizer, config))
-            counts["answers_cut_short"] += conversation.truncated
+            counts["answers_cut_short"] += sum(m.get("cut", False) for m in conversation.messages)
             counts["taken_apart"] += len(documents) > 1
             counts["on_policy"] += is_same_model(conversation.model, target)
             counts["known_model"] += bool(conversation.model)
@@ -115,7 +116,7 @@ class SplitWriter(RowWriter):
 
     def add(self, documents: Sequence[Rendered], conversation: Conversation) -> None:
         """Packs the documents of one conversation."""
-        self._answers[sum(m["role"] in ("assistant", "text") for m in conversation.messages)] += 1
+        self._answers[sum(m["role"] in ANSWERING for m in conversation.messages)] += 1
         for document in documents:
             self._lengths[len(document.ids)] += 1
             self._closed += self._packer.add(document)

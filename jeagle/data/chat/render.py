@@ -90,10 +90,10 @@ class DocumentBuilder:
             thinks = enables_thinking(self._config, [messages[i] for i in answers])
             whole = RenderRequest(messages, conversation.tools, thinks, False)
             requests += [whole, *(whole._replace(messages=messages[:i], prompt=True) for i in answers)]
-            chats.append((conversation, whole, answers))
+            chats.append((whole, answers))
         texts: Iterator[Any] = iter(self.template.texts(requests))
         documents: list[list[Document] | ConversationError] = []
-        for conversation, whole, answers in chats:
+        for whole, answers in chats:
             text, *prompts = itertools.islice(texts, 1 + len(answers))
             if error := _first_error([text, *prompts]):
                 documents.append(error)
@@ -102,7 +102,7 @@ class DocumentBuilder:
                 documents.append(ConversationError(reason))
             else:
                 located = [
-                    Answer(len(prompt), whole.messages[i], not (conversation.truncated and i == answers[-1]))
+                    Answer(len(prompt), whole.messages[i], not whole.messages[i].get("cut"))
                     for i, prompt in zip(answers, prompts, strict=True)
                 ]
                 lead = _lead(prompts[0] if prompts else text, whole.messages)
@@ -124,7 +124,7 @@ class DocumentBuilder:
             if error := _first_error(texts):
                 raise error
             text, prompt = texts
-            answer = Answer(len(prompt), messages[i], not (conversation.truncated and i == answers[-1]))
+            answer = Answer(len(prompt), messages[i], not messages[i].get("cut"))
             lead = lead or _lead(prompt, messages)
             if text.startswith(prompt):
                 documents.append(Document(text, [answer], lead, whole))
@@ -133,11 +133,11 @@ class DocumentBuilder:
         return documents
 
     def _messages(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[int]]:
-        """Returns the messages that are rendered, and which of them are answers."""
+        """Returns the messages that are rendered, and which of them are answers to be learnt."""
         messages = with_system(conversation.messages, self._config.system_prompt)
         if self._config.reasoning == "drop":
             messages = [without_reasoning(m) for m in messages]
-        return messages, [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        return messages, [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("learn", True)]
 
 
 class Renderer:
@@ -167,12 +167,12 @@ class Renderer:
         """
         check = check or [False] * len(conversations)
         results: list[Any] = [None] * len(conversations)
-        chats = [i for i, conversation in enumerate(conversations) if conversation.messages[0]["role"] != "text"]
+        chats = [i for i, c in enumerate(conversations) if c.messages[0]["role"] not in ("text", "ids")]
         documents = self._builder.one_document_each([conversations[i] for i in chats])
         self._encode_all(results, dict(zip(chats, documents, strict=True)), check)
         for i, conversation in enumerate(conversations):
             if results[i] is None:
-                results[i] = [self._plain_text(conversation.messages[0]["content"], not conversation.truncated)]
+                results[i] = [self._without_turns(conversation.messages[0])]
         if self._config.rewritten == "per_answer":
             split: dict[int, list[Document] | ConversationError] = {}
             for i in chats:
@@ -233,11 +233,16 @@ class Renderer:
         check_sampled(sampled, answer.message, starts_special=ids[first] in self._special_ids)
         return first, last
 
-    def _plain_text(self, text: str, keep_end: bool) -> Rendered:
-        """Encodes a text without turns: all but its first token is supervised, and an end token is appended."""
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+    def _without_turns(self, message: Mapping[str, Any]) -> Rendered:
+        """Takes token ids as they are, or encodes a text.
+
+        All but the first token of a text is supervised, and an end token is appended if the text is not cut off.
+        """
+        if message["role"] == "ids":
+            return Rendered(np.array(message["ids"], np.int32), np.array(message["mask"], bool))
+        ids = self._backend.encode(message["content"], add_special_tokens=False).ids
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        ids = ([bos] if bos is not None else []) + ids + ([eos] if eos is not None and keep_end else [])
+        ids = ([bos] if bos is not None else []) + ids + ([eos] if eos is not None and not message.get("cut") else [])
         supervised = np.ones(len(ids), bool)
         supervised[:1] = False
         return Rendered(np.array(ids, np.int32), supervised)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jeagle.config import DataConfig
+from jeagle.data.sources.schema import prompt_ids, shown
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
@@ -148,7 +149,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
 def with_system(messages: Messages, system_prompt: str | None) -> list[dict[str, Any]]:
     """Returns the messages with the system prompt first, if one is given and they do not have their own."""
-    if system_prompt is None or (messages and messages[0]["role"] in ("system", "text")):
+    if system_prompt is None or (messages and messages[0]["role"] in ("system", "text", "ids")):
         return list(messages)
     return [{"role": "system", "content": system_prompt}, *messages]
 
@@ -208,7 +209,8 @@ class ChatTemplate:
 
     def _apply(self, requests: Sequence[RenderRequest], **more: Any) -> list[Any]:
         """Renders requests that differ in their messages alone."""
-        conversations, (_, tools, thinking, prompt) = [list(request.messages) for request in requests], requests[0]
+        conversations = [[shown(message) for message in request.messages] for request in requests]
+        _, tools, thinking, prompt = requests[0]
         if self._thinking_field:
             for messages in conversations:
                 messages[:] = [
@@ -231,11 +233,13 @@ def render_prompt(
 ) -> Int32[np.ndarray, " T"]:
     """Returns the ids of a conversation up to where the target is to answer, generation prompt included.
 
-    A plain text is tokenised as it is.
+    A plain text is tokenised as it is, and token ids are returned up to the first supervised one.
 
     Raises:
       ConversationError: if the template cannot render the messages.
     """
+    if messages[0]["role"] == "ids":
+        return np.asarray(prompt_ids(messages[0]), np.int32)
     if messages[0]["role"] == "text":
         return np.asarray(tokenizer(messages[0]["content"])["input_ids"], np.int32)
     request = RenderRequest(with_system(messages, system_prompt), tools, thinking, True)
