@@ -78,8 +78,8 @@ class DocumentBuilder:
     """Renders conversations to the texts of their documents, in which it locates the answers."""
 
     def __init__(self, tokenizer: Any, config: DataConfig, end_token_ids: Sequence[int]):
-        self.template, self._forms = template_and_forms(tokenizer, config.template_arguments, tuple(end_token_ids))
-        self._config = config
+        self.template, self._config = ChatTemplate(tokenizer, parse_arguments(config.template_arguments)), config
+        self._form_of = functools.partial(template_and_form, tokenizer, config.template_arguments, end_token_ids)
         self._sampled_with = f"{tokenizer_hash(tokenizer)}/{template_hash(tokenizer)}"
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[list[Document] | ConversationError]:
@@ -115,7 +115,7 @@ class DocumentBuilder:
         Raises:
           ConversationError: if a turn has no form in the template, or if it spells the beginning of an answer.
         """
-        form, config = self._forms[bool(conversation.tools)], self._config
+        (_, form), config = self._form_of(tools=bool(conversation.tools)), self._config
         messages = [
             form.with_fields(m, conversation.thinking) for m in with_system(conversation.messages, config.system_prompt)
         ]
@@ -197,18 +197,19 @@ class DocumentBuilder:
         return documents
 
 
-Forms = tuple[AnswerForm, AnswerForm]
-
-
-def template_and_forms(tokenizer: Any, arguments: str, end_token_ids: tuple[int, ...]) -> tuple[ChatTemplate, Forms]:
-    """Returns the template with these further variables (JSON), and the forms of answers without and with tools."""
-    return _cached_forms(tokenizer, str(tokenizer.chat_template), arguments, end_token_ids)
+def template_and_form(
+    tokenizer: Any, arguments: str, end_token_ids: Sequence[int], *, tools: bool
+) -> tuple[ChatTemplate, AnswerForm]:
+    """Returns the template with these further variables (JSON), and the form of answers where there are tools or not."""
+    return _cached_form(tokenizer, str(tokenizer.chat_template), arguments, tuple(end_token_ids), tools)
 
 
 @functools.lru_cache(maxsize=8)
-def _cached_forms(tokenizer: Any, _: str, arguments: str, ends: tuple[int, ...]) -> tuple[ChatTemplate, Forms]:
-    template, added = ChatTemplate(tokenizer, parse_arguments(arguments)), tokenizer.added_tokens_decoder
-    return template, (AnswerForm(template, added, ends), AnswerForm(template, added, ends, tools=True))
+def _cached_form(
+    tokenizer: Any, _: str, arguments: str, ends: tuple[int, ...], tools: bool
+) -> tuple[ChatTemplate, AnswerForm]:
+    template = ChatTemplate(tokenizer, parse_arguments(arguments))
+    return template, AnswerForm(template, tokenizer.added_tokens_decoder, ends, tools=tools)
 
 
 def _is_sampled(turn: Turn) -> bool:

@@ -193,8 +193,8 @@ class AnswerForm:
         body = body.removesuffix(ending.text)
         if shown.startswith(prompt):
             return body
-        heads = [head for head in self._heads.values() if head.strip() and body.startswith(head)]
-        return self.lead + body.removeprefix(heads[0]) if heads else body.lstrip()
+        head = next((head for head in self._heads.values() if head and body.startswith(head)), "")
+        return self.lead + body.removeprefix(head) if head else body
 
     def _behind(self, prompt: str, shown: str, previous: str) -> int | None:
         """Returns where an answer begins in the chat that ends with it, or None if that is not known.
@@ -304,7 +304,9 @@ class AnswerForm:
                     return begin + line, line + end + (line * 2 if block[2] is None else block[2])
             line = "\n" if begin == THINK[0] else ""  # the most common form
             return begin + line, line + end + line * 2
-        return "", ""
+        block = self._extras[False]  # an empty block where thinking is off, whose last tag closes it
+        tags = [tag.start() for tag in re.finditer(_TAG, block)]
+        return (block[: tags[-1]], block[tags[-1] :]) if len(tags) > 1 and not self._extras[True] else ("", "")
 
     def _head(self, on: bool) -> str:
         """Returns what the template shows of a plain answer before its text, behind what its prompt begins with."""
