@@ -41,7 +41,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, config: DataConfig, end_token_ids: Sequence[int]):
         self._tokenizer, self._config = tokenizer, config
-        self._end_token_ids, self._end_ids = tuple(end_token_ids), frozenset(end_token_ids)
+        self._end_token_ids = tuple(end_token_ids)
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -95,8 +95,6 @@ class Renderer:
         supervised[len(ids) :] = True
         for span in document.spans:
             prompt, stop = (_token_at(place, document.text, encoding) for place in (span.begin, span.stop))
-            if not self._end_ids.isdisjoint(ids[prompt : stop - span.ended]):
-                raise ConversationError("an end token stands within an answer")
             if span.sampled_hash and fingerprint(ids[prompt:stop]) != span.sampled_hash:
                 raise ConversationError("an answer's text gives other ids than its sampled_ids, which are missing")
             supervised[prompt:stop] = True
