@@ -92,7 +92,9 @@ def expected(config: RunConfig, store: features.Store) -> dict[str, Any]:
     if imported:  # its rows are those of the imported files, whatever conversations the settings name
         rows = {name: rows[name] for name in ("row_length", "held_out")}
     with contextlib.suppress(UserError):  # the data is not on this machine, and need not be
-        parts = data.parse_source(config.data.source) if config.data.source and not imported else []
+        parts = (
+            data.parse_source(config.data.source, config.data.columns) if config.data.source and not imported else []
+        )
         if parts and all(part.files for part in parts):
             rows["source"] = data.source_fingerprint(parts)
     made = {"target": wanted, "taps": list(aux_layers), "data": rows}
