@@ -1,12 +1,11 @@
 """From conversations to token rows, batches and the draft vocabulary, and answers to prompts."""
 
-from jeagle.data.chat.render import Rendered
+from jeagle.data.chat.render import Rendered, render_prompt
 from jeagle.data.chat.template_check import Outcome, check_template
 from jeagle.data.chat.templates import (
     ConversationError,
     parse_arguments,
     reads_date,
-    render_prompt,
     template_hash,
     tokenizer_hash,
     use_template,

@@ -51,7 +51,8 @@ def render(
 ) -> Rendered:
     """Renders one conversation as one document. ConversationError if that is not possible."""
     config = DataConfig(**{"rewritten": "reject"} | settings)
-    conversation = Conversation("", tuple(messages), truncated)
+    messages = [*messages[:-1], messages[-1] | {"cut": True}] if truncated else messages
+    conversation = Conversation("", tuple(messages))
     [documents] = Renderer(tokenizer, config, end_token_ids)([conversation], [check_ids])
     if isinstance(documents, ConversationError):
         raise documents

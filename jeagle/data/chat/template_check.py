@@ -167,16 +167,15 @@ class Turn:
         self._tokenizer, self._conversation, self.number = tokenizer, conversation, number
         message = conversation.messages[number]
         functions = [call["function"] for call in message.get("tool_calls", ())]
-        self._fields = [
-            part.strip() for part in (message.get("reasoning_content", ""), *_TAGS.split(message["content"]))
-        ]
+        texts = [message.get("reasoning_content", ""), *_TAGS.split(message["content"])]
         for function in functions:
             texts += [function["name"], *_arguments(function["arguments"], as_text=False).values()]
         self._fields = [text.strip() for text in texts if text.strip()]
         self._markers = _MARKER.findall(" ".join(self._fields))
         self._thinks, self._is_cut = "thought" in self._markers[0], bool(message.get("cut"))
-        follower = _result(1) if functions else _user(9)
-        self._next = (*conversation.messages[: number + 1], *(conversation.messages[number + 1 :] or [follower]))
+        self._shown, following = conversation.messages[: number + 1], conversation.messages[number + 1 :]
+        self._continued = (*self._shown, *(following or [_result(1) if functions else _user(9)]))
+        self._endings = [self._shown, self._continued] if following else [self._shown]
 
     def fault(self, before: list[int], learnt: list[int], ends: frozenset[int]) -> str:
         """Returns what is wrong with the ids that are learnt for this turn after `before`, or an empty text."""
@@ -191,19 +190,20 @@ class Turn:
         tail = text.rpartition(self._fields[-1])[2]
         if self._is_cut:
             return f"the end of an answer that was cut off is learnt: {tail!r}" if tail.strip() else ""
-        if learnt[-1] not in ends and learnt[-1] not in self._tokenizer.added_tokens_decoder:
-            return f"the end is not learnt: {text!r}"
         if not ends.isdisjoint(learnt[:-1]):
             return f"what follows the end is learnt: {text!r}"
-        if not any(whole.rpartition(self._fields[-1])[2].startswith(tail) for whole in self._followed()):
+        if not any(found.startswith(tail) for found in self._tails(self._shown, self._continued)):
             return f"the template does not write {tail!r} after the answer"
+        special = self._tokenizer.added_tokens_decoder.keys() | ends
+        shown = [self._tokenizer(found, add_special_tokens=False)["input_ids"] for found in self._tails(*self._endings)]
+        if learnt[-1] not in special and not all(special.isdisjoint(found) for found in shown):
+            return f"the end is not learnt: {text!r}"
         return ""
 
     def is_plain(self) -> bool:
         """Whether the template renders this turn after its prompt with all that was sampled and nothing else."""
-        messages = self._conversation.messages
-        prompts = self._renderings(messages[: self.number], prompt=True)
-        wholes = self._renderings(messages[: self.number + 1], prompt=False)
+        prompts = self._renderings(self._conversation.messages[: self.number], prompt=True)
+        wholes = self._renderings(self._shown, prompt=False)
         for prompt, whole in zip(prompts, wholes, strict=True):
             if prompt is None or whole is None or not whole.startswith(prompt):
                 continue
@@ -218,10 +218,11 @@ class Turn:
         texts = self._renderings(self._conversation.messages[: self.number], prompt=True)
         return [text for text in texts if text is not None]
 
-    def _followed(self) -> Iterator[str]:
-        """Yields the texts of the conversation that ends with this turn, and of the one that goes on."""
-        for messages in (self._conversation.messages[: self.number + 1], self._next):
-            yield from (text for text in self._renderings(messages, prompt=False) if text is not None)
+    def _tails(self, *conversations: Sequence[dict[str, Any]]) -> Iterator[str]:
+        """Yields what the template writes after this turn in these conversations."""
+        for messages in conversations:
+            for text in self._renderings(messages, prompt=False):
+                yield from [] if text is None else [text.rpartition(self._fields[-1])[2]]
 
     def _renderings(self, messages: Sequence[dict[str, Any]], *, prompt: bool) -> Iterator[str | None]:
         """Yields a text for each way to ask the template, or None where it refuses."""

@@ -9,7 +9,7 @@ from typing import Any
 from jeagle.config import DataConfig
 from jeagle.data.sources.catalog import SourcePart
 from jeagle.data.sources.files import Record
-from jeagle.data.sources.schema import find_columns, messages_of, tools_of
+from jeagle.data.sources.schema import ANSWERING, find_columns, messages_of, prompt_ids, shown, tools_of
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
@@ -23,17 +23,20 @@ class Conversation:
     Attributes:
       id: 16 hex digits that follow from the messages and the tools.
       messages: in the form that `schema` describes.
-      truncated: whether a length limit cut off the last answer.
       tools: JSON schemas of the tools that the assistant may call.
       model: the model that wrote the answers; empty if that is not known.
+      thinking: the thinking switch that the answers were sampled with; None if the row does not say.
+      sampled_with: TOKENIZER_HASH/TEMPLATE_HASH under which the `sampled_ids` of the messages are valid; empty if
+        there are none.
       where: file and line.
     """
 
     id: str
     messages: tuple[dict[str, Any], ...]
-    truncated: bool = False
     tools: tuple[dict[str, Any], ...] = ()
     model: str = ""
+    thinking: bool | None = None
+    sampled_with: str = ""
     where: str = ""
 
 
@@ -127,7 +130,7 @@ def is_held_out(conversation: Conversation, share: float) -> bool:
     A hash of the user's turns decides, so that the same prompt is never on both sides of the split.
     """
     turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
-    turns = turns or [m["content"] for m in conversation.messages]
+    turns = turns or [m["content"] if "content" in m else prompt_ids(m) for m in conversation.messages]
     return int(fingerprint(turns)[:13], 16) / 16**13 < share
 
 
@@ -158,10 +161,11 @@ def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) 
     row, columns = record.row, find_columns(record.row, part.columns)
     messages, tools = messages_of(row, columns), tools_of(row)
     roles = [m["role"] for m in messages]
-    if not {"assistant", "text"} & set(roles):
+    if not any(m.get("learn", True) for m in messages if m["role"] in ANSWERING):
         raise ValueError("the conversation has no answer")
     report.columns[part.label, columns] += 1
-    number = fingerprint({"messages": messages, "tools": tools} if tools else messages)
+    plain = [shown(m) for m in messages]  # rows that differ in marks alone are duplicates
+    number = fingerprint({"messages": plain, "tools": tools} if tools else plain)
     first = next(i for i, role in enumerate(roles) if role != "system")
     if roles[first] == "assistant":
         stop = roles.index("user") if "user" in roles else len(roles)
@@ -170,8 +174,11 @@ def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) 
         messages = [*messages[:first], *messages[stop:]]
         report.notes["a conversation begins with an answer, which is removed"] += 1
     model = next((row[name] for name in ("model", "generator") if isinstance(row.get(name), str)), "") or part.model
-    cut_off = row.get("finish_reason") == "length"
-    return Conversation(number, tuple(messages), cut_off, tuple(tools), model, record.where)
+    if row.get("finish_reason") == "length":
+        messages[-1]["cut"] = True
+    thinking = row["thinking"] if isinstance(row.get("thinking"), bool) else None
+    sampled_with = str(row.get("sampled_with", ""))
+    return Conversation(number, tuple(messages), tuple(tools), model, thinking, sampled_with, record.where)
 
 
 def _mix(

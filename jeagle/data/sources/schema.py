@@ -1,8 +1,14 @@
 """Converts rows of any chat dataset to messages in one form.
 
-A message is {"role": system | user | assistant | tool, "content": text}. An assistant message may also have
-"reasoning_content" and "tool_calls"; a tool message may have "name" and "tool_call_id". The arguments of a tool call
-are an object. A row of plain text without turns becomes one message with the role "text".
+A message is {"role": system | user | assistant | tool, "content": text}. A tool message may also have "name" and
+"tool_call_id". An assistant message may also have
+  "reasoning_content"  text
+  "tool_calls"         in OpenAI's form; the arguments are an object or JSON text, as the row has them
+  "cut": True          a length limit cut off this answer, so that its end is not supervised
+  "learn": False       this answer is not supervised
+  "sampled_ids"        the token ids that the target sampled for this answer, its end token included if it ended
+A row without turns becomes one message: {"role": "text", "content": text} for plain text, of which every token is
+supervised, or {"role": "ids", "ids": token ids, "mask": whether each of them is supervised}.
 """
 
 import json
@@ -18,6 +24,8 @@ _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "ch
 _PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "user")
 _ANSWERS = ("response", "completion", "output", "answer", "solution", "generation", "assistant")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+ANSWERING = ("assistant", "text", "ids")  # the roles of messages that have supervised tokens
+MARKS = ("cut", "learn", "sampled_ids", "sampled_hash")  # fields of a message that a chat template never sees
 
 
 class Columns(NamedTuple):
@@ -99,6 +107,23 @@ def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return tools
 
 
+def shown(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the message without its marks, and with the arguments of its tool calls as objects."""
+    plain = {name: value for name, value in message.items() if name not in MARKS}
+    if calls := message.get("tool_calls"):
+        plain["tool_calls"] = [
+            call | {"function": call["function"] | {"arguments": _from_json(call["function"]["arguments"])}}
+            for call in calls
+        ]
+    return plain
+
+
+def prompt_ids(message: Mapping[str, Any]) -> list[int]:
+    """Returns the token ids before the first supervised one of a message with the role "ids"."""
+    ids, mask = message["ids"], list(message["mask"])
+    return ids[: mask.index(True)] if True in mask else ids
+
+
 def _is_empty_system(turn: Mapping[str, Any]) -> bool:
     """Whether this is an empty system turn, as datasets have it whose rows must all have the same form."""
     content = turn.get("content", turn.get("value"))
@@ -155,8 +180,8 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
     parsed = []
     for call in calls:
         function = _from_json(call).get("function", call)
-        arguments = _from_json(function.get("arguments", function.get("parameters", {})) or {})
-        if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+        arguments = function.get("arguments", function.get("parameters", {})) or {}
+        if not isinstance(function.get("name"), str) or not isinstance(_from_json(arguments), dict):
             raise ValueError("a tool call has no name, or its arguments are not an object")
         tree = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         parsed.append(({"id": call["id"]} if isinstance(call.get("id"), str) else {}) | tree)
