@@ -22,7 +22,8 @@ from jeagle.data.sources.conversations import Conversation
 _MARKER = re.compile(r"zz[a-z]+\d+")
 _THINKING = re.compile("think|thought|reason|analysis|inner", re.IGNORECASE)  # how templates name a block of reasoning
 _TAGS = re.compile("</?think>")
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # how templates name the reasoning of a message
+_REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "tool_plan")  # names of a message's reasoning
+_ESCAPED = re.compile(r"""'city'|\\"city""")  # arguments in Python's notation, or as JSON within JSON
 
 
 class Outcome(NamedTuple):
@@ -49,18 +50,21 @@ def _thought(number: int) -> dict[str, str]:
 
 
 def _calls(*numbers: int, as_text: bool = False, **more: Any) -> dict[str, Any]:
-    """Returns a turn that calls a tool for each number; the arguments are an object, or its JSON text."""
+    """Returns a turn that calls a tool for each number; the arguments are an object, or its JSON text.
+
+    An id has nine characters, as Mistral's templates want it, and names the tool, because Kimi's show nothing else.
+    """
     calls = []
     for number in numbers:
         arguments: Any = {"city": f"zzcity{number} of gulls", "day": f"zzday{number}"}
         function = {"name": f"zzlook{number}", "arguments": json.dumps(arguments) if as_text else arguments}
-        calls.append({"id": f"call{number:05}", "type": "function", "function": function})
+        calls.append({"id": f"zzlook{number}id", "type": "function", "function": function})
     return {"role": "assistant", "content": "", "tool_calls": calls} | more
 
 
 def _result(number: int) -> dict[str, Any]:
     content = json.dumps({"found": _field("result", number)})
-    return {"role": "tool", "name": f"zzlook{number}", "tool_call_id": f"call{number:05}", "content": content}
+    return {"role": "tool", "name": f"zzlook{number}", "tool_call_id": f"zzlook{number}id", "content": content}
 
 
 def _tool(number: int) -> dict[str, Any]:
@@ -156,6 +160,12 @@ def _runs(supervised: Any) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
+def _markers(text: str) -> list[str]:
+    """Returns the markers in a text, without those that repeat the name of a tool, as the id of a call does."""
+    found = _MARKER.findall(text)
+    return [marker for i, marker in enumerate(found) if "look" not in marker or marker not in found[:i]]
+
+
 class Turn:
     """A turn that must be learnt, and all the ways in which the template may be asked to render it.
 
@@ -171,7 +181,7 @@ class Turn:
         for function in functions:
             texts += [function["name"], *_arguments(function["arguments"], as_text=False).values()]
         self._fields = [text.strip() for text in texts if text.strip()]
-        self._markers = _MARKER.findall(" ".join(self._fields))
+        self._markers = _markers(" ".join(self._fields))
         self._thinks, self._is_cut = "thought" in self._markers[0], bool(message.get("cut"))
         self._shown, following = conversation.messages[: number + 1], conversation.messages[number + 1 :]
         self._continued = (*self._shown, *(following or [_result(1) if functions else _user(9)]))
@@ -183,10 +193,12 @@ class Turn:
         if before not in prompts:
             return f"what stands before it is not the prompt of this turn: {self._tokenizer.decode(before)[-60:]!r}"
         text = self._tokenizer.decode(learnt)
-        if _MARKER.findall(text) != self._markers or not all(field in text for field in self._fields):
+        if _markers(text) != self._markers or not all(field in text for field in self._fields):
             return f"{text!r} is learnt in place of {self._fields}"
         if not self._thinks and _THINKING.search(text.partition(self._markers[0])[0]):
             return f"an empty block of reasoning is learnt: {text!r}"
+        if _ESCAPED.search(text) and not all(map(_ESCAPED.search, self._texts(self._shown))):
+            return f"the arguments of a call are quoted: {text!r}"
         tail = text.rpartition(self._fields[-1])[2]
         if self._is_cut:
             return f"the end of an answer that was cut off is learnt: {tail!r}" if tail.strip() else ""
@@ -210,7 +222,7 @@ class Turn:
             text = whole[len(prompt) :]
             lead, tail = text.partition(self._markers[0])[0], text.rpartition(self._fields[-1])[2]
             empty_block = not self._thinks and _THINKING.search(lead)
-            if _MARKER.findall(text) == self._markers and not empty_block and (self._is_cut or tail.strip()):
+            if _markers(text) == self._markers and not empty_block and (self._is_cut or tail.strip()):
                 return True
         return False
 
@@ -221,8 +233,10 @@ class Turn:
     def _tails(self, *conversations: Sequence[dict[str, Any]]) -> Iterator[str]:
         """Yields what the template writes after this turn in these conversations."""
         for messages in conversations:
-            for text in self._renderings(messages, prompt=False):
-                yield from [] if text is None else [text.rpartition(self._fields[-1])[2]]
+            yield from (text.rpartition(self._fields[-1])[2] for text in self._texts(messages))
+
+    def _texts(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+        return [text for text in self._renderings(messages, prompt=False) if text is not None]
 
     def _renderings(self, messages: Sequence[dict[str, Any]], *, prompt: bool) -> Iterator[str | None]:
         """Yields a text for each way to ask the template, or None where it refuses."""
