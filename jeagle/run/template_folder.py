@@ -83,23 +83,33 @@ def read_templates(folder: Path) -> Iterator[TemplateFile]:
 def neutral_tokenizer(template: str | dict[str, str], settings: dict[str, Any]) -> Any:
     """Returns a tokenizer whose tokens are bytes and the special tokens that the template and the settings spell.
 
+    Templates may put a token together from a bar and a role, so that a text that they write is searched as well.
+
     Args:
       settings: a model's tokenizer_config.json, or nothing.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     roles = {role: settings.get(role) for role in ("bos_token", "eos_token")}
     roles = {role: token["content"] if isinstance(token, dict) else token for role, token in roles.items()}
     if not settings:
         roles = {"bos_token": "<s>", "eos_token": "</s>"}
     added = [token["content"] for token in settings.get("added_tokens_decoder", {}).values() if token.get("special")]
-    special = dict.fromkeys([token for token in roles.values() if token] + added + _SPECIAL.findall(str(template)))
+    special = [token for token in roles.values() if token] + added + _SPECIAL.findall(str(template))
+    tokenizer = _of_bytes(special, roles)
+    tokenizer.chat_template = template
+    return _of_bytes(special + _SPECIAL.findall("".join(room.sample_texts(tokenizer))), roles)
+
+
+def _of_bytes(special: list[str], roles: dict[str, Any]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(special)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
 
 

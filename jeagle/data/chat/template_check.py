@@ -21,6 +21,7 @@ from jeagle.data.sources.conversations import Conversation
 
 _MARKER = re.compile(r"zz[a-z]+\d+")
 _THINKING = re.compile("think|thought|reason|analysis|inner", re.IGNORECASE)  # how templates name a block of reasoning
+_OPENED = re.compile(r"[<\[](?!/)((?!end)[^<>\[\]])*think[^<>\[\]]*[>\]]\s*$", re.IGNORECASE)  # at a prompt's end
 _TAGS = re.compile("</?think>")
 _REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "tool_plan")  # names of a message's reasoning
 _ESCAPED = re.compile(r"""'city'|\\"city""")  # arguments in Python's notation, or as JSON within JSON
@@ -132,6 +133,12 @@ def check_template(tokenizer: Any, end_token_ids: Sequence[int]) -> dict[str, Ou
     return outcomes
 
 
+def sample_texts(tokenizer: Any) -> list[str]:
+    """Returns what the tokenizer's template writes for a chat with a system turn and for one with a call."""
+    chats = [CHATS["with system"], CHATS["call"]]
+    return [text for chat in chats for text in Turn(tokenizer, chat, len(chat.messages) - 1).texts(chat.messages)]
+
+
 def judge(
     tokenizer: Any, end_token_ids: Sequence[int], conversation: Conversation, documents: Sequence[Rendered] | Exception
 ) -> Outcome:
@@ -197,7 +204,7 @@ class Turn:
             return f"{text!r} is learnt in place of {self._fields}"
         if not self._thinks and _THINKING.search(text.partition(self._markers[0])[0]):
             return f"an empty block of reasoning is learnt: {text!r}"
-        if _ESCAPED.search(text) and not all(map(_ESCAPED.search, self._texts(self._shown))):
+        if _ESCAPED.search(text) and not all(map(_ESCAPED.search, self.texts(self._shown))):
             return f"the arguments of a call are quoted: {text!r}"
         tail = text.rpartition(self._fields[-1])[2]
         if self._is_cut:
@@ -219,6 +226,8 @@ class Turn:
         for prompt, whole in zip(prompts, wholes, strict=True):
             if prompt is None or whole is None or not whole.startswith(prompt):
                 continue
+            if not self._thinks and _OPENED.search(prompt):
+                continue
             text = whole[len(prompt) :]
             lead, tail = text.partition(self._markers[0])[0], text.rpartition(self._fields[-1])[2]
             empty_block = not self._thinks and _THINKING.search(lead)
@@ -233,9 +242,10 @@ class Turn:
     def _tails(self, *conversations: Sequence[dict[str, Any]]) -> Iterator[str]:
         """Yields what the template writes after this turn in these conversations."""
         for messages in conversations:
-            yield from (text.rpartition(self._fields[-1])[2] for text in self._texts(messages))
+            yield from (text.rpartition(self._fields[-1])[2] for text in self.texts(messages))
 
-    def _texts(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+    def texts(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+        """Returns what the template writes for these messages, in each way to ask it that it does not refuse."""
         return [text for text in self._renderings(messages, prompt=False) if text is not None]
 
     def _renderings(self, messages: Sequence[dict[str, Any]], *, prompt: bool) -> Iterator[str | None]:

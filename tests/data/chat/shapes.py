@@ -1,6 +1,8 @@
 """Small chat templates of our own in the shapes that published ones have: where a turn ends, what a prompt opens or
 closes, which thoughts the history keeps, and in which form calls are written."""
 
+# ruff: noqa: E501 (templates are easier to read without breaks within a tag)
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -177,7 +179,7 @@ SHAPES = {
         "<|/ANSWER|>{% else %}{{ m.content }}{% endif %}<|END_OF_TURN|>{% endfor %}<|TURN|><|assistant|>"
         "{{ '<|START_THINKING|><|END_THINKING|>' if enable_thinking is false else '' }}",
         ("<|END_OF_TURN|>",),
-        REASONING | CALLS,
+        (REASONING | CALLS) - {"cut in thought"},
     ),
     "the last turn ends otherwise": Shape(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token if loop.last and m.role == 'assistant'"
