@@ -29,13 +29,11 @@ class Span(NamedTuple):
 
     Attributes:
       begin, stop: its first character, and the one behind it.
-      ended: whether it includes its end.
       sampled_hash: fingerprint of the ids that the target sampled; empty if it is not known.
     """
 
     begin: int
     stop: int
-    ended: bool
     sampled_hash: str = ""
 
 
@@ -62,11 +60,13 @@ class Turn(NamedTuple):
 
     Attributes:
       message: the answer; it has sampled_ids and sampled_hash only where they are valid.
+      form: the form of its text.
       prompt, shown: the requests for its prompt, and for the chat that ends with it.
       next_role: role of the message after it; empty if there is none.
     """
 
     message: dict[str, Any]
+    form: AnswerForm
     prompt: RenderRequest
     shown: RenderRequest
     next_role: str
@@ -76,8 +76,8 @@ class DocumentBuilder:
     """Renders conversations to the texts of their documents, in which it locates the answers."""
 
     def __init__(self, tokenizer: Any, config: DataConfig, end_token_ids: Sequence[int]):
-        self.template, self._form = template_and_form(tokenizer, config.template_arguments, tuple(end_token_ids))
-        self._config = config
+        self.template, self._config = ChatTemplate(tokenizer, parse_arguments(config.template_arguments)), config
+        self._form_of = functools.partial(template_and_form, tokenizer, config.template_arguments, end_token_ids)
         self._sampled_with = f"{tokenizer_hash(tokenizer)}/{template_hash(tokenizer)}"
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[list[Document] | ConversationError]:
@@ -93,10 +93,9 @@ class DocumentBuilder:
         plain = {i for i, turns in chats.items() if self._is_plain(turns)}
         requests = {i: [turn.prompt for turn in turns] for i, turns in chats.items()}
         texts = self._texts({i: some + [chats[i][-1].shown] * (i in plain) for i, some in requests.items()}, results)
-        for i in plain & texts.keys():
-            *prompts, whole = texts[i]
-            texts[i] = prompts
-            if document := self._plain_document(chats[i], prompts, whole):
+        whole = {i: texts[i].pop() for i in plain & texts.keys()}
+        for i, text in whole.items():
+            if (document := self._plain_document(chats[i], texts[i], text)) is not None:
                 results[i] = [document]
         rest = [i for i in texts if results[i] is None]
         shown = self._texts({i: [turn.shown for turn in chats[i] if not _is_sampled(turn)] for i in rest}, results)
@@ -113,7 +112,7 @@ class DocumentBuilder:
         Raises:
           ConversationError: if a turn has no form in the template, or if it spells the beginning of an answer.
         """
-        form, config = self._form, self._config
+        (_, form), config = self._form_of(tools=bool(conversation.tools)), self._config
         messages = [
             form.with_fields(m, conversation.thinking) for m in with_system(conversation.messages, config.system_prompt)
         ]
@@ -130,7 +129,8 @@ class DocumentBuilder:
             if message["role"] == "assistant" and message.get("learn", True):
                 prompt = RenderRequest(seen[:i], conversation.tools, self._thinks(message, conversation), True)
                 shown = prompt._replace(messages=seen[: i + 1], prompt=False)
-                turns.append(Turn(message, prompt, shown, messages[i + 1]["role"] if i + 1 < len(messages) else ""))
+                next_role = messages[i + 1]["role"] if i + 1 < len(messages) else ""
+                turns.append(Turn(message, form, prompt, shown, next_role))
         if not turns:
             raise ConversationError("the conversation has no answer to learn")
         return turns
@@ -145,7 +145,7 @@ class DocumentBuilder:
 
     def _is_plain(self, turns: Sequence[Turn]) -> bool:
         return all(
-            turn.message.keys() <= {"role", "content", "cut", "learn"} and self._form.is_simple[turn.prompt.thinking]
+            turn.message.keys() <= {"role", "content", "cut", "learn"} and turn.form.is_simple[turn.prompt.thinking]
             for turn in turns
         )
 
@@ -164,13 +164,14 @@ class DocumentBuilder:
         """Returns the document of a plain chat, or None if its text does not show all answers as they are sampled."""
         spans = []
         for turn, prompt in zip(turns, prompts, strict=True):
-            end, content = self._form.ending(turn.message, turn.next_role), turn.message["content"]
+            end = turn.form.ending(turn.message, whole, turn.next_role, thinking=turn.prompt.thinking)
+            content = turn.message["content"]
             # Templates remove white space around the text, or some of it.
-            forms = (f"{self._form.lead}{text}{end}" for text in (content, content.strip(), content.lstrip()))
+            forms = (f"{turn.form.lead}{text}{end}" for text in (content, content.strip(), content.lstrip()))
             length = next((len(text) for text in forms if whole.startswith(text, len(prompt))), 0)
-            if not length or not whole.startswith(prompt):
+            if not length or not whole.startswith(prompt) or turn.form.has_end(content):
                 return None
-            spans.append(Span(len(prompt), len(prompt) + length, bool(end)))
+            spans.append(Span(len(prompt), len(prompt) + length))
         return Document(whole, tuple(spans), _lead(prompts[0], turns[0].prompt.messages), turns[-1].prompt)
 
     def _documents(self, turns: Sequence[Turn], prompts: Sequence[str], shown: Iterator[str]) -> list[Document]:
@@ -183,9 +184,10 @@ class DocumentBuilder:
                 continue
             previous, thinking = turn.prompt.messages[-1:], turn.prompt.thinking
             before = (previous[0]["content"] or "") if previous else ""
-            text = prompt + self._form.sampled(prompt, next(shown), turn.message, before, thinking=thinking)
-            end = self._form.ending(turn.message, turn.next_role)
-            span = Span(len(prompt), len(text + end), bool(end), turn.message.get("sampled_hash", ""))
+            chat = next(shown)
+            text = prompt + turn.form.sampled(prompt, chat, turn.message, before, thinking=thinking)
+            end = turn.form.ending(turn.message, chat, turn.next_role, thinking=thinking)
+            span = Span(len(prompt), len(text + end), turn.message.get("sampled_hash", ""))
             document = Document(text + end, (span,), lead, turn.prompt)
             if documents and not documents[-1].sampled_ids and prompt.startswith(documents[-1].text):
                 document = document._replace(spans=(*documents.pop().spans, span))
@@ -194,16 +196,18 @@ class DocumentBuilder:
 
 
 def template_and_form(
-    tokenizer: Any, arguments: str, end_token_ids: tuple[int, ...]
+    tokenizer: Any, arguments: str, end_token_ids: Sequence[int], *, tools: bool
 ) -> tuple[ChatTemplate, AnswerForm]:
-    """Returns the template with these further variables (JSON), and the form of its answers."""
-    return _cached_form(tokenizer, str(tokenizer.chat_template), arguments, end_token_ids)
+    """Returns the template with these further variables (JSON), and the form of answers with tools or without."""
+    return _cached_form(tokenizer, str(tokenizer.chat_template), arguments, tuple(end_token_ids), tools)
 
 
 @functools.lru_cache(maxsize=8)
-def _cached_form(tokenizer: Any, _: str, arguments: str, ends: tuple[int, ...]) -> tuple[ChatTemplate, AnswerForm]:
+def _cached_form(
+    tokenizer: Any, _: str, arguments: str, ends: tuple[int, ...], tools: bool
+) -> tuple[ChatTemplate, AnswerForm]:
     template = ChatTemplate(tokenizer, parse_arguments(arguments))
-    return template, AnswerForm(template, tokenizer.added_tokens_decoder, ends)
+    return template, AnswerForm(template, tokenizer.added_tokens_decoder, ends, tools=tools)
 
 
 def _is_sampled(turn: Turn) -> bool:
