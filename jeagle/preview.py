@@ -1,6 +1,6 @@
 """`python -m jeagle.preview DATA` shows prepared rows, with supervised tokens coloured, and statistics.
 
-DATA is the folder of a run, or the data folder in it.
+DATA is the folder of a run, or the data folder in it. `--templates FOLDER` checks chat templates instead.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jeagle.runtime.outputs import check_output
 class PreviewArguments:
     """Shows rows of prepared data: supervised tokens are coloured, and documents are separated by lines."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[Path | None, tyro.conf.Positional] = None
     """The folder of a run, or the data folder in it."""
     rows: int = 3
     """Number of rows to show."""
@@ -36,10 +36,23 @@ class PreviewArguments:
     """Characters per line; 0 takes the terminal's width."""
     html: Path | None = None
     """HTML file to write, instead of showing the rows in the terminal."""
+    templates: Path | None = None
+    """Folder of chat templates (Jinja files, or folders of models): shows which kinds of chats each of them renders
+    rightly, refuses with what reason, or renders wrongly. The exit status is 1 if one is wrong or refuses them all."""
+    target: str = ""
+    """Target whose tokenizer is used with --templates; empty for the tokenizer beside a template, or a neutral one."""
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     args = parse(PreviewArguments, arguments, program="python -m jeagle.preview", description=__doc__)
+    if args.templates is not None:
+        from jeagle.run import template_folder  # it imports JAX, which the rows do not need
+
+        results = template_folder.check_folder(args.templates, args.target)
+        print(*template_folder.table(results), sep="\n")
+        return int(template_folder.is_wrong(results))
+    if args.data is None:
+        raise UserError("There is nothing to show: give the folder of a run, or --templates with a folder of them.")
     if args.html is not None:
         check_output(args.html, display.PAGE)
     folder = args.data / "data" if (args.data / "data").is_dir() else args.data
@@ -64,12 +77,13 @@ def main(arguments: list[str]) -> None:
         page = display.html_page(str(args.data), args.part, list(numbers), shown, statistics)
         atomic_write(args.html, page, display.PAGE)
         print(f"{len(shown)} rows in {args.html}")
-        return
+        return 0
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for number, tokens in zip(numbers, shown, strict=True):
         print(display.terminal_row(f"{args.part} row {number} of {total}", tokens, coloured, args.width))
     for name, value in statistics:
         print(f"{name:<24}{value}")
+    return 0
 
 
 if __name__ == "__main__":

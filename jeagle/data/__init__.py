@@ -1,6 +1,7 @@
 """From conversations to token rows, batches and the draft vocabulary, and answers to prompts."""
 
 from jeagle.data.chat.render import Rendered, render_prompt
+from jeagle.data.chat.template_check import Outcome, check_template, sample_texts
 from jeagle.data.chat.templates import (
     ConversationError,
     parse_arguments,
