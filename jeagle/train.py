@@ -56,13 +56,11 @@ def train(config: RunConfig, inputs: Inputs | None = None) -> dict[str, Any]:
 
     scores = held_out_scores(config.folder)
     checkpoints = Checkpoints(config.folder / "checkpoints", keep=config.train.keep, scores=scores)
-    start = checkpoints.latest() or 0
-    if start:
-        state = checkpoints.restore(start, state)
+    start, state = checkpoints.newest(state)
 
     metrics, evaluation = MetricsLog.of(run, state.draft, start), HeldOut(run, start, scores)
     trace = StepTrace(config.folder / "profile", config.profile)
-    with metrics, evaluation, stop_requested() as stopping:
+    with checkpoints, metrics, evaluation, stop_requested() as stopping:
         if start and run.due(start):
             metrics.say(evaluation.again(start, state))
         for batch in run.batches(start):
@@ -80,7 +78,6 @@ def train(config: RunConfig, inputs: Inputs | None = None) -> dict[str, Any]:
             if stop:
                 break
         metrics.drain()
-    checkpoints.close()
     if int(state.step) < run.steps:
         raise KeyboardInterrupt
     return metrics.last

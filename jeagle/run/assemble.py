@@ -1,6 +1,7 @@
 """From a config to the parts of a run: what every command starts with."""
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Tables
 from jeagle.run import dataset
 from jeagle.run.draft_init import EMBEDDING_FILE, Start, draft_class, held_out_scores, own_embedding, starting_head
-from jeagle.run.parameters import Trained, served_params
+from jeagle.run.parameters import Trained, served_from, served_params
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
 from jeagle.runtime.progress import bytes_progress
@@ -142,7 +143,8 @@ def run_folder(path: str | Path) -> Path:
 def load_draft(folder: Path, step: int | str) -> tuple[int, DraftSpec, dict[str, np.ndarray]]:
     """(step, spec, parameters by name) of a run's checkpoint: those that are measured and exported."""
     spec = described_draft(folder)
-    found, tree = load_named(folder / "checkpoints", step, held_out_scores(folder))
+    served = lambda names: itertools.chain(*served_from(names).values())  # noqa: E731
+    found, tree = load_named(folder / "checkpoints", step, held_out_scores(folder), served)
     return found, spec, drafts.merge_adapters(served_params(tree))
 
 

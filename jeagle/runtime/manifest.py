@@ -8,6 +8,7 @@ removes it. One path is written by one thread of a process at a time.
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -100,6 +101,13 @@ def write_manifest(folder: str | Path, tree: dict) -> None:
     """Writes folder/manifest.json: call it last, since it is what makes the folder count as finished."""
     text = json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write(Path(folder) / MANIFEST, text, json_file("manifest"))  # the folder's kind has been checked
+
+
+def set_aside(path: Path, folder: Path, name: str) -> Path:
+    """Moves what is damaged to FOLDER/damaged/NAME.0, or the first number that is free, and returns where it is now."""
+    place = next(place for n in itertools.count() if not (place := folder / "damaged" / f"{name}.{n}").exists())
+    place.parent.mkdir(exist_ok=True)
+    return path.rename(place)
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jeagle.config import RunConfig
@@ -14,6 +13,7 @@ from jeagle.errors import UserError
 from jeagle.run import assemble
 from jeagle.run.parameters import Trained, path_names
 from jeagle.runtime import distributed
+from jeagle.runtime.checksums import checksum
 from jeagle.runtime.flops import all_devices_flops, count_flops
 from jeagle.runtime.progress import Progress
 from jeagle.runtime.trackers import Trackers, open_trackers, read_metrics
@@ -133,14 +133,9 @@ class MetricsLog:
             )
 
 
-@jax.jit
-def _sums(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32), tree)
-
-
 def checksums(tree: Any) -> dict[str, int]:
-    """A number for each float32 array by its path; it is another one, all but certainly, when any bit changes."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_sums(tree)))
+    """The checksum of each array by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(jax.tree.map(checksum, tree)))
     return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
 
 
