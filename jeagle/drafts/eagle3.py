@@ -257,5 +257,11 @@ def advance(
 
 
 def greedy_token(draft: Eagle3, tables: Tables, for_head: Float[Array, "*rows W"]) -> Int[Array, "*rows"]:
-    """The draft's most likely token for what lm_head reads, as an id of the target's vocabulary."""
-    return tables.draft_to_target_D[jnp.argmax(draft.logits(for_head), axis=-1)]
+    """The draft's most likely token for what lm_head reads, as an id of the target's vocabulary.
+
+    It is -1, which no target accepts, where the logits are not finite.
+    """
+    logits = draft.logits(for_head)
+    entry = jnp.argmax(logits, axis=-1)
+    best = jnp.take_along_axis(logits, entry[..., None], axis=-1)[..., 0]  # NaN counts as the largest number
+    return jnp.where(jnp.isfinite(best), tables.draft_to_target_D[entry], -1)

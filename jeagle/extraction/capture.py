@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from jeagle import align, features, targets
-from jeagle.errors import UserError
 from jeagle.interfaces import Batch, TopK
 from jeagle.runtime.mesh import row_sharding
 from jeagle.targets import Target
@@ -82,11 +81,9 @@ class Capture:
         def finish() -> features.StoredFeatures:
             stored, finite_B = jax.tree.map(_own_rows, captured)
             if not finite_B.all():
-                raise UserError(
-                    f"The target's hidden states of row {int(np.argmin(finite_B))} of a batch are not finite numbers: "
-                    "its weights are damaged, or their type is too narrow. Compare them with python -m jeagle.doctor "
-                    "--against transformers."
-                )
+                if jax.process_count() == 1:  # other processes may not have met it
+                    targets.check_finite(*self._compute.args, batch)
+                raise targets.broken_target("one of its layers")
             return stored
 
         return finish

@@ -123,7 +123,10 @@ def measure(
     label: str = "bench",
     width: int = 0,
 ) -> tuple[dict[str, Any], Decoded]:
-    """Speculative and plain decoding of the same prompts -> (report, texts)."""
+    """Speculative and plain decoding of the same prompts -> (report, texts).
+
+    UserError where they exceed the target's positions, or the target's numbers are not finite.
+    """
     room, most = max(map(len, prompts)) + max_new_tokens + 2 * draft_tokens, bench.loaded.target.spec.max_positions
     if room > most:
         raise UserError(
@@ -133,9 +136,13 @@ def measure(
     decode = {"batch": batch, "width": width}
     with Progress(2 * len(prompts), "decodings", label) as progress:
         more = max_new_tokens + draft_tokens + 1  # so that a baseline's last draft can be judged whole
-        plain = decoding.decode_greedy(
-            bench.models, bench.weights, prompts, tokens=more, on_done=progress.update, **decode
-        )
+        try:
+            plain = decoding.decode_greedy(
+                bench.models, bench.weights, prompts, tokens=more, on_done=progress.update, **decode
+            )
+        except decoding.NotFiniteError as error:
+            targets.check_text_finite(bench.loaded.target.graphdef, bench.weights.target, error.tokens)
+            raise targets.broken_target("one of its layers") from error
         decoded = decoding.decode_speculative(
             bench.models,
             bench.weights,

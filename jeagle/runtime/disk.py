@@ -1,4 +1,4 @@
-"""A disk that is full, or would be: one sentence with numbers, before anything is half written where that can be known."""
+"""A disk that is full, or would be: one sentence with numbers, where possible before anything is written."""
 
 import errno
 import shutil
@@ -15,7 +15,7 @@ def free_bytes(path: Path) -> int:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error of the system's or of tensorstore's, or one that it followed from, means a full disk or quota."""
+    """Whether an error of the system's or of tensorstore's, or its cause, means a full disk or quota."""
     known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     cause = error.__cause__ or error.__context__
     return known or any(sign in str(error) for sign in _SIGNS_OF_FULL) or (cause is not None and is_full(cause))

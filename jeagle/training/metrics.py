@@ -10,6 +10,7 @@ import numpy as np
 
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
+from jeagle.interfaces import Batch
 from jeagle.run import assemble
 from jeagle.run.parameters import Trained, path_names
 from jeagle.runtime import distributed
@@ -31,11 +32,18 @@ class MetricsLog:
     Args:
       start, steps: the step that this call begins with, and how many the run has.
       rows_of: step -> the numbers of its rows, for messages.
+      check_target: called with the rows of a batch whose loss or gradient is not finite.
     """
 
     def __init__(
-        self, config: RunConfig, start: int, steps: int, rows_of: Callable[[int], Iterable[int]] = lambda step: ()
+        self,
+        config: RunConfig,
+        start: int,
+        steps: int,
+        rows_of: Callable[[int], Iterable[int]] = lambda step: (),
+        check_target: Callable[[Batch], None] = lambda rows: None,
     ):
+        self.check_target = check_target
         self.rows_of, self.folder = rows_of, config.folder
         self.every, self.steps = config.train.log_every, steps
         leader = distributed.is_leader()
@@ -53,7 +61,7 @@ class MetricsLog:
     @classmethod
     def of(cls, run: Run, draft: Any, start: int) -> Self:
         """The log of a run that goes on with step `start` from the parameters `draft`."""
-        log = cls(run.config, start, run.steps, run.stream.row_numbers)
+        log = cls(run.config, start, run.steps, run.stream.row_numbers, run.check_target)
         if run.config.train.learning_rate:
             log.unchanged = UnchangedParameters(draft, assemble.trained(run.config.draft), start)
         return log
@@ -101,7 +109,7 @@ class MetricsLog:
             metrics["flops_share"] = self.speed.of(flops, time.monotonic()) / self.peak
         if batch.read_share is not None:
             metrics["read_share"] = batch.read_share
-        self._check_skipped(step, metrics)
+        self._check_skipped(batch, metrics)
         self.last = {"step": step + 1, **metrics}
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
             self.trackers.log(step + 1, metrics)
@@ -115,11 +123,14 @@ class MetricsLog:
         shown |= {"read": f"{batch.read_share:.0%}"} if batch.read_share is not None else {}
         self.progress.update(step + 1, **shown)
 
-    def _check_skipped(self, step: int, metrics: dict[str, float]) -> None:
-        """Says that an update was skipped, and stops a run that skips every one."""
+    def _check_skipped(self, batch: StepBatch, metrics: dict[str, float]) -> None:
+        """Says that an update was skipped, and stops a run that skips every one, or whose target is broken."""
         if metrics["taken"]:
             self.skipped_in_a_row = 0
             return
+        step = batch.step
+        if not np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all():
+            self.check_target(batch.rows)
         self.skipped_in_a_row += 1
         numbers = f"loss {metrics['loss']:.3g}, gradient norm {metrics['gradient_norm']:.3g}"
         rows = ", ".join(map(str, self.rows_of(step)))

@@ -86,6 +86,11 @@ class Run(NamedTuple):
             share = float(stored is not None) if self.stores and self.stores.partial else None
             yield StepBatch(step, put_rows(rows, self.mesh), put_rows(stored, self.mesh), width, tokens, share)
 
+    def check_target(self, rows: Batch) -> None:
+        """UserError where the target, if the run has one, gives numbers that are not finite for rows on the mesh."""
+        if self.program.target is not None:
+            targets.check_finite(self.program.target, self.frozen.target, rows)
+
     def due(self, step: int) -> bool:
         """Whether the state after so many steps is saved and evaluated."""
         return step % self.config.train.save_every == 0 or step == self.steps
