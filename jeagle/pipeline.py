@@ -125,6 +125,8 @@ def _train(config: RunConfig, begun: bool) -> dict[str, Any]:
         beside the checkpoints can be written anew.
     """
     _set_damaged_aside(config.folder, begun)
+    if not begun:
+        assemble.check_files(config.folder)
     metrics = train(config)
     _, _, params = assemble.load_draft(config.folder, "last")
     digest = hashlib.sha256()  # training again may give the same draft, or another

@@ -8,6 +8,7 @@ from typing import Any
 
 from jeagle import flags
 from jeagle.config import RunConfig
+from jeagle.run import assemble
 from jeagle.run.claim import claimed
 from jeagle.run.draft_init import held_out_scores
 from jeagle.runtime import distributed
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> None:
     config = flags.from_command_line(arguments, program="python -m jeagle.train", description=__doc__, reads=READS)
     prepare_host()
     with claimed(config):
+        assemble.check_files(config.folder)
         # Before the processes join, because preparing may take longer than they wait for one another.
         inputs = open_inputs(config) if distributed.may_lead() else None
         distributed.initialise()

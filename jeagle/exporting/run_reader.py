@@ -18,7 +18,7 @@ import tensorstore as ts
 from jaxtyping import Float, Int, Shaped
 
 from jeagle import drafts, features
-from jeagle.config import RunConfig, from_json
+from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.exchange.draft_tensors import LazyArray
 from jeagle.interfaces import DraftSpec
@@ -214,10 +214,9 @@ def open_run_draft(checkpoint: str | Path, step: int | str) -> Iterator[RunDraft
         else:
             folder = assemble.run_folder(checkpoint)
             storage, where = features.Storage(folder), str(folder)
+        config, spec = assemble.read_config(folder, where=where), assemble.described_draft(folder, where=where)
+        own = folder / EMBEDDING_FILE
         try:
-            config = from_json(json.loads((folder / "config.json").read_text("utf-8")))
-            spec = assemble.described_draft(folder, where=where)
-            own = folder / EMBEDDING_FILE
             embed_VW = np.load(own, mmap_mode="r") if own.is_file() else None
         except (ValueError, KeyError, OSError, EOFError) as error:
             raise UserError(f"{where} is damaged ({str(error).splitlines()[0]}): copy the run again.") from error

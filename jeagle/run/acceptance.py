@@ -16,6 +16,7 @@ from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Tables
 from jeagle.run import assemble
+from jeagle.runtime.manifest import check_intact
 from jeagle.runtime.progress import Progress
 
 
@@ -91,6 +92,8 @@ def make_models(target: Any, draft: Any, aux_layers: tuple[int, ...]) -> decodin
 
 def prompt_ids(bench: Bench, config: RunConfig, folder: Path, prompts: Path | None, most: int) -> list[np.ndarray]:
     """Prompts of a file, or the held-out conversations up to the answer, as the target's template renders them."""
+    if prompts is None:
+        check_intact(folder / "data", "held_out.jsonl")
     asked = data.read_prompts(str(prompts or folder / "data" / "held_out.jsonl"))[: most or None]
     arguments = data.parse_arguments(config.data.template_arguments)
     return [
@@ -170,6 +173,7 @@ def measure_ngram(
     folder: Path, prompts: Sequence[np.ndarray], decoded: Decoded, *, draft_tokens: int
 ) -> dict[str, Any]:
     """The same counters for a 3-gram table of the run's training answers, over the same answers."""
+    check_intact(folder / "data")
     documents = data.unpack(data.load_rows(folder / "data" / "train"))
     table = decoding.NGramTable((document.ids, document.supervised) for document in documents)
     measured = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jeagle.errors import UserError
 
-_SIGNS_OF_FULL = ("No space left", "os_error_code='28'", "Disk quota", "RESOURCE_EXHAUSTED")
+_SIGNS_OF_FULL = ("No space left", "os_error_code='28'", "Disk quota")
 
 
 def free_bytes(path: Path) -> int:
@@ -17,6 +17,8 @@ def free_bytes(path: Path) -> int:
 def is_full(error: BaseException) -> bool:
     """Whether an error of the system's or of tensorstore's, or its cause, means a full disk or quota."""
     known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # XLA says the same of memory, and raises a RuntimeError.
+    known = known or ("RESOURCE_EXHAUSTED" in str(error) and not isinstance(error, RuntimeError))
     cause = error.__cause__ or error.__context__
     return known or any(sign in str(error) for sign in _SIGNS_OF_FULL) or (cause is not None and is_full(cause))
 

@@ -43,7 +43,7 @@ class HeldOut:
             del scores[later]
         if not config.train.held_out_rows:
             return
-        self._rows = data.load_rows(config.folder / "data" / "held_out")
+        self._rows = data.load_rows(config.folder / "data" / "held_out", len(run.frozen.tables.embed_VW))
         self._numbers = spread(len(self._rows.tokens_BT), config.train.held_out_rows)
         self._width = _width(self._rows, self._numbers, program)
         if distributed.is_leader() and self._numbers.size:

@@ -20,7 +20,7 @@ from jeagle.runtime.mesh import make_mesh
 from jeagle.targets import Sampling
 from tests import tiny
 
-LAYERED = "self_attn.v_proj self_attn.o_proj mlp.up_proj mlp.down_proj input_layernorm".split()
+LAYERED = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
 PLANTED = {  # the tensor, and how the message names it
     "model.embed_tokens.weight": "its embeddings",
     "model.norm.weight": "its final norm",
@@ -55,6 +55,4 @@ def test_generation_stops_and_names_the_layer(target, name, value):
     loaded, prompts = load(target), [np.arange(5, dtype=np.int32), np.arange(9, 20, dtype=np.int32)]
     for sampling in (Sampling(), Sampling(1.0, 0.9, 20)):
         with pytest.raises(UserError, match=re.escape(f"cannot be used: {PLANTED[name]} gives numbers")):
-            list(
-                targets.generate(loaded, prompts, end_token_ids=[1], max_new_tokens=4, batch=2, sampling=sampling)
-            )
+            list(targets.generate(loaded, prompts, end_token_ids=[1], max_new_tokens=4, batch=2, sampling=sampling))

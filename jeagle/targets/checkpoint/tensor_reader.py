@@ -98,8 +98,8 @@ class ParameterReader:
         beyond = {int(number) for number in {*numbers.values()} - further if number.isdigit() and int(number) >= layers}
         if beyond:
             raise UserError(
-                f"The target's weights have {max(beyond) + 1} layers, and its config.json says {layers}: they belong to "
-                "different models, or num_hidden_layers was edited. Download them again."
+                f"The target's weights have {max(beyond) + 1} layers, and its config.json says {layers}: they belong "
+                "to different models, or num_hidden_layers was edited. Download them again."
             )
         text = [name for name in unread if self.prefix == PREFIXES[0] or name.startswith(self.prefix)]
         odd = [
