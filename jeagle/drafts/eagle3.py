@@ -262,6 +262,4 @@ def greedy_token(draft: Eagle3, tables: Tables, for_head: Float[Array, "*rows W"
     It is -1, which no target accepts, where the logits are not finite.
     """
     logits = draft.logits(for_head)
-    entry = jnp.argmax(logits, axis=-1)
-    best = jnp.take_along_axis(logits, entry[..., None], axis=-1)[..., 0]  # NaN counts as the largest number
-    return jnp.where(jnp.isfinite(best), tables.draft_to_target_D[entry], -1)
+    return jnp.where(jnp.isfinite(logits.sum(axis=-1)), tables.draft_to_target_D[jnp.argmax(logits, axis=-1)], -1)

@@ -140,7 +140,9 @@ def _scan_chunks(options, hidden_KBNW, lm_head_DW, teachers, *, with_gradient):
         logits = flat_matmul(hidden, lm_head, transposed=True)
         (chunk_total, losses), dlogits = _loss(options, logits, teacher, weight, factors, with_gradient)
         accepted = overlap(logits, teacher.full_probs)
-        finite = jnp.isfinite(accepted)  # what is no number is neither accepted nor correct
+        # What is no number is neither accepted nor correct. The lse tells of the target: XLA's CPU backend takes the
+        # minimum of NaN and a number to be the number.
+        finite = jnp.isfinite(accepted) & jnp.isfinite(lse[..., None])
         correct = (argmax_by_blocks(logits) == label[..., None]) & finite
         metrics = SlotMetrics(losses, jnp.where(finite, accepted, 0.0), correct)
         if with_gradient:

@@ -13,6 +13,8 @@ from jeagle.errors import UserError
 from jeagle.interfaces import Batch
 from jeagle.targets.model.features import distributions
 
+_BUCKET = 64  # texts are padded to a multiple of so many tokens, so that few shapes are compiled
+
 
 def check_finite(graphdef: Any, state: Any, batch: Batch) -> None:
     """Raises UserError where a target's numbers for the tokens of these rows are not finite; it names the first layer.
@@ -36,10 +38,10 @@ def check_finite(graphdef: Any, state: Any, batch: Batch) -> None:
 
 def check_text_finite(graphdef: Any, state: Any, tokens: np.ndarray) -> None:
     """As `check_finite`, for the token ids [n] of one text."""
-    tokens_BT = np.asarray(tokens, np.int32)[None]
-    check_finite(
-        graphdef, state, Batch(tokens_BT, np.ones_like(tokens_BT), np.arange(tokens_BT.size)[None], tokens_BT > 0)
-    )
+    size = -(-len(tokens) // _BUCKET) * _BUCKET
+    padded_BT = np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens)))[None]
+    real_BT = np.arange(size)[None] < len(tokens)
+    check_finite(graphdef, state, Batch(padded_BT, real_BT.astype(np.int32), np.arange(size)[None], real_BT))
 
 
 def broken_target(where: str) -> UserError:

@@ -91,7 +91,7 @@ class GenerationState(NamedTuple):
       left_B: number of tokens that the row may still write; 0 = idle.
       written_BS: the tokens written so far, `count_B` of each row.
       number_B: number of the row's prompt, which its randomness follows from.
-      finite_B: whether all logits that a token was chosen from so far were finite, as far as the best one tells.
+      finite_B: whether all logits that a token was chosen from so far were finite.
     """
 
     cache: Any
@@ -169,9 +169,6 @@ def decode_steps(
         keys_B = fold_in(state.number_B, state.count_B)
         logits_BV = model.logits(last[:, 0])
         token_B = sample_tokens(logits_BV, keys_B, sampling)
-        # Sampling has computed the maximum, and the greedy token is where it is; NaN counts as the largest number.
-        greedy = sampling.temperature == 0
-        best_B = jnp.take_along_axis(logits_BV, token_B[:, None], 1)[:, 0] if greedy else logits_BV.max(axis=-1)
         busy_B = state.left_B > 0
         ended_B = (token_B[:, None] == ends).any(axis=1)
         slot_B = jnp.where(busy_B, state.count_B, state.written_BS.shape[1] - 1)  # idle rows write to a spare slot
@@ -183,7 +180,7 @@ def decode_steps(
             written_BS=state.written_BS.at[jnp.arange(token_B.shape[0]), slot_B].set(token_B),
             count_B=state.count_B + busy_B,
             number_B=state.number_B,
-            finite_B=state.finite_B & (jnp.isfinite(best_B) | ~busy_B),
+            finite_B=state.finite_B & (jnp.isfinite(logits_BV.sum(axis=-1)) | ~busy_B),
         ), None
 
     return _constrained(jax.lax.scan(one_step, state, None, length=STEPS_BETWEEN_ADMISSIONS)[0], mesh)
