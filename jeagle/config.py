@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jeagle.errors import UserError
-from jeagle.runtime.manifest import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,17 +326,11 @@ def to_json(config: RunConfig) -> dict[str, Any]:
 
 
 CHECKSUM = "checksum"
-"""In config.json: a fingerprint of the settings that `sealed` names."""
-_SEALED = ("target", "data", "draft", "objective", "train")
+"""In config.json: a fingerprint of the settings that a draft depends on, which is no setting itself."""
 
 RENAMED = {"target.taps": "aux_layers", "store.taps": "aux_dtype", "store.last": "last_dtype"}
 RENAMED |= {"store.taps_at": "", CHECKSUM: ""}
 """Fields as config.json had them before version 0.1, and their names now; empty for one that is no setting."""
-
-
-def sealed(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree of `to_json` with a checksum of the settings that a draft depends on, so that an edited one is noticed."""
-    return tree | {CHECKSUM: fingerprint({name: tree.get(name) for name in _SEALED})}
 
 
 def from_json(tree: dict[str, Any]) -> RunConfig:

@@ -67,6 +67,7 @@ class Capture:
     ):
         scales = unit_channels(len(aux_layers), target.spec.width) | (channels or {})
         settings = {"channels": scales, "aux_layers": aux_layers, "width": width, "form": form, "mesh": mesh}
+        self._target = target.graphdef, target.state
         self._compute, self._mesh = functools.partial(_captured, target.graphdef, target.state, **settings), mesh
 
     def begin(self, rows: Batch) -> Finish:
@@ -82,7 +83,7 @@ class Capture:
             stored, finite_B = jax.tree.map(_own_rows, captured)
             if not finite_B.all():
                 if jax.process_count() == 1:  # other processes may not have met it
-                    targets.check_finite(*self._compute.args, batch)
+                    targets.check_finite(*self._target, batch)
                 raise targets.broken_target("one of its layers")
             return stored
 

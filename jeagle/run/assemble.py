@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jeagle import data, drafts, exchange, objective, targets
-from jeagle.config import CHECKSUM, DraftConfig, ObjectiveConfig, RunConfig, from_json, sealed
+from jeagle.config import CHECKSUM, DraftConfig, ObjectiveConfig, RunConfig, from_json
 from jeagle.drafts import Eagle3, by_path, draft_sharding
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Tables
@@ -22,9 +22,12 @@ from jeagle.run import dataset
 from jeagle.run.draft_init import EMBEDDING_FILE, Start, draft_class, held_out_scores, own_embedding, starting_head
 from jeagle.run.parameters import Trained, served_from, served_params
 from jeagle.runtime.checkpoints import first_line, load_named
+from jeagle.runtime.manifest import fingerprint
 from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
 from jeagle.runtime.progress import bytes_progress
 from jeagle.targets import Target, TargetFiles, TargetSpec
+
+_SEALED = ("target", "data", "draft", "objective", "train")
 
 
 class LoadedTarget(NamedTuple):
@@ -155,6 +158,11 @@ def described_draft(folder: Path, *, where: str = "") -> DraftSpec:
     if not described.is_file():
         raise UserError(f"{where or folder} holds no trained draft: run python -m jeagle.train first.")
     return _read(described, lambda tree: DraftSpec.from_json(tree["draft"]), where=where)
+
+
+def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of `to_json` with a checksum of the settings that a draft depends on, so that an edited one is noticed."""
+    return tree | {CHECKSUM: fingerprint({name: tree.get(name) for name in _SEALED})}
 
 
 def read_config(folder: Path, *, where: str = "") -> RunConfig:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from jeagle import data, drafts, features, targets
-from jeagle.config import RunConfig, from_json, sealed, to_json
+from jeagle.config import RunConfig, from_json, to_json
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch, DraftSpec, LogitShape, Tables
 from jeagle.run import assemble
@@ -277,7 +277,7 @@ def write_folder(config: RunConfig, draft: Draft) -> None:
     """Writes config.json, draft.json and, where the draft has one of its own, its embedding."""
     if distributed.is_leader():
         for name, tree, kind in (
-            ("config.json", sealed(to_json(config)), CONFIG),
+            ("config.json", assemble.sealed(to_json(config)), CONFIG),
             ("draft.json", draft.description, DRAFT),
         ):
             atomic_write(config.folder / name, json.dumps(tree, indent=2) + "\n", kind)

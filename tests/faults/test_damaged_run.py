@@ -11,7 +11,7 @@ import pytest
 
 from jeagle import data, preview, targets, train
 from jeagle import flags as configs
-from jeagle.config import RunConfig, from_json, sealed, to_json
+from jeagle.config import RunConfig, from_json, to_json
 from jeagle.errors import UserError
 from jeagle.run import assemble, dataset
 from jeagle.run.draft_init import draft_spec
@@ -167,7 +167,7 @@ def test_a_run_whose_files_are_damaged_is_refused_in_one_sentence(run, damage, m
 def test_a_configuration_without_a_checksum_is_read(run):
     """As those of earlier versions are."""
     (run.folder / "config.json").write_text(json.dumps(to_json(run)))
-    assert assemble.read_config(run.folder) == run == from_json(sealed(to_json(run)))
+    assert assemble.read_config(run.folder) == run == from_json(assemble.sealed(to_json(run)))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device", "a"), OSError(122, "Disk quota exceeded")])
