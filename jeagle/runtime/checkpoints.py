@@ -100,11 +100,15 @@ class Checkpoints:
         """
         chosen_step(self.steps(), step, where=str(self.folder))
         wanted, where = _named(like), self.folder / str(step)
-        with _named_damage(where, lambda: self._manager.item_metadata(step), wanted):
-            (where / "default" / "_METADATA").stat()  # Orbax would go without it, and without its checksums
+        with _named_damage(where):
+            metadata = _intact_metadata(self._manager, step, where)
+            if others := sorted(_shapes(metadata.tree).items() ^ _shapes(wanted).items()):
+                raise UserError(
+                    f"The checkpoint {where} does not fit this configuration ({' '.join(others[0])}): use the settings "
+                    "that it was made with, or another run name."
+                )
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-            saved = _checksums(self._manager.item_metadata(step))
-        _verify(where, saved, restored)
+        _verify(where, _checksums(metadata), restored)
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
 
     def newest(self, like: Any) -> tuple[int, Any]:
@@ -190,36 +194,25 @@ def first_line(error: object) -> str:
 
 
 @contextlib.contextmanager
-def _named_damage(where: Path, metadata: Callable[[], Any], wanted: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Turns whatever Orbax raises for a checkpoint into a sentence: it is damaged, or is not of `wanted`'s arrays."""
+def _named_damage(where: Path) -> Iterator[None]:
+    """Turns whatever Orbax raises for a damaged checkpoint into a sentence."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # Orbax and what lies below it raise many kinds
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        if any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
-        if wanted is not None and _is_of_others(metadata, wanted):
-            raise UserError(
-                f"The checkpoint {where} does not fit this configuration ({first_line(error)}): use the settings that "
-                "it was made with, or another run name."
-            ) from error
         raise damaged_checkpoint(where, error) from error
 
 
-def _is_of_others(metadata: Callable[[], Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint can be read so far that it surely holds arrays of other names or shapes than `wanted`."""
-    try:
-        found = metadata()
-        return not _renamed(found) and _shapes(found.tree) != _shapes(wanted)
-    except Exception:  # it is damaged
-        return False
-
-
-def _renamed(metadata: Any) -> bool:
-    """Whether its arrays have other names or shapes than those whose checksums were saved."""
+def _intact_metadata(manager: ocp.CheckpointManager, step: int, where: Path) -> Any:
+    """Orbax's description of a checkpoint, whose arrays have the names and shapes that were saved."""
+    metadata = manager.item_metadata(step)
     saved = {name: text.partition("]")[0] + "]" for name, text in _checksums(metadata).items()}
-    return bool(saved) and saved != _shapes(metadata.tree)
+    if saved and saved != _shapes(metadata.tree):  # what is not read is not verified, and shapes take memory
+        raise damaged_checkpoint(where, "its arrays have other names or shapes than those that were saved")
+    return metadata
 
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, str]:
@@ -269,10 +262,8 @@ def load_named(
     with ocp.CheckpointManager(folder.absolute(), item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
         chosen = chosen_step(manager.all_steps(), step, where=str(folder), scores=scores)
         where = folder / str(chosen)
-        with _named_damage(where, dict):
-            metadata = manager.item_metadata(chosen)
-            if _renamed(metadata):  # what is not read is not verified, and shapes take memory
-                raise damaged_checkpoint(where, "its arrays have other names or shapes than those that were saved")
+        with _named_damage(where):
+            metadata = _intact_metadata(manager, chosen, where)
             wanted = {name: metadata.tree[name] for name in names(metadata.tree)}
             on_host = dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=on_host, partial_restore=True)
