@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 import tyro
 
 from jeagle import decoding
-from jeagle.config import from_json
 from jeagle.errors import UserError
 from jeagle.run import acceptance, assemble
 from jeagle.runtime.cli import parse
@@ -75,7 +74,7 @@ def main(arguments: list[str]) -> None:
         check_output(args.out, MEASURED)
     prepare_host()
     folder = assemble.run_folder(args.run)
-    config = from_json(json.loads((folder / "config.json").read_text()))
+    config = assemble.read_config(folder)
     if args.weights != "run":
         config = dataclasses.replace(config, target=dataclasses.replace(config.target, weights=args.weights))
     step, spec, params = assemble.load_draft(folder, args.step)

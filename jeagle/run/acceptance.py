@@ -16,6 +16,7 @@ from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Tables
 from jeagle.run import assemble
+from jeagle.runtime.manifest import check_intact
 from jeagle.runtime.progress import Progress
 
 
@@ -93,6 +94,8 @@ def prompt_ids(bench: Bench, config: RunConfig, folder: Path, prompts: Path | No
 
     Without a template, which a base model lacks, they are plain texts. UserError for one that the template refuses.
     """
+    if prompts is None:
+        check_intact(folder / "data", "held_out.jsonl")
     file, tokenizer = prompts or folder / "data" / "held_out.jsonl", bench.loaded.tokenizer
     arguments = data.parse_arguments(config.data.template_arguments)
 
@@ -133,7 +136,11 @@ def measure(
     width: int = 0,
     seed: int = 0,
 ) -> tuple[dict[str, Any], Decoded]:
-    """Speculative and plain decoding of the same prompts -> (report, texts)."""
+    """Speculative and plain decoding of the same prompts -> (report, texts).
+
+    UserError where they exceed the target's positions, for a tree where the target has recurrent layers, or where the
+    target's numbers are not finite.
+    """
     spec, shape = bench.loaded.target.spec, how.shape
     if shape.top_k > 1 and spec.is_recurrent:
         raise UserError(
@@ -148,15 +155,19 @@ def measure(
     decode: dict[str, Any] = {"batch": batch, "width": width, "seed": seed}
     with Progress(2 * len(prompts), "decodings", label) as progress:
         more = max_new_tokens + shape.steps + 1  # so that a baseline's last draft can be judged whole
-        plain = decoding.decode_plain(
-            bench.models,
-            bench.weights,
-            prompts,
-            tokens=more,
-            sampling=how.sampling,
-            on_done=progress.update,
-            **decode,
-        )
+        try:
+            plain = decoding.decode_plain(
+                bench.models,
+                bench.weights,
+                prompts,
+                tokens=more,
+                sampling=how.sampling,
+                on_done=progress.update,
+                **decode,
+            )
+        except decoding.NotFiniteError as error:
+            targets.check_text_finite(bench.loaded.target.graphdef, bench.weights.target, error.tokens)
+            raise targets.broken_target("one of its layers") from error
         decoded = decoding.decode_speculative(
             bench.models,
             bench.weights,
@@ -200,6 +211,7 @@ def measure_baselines(
     lookup = decoding.PromptLookup()
     drafters: dict[str, decoding.Drafter] = {"prompt_lookup": lookup}
     if (rows := folder / "data" / "train").is_dir():
+        check_intact(folder / "data")
         documents = data.unpack(data.load_rows(rows))
         table = decoding.NGramTable((document.ids, document.supervised) for document in documents)
         drafters |= {"ngram": table, "both": decoding.FirstThatDrafts(lookup, table)}

@@ -16,7 +16,14 @@ from jeagle.interfaces import Batch
 from jeagle.places import absolute
 from jeagle.run import resume
 from jeagle.run.claim import check_folder, claimed, new_rows
-from jeagle.runtime.manifest import fingerprint, finished_manifest, read_manifest, write_manifest
+from jeagle.runtime.manifest import (
+    check_intact,
+    checksums,
+    fingerprint,
+    finished_manifest,
+    read_manifest,
+    write_manifest,
+)
 from jeagle.runtime.progress import Progress
 
 
@@ -92,6 +99,8 @@ def _inputs(config: RunConfig) -> tuple[Any, list, dict[str, Any]]:
 def finish(config: RunConfig, *, reused: bool) -> Prepared:
     """The run's vocabulary tables, its rows being there; and what is known of both."""
     data = config.folder / "data"
+    if reused:
+        check_intact(data)
     manifest = finished_manifest(data)
     tables = _make_tables(config, manifest["made_from"], data)
     ids = room.load_tables(tables)
@@ -175,8 +184,9 @@ def write_split(folder: Path, batches: Iterable[Batch], row_length: int, vocab: 
 
 
 def write_rows_manifest(folder: Path, config: RunConfig, made_from: dict[str, Any], statistics: dict[str, Any]) -> None:
-    """The manifest of a folder of rows, all of whose files are there; it names them with their lengths in bytes."""
+    """The manifest of a folder of rows, all of whose files are there; it has their lengths in bytes and checksums."""
     tree = {"made_from": made_from, "target": config.target.ref, "statistics": statistics, "files": _sizes(folder)}
+    tree["checksums"] = checksums(folder)
     write_manifest(folder, tree)
 
 
