@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jeagle import data, decoding, drafts
+from jeagle import data, decoding, drafts, targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Tables

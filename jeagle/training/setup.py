@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jeagle import data, drafts, features
+from jeagle import data, drafts, features, targets
 from jeagle.config import RunConfig, to_json
 from jeagle.errors import UserError
 from jeagle.extraction.plan import store_format
