@@ -103,7 +103,7 @@ def move_aside(config: RunConfig) -> None:
     UserError where another process writes it, it cannot be moved, or only joining will tell which process leads.
     """
     folder = config.folder
-    if not distributed.may_lead() or not folder.is_dir():
+    if not distributed.may_lead() or not folder.is_dir() or not any(folder.iterdir()):
         return
     if not distributed.surely_leads():
         raise UserError(f"--fresh cannot tell which process moves {folder}: move it yourself, or give another --name.")

@@ -257,6 +257,7 @@ def test_fresh_moves_the_run_aside_whole(folder, flag, monkeypatch, capsys):
     assert tree(folder / "runs" / "tiny.2") == before
     assert f"{run} was moved to {run}.2" in capsys.readouterr().out
     assert trained and resume.last_step(run) is None
+    assert not (folder / "runs/tiny.2/.writer.lock").exists()
     assert json.loads((run / "data/manifest.json").read_text())["made_from"]["row_length"] == 96
 
 

@@ -34,6 +34,17 @@ def test_a_run_of_one_process_joins_nothing(joined, monkeypatch):
     distributed.same_everywhere("anything", "a word")
 
 
+@pytest.mark.parametrize(
+    ("processes", "auto", "known"), [("", "", True), ("1", "", True), ("2", "", False), ("", "auto", False)]
+)
+def test_devices_are_known_alone_and_not_before_others_are_joined(monkeypatch, processes, auto, known):
+    if processes:
+        for name, value in {"COORDINATOR": ADDRESS, "PROCESSES": processes, "PROCESS_ID": "0"}.items():
+            monkeypatch.setenv(f"JEAGLE_{name}", value)
+    monkeypatch.setenv("JEAGLE_DISTRIBUTED", auto)
+    assert distributed.devices_known() is known
+
+
 def test_arguments_win_over_the_environment(joined, monkeypatch):
     for name, value in {"COORDINATOR": "far:9", "PROCESSES": "4", "PROCESS_ID": "3"}.items():
         monkeypatch.setenv(f"JEAGLE_{name}", value)
