@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from jeagle import decoding, targets
 from jeagle import flags as configs
-from jeagle import targets
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.run import acceptance, assemble
@@ -95,7 +95,8 @@ def test_generation_stops(world, sampling, prefixes):
 
 
 def measure(world, bench):
-    return acceptance.measure(bench, world.prompts, draft_tokens=2, max_new_tokens=6, batch=4)[0]
+    how = decoding.Decoding(decoding.TreeShape(2))
+    return acceptance.measure(bench, world.prompts, how=how, max_new_tokens=6, batch=4)[0]
 
 
 def test_bench_stops(world):

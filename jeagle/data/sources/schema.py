@@ -196,6 +196,10 @@ def _is_empty_system(turn: Mapping[str, Any]) -> bool:
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
+    is_plain = turn.keys() == {"role", "content"} and turn["role"] in ("user", "assistant", "system")
+    if is_plain and isinstance(content := turn["content"], str) and content.strip():  # most turns are
+        content.encode()  # raises UnicodeError for a lone surrogate
+        return {"role": turn["role"], "content": content}
     speaker = next((turn[name] for name in SPEAKERS if name in turn), None)
     if speaker is None:
         raise ValueError("a turn has no role")
@@ -224,7 +228,7 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("a turn is empty or is not text")
     written = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
     for part in (text, message.get("reasoning_content", ""), written):
-        part.encode()  # raises UnicodeError for a lone surrogate
+        part.encode()
     return message
 
 
