@@ -17,8 +17,7 @@ from jeagle.data.chat.templates import (
     Messages,
     RenderRequest,
     parse_arguments,
-    template_hash,
-    tokenizer_hash,
+    sampled_with,
     with_system,
 )
 from jeagle.data.sources.conversations import Conversation
@@ -78,7 +77,7 @@ class DocumentBuilder:
     def __init__(self, tokenizer: Any, config: DataConfig, end_token_ids: Sequence[int]):
         self.template, self._config = ChatTemplate(tokenizer, parse_arguments(config.template_arguments)), config
         self._form_of = functools.partial(template_and_form, tokenizer, config.template_arguments, end_token_ids)
-        self._sampled_with = f"{tokenizer_hash(tokenizer)}/{template_hash(tokenizer)}"
+        self._sampled_with = sampled_with(tokenizer)
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[list[Document] | ConversationError]:
         """Returns the documents of each conversation, or why there are none."""
@@ -95,8 +94,11 @@ class DocumentBuilder:
         texts = self._texts({i: some + [chats[i][-1].shown] * (i in plain) for i, some in requests.items()}, results)
         whole = {i: texts[i].pop() for i in plain & texts.keys()}
         for i, text in whole.items():
-            if (document := self._plain_document(chats[i], texts[i], text)) is not None:
-                results[i] = [document]
+            try:
+                document = self._plain_document(chats[i], texts[i], text)
+                results[i] = document and [document]
+            except ConversationError as error:
+                results[i] = error
         rest = [i for i in texts if results[i] is None]
         shown = self._texts({i: [turn.shown for turn in chats[i] if not _is_sampled(turn)] for i in rest}, results)
         for i in shown:

@@ -156,9 +156,9 @@ class ProbedForm:
                     return begin + line, line + end + (line * 2 if block[2] is None else block[2])
             line = "\n" if begin == THINK[0] else ""  # the most common form
             return begin + line, line + end + line * 2
-        block = self._extras[False]  # an empty block where thinking is off, whose last tag closes it
-        tags = [tag.start() for tag in re.finditer(_TAG, block)]
-        return (block[: tags[-1]], block[tags[-1] :]) if len(tags) > 1 and not self._extras[True] else ("", "")
+        extra = self._extras[False]  # an empty block where thinking is off, whose last tag closes it
+        tags = [tag.start() for tag in re.finditer(_TAG, extra)]
+        return (extra[: tags[-1]], extra[tags[-1] :]) if len(tags) > 1 and not self._extras[True] else ("", "")
 
     def _head(self, on: bool) -> str:
         """Returns what the template shows of a plain answer before its text, behind what its prompt begins with."""

@@ -142,10 +142,15 @@ def render_prompt(
     tools: Sequence[dict[str, Any]] = (),
     thinking: bool = True,
     arguments: Mapping[str, Any] = MappingProxyType({}),
+    end_token_ids: Sequence[int] = (),
 ) -> Int32[np.ndarray, " T"]:
     """Returns the ids of a conversation up to where the target is to answer, generation prompt included.
 
     A plain text is tokenised as it is, and token ids are returned up to the first supervised one.
+
+    Args:
+      arguments: further variables of the template.
+      end_token_ids: ids that end an answer by the target's configuration.
 
     Raises:
       ConversationError: if the template cannot render the messages.
@@ -154,7 +159,8 @@ def render_prompt(
         return np.asarray(prompt_ids(messages[0]), np.int32)
     if messages[0]["role"] == "text":
         return np.asarray(tokenizer(messages[0]["content"])["input_ids"], np.int32)
-    template, form = template_and_form(tokenizer, json.dumps(dict(arguments)), (), tools=bool(tools))
+    variables = json.dumps(dict(arguments)) if arguments else ""
+    template, form = template_and_form(tokenizer, variables, end_token_ids, tools=bool(tools))
     fields = [form.with_fields(message, thinking) for message in with_system(messages, system_prompt)]
     text = template.texts([RenderRequest(template.shown(fields), tools, thinking, True)])[0]
     if isinstance(text, ConversationError):

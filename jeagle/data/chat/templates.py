@@ -6,7 +6,6 @@ A template is the tokenizer's own, a user's file, a named one, or one made of he
 import difflib
 import functools
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -143,6 +142,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return fingerprint({name: part for name, part in tree.items() if name not in ("truncation", "padding")})
 
 
+def sampled_with(tokenizer: Any) -> str:
+    """Returns TOKENIZER_HASH/TEMPLATE_HASH, under which sampled token ids are valid."""
+    return f"{tokenizer_hash(tokenizer)}/{template_hash(tokenizer)}"
+
+
 def parse_arguments(text: str) -> dict[str, Any]:
     """Parses the template's further variables from a JSON object; an empty text gives none.
 
@@ -241,7 +245,7 @@ class ChatTemplate:
     @functools.cached_property
     def _form_of_calls(self) -> tuple[bool, bool]:
         """Whether the template needs the arguments of tool calls as text, and null for empty content."""
-        for form in itertools.product((False, True), repeat=2):
+        for form in ((False, False), (False, True), (True, False), (True, True)):
             messages = [{"role": "user", "content": "?"}, self._shown(PROBE_CALL, form)]
             for tools in ((PROBE_TOOL,), ()):
                 [text] = self.texts([RenderRequest(messages, tools, False, False)])
