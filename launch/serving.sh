@@ -51,7 +51,7 @@ open_export() {
   # Reads two lines: why the engine cannot serve the export, and the target's reference.
   read_record='import json, sys; r = json.load(open(sys.argv[1])); print("; ".join(r["limits"][sys.argv[2]]));
 print(r["target"]["ref"] or "")'
-  { IFS= read -r limits && IFS= read -r ref; } < <("${PYTHON:-python3}" -c "$read_record" "$record" "$engine" 2>/dev/null) ||
+  { read -r limits && read -r ref; } < <("${PYTHON:-python3}" -c "$read_record" "$record" "$engine" 2>/dev/null) ||
     die "$record cannot be read. Export the run again."
   [[ -z "$limits" ]] || die "$engine cannot serve $export as it was trained: $limits."
   [[ -n "$target" ]] || target="$ref"

@@ -22,9 +22,8 @@ def torch():
 
 
 def test_without_torch_one_sentence_says_so(monkeypatch):
-    monkeypatch.setattr(
-        doctor.tyro, "cli", lambda *_, **__: doctor.DoctorArguments(str(GOLDEN))
-    )  # it looks for torch too
+    # tyro looks for torch too.
+    monkeypatch.setattr(doctor, "parse", lambda *_, **__: doctor.DoctorArguments(str(GOLDEN)))
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"needs torch.*jeagle\[parity\]"):
         doctor.main(["--target", str(GOLDEN)])

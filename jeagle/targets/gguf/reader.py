@@ -6,6 +6,7 @@ Source: the GGUF specification of ggml. The gguf package decodes the block forma
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -170,6 +171,14 @@ IMMATERIAL = {"attention.causal", "attention.value_length", "context_length", "r
 IMMATERIAL |= {"tensor_data_layout", "vocab_size"}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+_TEXTS = {"rope.scaling.type": lambda value: isinstance(value, str)}
+"""Keys whose value is a text; those of all others are numbers, or lists of them."""
+
+
 class Metadata:
     """The values of the keys with the architecture's prefix."""
 
@@ -198,6 +207,10 @@ class Metadata:
         value = self.header.get(name, default)
         if value is _REQUIRED:
             raise UserError(f"The target {self.path} lacks the metadata {name}: convert it again.")
+        right, values = _TEXTS.get(key, _is_number), value if isinstance(value, list) else [value]
+        if value is not default and not all(map(right, values)):
+            kind = "a text" if key in _TEXTS else "a number"
+            raise UserError(f"The target {self.path} has the metadata {name} = {value!r}; it must be {kind}.")
         return value
 
     def vector(self, tensor: str) -> list[float]:

@@ -54,7 +54,7 @@ def as_llama_cpp(weight: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(path: Path, tensors: dict, kind: Kind = Kind.F32, metadata: dict | None = None, arch: str = "llama"):
     writer = gguf.GGUFWriter(path, arch)
     for key, value in (METADATA | (metadata or {})).items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add = {float: writer.add_float32, str: writer.add_string}.get(type(value), writer.add_uint32)
         add(f"{arch}.{key}", value)
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(7)
@@ -131,6 +131,13 @@ def test_gguf_llama3_rope(tmp_path: Path):
     tensors["rope_freqs.weight"] = llama3_divisors() + np.float32(0.1)
     with pytest.raises(UserError, match=r"rope_freqs\.weight"):
         open_tiny(tmp_path / "other.gguf", tensors)
+
+
+@pytest.mark.parametrize("key", METADATA)
+@pytest.mark.parametrize("value", ["7", float("nan"), float("inf")])
+def test_metadata_of_the_wrong_kind_is_named(tmp_path: Path, key: str, value):
+    with pytest.raises(UserError, match=rf"has the metadata llama\.{key} = .*; it must be a number"):
+        open_tiny(tmp_path / "m.gguf", tiny_tensors(), metadata={key: value})
 
 
 def test_unsupported_gguf_files_are_refused(tmp_path: Path):

@@ -90,7 +90,7 @@ def test_the_template_of_a_folder_is_the_one_that_servers_use(folder, form):
         text = own.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
         assert text.startswith(f"[{used}]")
     if agrees:
-        theirs = AutoTokenizer.from_pretrained(folder).chat_template
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template
         assert own.chat_template == theirs
 
 
