@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jeagle.config import from_json
 from jeagle.errors import UserError
 from jeagle.run import acceptance, assemble
 from jeagle.runtime.cli import run as run_command
@@ -57,7 +56,7 @@ def main(arguments: list[str]) -> None:
         check_replaceable(args.out, MEASURED)
     prepare_host()
     folder = assemble.run_folder(args.run)
-    config = from_json(json.loads((folder / "config.json").read_text()))
+    config = assemble.read_config(folder)
     if args.weights != "run":
         config = dataclasses.replace(config, target=dataclasses.replace(config.target, weights=args.weights))
     step, spec, params = assemble.load_draft(folder, args.step)

@@ -325,8 +325,12 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-RENAMED = {"target.taps": "aux_layers", "store.taps": "aux_dtype", "store.last": "last_dtype", "store.taps_at": ""}
-"""Fields as config.json had them before version 0.1, and their names now; empty for one that has gone."""
+CHECKSUM = "checksum"
+"""In config.json: a fingerprint of the settings that a draft depends on, which is no setting itself."""
+
+RENAMED = {"target.taps": "aux_layers", "store.taps": "aux_dtype", "store.last": "last_dtype"}
+RENAMED |= {"store.taps_at": "", CHECKSUM: ""}
+"""Fields as config.json had them before version 0.1, and their names now; empty for one that is no setting."""
 
 
 def from_json(tree: dict[str, Any]) -> RunConfig:

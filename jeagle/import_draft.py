@@ -170,7 +170,7 @@ def _describe(folder: Path, args: ImportDraftArguments, spec: DraftSpec, target:
         "tables": json.loads((folder / "tables" / "manifest.json").read_text("utf-8")),
     }
     described = {"draft": spec.to_json(), "made_from": made_from}
-    for name, tree in {"config.json": to_json(config), "draft.json": described}.items():
+    for name, tree in {"config.json": assemble.sealed(to_json(config)), "draft.json": described}.items():
         (folder / name).write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
     return config
 

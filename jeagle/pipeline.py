@@ -7,7 +7,6 @@ and there, and makes the rest.
 import dataclasses
 import gc
 import hashlib
-import itertools
 import json
 import os
 import resource
@@ -35,7 +34,7 @@ from jeagle.run.draft_init import EMBEDDING_FILE, draft_spec
 from jeagle.runtime.checkpoints import load_named
 from jeagle.runtime.cli import run
 from jeagle.runtime.host import prepare_host
-from jeagle.runtime.manifest import atomic_write, file_fingerprint, fingerprint, finished_manifest
+from jeagle.runtime.manifest import atomic_write, file_fingerprint, fingerprint, finished_manifest, set_aside
 from jeagle.runtime.outputs import check_replaceable
 from jeagle.train import train
 
@@ -126,6 +125,8 @@ def _train(config: RunConfig, begun: bool) -> dict[str, Any]:
         beside the checkpoints can be written anew.
     """
     _set_damaged_aside(config.folder, begun)
+    if not begun:
+        assemble.check_files(config.folder)
     metrics = train(config)
     _, _, params = assemble.load_draft(config.folder, "last")
     digest = hashlib.sha256()  # training again may give the same draft, or another
@@ -142,12 +143,12 @@ def _set_damaged_aside(folder: Path, begun: bool) -> None:
     small = ("config.json", "draft.json", EMBEDDING_FILE) if begun else ()
     for path in (folder / name for name in small):
         if path.is_file() and not _readable(path):
-            _set_aside(path, folder / "damaged", path.name)
+            _set_aside(path, folder, path.name)
     numbers = [path for path in folder.glob("checkpoints/*") if path.name.isdigit()]
     for path in sorted(numbers, key=lambda path: -int(path.name)):
         if _readable(path):
             break
-        _set_aside(path, folder / "damaged", f"checkpoint_{path.name}")
+        _set_aside(path, folder, f"checkpoint_{path.name}")
 
 
 def _readable(path: Path) -> bool:
@@ -166,11 +167,8 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def _set_aside(path: Path, damaged: Path, name: str) -> None:
-    """Moves it to `damaged`/NAME.0, or the first number that is free."""
-    place = next(place for n in itertools.count() if not (place := damaged / f"{name}.{n}").exists())
-    damaged.mkdir(exist_ok=True)
-    path.rename(place)
+def _set_aside(path: Path, folder: Path, name: str) -> None:
+    place = set_aside(path, folder, name)
     print(f"warning: {path} cannot be read: it was moved to {place}, and is made again", flush=True)
 
 

@@ -16,7 +16,7 @@ from jeagle import data as room
 from jeagle.data import display
 from jeagle.errors import UserError
 from jeagle.runtime.cli import run
-from jeagle.runtime.manifest import atomic_write, finished_manifest, read_manifest
+from jeagle.runtime.manifest import atomic_write, check_intact, finished_manifest, read_manifest
 from jeagle.runtime.outputs import check_replaceable
 
 
@@ -49,6 +49,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{folder} has no rows called {args.part}: --part is train or held_out.")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} was made by an older jeagle, without its tokenizer: prepare it again.")
+    shown_files = (f"{args.part}/{name}.npy" for name in ("tokens", "segments", "positions", "supervised"))
+    check_intact(folder, "tokenizer.json", "train/counts.npy", *shown_files)
     rows, texts = room.load_rows(folder / args.part), room.token_texts(folder / "tokenizer.json")
     total = len(rows.tokens_BT)
     if not 0 <= args.start < max(total, 1):

@@ -8,6 +8,7 @@ from typing import Any
 
 from jeagle import flags
 from jeagle.config import RunConfig
+from jeagle.run import assemble
 from jeagle.run.claim import claimed
 from jeagle.run.draft_init import held_out_scores
 from jeagle.runtime import distributed
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> None:
     config = flags.from_command_line(arguments, program="python -m jeagle.train", description=__doc__, reads=READS)
     prepare_host()
     with claimed(config):
+        assemble.check_files(config.folder)
         # Before the processes join, because preparing may take longer than they wait for one another.
         inputs = open_inputs(config) if distributed.may_lead() else None
         distributed.initialise()
@@ -56,13 +58,11 @@ def train(config: RunConfig, inputs: Inputs | None = None) -> dict[str, Any]:
 
     scores = held_out_scores(config.folder)
     checkpoints = Checkpoints(config.folder / "checkpoints", keep=config.train.keep, scores=scores)
-    start = checkpoints.latest() or 0
-    if start:
-        state = checkpoints.restore(start, state)
+    start, state = checkpoints.newest(state)
 
     metrics, evaluation = MetricsLog.of(run, state.draft, start), HeldOut(run, start, scores)
     trace = StepTrace(config.folder / "profile", config.profile)
-    with metrics, evaluation, stop_requested() as stopping:
+    with checkpoints, metrics, evaluation, stop_requested() as stopping:
         if start and run.due(start):
             metrics.say(evaluation.again(start, state))
         for batch in run.batches(start):
@@ -80,7 +80,6 @@ def train(config: RunConfig, inputs: Inputs | None = None) -> dict[str, Any]:
             if stop:
                 break
         metrics.drain()
-    checkpoints.close()
     if int(state.step) < run.steps:
         raise KeyboardInterrupt
     return metrics.last

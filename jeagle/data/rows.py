@@ -20,6 +20,7 @@ from jeagle.interfaces import Batch
 OPEN_ROWS = 64  # rows that may still take documents; bounds the memory and the time of the search
 _BLOCK = 1024  # rows whose slots are counted together
 _DTYPES = {"tokens": np.int32, "segments": np.int32, "positions": np.int32, "supervised": np.bool_}
+_ANEW = "they are damaged, or of another target. Move the run's data folder away, so that they are made anew."
 LongDocuments = Literal["cut", "split", "drop"]
 
 
@@ -148,10 +149,35 @@ class RowWriter:
             np.lib.format.write_array_header_1_0(self._files[name], header)
 
 
-def load_rows(folder: Path) -> Batch:
-    """Loads rows [R, T] as memory-mapped arrays. A file without rows is read, because it cannot be mapped."""
+def load_rows(folder: Path, vocab: int = 0) -> Batch:
+    """Loads rows [R, T] as memory-mapped arrays. A file without rows is read, because it cannot be mapped.
+
+    Args:
+      vocab: V, which no token id may reach; with 0, no number is looked at.
+
+    Raises:
+      UserError: for files that are missing, cut short or of different rows, and for numbers that no row can have.
+    """
     paths = [folder / f"{name}.npy" for name in _DTYPES]
-    return Batch(*(np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None) for path in paths))
+    try:
+        rows = Batch(*(np.load(path, mmap_mode="r" if path.stat().st_size > 256 else None) for path in paths))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"The rows in {folder} cannot be read ({error}): {_ANEW}") from error
+    kinds = [(array.dtype, array.shape) for array in rows]
+    if kinds != [(np.dtype(kind), rows[0].shape) for kind in _DTYPES.values()] or rows[0].ndim != 2:
+        raise UserError(f"The files of the rows in {folder} do not belong together: {_ANEW}")
+    length = rows[0].shape[1]
+    limits = zip(_DTYPES, rows, (vocab, length + 1, length), strict=False)
+    for name, array, limit in limits if vocab else ():
+        for start in range(0, len(array), _BLOCK):
+            block = array[start : start + _BLOCK]
+            if block.min(initial=0) < 0 or block.max(initial=0) >= limit:
+                row = start + int(np.flatnonzero(((block < 0) | (block >= limit)).any(axis=1))[0])
+                raise UserError(
+                    f"Row {row} in {folder} has a number in {name}.npy that is not in 0 to {limit - 1}, as "
+                    f"{'the vocabulary' if name == 'tokens' else 'the length of a row'} allows: {_ANEW}"
+                )
+    return rows
 
 
 def live_counts(
@@ -180,6 +206,7 @@ class RowStream:
       folder: rows as `RowWriter` stores them.
       batch_rows: B, rows of the global batch.
       seed: seed of the shuffling.
+      vocab: V, as of `load_rows`.
       process_index, process_count: which share of a global batch this process reads.
 
     Attributes:
@@ -190,8 +217,17 @@ class RowStream:
       UserError: if the folder has no rows, or if B is not a multiple of the number of processes.
     """
 
-    def __init__(self, folder: Path, batch_rows: int, seed: int, *, process_index: int = 0, process_count: int = 1):
-        self._rows = load_rows(folder)
+    def __init__(
+        self,
+        folder: Path,
+        batch_rows: int,
+        seed: int,
+        *,
+        vocab: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self._rows = load_rows(folder, vocab)
         total = len(self._rows.tokens_BT)
         if total == 0:
             raise UserError(f"{folder} has no rows to train on: give more conversations.")

@@ -15,6 +15,14 @@ TIE = 1e-4
 """Two logits closer than this count as a tie: rounding may order them either way."""
 
 
+class NotFiniteError(ArithmeticError):
+    """The target's logits were not finite; `tokens` [n] are the prompt and the tokens after it that they came of."""
+
+    def __init__(self, tokens: np.ndarray):
+        super().__init__("The target's logits are not finite.")
+        self.tokens = tokens
+
+
 class GreedyAnswer(NamedTuple):
     """The target's greedy tokens after a prompt, without stopping at an end token.
 
@@ -43,12 +51,18 @@ def decode_greedy(
       batch: prompts that are decoded side by side.
       width: prompts are padded to at least so many tokens, as in `chain.decode_speculative`.
       on_done: called with the number of prompts that are done.
+
+    Raises:
+      NotFiniteError: after the first prompts for which the target's logits are not finite.
     """
     width = max(padded_width(prompts), width)
     answers: dict[int, GreedyAnswer] = {}
     for chosen, padded, lengths in grouped(prompts, batch, width):
         written, gaps = jax.device_get(_greedy(models, weights, padded, lengths, tokens, width + tokens + 1))
         answers |= {i: GreedyAnswer(written[:, row], gaps[:, row]) for row, i in enumerate(chosen)}
+        for i in chosen:
+            if not np.isfinite(answers[i].gaps).all():
+                raise NotFiniteError(np.concatenate([prompts[i], answers[i].tokens]))
         on_done(len(answers))
     return [answers[i] for i in range(len(prompts))]
 

@@ -257,5 +257,9 @@ def advance(
 
 
 def greedy_token(draft: Eagle3, tables: Tables, for_head: Float[Array, "*rows W"]) -> Int[Array, "*rows"]:
-    """The draft's most likely token for what lm_head reads, as an id of the target's vocabulary."""
-    return tables.draft_to_target_D[jnp.argmax(draft.logits(for_head), axis=-1)]
+    """The draft's most likely token for what lm_head reads, as an id of the target's vocabulary.
+
+    It is -1, which no target accepts, where the logits are not finite.
+    """
+    logits = draft.logits(for_head)
+    return jnp.where(jnp.isfinite(logits.sum(axis=-1)), tables.draft_to_target_D[jnp.argmax(logits, axis=-1)], -1)

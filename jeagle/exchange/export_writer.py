@@ -43,6 +43,7 @@ from jeagle.exchange.draft_tensors import (
     vocabulary_tables,
 )
 from jeagle.exchange.limits import check_spec, vllm_limits
+from jeagle.runtime.disk import check_room
 from jeagle.runtime.manifest import atomic_folder
 
 EXPORT_DTYPES = ("bfloat16", "float16", "float32")
@@ -181,6 +182,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorPlan]) -> None:
 
     Raises:
       OSError: when the file cannot be written.
+      UserError: when the disk has no room for it; nothing has been written then.
     """
     width = {name: np.dtype(plan.dtype).itemsize for name, plan in tensors.items()}
     order = sorted(tensors, key=lambda name: (-width[name], name))
@@ -192,6 +194,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorPlan]) -> None:
         header[name] = {"dtype": _CODES[plan.dtype], "shape": list(plan.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    check_room(path.parent, end + len(text) + 8, "The export", "make room, or give another --out")
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:

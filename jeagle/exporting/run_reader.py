@@ -18,14 +18,15 @@ import tensorstore as ts
 from jaxtyping import Float, Int, Shaped
 
 from jeagle import drafts, features
-from jeagle.config import RunConfig, from_json
+from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.exchange.draft_tensors import LazyArray
 from jeagle.interfaces import DraftSpec
 from jeagle.run import assemble
 from jeagle.run.draft_init import EMBEDDING_FILE, HELD_OUT, held_out_scores
 from jeagle.run.parameters import served_from, served_params
-from jeagle.runtime.checkpoints import chosen_step
+from jeagle.runtime.checkpoints import CHECKSUMS, chosen_step, damaged_checkpoint, first_line
+from jeagle.runtime.checksums import checksum, describe
 
 MEASURED_FILE = "bench.json"
 """In a run's folder: what `jeagle.bench --out` or the import of a draft has measured."""
@@ -49,14 +50,17 @@ KvStore = dict[str, Any]
 class CheckpointArray:
     """An array of a checkpoint: indexing it with `...` or a slice of rows reads it from storage each time.
 
+    Before the first use all of it is read once, and UserError is raised where its checksum is another one.
+
     Args:
       store: that contains the array alone.
       driver: zarr or zarr3.
       where: the checkpoint's name in error messages.
+      saved: the array as `checksums.described` it; empty for a checkpoint without checksums.
     """
 
-    def __init__(self, store: KvStore, driver: str, where: str):
-        self._spec, self._where = {"driver": driver, "kvstore": store}, where
+    def __init__(self, store: KvStore, driver: str, where: str, saved: str):
+        self._spec, self._where, self._saved = {"driver": driver, "kvstore": store}, where, saved
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,23 +77,40 @@ class CheckpointArray:
         try:
             return self._array[index].read().result()
         except _TENSORSTORE_ERRORS as error:
-            raise _damaged(self._where, error) from error
+            raise damaged_checkpoint(self._where, error) from error
 
     def read_into(self, out: Shaped[np.ndarray, "..."]) -> None:
         """Fills `out` with the array, one stored block after the other, so that only one more block is in memory."""
-        blocks = self._array.chunk_layout.read_chunk.shape
-        starts = (range(0, size, block) for size, block in zip(self.shape, blocks, strict=True))
-        for corner in itertools.product(*starts):
-            ends = (min(c + b, n) for c, b, n in zip(corner, blocks, self.shape, strict=True))
-            piece = tuple(slice(*edges) for edges in zip(corner, ends, strict=True))
+        for piece in _blocks(self._array):
             out[piece] = self[piece]
 
     @functools.cached_property
     def _array(self) -> Any:
         try:
-            return ts.open(self._spec, open=True).result()
+            array = ts.open(self._spec, open=True).result()
+            if self._saved and self._saved != (found := _described(array, self._saved)):
+                raise ValueError(f"an array is {found} and was saved as {self._saved}")
+            return array
         except _TENSORSTORE_ERRORS as error:
-            raise _damaged(self._where, error) from error
+            raise damaged_checkpoint(self._where, error) from error
+
+
+def _blocks(array: Any) -> Iterator[tuple[slice, ...]]:
+    """The places of the blocks in which an array is stored."""
+    blocks = array.chunk_layout.read_chunk.shape or ()  # None for a scalar
+    starts = (range(0, size, block) for size, block in zip(array.shape, blocks, strict=True))
+    for corner in itertools.product(*starts):
+        ends = (min(c + b, n) for c, b, n in zip(corner, blocks, array.shape, strict=True))
+        yield tuple(slice(*edges) for edges in zip(corner, ends, strict=True))
+
+
+def _described(array: Any, saved: str) -> str:
+    """As `checksums.described`, a block at a time; an array of another shape or type than `saved` is not read."""
+    kind, shape = array.dtype.name, tuple(array.shape)
+    if not saved.startswith(describe(kind, shape, 0)[:-8]):
+        return describe(kind, shape, 0)
+    totals = (int(checksum(array[p].read().result(), shape, [edge.start for edge in p])) for p in _blocks(array))
+    return describe(kind, shape, sum(totals) % 2**32)
 
 
 def open_checkpoint(
@@ -111,7 +132,7 @@ def open_checkpoint(
     try:
         keys = {key.decode() for key in ts.KvStore.open(folder).result().list().result()}
     except _TENSORSTORE_ERRORS as error:
-        raise UserError(f"{where} cannot be listed: {_first_line(error)}.") from error
+        raise UserError(f"{where} cannot be listed: {first_line(error)}.") from error
     if not keys:
         raise UserError(f"{where} does not exist: the run has saved no checkpoint yet.")
     names = {key.split("/")[0] for key in keys}
@@ -122,24 +143,19 @@ def open_checkpoint(
     try:
         tree = json.loads(bytes(metadata.value))
         paths = [entry["key_metadata"][0]["key"] for entry in tree["tree_metadata"].values()]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise _damaged(f"{where}/{chosen}", error) from error
+        saved = (tree.get("custom_metadata") or {}).get(CHECKSUMS) or dict.fromkeys(paths, "")
+        if saved.keys() != {*paths}:
+            raise KeyError("the names of its arrays")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise damaged_checkpoint(f"{where}/{chosen}", error) from error
     driver = "zarr3" if tree.get("use_zarr3") else "zarr"
     arrays = {}
     for path in paths:
         store = inside | {"path": f"{inside['path']}{path}/"}
         if tree.get("use_ocdbt", True):
             store = {"driver": "ocdbt", "base": inside, "path": f"{path}/"}
-        arrays[path] = CheckpointArray(store, driver, f"{where}/{chosen}")
+        arrays[path] = CheckpointArray(store, driver, f"{where}/{chosen}", saved[path])
     return chosen, arrays
-
-
-def _damaged(where: str, error: Exception) -> UserError:
-    return UserError(f"The checkpoint {where} is incomplete or damaged ({_first_line(error)}): use another step.")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 class RunDraft(NamedTuple):
@@ -198,10 +214,9 @@ def open_run_draft(checkpoint: str | Path, step: int | str) -> Iterator[RunDraft
         else:
             folder = assemble.run_folder(checkpoint)
             storage, where = features.Storage(folder), str(folder)
+        config, spec = assemble.read_config(folder, where=where), assemble.described_draft(folder, where=where)
+        own = folder / EMBEDDING_FILE
         try:
-            config = from_json(json.loads((folder / "config.json").read_text("utf-8")))
-            spec = assemble.described_draft(folder, where=where)
-            own = folder / EMBEDDING_FILE
             embed_VW = np.load(own, mmap_mode="r") if own.is_file() else None
         except (ValueError, KeyError, OSError, EOFError) as error:
             raise UserError(f"{where} is damaged ({str(error).splitlines()[0]}): copy the run again.") from error

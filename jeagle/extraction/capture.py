@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from jeagle import align, features, targets
-from jeagle.errors import UserError
 from jeagle.interfaces import Batch, TopK
 from jeagle.runtime.mesh import row_sharding
 from jeagle.targets import Target
@@ -68,6 +67,7 @@ class Capture:
     ):
         scales = unit_channels(len(aux_layers), target.spec.width) | (channels or {})
         settings = {"channels": scales, "aux_layers": aux_layers, "width": width, "form": form, "mesh": mesh}
+        self._target = target.graphdef, target.state
         self._compute, self._mesh = functools.partial(_captured, target.graphdef, target.state, **settings), mesh
 
     def begin(self, rows: Batch) -> Finish:
@@ -82,11 +82,9 @@ class Capture:
         def finish() -> features.StoredFeatures:
             stored, finite_B = jax.tree.map(_own_rows, captured)
             if not finite_B.all():
-                raise UserError(
-                    f"The target's hidden states of row {int(np.argmin(finite_B))} of a batch are not finite numbers: "
-                    "its weights are damaged, or their type is too narrow. Compare them with python -m jeagle.doctor "
-                    "--against transformers."
-                )
+                if jax.process_count() == 1:  # other processes may not have met it
+                    targets.check_finite(*self._target, batch)
+                raise targets.broken_target("one of its layers")
             return stored
 
         return finish

@@ -25,6 +25,7 @@ import tensorstore as ts
 from jaxtyping import Shaped
 
 from jeagle.errors import UserError
+from jeagle.runtime import disk
 
 DRIVERS = {"gs://": "gcs", "s3://": "s3"}
 # Before the first answer a wrong address is likelier than a pause; afterwards a run outlives three minutes of silence.
@@ -34,7 +35,6 @@ _CREDENTIALS = {
     "gs://": "GOOGLE_APPLICATION_CREDENTIALS, or log in with gcloud",
     "s3://": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
 }
-_SIGNS_OF_FULL = ("No space left", "os_error_code='28'", "Disk quota", "RESOURCE_EXHAUSTED")
 _SIGNS_OF_NETWORK = (
     "http_response_code",
     "retry attempts failed",
@@ -135,7 +135,7 @@ class Storage:
         """Free bytes on the disk of the folder, whether or not it exists yet; None for object storage."""
         if self.path is None:
             return None
-        return shutil.disk_usage(next(p for p in (self.path, *self.path.parents) if p.exists())).free
+        return disk.free_bytes(self.path)
 
 
 @contextlib.contextmanager
@@ -144,7 +144,7 @@ def named_faults(storage: Storage) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        if any(sign in str(error) for sign in _SIGNS_OF_FULL):
+        if disk.is_full(error):
             free = (storage.free_bytes() or 0) / 1e6
             raise StorageFull(
                 f"The disk of {storage} is full, {free:,.3f} MB are free: make room, and start the same command again; "

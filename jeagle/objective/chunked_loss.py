@@ -139,8 +139,12 @@ def _scan_chunks(options, hidden_KBNW, lm_head_DW, teachers, *, with_gradient):
         teacher = _teacher(options, source, teacher_head, lse)
         logits = flat_matmul(hidden, lm_head, transposed=True)
         (chunk_total, losses), dlogits = _loss(options, logits, teacher, weight, factors, with_gradient)
-        correct = argmax_by_blocks(logits) == label[..., None]
-        metrics = SlotMetrics(losses, overlap(logits, teacher.full_probs), correct)
+        accepted = overlap(logits, teacher.full_probs)
+        # What is no number is neither accepted nor correct. The lse tells of the target: XLA's CPU backend takes the
+        # minimum of NaN and a number to be the number.
+        finite = jnp.isfinite(accepted) & jnp.isfinite(lse[..., None])
+        correct = (argmax_by_blocks(logits) == label[..., None]) & finite
+        metrics = SlotMetrics(losses, jnp.where(finite, accepted, 0.0), correct)
         if with_gradient:
             dhidden_bits, dhead_WD = gradients
             dlogits = dlogits.astype(dtype)

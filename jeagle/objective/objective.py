@@ -128,7 +128,10 @@ def objective(
     loss, by_teacher = chunked_loss(options, predictions.hidden_KBNW, lm_head_DW, taught)
     by_slot = _by_slot(by_teacher, slot_BMK, present_BMK, width)
     metrics = _metrics(by_slot, counts_KBN, trained_KBN, scale_KBN, rest_K)
-    return summed_over((loss + jnp.sum(decay_K * rest_K), metrics), over)
+    # NaN of the target's may lie where no loss is computed, such as in a logit that the draft vocabulary lacks.
+    finite = jnp.isfinite(taught.lse_BM).all()
+    metrics = metrics._replace(loss=jnp.where(finite, metrics.loss, jnp.nan))
+    return summed_over((jnp.where(finite, loss + jnp.sum(decay_K * rest_K), jnp.nan), metrics), over)
 
 
 def _teacher_source(

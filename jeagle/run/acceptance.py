@@ -16,6 +16,7 @@ from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Tables
 from jeagle.run import assemble
+from jeagle.runtime.manifest import check_intact
 from jeagle.runtime.progress import Progress
 
 
@@ -91,6 +92,8 @@ def make_models(target: Any, draft: Any, aux_layers: tuple[int, ...]) -> decodin
 
 def prompt_ids(bench: Bench, config: RunConfig, folder: Path, prompts: Path | None, most: int) -> list[np.ndarray]:
     """Prompts of a file, or the held-out conversations up to the answer, as the target's template renders them."""
+    if prompts is None:
+        check_intact(folder / "data", "held_out.jsonl")
     asked = data.read_prompts(str(prompts or folder / "data" / "held_out.jsonl"))[: most or None]
     arguments = data.parse_arguments(config.data.template_arguments)
     return [
@@ -123,7 +126,10 @@ def measure(
     label: str = "bench",
     width: int = 0,
 ) -> tuple[dict[str, Any], Decoded]:
-    """Speculative and plain decoding of the same prompts -> (report, texts)."""
+    """Speculative and plain decoding of the same prompts -> (report, texts).
+
+    UserError where they exceed the target's positions, or the target's numbers are not finite.
+    """
     room, most = max(map(len, prompts)) + max_new_tokens + 2 * draft_tokens, bench.loaded.target.spec.max_positions
     if room > most:
         raise UserError(
@@ -133,9 +139,13 @@ def measure(
     decode = {"batch": batch, "width": width}
     with Progress(2 * len(prompts), "decodings", label) as progress:
         more = max_new_tokens + draft_tokens + 1  # so that a baseline's last draft can be judged whole
-        plain = decoding.decode_greedy(
-            bench.models, bench.weights, prompts, tokens=more, on_done=progress.update, **decode
-        )
+        try:
+            plain = decoding.decode_greedy(
+                bench.models, bench.weights, prompts, tokens=more, on_done=progress.update, **decode
+            )
+        except decoding.NotFiniteError as error:
+            targets.check_text_finite(bench.loaded.target.graphdef, bench.weights.target, error.tokens)
+            raise targets.broken_target("one of its layers") from error
         decoded = decoding.decode_speculative(
             bench.models,
             bench.weights,
@@ -163,6 +173,7 @@ def measure_ngram(
     folder: Path, prompts: Sequence[np.ndarray], decoded: Decoded, *, draft_tokens: int
 ) -> dict[str, Any]:
     """The same counters for a 3-gram table of the run's training answers, over the same answers."""
+    check_intact(folder / "data")
     documents = data.unpack(data.load_rows(folder / "data" / "train"))
     table = decoding.NGramTable((document.ids, document.supervised) for document in documents)
     measured = [

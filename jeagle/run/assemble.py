@@ -1,7 +1,9 @@
 """From a config to the parts of a run: what every command starts with."""
 
 import functools
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +14,20 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jeagle import data, drafts, exchange, objective, targets
-from jeagle.config import DraftConfig, ObjectiveConfig, RunConfig
+from jeagle.config import CHECKSUM, DraftConfig, ObjectiveConfig, RunConfig, from_json
 from jeagle.drafts import Eagle3, by_path, draft_sharding
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Tables
 from jeagle.run import dataset
 from jeagle.run.draft_init import EMBEDDING_FILE, Start, draft_class, held_out_scores, own_embedding, starting_head
-from jeagle.run.parameters import Trained, served_params
-from jeagle.runtime.checkpoints import load_named
+from jeagle.run.parameters import Trained, served_from, served_params
+from jeagle.runtime.checkpoints import first_line, load_named
+from jeagle.runtime.manifest import fingerprint
 from jeagle.runtime.mesh import logical_sharding, make_mesh, replicated
 from jeagle.runtime.progress import bytes_progress
 from jeagle.targets import Target, TargetFiles, TargetSpec
+
+_SEALED = ("target", "data", "draft", "objective", "train")
 
 
 class LoadedTarget(NamedTuple):
@@ -127,7 +132,7 @@ def draft_from_flat(
 
 def trained_vocabulary(folder: Path) -> np.ndarray:
     """The draft vocabulary that a run's draft was trained with. UserError where the one beside it is another."""
-    trained_from = json.loads((folder / "draft.json").read_text())["made_from"]["tables"]
+    trained_from = _read(folder / "draft.json", lambda tree: {**tree["made_from"]["tables"]})
     return data.load_tables(folder / "tables", trained_from)
 
 
@@ -142,7 +147,8 @@ def run_folder(path: str | Path) -> Path:
 def load_draft(folder: Path, step: int | str) -> tuple[int, DraftSpec, dict[str, np.ndarray]]:
     """(step, spec, parameters by name) of a run's checkpoint: those that are measured and exported."""
     spec = described_draft(folder)
-    found, tree = load_named(folder / "checkpoints", step, held_out_scores(folder))
+    served = lambda names: itertools.chain(*served_from(names).values())  # noqa: E731
+    found, tree = load_named(folder / "checkpoints", step, held_out_scores(folder), served)
     return found, spec, drafts.merge_adapters(served_params(tree))
 
 
@@ -151,7 +157,50 @@ def described_draft(folder: Path, *, where: str = "") -> DraftSpec:
     described = folder / "draft.json"
     if not described.is_file():
         raise UserError(f"{where or folder} holds no trained draft: run python -m jeagle.train first.")
-    return DraftSpec.from_json(json.loads(described.read_text())["draft"])
+    return _read(described, lambda tree: DraftSpec.from_json(tree["draft"]), where=where)
+
+
+def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of `to_json` with a checksum of the settings that a draft depends on, so that an edited one is noticed."""
+    return tree | {CHECKSUM: fingerprint({name: tree.get(name) for name in _SEALED})}
+
+
+def read_config(folder: Path, *, where: str = "") -> RunConfig:
+    """The settings of a run. UserError where they are damaged, edited or of a later version; `where` names the run."""
+
+    def read(tree: dict[str, Any]) -> RunConfig:
+        if CHECKSUM in tree and tree != sealed(tree):
+            raise UserError(
+                f"{where or folder}/config.json was edited or damaged, its {CHECKSUM} does not fit it: restore it, or "
+                f"remove its {CHECKSUM} where the edit is meant."
+            )
+        return from_json(tree)
+
+    return _read(folder / "config.json", read, where=where)
+
+
+def check_files(folder: Path) -> None:
+    """UserError where a run has checkpoints, and the files that say what they are of are missing or damaged."""
+    if any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):
+        for name in ("config.json", "draft.json"):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"The run {folder} has checkpoints and no {name}, so that nothing says what they were trained "
+                    "with: restore it from a copy, or begin another run with another --name."
+                )
+        read_config(folder)
+        described_draft(folder)
+
+
+def _read(path: Path, read: Callable[[dict[str, Any]], Any], *, where: str = "") -> Any:
+    """What `read` makes of a JSON file. UserError where it cannot; `where` names the run's folder."""
+    try:
+        return read(json.loads(path.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise UserError(
+            f"{where or path.parent}/{path.name} is damaged, or was written by another version of jeagle "
+            f"({first_line(error)}): restore it from a copy."
+        ) from error
 
 
 def open_start(config: RunConfig) -> Start | None:

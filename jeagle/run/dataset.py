@@ -14,7 +14,15 @@ from jeagle.config import RunConfig
 from jeagle.errors import UserError
 from jeagle.interfaces import Batch
 from jeagle.run.claim import check_folder, claimed, new_rows
-from jeagle.runtime.manifest import differences, fingerprint, finished_manifest, read_manifest, write_manifest
+from jeagle.runtime.manifest import (
+    check_intact,
+    checksums,
+    differences,
+    fingerprint,
+    finished_manifest,
+    read_manifest,
+    write_manifest,
+)
 from jeagle.runtime.progress import Progress
 
 
@@ -77,6 +85,8 @@ def prepare(config: RunConfig) -> Prepared:
 def finish(config: RunConfig, made: dict[str, Any], *, reused: bool) -> Prepared:
     """The run's vocabulary tables, its rows being there; and what is known of both."""
     data = config.folder / "data"
+    if reused:
+        check_intact(data)
     tables, manifest = _make_tables(config, made, data), finished_manifest(data)
     ids = room.load_tables(tables)
     counts = {name: np.load(data / name / "counts.npy") for name in ("train", "held_out")}
@@ -147,8 +157,9 @@ def write_split(folder: Path, batches: Iterable[Batch], row_length: int, vocab: 
 
 
 def write_rows_manifest(folder: Path, config: RunConfig, made_from: dict[str, Any], statistics: dict[str, Any]) -> None:
-    """The manifest of a folder of rows, all of whose files are there; it names them with their lengths in bytes."""
+    """The manifest of a folder of rows, all of whose files are there; it has their lengths in bytes and checksums."""
     tree = {"made_from": made_from, "target": config.target.ref, "statistics": statistics, "files": _sizes(folder)}
+    tree["checksums"] = checksums(folder)
     write_manifest(folder, tree)
 
 

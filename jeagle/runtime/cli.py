@@ -9,9 +9,11 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from jeagle.errors import UserError
+from jeagle.runtime.disk import full_disk
 
 USER_ERROR = 2
 INTERRUPTED = 128 + 2  # as shells count SIGINT
@@ -21,9 +23,9 @@ BROKEN_PIPE = 128 + 13  # as shells count SIGPIPE
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Calls main with the process's arguments and exits with what it returns (None is 0).
 
-    A UserError becomes `error: ...` on stderr and status 2, Ctrl-C one line and 130, a reader that went away a quiet
-    141, any other exception a traceback and 1. SystemExit passes through. In a run of several processes one that
-    fails leaves at once, because waiting for the others, as jax does at exit, would hang them all.
+    A UserError, or a full disk, becomes `error: ...` on stderr and status 2, Ctrl-C one line and 130, a reader that
+    went away a quiet 141, any other exception a traceback and 1. SystemExit passes through. In a run of several
+    processes one that fails leaves at once, because waiting for the others, as jax does at exit, would hang them all.
     """
     status = _status(main)
     jax = sys.modules.get("jax")  # a command that has not imported it is not made to
@@ -64,7 +66,11 @@ def _status(main: Callable[[list[str]], int | None]) -> int:
             return leave.code or 0
         _say(str(leave.code))
         return 1
-    except Exception:
+    except Exception as error:
+        place = Path(getattr(error, "filename", None) or ".")
+        if full := full_disk(error, place, "A file", "make room, and start the same command again"):
+            _say(f"error: {full}")
+            return USER_ERROR
         traceback.print_exc()
         return 1
 

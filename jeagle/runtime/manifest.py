@@ -8,6 +8,7 @@ removes it. One path is written by one thread of a process at a time.
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -100,6 +101,34 @@ def write_manifest(folder: str | Path, tree: dict) -> None:
     """Writes folder/manifest.json: call it last, since it is what makes the folder count as finished."""
     text = json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write(Path(folder) / MANIFEST, text, json_file("manifest"))  # the folder's kind has been checked
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The fingerprint of each file in a folder by its path there, for the manifest that is to be written."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_fingerprint(path) for path in files}
+
+
+def check_intact(folder: Path, *names: str) -> None:
+    """UserError where files are not those whose `checksums` the folder's manifest has; without one nothing is known.
+
+    Args:
+      names: of the files that are read; all of them where none is given.
+    """
+    saved = (read_manifest(folder) or {}).get("checksums", {})
+    for name in names or saved:
+        if name in saved and (not (folder / name).is_file() or file_fingerprint(folder / name) != saved[name]):
+            raise UserError(
+                f"{folder / name} is damaged or was edited, its checksum is not that of the {MANIFEST} in {folder}: "
+                "restore it, or move the folder away, so that the next command makes it anew."
+            )
+
+
+def set_aside(path: Path, folder: Path, name: str) -> Path:
+    """Moves what is damaged to FOLDER/damaged/NAME.0, or the first number that is free, and returns where it is now."""
+    place = next(place for n in itertools.count() if not (place := folder / "damaged" / f"{name}.{n}").exists())
+    place.parent.mkdir(exist_ok=True)
+    return path.rename(place)
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, str]:

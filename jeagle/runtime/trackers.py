@@ -23,8 +23,8 @@ class JsonlTracker:
 
     def __init__(self, folder: Path, resume_step: int = 0):
         path = folder / "metrics.jsonl"
-        text = path.read_text("utf-8") if path.is_file() else None
-        rows = ((_row(line), line) for line in (text or "").splitlines())
+        text = path.read_text("utf-8", "replace") if path.is_file() else None
+        rows = ((_row(line), line) for line in (text or "").split("\n"))
         kept = "".join(f"{line}\n" for row, line in rows if row and row["step"] <= resume_step)
         if kept != text:
             atomic_write(path, kept, METRICS)
@@ -88,10 +88,10 @@ def open_trackers(names: Iterable[str], folder: str | Path, resume_step: int = 0
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The logged steps of a folder, rising, the last line of each; none without a file.
 
-    A line that a killed process left half written is passed over.
+    A line that a killed process left half written, or that is no text, is passed over.
     """
     path = folder / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
     rows = {row["step"]: row for line in lines if (row := _row(line))}
     return [rows[step] for step in sorted(rows)]
 

@@ -33,13 +33,17 @@ class HeldOut:
         # Divided by the slots that count, whose number adds up over batches, whatever the dialect divides by.
         measured = dataclasses.replace(program.objective, normaliser="counting")
         self._program, self._frozen, self._stores = program._replace(objective=measured), run.frozen, run.stores
-        self._mesh, self._size = run.mesh, config.train.batch_rows // config.train.accumulate
+        self._check_target, self._mesh, self._size = (
+            run.check_target,
+            run.mesh,
+            config.train.batch_rows // config.train.accumulate,
+        )
         self._numbers, self._trackers, self._scores = np.arange(0), Trackers([]), scores
         for later in [step for step in scores if step > start]:  # of steps that are taken anew
             del scores[later]
         if not config.train.held_out_rows:
             return
-        self._rows = data.load_rows(config.folder / "data" / "held_out")
+        self._rows = data.load_rows(config.folder / "data" / "held_out", len(run.frozen.tables.embed_VW))
         self._numbers = spread(len(self._rows.tokens_BT), config.train.held_out_rows)
         self._width = _width(self._rows, self._numbers, program)
         if distributed.is_leader() and self._numbers.size:
@@ -83,6 +87,8 @@ class HeldOut:
             batch, stored = put_rows(both, self._mesh)
             found = evaluation_step(self._program, draft, self._frozen, batch, self._width, stored)
             metrics = jax.device_get(found)._asdict()
+            if not np.isfinite(metrics["loss"]).all():
+                self._check_target(batch)
             metrics["loss"] = metrics["loss"] * metrics["trained"]
             total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in metrics.items()}
         return total | {"loss": total["loss"] / np.maximum(total["trained"], 1)}

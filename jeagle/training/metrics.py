@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jeagle.config import RunConfig
 from jeagle.errors import UserError
+from jeagle.interfaces import Batch
 from jeagle.run import assemble
 from jeagle.run.parameters import Trained, path_names
 from jeagle.runtime import distributed
+from jeagle.runtime.checksums import checksum
 from jeagle.runtime.flops import all_devices_flops, count_flops
 from jeagle.runtime.progress import Progress
 from jeagle.runtime.trackers import Trackers, open_trackers, read_metrics
@@ -31,11 +32,18 @@ class MetricsLog:
     Args:
       start, steps: the step that this call begins with, and how many the run has.
       rows_of: step -> the numbers of its rows, for messages.
+      check_target: called with the rows of a batch whose loss or gradient is not finite.
     """
 
     def __init__(
-        self, config: RunConfig, start: int, steps: int, rows_of: Callable[[int], Iterable[int]] = lambda step: ()
+        self,
+        config: RunConfig,
+        start: int,
+        steps: int,
+        rows_of: Callable[[int], Iterable[int]] = lambda step: (),
+        check_target: Callable[[Batch], None] = lambda rows: None,
     ):
+        self.check_target = check_target
         self.rows_of, self.folder = rows_of, config.folder
         self.every, self.steps = config.train.log_every, steps
         leader = distributed.is_leader()
@@ -53,7 +61,7 @@ class MetricsLog:
     @classmethod
     def of(cls, run: Run, draft: Any, start: int) -> Self:
         """The log of a run that goes on with step `start` from the parameters `draft`."""
-        log = cls(run.config, start, run.steps, run.stream.row_numbers)
+        log = cls(run.config, start, run.steps, run.stream.row_numbers, run.check_target)
         if run.config.train.learning_rate:
             log.unchanged = UnchangedParameters(draft, assemble.trained(run.config.draft), start)
         return log
@@ -101,7 +109,7 @@ class MetricsLog:
             metrics["flops_share"] = self.speed.of(flops, time.monotonic()) / self.peak
         if batch.read_share is not None:
             metrics["read_share"] = batch.read_share
-        self._check_skipped(step, metrics)
+        self._check_skipped(batch, metrics)
         self.last = {"step": step + 1, **metrics}
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
             self.trackers.log(step + 1, metrics)
@@ -115,11 +123,14 @@ class MetricsLog:
         shown |= {"read": f"{batch.read_share:.0%}"} if batch.read_share is not None else {}
         self.progress.update(step + 1, **shown)
 
-    def _check_skipped(self, step: int, metrics: dict[str, float]) -> None:
-        """Says that an update was skipped, and stops a run that skips every one."""
+    def _check_skipped(self, batch: StepBatch, metrics: dict[str, float]) -> None:
+        """Says that an update was skipped, and stops a run that skips every one, or whose target is broken."""
         if metrics["taken"]:
             self.skipped_in_a_row = 0
             return
+        step = batch.step
+        if not np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all():
+            self.check_target(batch.rows)
         self.skipped_in_a_row += 1
         numbers = f"loss {metrics['loss']:.3g}, gradient norm {metrics['gradient_norm']:.3g}"
         rows = ", ".join(map(str, self.rows_of(step)))
@@ -133,14 +144,9 @@ class MetricsLog:
             )
 
 
-@jax.jit
-def _sums(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32), tree)
-
-
 def checksums(tree: Any) -> dict[str, int]:
-    """A number for each float32 array by its path; it is another one, all but certainly, when any bit changes."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_sums(tree)))
+    """The checksum of each array by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(jax.tree.map(checksum, tree)))
     return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
 
 

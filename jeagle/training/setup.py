@@ -86,6 +86,11 @@ class Run(NamedTuple):
             share = float(stored is not None) if self.stores and self.stores.partial else None
             yield StepBatch(step, put_rows(rows, self.mesh), put_rows(stored, self.mesh), width, tokens, share)
 
+    def check_target(self, rows: Batch) -> None:
+        """UserError where the target, if the run has one, gives numbers that are not finite for rows on the mesh."""
+        if self.program.target is not None:
+            targets.check_finite(self.program.target, self.frozen.target, rows)
+
     def due(self, step: int) -> bool:
         """Whether the state after so many steps is saved and evaluated."""
         return step % self.config.train.save_every == 0 or step == self.steps
@@ -136,6 +141,7 @@ def set_up(config: RunConfig, inputs: Inputs | None = None) -> tuple[Run, TrainS
         config.folder / "data" / "train",
         config.train.batch_rows,
         config.train.seed,
+        vocab=target.spec.vocab,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -270,6 +276,9 @@ def describe_draft(config: RunConfig, spec: DraftSpec, target_fingerprint: str) 
 def write_folder(config: RunConfig, draft: Draft) -> None:
     """Writes config.json, draft.json and, where the draft has one of its own, its embedding."""
     if distributed.is_leader():
-        for name, tree, kind in (("config.json", to_json(config), CONFIG), ("draft.json", draft.description, DRAFT)):
+        for name, tree, kind in (
+            ("config.json", assemble.sealed(to_json(config)), CONFIG),
+            ("draft.json", draft.description, DRAFT),
+        ):
             atomic_write(config.folder / name, json.dumps(tree, indent=2) + "\n", kind)
     keep_embedding(config.folder, draft.spec, draft.tables)

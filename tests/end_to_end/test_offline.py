@@ -20,6 +20,7 @@ from jeagle.errors import UserError
 from jeagle.extraction import fill
 from jeagle.features import reader
 from jeagle.run import assemble
+from jeagle.runtime.checkpoints import load_named
 from jeagle.train import train
 from jeagle.training.held_out import spread
 from tests import tiny
@@ -109,6 +110,21 @@ def test_a_resumed_run_has_the_figures_of_held_out_rows_once(folder, online):
     rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in rows] == [r["loss"] for r in online]
     assert held_out(config) == held_out(config_of(folder, name="online"))
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_is_one_that_never_had_it(folder, online, capsys):
+    config = config_of(folder, name="damaged", train__held_out_rows=100)
+    shutil.copytree(folder / "runs" / "online", config.folder)
+    for path in (config.folder / "checkpoints" / "4").rglob("d/*"):
+        path.write_bytes(bytes(len(path.read_bytes())))
+    train(config)
+    assert "step 2 is used" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in online]
+    assert held_out(config) == held_out(config_of(folder, name="online"))
+    ours, theirs = (load_named(c.folder / "checkpoints", 4)[1] for c in (config, config_of(folder, name="online")))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert (config.folder / "damaged" / "checkpoint_4.0").is_dir()
 
 
 def test_few_held_out_rows_are_taken_from_all_over_them():

@@ -7,7 +7,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from jeagle.errors import UserError
-from jeagle.runtime.trackers import open_trackers
+from jeagle.runtime.trackers import open_trackers, read_metrics
 
 
 def lines(folder):
@@ -78,3 +78,13 @@ def test_tensorboard_is_told_to_forget_what_came_after_the_checkpoint(tmp_path):
     log(tmp_path, [2, 3], names=["tensorboard"], resume_step=1)
     starts = [e.step for e in events(tmp_path) if e.session_log.status == e.session_log.START]
     assert starts == [2]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b'\xff{"step": 3}\n', b'{"step": 3, "loss": "\xe2\x82'])
+def test_bytes_that_are_no_text_are_passed_over(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + damage)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    with open_trackers([], tmp_path, 1) as trackers:
+        trackers.log(2, {"loss": 1.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2] and path.read_bytes().count(b"\n") == 2

@@ -6,21 +6,25 @@ import contextlib
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jeagle import flags as configs
 from jeagle.config import ObjectiveConfig, RunConfig, TrainConfig
 from jeagle.errors import UserError
+from jeagle.extraction.capture import Capture
 from jeagle.run import assemble
 from jeagle.runtime.flops import count_flops
 from jeagle.runtime.mesh import make_mesh
+from jeagle.targets import Target
 from jeagle.training.held_out import HeldOut
-from jeagle.training.metrics import checksums, summarise, unchanged
-from jeagle.training.setup import check_parts, put_rows, set_up
+from jeagle.training.metrics import MetricsLog, checksums, summarise, unchanged
+from jeagle.training.setup import StepBatch, check_parts, put_rows, set_up
 from jeagle.training.step import loss_gradient, train_step
 from tests import tiny
 
@@ -99,6 +103,53 @@ def test_a_batch_that_teaches_nothing_or_a_nan_is_skipped_counted_and_reported(w
     after, report = world.step(state)
     assert bool(report.taken) and int(after.skipped) == 2 and not same(after.draft, state.draft)
     assert summarise(report)["trained"] > 0
+
+
+BROKEN = {"blocks.4.mlp.up_proj.kernel": "its layer 4", "norm": "its final norm", "lm_head": "its lm_head"}
+
+
+def broken_targets(world):
+    """(how a message names it, the frozen arrays with a number that is not finite there)."""
+    leaves = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(world.run.frozen.target)}
+    absent = next(i for i in range(300) if i not in np.asarray(world.run.frozen.tables.draft_to_target_D))
+    for name, part in BROKEN.items():
+        flat = dict(nnx.to_flat_state(world.run.frozen.target))
+        leaf = flat[leaves[name]]
+        # Of lm_head a single logit, of a token that the draft vocabulary lacks.
+        place, value = ((absent,), np.nan) if name == "lm_head" else ((..., 3), np.inf)
+        flat[leaves[name]] = leaf.replace(leaf.get_value().at[place].set(value))
+        yield part, world.run.frozen._replace(target=nnx.from_flat_state(list(flat.items())))
+
+
+def test_a_broken_target_stops_training_evaluation_and_extraction_and_nothing_is_accepted(world):
+    """No metric is better than the worst. The first layer above those that the draft reads is such a case."""
+    steps = range(world.config.draft.ttt_steps)
+    worst = dict.fromkeys([f"{name}_{k}" for name in ("accuracy", "acceptance") for k in steps] + ["taken"], 0.0)
+    worst |= {"expected_acceptance_length": 1.0, "expected_acceptance_length_sampled": 1.0}
+    for part, frozen in broken_targets(world):
+        run = world.run._replace(frozen=frozen)
+        metrics = summarise(report := world.step(world.state, frozen=frozen)[1])
+        assert {name: metrics[name] for name in worst} == worst, part
+        stops = functools.partial(pytest.raises, UserError, match=f"The target cannot be used: {part}")
+        log = MetricsLog(world.config, 0, 4, check_target=run.check_target)
+        log.step(StepBatch(0, world.batch, None, world.width, 1), report)
+        with log, stops():
+            log.drain()
+        with HeldOut(run, 0, {}) as evaluation, stops():
+            evaluation(2, world.state)
+        if part != "its lm_head":  # what is stored are the states below it
+            target = Target(None, world.run.program.target, frozen.target)
+            with stops():
+                Capture(target._replace(spec=SimpleNamespace(width=tiny.WIDTH)), (2, 4), run.mesh, width=64)(
+                    world.batch
+                )
+
+
+def test_a_draft_that_is_not_finite_has_the_worst_score(world):
+    scores: dict[int, float] = {}
+    with HeldOut(world.run, 0, scores) as evaluation:
+        evaluation(2, world.state._replace(draft=jax.tree.map(lambda x: x * jnp.nan, world.state.draft)))
+    assert scores == {2: 1.0}
 
 
 def test_every_trained_tensor_moves_within_100_steps_and_stays_float32(world):

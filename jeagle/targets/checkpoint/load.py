@@ -6,6 +6,7 @@ are put together on the devices.
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,8 +83,8 @@ def load_target(
       progress: called with the bytes loaded and the bytes in total.
 
     Raises:
-      UserError: for an unsupported architecture or switch, a tensor that is missing or has another shape, or weights
-        that the devices have no room for.
+      UserError: for an unsupported architecture or switch, a tensor that is missing or has another shape, more layers
+        than config.json says, or weights that the devices have no room for.
     """
     spec = read_spec(source.config, family)
     abstract = abstract_target(spec, dtype, stacked=stacked, stored=stored, mesh=mesh)
@@ -92,6 +93,8 @@ def load_target(
     for layout in parameters.values():
         for layer in layout.layers:
             reader.check(layout, layer)
+    if warning := reader.check_all_read(spec.layers):
+        print(warning, file=sys.stderr, flush=True)
     check_room(parameters.values(), mesh)
     total, done = sum(layout.size for layout in parameters.values()), 0
     arrays: dict[Any, jax.Array] = {}

@@ -1,5 +1,6 @@
 """Reads slices of parameters from a checkpoint's tensors, and rows by vocabulary without loading the model."""
 
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ class ParameterReader:
 
     def __init__(self, source: WeightSource, names: dict[str, Any]):
         self.source, self.names = source, names
-        self.present = set(source.names())
+        self.present, self.checked = set(source.names()), set[str]()
         self.prefix = next((p for p in PREFIXES if f"{p[0]}embed_tokens.weight" in self.present), PREFIXES[0])
 
     def read(self, layout: ParameterLayout, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
@@ -62,6 +63,7 @@ class ParameterReader:
             expected = (*expected[:-2], expected[-1], expected[-2])
         for expert in range(own[0] if piece.by_expert else 1):
             name = self._name(piece, layer, expert)
+            self.checked.add(name)
             if name not in self.present:
                 raise UserError(f"The target's weights lack the tensor {name}: the download may be incomplete.")
             shape = tuple(self.source.shape(name))
@@ -77,6 +79,41 @@ class ParameterReader:
                     f"The target's tensor {name} is {shape}; config.json makes it {expected}: they belong to different "
                     "models, or a switch was edited."
                 )
+
+    def check_all_read(self, layers: int) -> str:
+        """A warning that names tensors of the text model that no parameter was checked for; empty where there are none.
+
+        Parts of other modalities, heads that predict further tokens and stored rotary frequencies are not meant.
+
+        Args:
+          layers: L, as config.json says.
+
+        Raises:
+          UserError: for layers beyond L, since the model that config.json describes is not the one that is stored.
+        """
+        stem = f"{self.prefix[0]}layers."
+        unread = sorted(self.present - self.checked)
+        numbers = {name: name.removeprefix(stem).split(".")[0] for name in unread if name.startswith(stem)}
+        further = {number for name, number in numbers.items() if ".eh_proj." in name}  # DeepSeek and GLM
+        beyond = {int(number) for number in {*numbers.values()} - further if number.isdigit() and int(number) >= layers}
+        if beyond:
+            raise UserError(
+                f"The target's weights have {max(beyond) + 1} layers, and its config.json says {layers}: they belong "
+                "to different models, or num_hidden_layers was edited. Download them again."
+            )
+        text = [name for name in unread if self.prefix == PREFIXES[0] or name.startswith(self.prefix)]
+        odd = [
+            name
+            for name in text
+            if numbers.get(name) not in further and not re.search(r"(^|\.)(mtp|lm_head)|rotary_emb\.inv_freq$", name)
+        ]
+        if not odd:
+            return ""
+        return (
+            f"warning: {len(odd)} tensors of the target are not read, such as {', '.join(odd[:3])}: a switch in its "
+            "config.json may be wrong, or they belong to a part that jeagle does not know. Compare its numbers with "
+            "python -m jeagle.doctor --against transformers."
+        )
 
     def _cut(
         self, piece: Piece, name: str, own: tuple[int, ...], index: tuple[slice, ...], block: BlockSpec | None

@@ -128,8 +128,9 @@ class GgufWeights(WeightSource):
                     break
         for name in sorted(set(opened.tensors) - used):
             # Layers that only predict further tokens (multi-token prediction of DeepSeek and GLM) are not part of a
-            # target.
-            if not ((match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= layers):
+            # target; the file counts them as blocks.
+            match, blocks = re.match(r"blk\.(\d+)\.", name), int(opened.metadata[f"{architecture}.block_count"])
+            if not (match and layers <= int(match[1]) < blocks):
                 raise UserError(
                     f"The target {path} has a tensor {name} that jeagle does not know for this architecture: it would "
                     "be left out of the model, so the file is refused."

@@ -18,6 +18,7 @@ from jeagle.runtime.mesh import replicated, row_parts
 from jeagle.runtime.xla_workarounds import argmax_by_blocks
 from jeagle.targets.checkpoint.load import Target
 from jeagle.targets.model.attention import cache_shardings
+from jeagle.targets.model.finite import broken_target, check_text_finite
 
 STEPS_BETWEEN_ADMISSIONS = 8
 ADMITTED_AT_ONCE = 8
@@ -90,6 +91,7 @@ class GenerationState(NamedTuple):
       left_B: number of tokens that the row may still write; 0 = idle.
       written_BS: the tokens written so far, `count_B` of each row.
       number_B: number of the row's prompt, which its randomness follows from.
+      finite_B: whether all logits that a token was chosen from so far were finite.
     """
 
     cache: Any
@@ -99,6 +101,7 @@ class GenerationState(NamedTuple):
     written_BS: jax.Array
     count_B: jax.Array
     number_B: jax.Array
+    finite_B: jax.Array
 
 
 class Prompts(NamedTuple):
@@ -124,7 +127,8 @@ def idle_rows(graphdef: Any, params: Any, mesh: Mesh | None, batch: int, length:
     """The state of `batch` idle rows, with caches of `length` tokens and room for `room` written ones."""
     cache = nnx.merge(graphdef, params).empty_cache(batch, length, jnp.float32)
     zeros, written = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, room), jnp.int32)
-    return _constrained(GenerationState(cache, zeros, zeros, zeros, written, zeros, zeros.astype(jnp.uint32)), mesh)
+    state = GenerationState(cache, zeros, zeros, zeros, written, zeros, zeros.astype(jnp.uint32), zeros == 0)
+    return _constrained(state, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames=("state",))
@@ -147,6 +151,7 @@ def prefill(graphdef: Any, params: Any, state: GenerationState, prompts: Prompts
         written_BS=put(state.written_BS, 0),
         count_B=put(state.count_B, 0),
         number_B=put(state.number_B, prompts.numbers_R),
+        finite_B=put(state.finite_B, True),
     )
     return _constrained(filled, mesh)
 
@@ -162,7 +167,8 @@ def decode_steps(
         _, last, cache = model.extend(state.last_B[:, None], state.position_B[:, None], state.cache, ())
         fold_in = jax.vmap(lambda number, count: jax.random.fold_in(jax.random.fold_in(key, number), count))
         keys_B = fold_in(state.number_B, state.count_B)
-        token_B = sample_tokens(model.logits(last[:, 0]), keys_B, sampling)
+        logits_BV = model.logits(last[:, 0])
+        token_B = sample_tokens(logits_BV, keys_B, sampling)
         busy_B = state.left_B > 0
         ended_B = (token_B[:, None] == ends).any(axis=1)
         slot_B = jnp.where(busy_B, state.count_B, state.written_BS.shape[1] - 1)  # idle rows write to a spare slot
@@ -174,6 +180,7 @@ def decode_steps(
             written_BS=state.written_BS.at[jnp.arange(token_B.shape[0]), slot_B].set(token_B),
             count_B=state.count_B + busy_B,
             number_B=state.number_B,
+            finite_B=state.finite_B & (jnp.isfinite(logits_BV.sum(axis=-1)) | ~busy_B),
         ), None
 
     return _constrained(jax.lax.scan(one_step, state, None, length=STEPS_BETWEEN_ADMISSIONS)[0], mesh)
@@ -219,8 +226,8 @@ def generate(
       stops: maps the tokens written so far to how many of them the answer keeps if it ends there, or to None.
 
     Raises:
-      UserError: for an empty prompt, a limit below 1, or a prompt that exceeds the target's longest sequence together
-        with its limit.
+      UserError: for an empty prompt, a limit below 1, a prompt that exceeds the target's longest sequence together with
+        its limit, or a target whose logits are not finite.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if any(len(p) == 0 for p in prompts):
@@ -277,8 +284,17 @@ class _Generation:
             prompts = Prompts(tokens, lengths, rows, limits, numbers)
             self.state = prefill(*self.model, self.state, prompts, self.mesh)
 
+    def _check_finite(self, count: np.ndarray) -> None:
+        """UserError where logits of a row were not finite; `count` as in the state."""
+        for row in np.flatnonzero(~np.asarray(self.state.finite_B)):
+            if (index := self.in_row[row]) is not None:
+                written = np.asarray(self.state.written_BS)[row, : count[row]]
+                check_text_finite(*self.model, np.concatenate([self.prompts[index], written]))
+                raise broken_target("one of its layers")
+
     def _finished(self, stops: Stops | None) -> Iterator[GeneratedAnswer]:
         left, count = np.asarray(self.state.left_B), np.asarray(self.state.count_B)
+        self._check_finite(count)
         busy = [row for row, index in enumerate(self.in_row) if index is not None and (stops or left[row] == 0)]
         if not busy:
             return
