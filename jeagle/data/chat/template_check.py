@@ -126,6 +126,8 @@ def check_template(tokenizer: Any, end_token_ids: Sequence[int]) -> dict[str, Ou
     for kind, conversation in CHATS.items():
         try:
             [documents] = renderer([conversation])
+        except ConversationError as error:
+            documents = error
         except Exception as error:  # no chat may end the work, whatever the template does
             outcomes[kind] = Outcome("WRONG", f"{type(error).__name__}: {error}")
             continue
@@ -196,8 +198,7 @@ class Turn:
 
     def fault(self, before: list[int], learnt: list[int], ends: frozenset[int]) -> str:
         """Returns what is wrong with the ids that are learnt for this turn after `before`, or an empty text."""
-        prompts = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in self._prompts()]
-        if before not in prompts:
+        if before not in map(self._ids, self._prompts()):
             return f"what stands before it is not the prompt of this turn: {self._tokenizer.decode(before)[-60:]!r}"
         text = self._tokenizer.decode(learnt)
         if _markers(text) != self._markers or not all(field in text for field in self._fields):
@@ -209,12 +210,12 @@ class Turn:
         tail = text.rpartition(self._fields[-1])[2]
         if self._is_cut:
             return f"the end of an answer that was cut off is learnt: {tail!r}" if tail.strip() else ""
-        if not ends.isdisjoint(learnt[:-1]):
+        if not ends.isdisjoint(self._ids(tail)[:-1]):
             return f"what follows the end is learnt: {text!r}"
         if not any(found.startswith(tail) for found in self._tails(self._shown, self._continued)):
             return f"the template does not write {tail!r} after the answer"
-        special = self._tokenizer.added_tokens_decoder.keys() | ends
-        shown = [self._tokenizer(found, add_special_tokens=False)["input_ids"] for found in self._tails(*self._endings)]
+        special, header = self._tokenizer.added_tokens_decoder.keys() | ends, self._header()
+        shown = [self._ids(found) for found in self._tails(*self._endings) if found.strip() != header]
         if learnt[-1] not in special and not all(special.isdisjoint(found) for found in shown):
             return f"the end is not learnt: {text!r}"
         return ""
@@ -235,9 +236,17 @@ class Turn:
                 return True
         return False
 
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def _prompts(self) -> list[str]:
         texts = self._renderings(self._conversation.messages[: self.number], prompt=True)
         return [text for text in texts if text is not None]
+
+    def _header(self) -> str:
+        """Returns the generation prompt, which some templates write behind every chat, even unasked."""
+        prompt = next(iter(self._prompts()), "")
+        return _MARKER.split(prompt)[-1].strip()
 
     def _tails(self, *conversations: Sequence[dict[str, Any]]) -> Iterator[str]:
         """Yields what the template writes after this turn in these conversations."""
