@@ -132,6 +132,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return fingerprint({name: part for name, part in tree.items() if name not in ("truncation", "padding")})
 
 
+def sampled_with(tokenizer: Any) -> str:
+    """Returns TOKENIZER_HASH/TEMPLATE_HASH, under which sampled token ids are valid."""
+    return f"{tokenizer_hash(tokenizer)}/{template_hash(tokenizer)}"
+
+
 def parse_arguments(text: str) -> dict[str, Any]:
     """Parses the template's further variables from a JSON object; an empty text gives none.
 

@@ -1,15 +1,18 @@
 """Reads prompts, and writes files of answers that survive an interruption."""
 
 import contextlib
+import functools
 import gzip
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jeagle.data.sources.conversations import rejection_reason
-from jeagle.data.sources.files import Record, expand, records
-from jeagle.data.sources.schema import find_columns, messages_of, tools_of
+from jeagle.data.sources.catalog import SourcePart, parse_source
+from jeagle.data.sources.conversations import SourceReport, read_source
+from jeagle.data.sources.files import Record, records
+from jeagle.data.sources.schema import Columns, find_columns, messages_of, tools_of
 from jeagle.data.starter import starter_prompts
 from jeagle.errors import UserError
 from jeagle.runtime.lock import only_writer
@@ -24,55 +27,96 @@ def read_rows(path: Path) -> list[Row]:
     return [record.row for record in records(path)]
 
 
-def read_prompts(source: str) -> list[Row]:
+def read_prompts(source: str, *, every_turn: bool = False, most: int = 0) -> list[Row]:
     """Reads prompts, each of them once.
 
+    Rows that cannot be used are left out and printed, as `prepare` does.
+
     Args:
-      source: `starter`, or files of {"turns"}, {"messages"} or other rows of conversations. The prompt of a
-        conversation is the turns before its first answer; the prompt of a text is the first half of its words.
+      source: `starter`, or anything that --data.source accepts; rows of {"turns": ["...", ...]} and rows without
+        answers are prompts too.
+      every_turn: whether all turns of a conversation are returned, its answers included. If not, it is the turns before
+        the first answer, and for {"turns"} the first one. The prompt of a text is the first half of its words.
+      most: stops after this number of prompts; 0 = all.
 
     Returns:
-      {"id", "category", "messages"}, and "tools" and "thinking" if the row has them.
+      {"id", "category", "messages", "where"}, and "tools" and "thinking" if the row has them. The id follows from all
+      of these but the answers and the place.
 
     Raises:
-      UserError: if a line cannot be read or has no prompt; the message names the line.
+      UserError: if the source cannot be read, has no prompts, or if more than 1 % of its rows cannot be used.
     """
     if source == "starter":
-        return starter_prompts()
-    prompts = [_parse_prompt(record) for path in expand(source) for record in records(path)]
+        return starter_prompts()[: most or None]
+    report = _PromptReport()
+    parts = parse_source(source)
+    parse = functools.partial(_parse_prompt, every_turn=every_turn)
+    found = itertools.islice(read_source(parts, report, streaming=bool(most), parse=parse), most or None)
+    prompts = [prompt.row for prompt in found]
+    report.check()
+    if report.rejected:
+        print(f"note: {report.rejected.total()} of {report.rows} rows have no usable prompt: {report.reasons()}")
     if not prompts:
         raise UserError(f'{source} contains no prompts: write {{"turns": ["..."]}} on each line.')
-    return list({p["id"]: p for p in prompts}.values())
+    return prompts
 
 
-def make_prompt(messages: list[dict[str, Any]], category: str = "") -> Row:
-    """Returns {"id", "category", "messages"}; the id follows from the messages."""
-    return {"id": fingerprint(messages)[:12], "category": category, "messages": messages}
+def make_prompt(messages: list[dict[str, Any]], category: str = "", more: Row | None = None) -> Row:
+    """Returns {"id", "category", "messages"} and further fields; the id follows from the turns but the answers."""
+    asked: Any = [message for message in messages if message["role"] != "assistant"]
+    number = fingerprint([asked, more] if more else asked)[:12]
+    return {"id": number, "category": category, "messages": messages} | (more or {})
 
 
-def _parse_prompt(record: Record) -> Row:
-    try:
-        if record.reason:
-            raise ValueError(record.reason)
-        row = record.row
-        if isinstance(row, dict) and "turns" in row:
-            messages = [{"role": "user", "content": row["turns"][0]}]
-        else:
-            messages = messages_of(row, find_columns(row))
-        tools = tools_of(row)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            f'{record.where} is not a prompt ({rejection_reason(error)}): write {{"turns": ["..."]}}.'
-        ) from error
-    if messages[0]["role"] == "text":
+class _Prompt(NamedTuple):
+    """A prompt as `read_source` yields it."""
+
+    id: str
+    row: Row
+
+
+class _PromptReport(SourceReport):
+    """Counts the rows that have no prompt."""
+
+    def check(self) -> None:
+        """Raises a UserError that lists the reasons if more rows were rejected than `bad_share` allows."""
+        if self.rejected.total() > self.bad_share * max(self.rows, 1):
+            raise UserError(
+                f"{self.rejected.total()} of {self.rows} rows have no usable prompt: {self.reasons()}. Write "
+                f'{{"turns": ["..."]}} or a conversation on each line; {self.bad_share:.0%} of them may be left out.'
+            )
+
+
+def _parse_prompt(record: Record, part: SourcePart, report: SourceReport, *, every_turn: bool) -> _Prompt:
+    if record.reason:
+        raise ValueError(record.reason)
+    row = record.row
+    if isinstance(row, dict) and "turns" in row:
+        messages = messages_of({"messages": [{"role": "user", "content": turn} for turn in row["turns"]]}, _MESSAGES)
+        messages = messages if every_turn else messages[:1]
+    else:
+        messages = messages_of(row, find_columns(row, part.columns))
+    roles = [message["role"] for message in messages]
+    if roles[0] == "text":
         words = messages[0]["content"].split(" ")
         messages = [{"role": "text", "content": " ".join(words[: (len(words) + 1) // 2])}]
+    elif "user" in roles:
+        begin = roles.index("user") if "assistant" in roles[: roles.index("user")] else 0
+        if begin:
+            report.notes["a conversation begins with an answer, which is removed"] += 1
+            messages = [*(m for m in messages[:begin] if m["role"] == "system"), *messages[begin:]]
+    elif roles[0] != "ids":
+        raise ValueError("the conversation has no turn of a user")
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-    if first == 0:
-        raise UserError(f"{record.where} begins with an answer: a prompt needs a user turn.")
+    messages = messages if every_turn else messages[:first]
+    tools = tools_of(row)
     more = {"tools": tools} if tools else {}
     more |= {"thinking": row["thinking"]} if isinstance(row.get("thinking"), bool) else {}
-    return make_prompt(messages[:first], str(row.get("category", ""))) | more
+    prompt = make_prompt(messages, str(row.get("category", "")), more)
+    return _Prompt(prompt["id"], prompt | {"where": record.where})
+
+
+_MESSAGES = Columns(chat="messages")
 
 
 def _foreign(out: Path) -> str:

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jeagle.config import DataConfig
@@ -86,7 +86,7 @@ class SourceReport:
         self.reject(reason, where)
         if self.not_rendered == FIRST_ROWS and not self.rendered and self.bad_share < 1:
             raise UserError(
-                f"None of the first {FIRST_ROWS} conversations can be rendered: {self._reasons()}. Correct them, or "
+                f"None of the first {FIRST_ROWS} conversations can be rendered: {self.reasons()}. Correct them, or "
                 "choose a suitable chat template with --data.template."
             )
 
@@ -95,24 +95,32 @@ class SourceReport:
         bad = self.rejected.total()
         if bad > self.bad_share * max(self.rows, 1):
             raise UserError(
-                f"{bad} of {self.rows} conversations cannot be used: {self._reasons()}. Correct or remove them; "
+                f"{bad} of {self.rows} conversations cannot be used: {self.reasons()}. Correct or remove them; "
                 f"--data.bad-share {self.bad_share:g} is the share that may be rejected."
             )
 
-    def _reasons(self) -> str:
+    def reasons(self) -> str:
+        """Lists the most common reasons, with their numbers and the place of the first row of each."""
         common = self.rejected.most_common(8)
         return "; ".join(f"{reason} ({n} times, first {self.examples[reason]})" for reason, n in common)
 
 
+Parse = Callable[[Record, SourcePart, SourceReport], Any]
+
+
 def read_source(
-    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False
-) -> Iterator[Conversation]:
+    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False, parse: Parse | None = None
+) -> Iterator[Any]:
     """Yields the conversations of a source one at a time, without duplicates.
 
     Parts without weights are read one after another. Parts with weights are mixed in this proportion until one of
     them is exhausted, which `report` notes.
+
+    Args:
+      parse: makes what is yielded of a row, with an `id` in hexadecimal digits; None = a `Conversation`. Rows for which
+        it raises an error are rejected.
     """
-    streams = [_read_part(part, report, streaming) for part in parts]
+    streams = [_read_part(part, report, streaming, parse or _parse_conversation) for part in parts]
     mixed = _mix(parts, streams, report) if len(parts) > 1 and parts[0].weight is not None else None
     known: set[int] = set()
     for conversation in mixed or (c for stream in streams for c in stream):
@@ -143,11 +151,11 @@ def rejection_reason(error: Exception) -> str:
     return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _read_part(part: SourcePart, report: SourceReport, streaming: bool) -> Iterator[Conversation]:
+def _read_part(part: SourcePart, report: SourceReport, streaming: bool, parse: Parse) -> Iterator[Any]:
     for record in part.rows(streaming=streaming):
         report.rows += 1
         try:
-            conversation = _parse_conversation(record, part, report)
+            conversation = parse(record, part, report)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             report.reject(rejection_reason(error), record.where)
         else:
@@ -181,9 +189,7 @@ def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) 
     return Conversation(number, tuple(messages), tuple(tools), model, thinking, sampled_with, record.where)
 
 
-def _mix(
-    parts: Sequence[SourcePart], streams: Sequence[Iterator[Conversation]], report: SourceReport
-) -> Iterator[Conversation]:
+def _mix(parts: Sequence[SourcePart], streams: Sequence[Iterator[Any]], report: SourceReport) -> Iterator[Any]:
     weights = [part.weight or 1.0 for part in parts]
     taken = [0] * len(parts)
     while True:

@@ -95,7 +95,7 @@ def check(rows: dict, partial) -> None:
         row = rows[prompt["id"]]
         assert row["messages"] == [
             *prompt["messages"],
-            {"role": "assistant", "content": prompt["messages"][0]["content"][::-1]},
+            {"role": "assistant", "content": prompt["messages"][0]["content"][::-1], "finish_reason": "stop"},
         ]
         assert row["finish_reason"] == "stop" and row["model"] == "m"
     written = [json.loads(line) for line in partial.read_text().splitlines()[1:]]
@@ -163,7 +163,7 @@ def test_a_killed_client_continues_after_its_last_answer(tmp_path):
         gate.set()
     with partial.open("a") as file:
         file.write('{"id": "059", "mess')  # as a kill in the middle of a line leaves it
-    kept = partial.read_text().count('"finish_reason"')
+    kept = partial.read_text().count('"model": "m"}\n')
     with Fake() as fake:
         rows, _ = ask_server(server(fake.url), PROMPTS, answer_file(tmp_path / "a"))
         assert kept >= 15 and sum(fake.asked.values()) == len(PROMPTS) - kept
@@ -229,7 +229,10 @@ def test_the_command_writes_sorted_answers_with_their_model(tmp_path, capsys):
         regenerate.main([*arguments, "--server", fake.url, "--system-prompt", "be old"])
     found = read_conversations(str(tmp_path / "a.jsonl.gz")).conversations
     assert len(found) == 20 and {c.model for c in found} == {"m"} and not list(tmp_path.glob("*.partial"))
-    assert all(c.messages[0]["role"] == "user" for c in found) and "20 answers in" in capsys.readouterr().out
+    assert (
+        all(c.messages[0] == {"role": "system", "content": "be old"} for c in found)
+        and "20 answers in" in capsys.readouterr().out
+    )
     with Fake(lambda text, attempt: 400) as fake, pytest.raises(UserError, match="refuses 20 of 20 prompts"):
         regenerate.main([*arguments[:-1], str(tmp_path / "b.jsonl"), "--server", fake.url])
     assert not (tmp_path / "b.jsonl").exists()
