@@ -8,6 +8,7 @@ Sources of the forms: the chat templates of the models, and the parsers of vLLM 
 # ruff: noqa: RUF001 - DeepSeek's marks contain a vertical line of full width
 
 import ast
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -34,11 +35,14 @@ def _json_text(match: re.Match, tools: Tools) -> Iterable[Call]:
 
 
 def _json_calls(match: re.Match, tools: Tools) -> Iterable[Call]:
-    """Reads an object with a name and arguments, or a list of such objects."""
-    calls = json.loads(match["json"])
-    for call in calls if isinstance(calls, list) else [calls]:
-        arguments = call["arguments"] if "arguments" in call else call["parameters"]
-        yield call["name"] if "name" in call else call["tool_name"], arguments, call.get("id") or ""
+    """Reads objects with a name and arguments, or lists of such objects, with semicolons between them or nothing."""
+    text, decoder = match["json"], json.JSONDecoder()
+    while text := text.lstrip("; \n"):
+        calls, end = decoder.raw_decode(text)
+        text = text[end:]
+        for call in calls if isinstance(calls, list) else [calls]:
+            arguments = call["arguments"] if "arguments" in call else call["parameters"]
+            yield call["name"] if "name" in call else call["tool_name"], arguments, call.get("id") or ""
 
 
 def _pairs(pair: str) -> Callable[[re.Match, Tools], Iterable[Call]]:
@@ -58,12 +62,16 @@ def _pairs(pair: str) -> Callable[[re.Match, Tools], Iterable[Call]]:
 
 
 def _value(text: str) -> Any:
-    """Returns the JSON value of a text if the value is written with these very characters, otherwise the text."""
-    try:
+    """Returns the value that JSON, or Python for a list or an object, writes with these very characters, or the text."""
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
-    except ValueError:
-        return text
-    return value if not isinstance(value, str) and json.dumps(value, ensure_ascii=False) == text else text
+        if not isinstance(value, str) and json.dumps(value, ensure_ascii=False) == text:
+            return value
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        value = ast.literal_eval(text)
+        if isinstance(value, (list, dict)) and repr(value) == text:
+            return value
+    return text
 
 
 def _gemma(match: re.Match, tools: Tools) -> Iterable[Call]:
@@ -113,6 +121,7 @@ class CallForm(NamedTuple):
 
 
 _JSON = r"(?P<json>[\[{].*[\]}])"
+_PYTHON = "(?P<python>.+)"
 _FUNCTION = r"<function=(?P<name>[^>\n]+)>(?P<pairs>.*?)</function>"
 _PARAMETER = _pairs(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>")
 _INVOKE = r'invoke name="(?P<name>[^"]+)">(?P<pairs>.*?)</'
@@ -143,12 +152,13 @@ CALLS = (
         r"<｜tool▁call▁begin｜>(?P<name>[^<\n]+)<｜tool▁sep｜>(?P<arguments>.*?)<｜tool▁call▁end｜>",
         _json_text,
     ),
-    # DeepSeek V3.2
+    # DeepSeek V3.2 and V4
     CallForm(
-        "<｜DSML｜function_calls>",
-        r"<｜DSML｜function_calls>\s*(.*)</｜DSML｜function_calls>",
+        "｜DSML｜",
+        r"<｜DSML｜(?:function|tool)_calls>\s*(.*)</｜DSML｜(?:function|tool)_calls>",
         f"<｜DSML｜{_INVOKE}｜DSML｜invoke>",
         _pairs(r'<｜DSML｜parameter name="(?P<key>[^"]+)" string="(?P<string>\w+)">(?P<value>.*?)</｜DSML｜parameter>'),
+        "<｜DSML｜",
     ),
     # Kimi K2
     CallForm(
@@ -184,13 +194,14 @@ CALLS = (
     CallForm("<|tool_call|>", r"<\|tool_call\|>\s*(.*?)(?:<\|/tool_call\|>)?", _JSON, _json_calls),
     # Command R7B and A
     CallForm("<|START_ACTION|>", r"<\|START_ACTION\|>\s*(.*)<\|END_ACTION\|>", _JSON, _json_calls),
-    # OLMo 3
-    CallForm("<function_calls>", "<function_calls>(.*)</function_calls>", "(?P<python>.+)", _python),
+    # OLMo 3; LFM2
+    CallForm("<function_calls>", "<function_calls>(.*)</function_calls>", _PYTHON, _python),
+    CallForm("<|tool_call_start|>", r"<\|tool_call_start\|>(.*)<\|tool_call_end\|>", _PYTHON, _python),
     # Llama 4, then Llama 3.1 to 3.3: with marks and without
-    CallForm("<|python_start|>", r"<\|python_start\|>(.*)<\|python_end\|>", r"(?P<python>\[.+\])", _python),
-    CallForm("<|python_tag|>", r"<\|python_tag\|>(.*)", r"(?P<json>\{.*?\})(?:;|\s*$)", _json_calls),
-    CallForm('"parameters": ', "(.*)", r"(?P<json>\{.*?\})(?:;|\s*$)", _json_calls, begin=""),
-    CallForm("[func_name1(", "(.*)", r"(?P<python>\[.+\])", _python, begin=""),
+    CallForm("<|python_start|>", r"<\|python_start\|>(.*)<\|python_end\|>", _PYTHON, _python),
+    CallForm("<|python_tag|>", r"<\|python_tag\|>(.*)", _JSON, _json_calls),
+    CallForm('"parameters": ', r"(?:<\|python_start\|><\|python_end\|>)?(.*)", _JSON, _json_calls, ""),
+    CallForm("[func_name1(", "(.*)", _PYTHON, _python, ""),
 )
 
 # One message of harmony, the form of gpt-oss: a recipient and a channel, and a text that may be cut off.
@@ -259,11 +270,13 @@ def _split_reasoning(text: str, template: str, prompt: str) -> tuple[str, str]:
         opened = prompt.rstrip().endswith(begin.rstrip())
         if begun or opened or (not template and end in text):
             reasoning, _, rest = (text.lstrip().removeprefix(begin) if begun else text).partition(end)
-            for before, after in _AROUND:
-                if rest.strip().startswith(before):
-                    rest = rest.strip().removeprefix(before).removesuffix(after)
-            return reasoning.strip(), rest
-    return "", text
+            break
+    else:
+        reasoning, rest = "", text
+    for before, after in _AROUND:
+        if before in (template or text) and rest.strip().startswith(before):
+            rest = rest.strip().removeprefix(before).removesuffix(after)
+    return reasoning.strip(), rest
 
 
 def _split_calls(text: str, template: str, tools: Tools) -> tuple[str, list[Message]]:
