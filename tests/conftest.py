@@ -20,9 +20,12 @@ from jaxtyping import install_import_hook
 
 from tests import shape_checks
 
-# The rooms' functions are checked against their annotations, shapes of arrays included.
-ROOMS = ("align", "data", "decoding", "drafts", "exchange", "extraction", "features", "layers", "objective", "targets")
-install_import_hook([f"jeagle.{room}" for room in ROOMS], f"{shape_checks.__name__}.checked")
+# Functions are checked against their annotations, shapes of arrays included.
+PARTS = (
+    *("align", "data", "decoding", "drafts", "exchange", "exporting", "extraction", "features", "layers", "objective"),
+    *("run", "runtime", "targets", "training"),
+)
+install_import_hook([f"jeagle.{part}" for part in PARTS], f"{shape_checks.__name__}.checked")
 
 from jeagle.errors import UserError  # noqa: E402
 from jeagle.targets.checkpoint.reference import TargetFiles, resolve  # noqa: E402

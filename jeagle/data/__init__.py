@@ -1,12 +1,11 @@
 """From conversations to token rows, batches and the draft vocabulary, and answers to prompts."""
 
 from jeagle.data.chat.parse_answer import parse_answer
-from jeagle.data.chat.render import Rendered
+from jeagle.data.chat.render import Rendered, render_prompt
 from jeagle.data.chat.templates import (
     ConversationError,
     parse_arguments,
     reads_date,
-    render_prompt,
     sampled_with,
     template_hash,
     tokenizer_hash,

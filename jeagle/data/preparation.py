@@ -11,7 +11,7 @@ import numpy as np
 
 from jeagle.config import DataConfig
 from jeagle.data.chat.render import Rendered, Renderer
-from jeagle.data.chat.templates import ConversationError, enables_thinking
+from jeagle.data.chat.templates import ConversationError
 from jeagle.data.near_duplicates import NearDuplicateIndex, document_signatures
 from jeagle.data.rows import Packer, RowWriter, rows_of
 from jeagle.data.sources.catalog import SourcePart
@@ -66,9 +66,8 @@ def prepare_rows(
         report = SourceReport(log=log, bad_share=config.bad_share)
         conversations = read_source(parts, report, streaming=config.streaming)
         used = itertools.islice(conversations, config.max_conversations or None)
-        for conversation, held_out, documents, signature in _render_all(
-            used, Renderer(tokenizer, config, end_token_ids), config.held_out
-        ):
+        renderer = Renderer(tokenizer, config, end_token_ids)
+        for conversation, held_out, documents, signature in _render_all(used, renderer, config.held_out):
             counts["conversations"] += 1
             on_done(counts["conversations"])
             if isinstance(documents, ConversationError):
@@ -78,7 +77,7 @@ def prepare_rows(
             if near.add(signature, held_out) and near.drop:
                 continue
             if held_out:
-                prompts.write(_prompt_line(conversation, tokenizer, config))
+                prompts.write(_prompt_line(conversation, tokenizer, renderer))
             counts["answers_cut_short"] += sum(m.get("cut", False) for m in conversation.messages)
             counts["taken_apart"] += len(documents) > 1
             counts["on_policy"] += is_same_model(conversation.model, target)
@@ -172,13 +171,12 @@ def _check_supervised(splits: dict[str, dict[str, Any]], config: DataConfig) -> 
         )
 
 
-def _prompt_line(conversation: Conversation, tokenizer: Any, config: DataConfig) -> str:
+def _prompt_line(conversation: Conversation, tokenizer: Any, renderer: Renderer) -> str:
     line: dict[str, Any] = {"id": conversation.id, "messages": conversation.messages}
     if conversation.tools:
         line["tools"] = conversation.tools
-    if "thinking" in str(tokenizer.chat_template):
-        first_answer = [m for m in conversation.messages if m["role"] == "assistant"][:1]
-        line["thinking"] = enables_thinking(config, first_answer) and config.reasoning == "keep"
+    if "thinking" in str(tokenizer.chat_template) and conversation.messages[0]["role"] not in ("text", "ids"):
+        line["thinking"] = renderer.thinks(conversation)
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 

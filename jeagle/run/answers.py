@@ -298,6 +298,7 @@ class _Writer:
             data.read_back(dialogue.messages),
             tools=dialogue.prompt.get("tools", ()),
             thinking=dialogue.prompt.get("thinking", True),
+            end_token_ids=self._loaded.end_token_ids,
         )
         spec = self._loaded.target.spec
         if len(ids) + self._args.max_new_tokens > spec.max_positions:

@@ -1,34 +1,21 @@
-"""Renders conversations to token ids and a loss mask, which marks the tokens that the target itself would sample.
+"""Renders conversations to token ids and a loss mask, which marks the tokens that the target itself would sample."""
 
-The mask follows from the chat template alone: an answer is the text between the generation prompt and the end token,
-the end token included. No pattern has to recognise headers. Every answer is verified: the supervised text must be the
-text of the answer.
-"""
-
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from jeagle.config import DataConfig
-from jeagle.data.chat.templates import (
-    THINK_END,
-    THINK_START,
-    ChatTemplate,
-    ConversationError,
-    Messages,
-    RenderRequest,
-    check_sampled,
-    enables_thinking,
-    parse_arguments,
-    split_reasoning,
-    with_system,
-    without_reasoning,
-)
+from jeagle.data.chat.documents import Document, DocumentBuilder, template_and_form
+from jeagle.data.chat.templates import ConversationError, Messages, RenderRequest, with_system
 from jeagle.data.chat.token_offsets import Encoder, Encoding
 from jeagle.data.sources.conversations import Conversation
+from jeagle.data.sources.schema import prompt_ids
+from jeagle.runtime.manifest import fingerprint
 
 
 class Rendered(NamedTuple):
@@ -45,116 +32,25 @@ class Rendered(NamedTuple):
     lead: int = 0
 
 
-class Answer(NamedTuple):
-    """An answer in a document's text.
-
-    Attributes:
-      begin: the character at which it begins.
-      message: its message.
-      keep_end: whether its end token is supervised.
-    """
-
-    begin: int
-    message: dict[str, Any]
-    keep_end: bool
-
-
-class Document(NamedTuple):
-    """The text of a document.
-
-    Attributes:
-      text: what the tokenizer reads.
-      answers: the answers in it, in order.
-      lead: number of characters before the first turn that is not the system's.
-      request: what `ChatTemplate.ids` is asked, if the ids can be compared with those of transformers.
-    """
-
-    text: str
-    answers: list[Answer]
-    lead: int
-    request: RenderRequest | None = None
-
-
-class DocumentBuilder:
-    """Renders conversations to the texts of their documents and locates the answers in them."""
-
-    def __init__(self, tokenizer: Any, config: DataConfig):
-        self.template = ChatTemplate(tokenizer, parse_arguments(config.template_arguments))
-        self._config = config
-
-    def one_document_each(self, conversations: Sequence[Conversation]) -> list[list[Document] | ConversationError]:
-        """Puts all answers of a conversation into one document, or says why the template does not allow it."""
-        requests, chats = [], []
-        for conversation in conversations:
-            messages, answers = self._messages(conversation)
-            thinks = enables_thinking(self._config, [messages[i] for i in answers])
-            whole = RenderRequest(messages, conversation.tools, thinks, False)
-            requests += [whole, *(whole._replace(messages=messages[:i], prompt=True) for i in answers)]
-            chats.append((whole, answers))
-        texts: Iterator[Any] = iter(self.template.texts(requests))
-        documents: list[list[Document] | ConversationError] = []
-        for whole, answers in chats:
-            text, *prompts = itertools.islice(texts, 1 + len(answers))
-            if error := _first_error([text, *prompts]):
-                documents.append(error)
-            elif not all(map(text.startswith, prompts)):
-                reason = "the chat template renders earlier turns differently when more turns follow"
-                documents.append(ConversationError(reason))
-            else:
-                located = [
-                    Answer(len(prompt), whole.messages[i], not whole.messages[i].get("cut"))
-                    for i, prompt in zip(answers, prompts, strict=True)
-                ]
-                lead = _lead(prompts[0] if prompts else text, whole.messages)
-                documents.append([Document(text, located, lead, whole)])
-        return documents
-
-    def one_document_per_answer(self, conversation: Conversation) -> list[Document]:
-        """Puts each answer into a document of its own, after the history as a server shows it to the target.
-
-        Raises:
-          ConversationError: if the template does not allow this either.
-        """
-        messages, answers = self._messages(conversation)
-        documents, lead = [], 0
-        for i in answers:
-            thinks = enables_thinking(self._config, [messages[i]])
-            whole = RenderRequest(messages[: i + 1], conversation.tools, thinks, False)
-            texts: list[Any] = self.template.texts([whole, whole._replace(messages=messages[:i], prompt=True)])
-            if error := _first_error(texts):
-                raise error
-            text, prompt = texts
-            answer = Answer(len(prompt), messages[i], not messages[i].get("cut"))
-            lead = lead or _lead(prompt, messages)
-            if text.startswith(prompt):
-                documents.append(Document(text, [answer], lead, whole))
-            else:
-                documents.append(Document(prompt + _continuation(prompt, text, messages[i]), [answer], lead))
-        return documents
-
-    def _messages(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[int]]:
-        """Returns the messages that are rendered, and which of them are answers to be learnt."""
-        messages = with_system(conversation.messages, self._config.system_prompt)
-        if self._config.reasoning == "drop":
-            messages = [without_reasoning(m) for m in messages]
-        return messages, [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("learn", True)]
-
-
 class Renderer:
     """Renders conversations with one tokenizer and one configuration, many at a time.
 
     Args:
-      end_token_ids: ids that may end an answer.
+      end_token_ids: ids that end an answer by the target's configuration.
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig, end_token_ids: Sequence[int]):
         self._tokenizer, self._config = tokenizer, config
-        self._builder, self._end_ids = DocumentBuilder(tokenizer, config), frozenset(end_token_ids)
-        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._end_token_ids, self._end_ids = tuple(end_token_ids), frozenset(end_token_ids)
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._encode = Encoder(self._backend)
+
+    @functools.cached_property
+    def _builder(self) -> DocumentBuilder:
+        """Rows without turns need no template."""
+        return DocumentBuilder(self._tokenizer, self._config, self._end_token_ids)
 
     def __call__(
         self, conversations: Sequence[Conversation], check: Sequence[bool] = ()
@@ -162,76 +58,68 @@ class Renderer:
         """Returns the documents of each conversation, or the reason why there are none.
 
         Args:
-          check: for which conversations the ids are compared with those of apply_chat_template(tokenize=True), which
-            costs a second tokenisation; none by default.
+          check: for which conversations the ids of the last prompt are compared with those of
+            apply_chat_template(tokenize=True), which costs a second tokenisation; none by default.
         """
         check = check or [False] * len(conversations)
         results: list[Any] = [None] * len(conversations)
-        chats = [i for i, c in enumerate(conversations) if c.messages[0]["role"] not in ("text", "ids")]
-        documents = self._builder.one_document_each([conversations[i] for i in chats])
-        self._encode_all(results, dict(zip(chats, documents, strict=True)), check)
+        chats = []
         for i, conversation in enumerate(conversations):
-            if results[i] is None:
+            if conversation.messages[0]["role"] in ("text", "ids"):
                 results[i] = [self._without_turns(conversation.messages[0])]
-        if self._config.rewritten == "per_answer":
-            split: dict[int, list[Document] | ConversationError] = {}
-            for i in chats:
-                if isinstance(results[i], ConversationError):
-                    try:
-                        split[i] = self._builder.one_document_per_answer(conversations[i])
-                    except ConversationError as error:
-                        split[i] = error
-            self._encode_all(results, split, check)
-        return results
-
-    def _encode_all(
-        self, results: list[Any], texts: Mapping[int, list[Document] | ConversationError], check: Sequence[bool]
-    ) -> None:
-        """Encodes all documents together and puts them, or what is wrong with them, into `results`."""
-        good = [documents for documents in texts.values() if not isinstance(documents, ConversationError)]
+            else:
+                chats.append(i)
+        built = self._builder([conversations[i] for i in chats]) if chats else []
+        good = [documents for documents in built if not isinstance(documents, ConversationError)]
         encodings = iter(self._encode([document.text for documents in good for document in documents]))
-        for i, documents in texts.items():
+        for i, documents in zip(chats, built, strict=True):
             if isinstance(documents, ConversationError):
                 results[i] = documents
                 continue
             pairs = [(document, next(encodings)) for document in documents]
             try:
-                results[i] = [self._rendered(document, encoding, check[i]) for document, encoding in pairs]
+                results[i] = self._joined([self._rendered(document, found, check[i]) for document, found in pairs])
             except ConversationError as error:
                 results[i] = error
+        return results
+
+    def thinks(self, conversation: Conversation) -> bool:
+        """Whether thinking is on in the prompt of the first answer that is learnt."""
+        return self._builder.turns(conversation)[0].prompt.thinking
 
     def _rendered(self, document: Document, encoding: Encoding, check: bool) -> Rendered:
         ids, bos = encoding.ids, self._tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise ConversationError("the template begins with the bos token twice")
-        supervised = np.zeros(len(ids), bool)
-        for answer in document.answers:
-            first, last = self._locate(answer, document.text, encoding, ids)
-            supervised[first : last + answer.keep_end] = True
-        if check and document.request is not None:
-            theirs = self._builder.template.ids(document.request)
-            if theirs != ids:
-                first = next((i for i, (a, b) in enumerate(zip(theirs, ids, strict=False)) if a != b), len(ids))
+        prompt, supervised = len(ids), np.zeros(len(ids) + len(document.sampled_ids), bool)
+        supervised[len(ids) :] = True
+        for span in document.spans:
+            prompt, stop = (_token_at(place, document.text, encoding) for place in (span.begin, span.stop))
+            if not self._end_ids.isdisjoint(ids[prompt : stop - span.ended]):
+                raise ConversationError("an end token stands within an answer")
+            if span.sampled_hash and fingerprint(ids[prompt:stop]) != span.sampled_hash:
+                raise ConversationError("an answer's text gives other ids than its sampled_ids, which are missing")
+            supervised[prompt:stop] = True
+        if check:
+            theirs, ours = self._builder.template.ids(document.prompt), ids[:prompt]
+            if theirs != ours:
+                first = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), len(ours))
                 raise ConversationError(f"the ids differ from those of apply_chat_template at token {first}")
-        return Rendered(np.array(ids, np.int32), supervised, encoding.char_to_token(document.lead) or 0)
+        lead = encoding.char_to_token(document.lead) or 0
+        return Rendered(np.array([*ids, *document.sampled_ids], np.int32), supervised, lead)
 
-    def _locate(self, answer: Answer, text: str, encoding: Encoding, ids: list[int]) -> tuple[int, int]:
-        """Returns the answer's first token and its end token."""
-        character, first = answer.begin, None
-        while first is None and character < len(text):  # some tokenizers leave leading spaces out of their offsets
-            first, character = encoding.char_to_token(character), character + 1
-        if first is None:
-            raise ConversationError("no end token follows the answer")
-        while first > 0 and encoding.token_to_chars(first - 1)[1] > answer.begin:  # tokens of such spaces alone
-            first -= 1
-        if encoding.token_to_chars(first)[0] < answer.begin:
-            raise ConversationError("the tokenizer joins the answer with the text around it")
-        last = next((i for i in range(first, len(ids)) if ids[i] in self._end_ids), None)
-        if last is None:
-            raise ConversationError("no end token follows the answer")
-        sampled = text[answer.begin : encoding.token_to_chars(last)[0]]
-        check_sampled(sampled, answer.message, starts_special=ids[first] in self._special_ids)
-        return first, last
+    def _joined(self, documents: list[Rendered]) -> list[Rendered]:
+        """Joins documents that continue one another, as sampled ids may do, and refuses several if they must be one."""
+        joined: list[Rendered] = []
+        for document in documents:
+            last = joined[-1] if joined else None
+            if last is not None and np.array_equal(document.ids[: len(last.ids)], last.ids):
+                document.supervised[: len(last.ids)] |= last.supervised
+                joined.pop()
+            joined.append(document)
+        if len(joined) > 1 and self._config.rewritten == "reject":
+            raise ConversationError("the chat template renders earlier turns differently when more turns follow")
+        return joined
 
     def _without_turns(self, message: Mapping[str, Any]) -> Rendered:
         """Takes token ids as they are, or encodes a text.
@@ -248,31 +136,49 @@ class Renderer:
         return Rendered(np.array(ids, np.int32), supervised)
 
 
-def _first_error(texts: Sequence[Any]) -> ConversationError | None:
-    return next((text for text in texts if isinstance(text, ConversationError)), None)
+def render_prompt(
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    system_prompt: str | None = None,
+    tools: Sequence[dict[str, Any]] = (),
+    thinking: bool = True,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    end_token_ids: Sequence[int] = (),
+) -> Int32[np.ndarray, " T"]:
+    """Returns the ids of a conversation up to where the target is to answer, generation prompt included.
 
-
-def _lead(prompt: str, messages: Messages) -> int:
-    """Returns the character at which the first turn that is not the system's begins, in the first answer's prompt.
-
-    It is the last occurrence of the turn's text, because a short turn may occur in the system prompt too. If the
-    template rewrites the turn, it is the end of the prompt.
-    """
-    first = next((m["content"] for m in messages if m["role"] != "system"), "")
-    begin = prompt.rfind(first.strip())
-    return begin if begin >= 0 else len(prompt)
-
-
-def _continuation(prompt: str, text: str, message: dict[str, Any]) -> str:
-    """Returns what the target samples after a prompt that opens a reasoning block, if the template then drops it.
+    A plain text is tokenised as it is, and token ids are returned up to the first supervised one.
 
     Raises:
-      ConversationError: if the prompt does not open a reasoning block.
+      ConversationError: if the template cannot render the messages.
     """
-    if not prompt.rstrip().endswith(THINK_START):
-        raise ConversationError("the chat template renders an answer differently than its generation prompt begins")
-    reasoning, content = split_reasoning(message)
-    if not (reasoning and content):
-        raise ConversationError("the generation prompt opens a reasoning block that the answer does not have")
-    tail = text.rpartition(content)[2]
-    return f"{reasoning}\n{THINK_END}\n\n{content}{tail}"
+    if messages[0]["role"] == "ids":
+        return np.asarray(prompt_ids(messages[0]), np.int32)
+    if messages[0]["role"] == "text":
+        return np.asarray(tokenizer(messages[0]["content"])["input_ids"], np.int32)
+    template, form = template_and_form(
+        tokenizer, json.dumps(dict(arguments)) if arguments else "", tuple(end_token_ids)
+    )
+    fields = [form.with_fields(message, thinking) for message in with_system(messages, system_prompt)]
+    text = template.texts([RenderRequest(template.shown(fields), tools, thinking, True)])[0]
+    if isinstance(text, ConversationError):
+        raise text
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def _token_at(place: int, text: str, encoding: Encoding) -> int:
+    """Returns the token that begins at a character.
+
+    Raises:
+      ConversationError: if a token contains the characters on both sides of it.
+    """
+    token, character = None, place
+    while token is None and character < len(text):  # some tokenizers leave leading spaces out of their offsets
+        token, character = encoding.char_to_token(character), character + 1
+    token = len(encoding.ids) if token is None else token
+    while token > 0 and encoding.token_to_chars(token - 1)[1] > place:  # tokens of such spaces alone
+        token -= 1
+    if token < len(encoding.ids) and encoding.token_to_chars(token)[0] < place:
+        raise ConversationError("the tokenizer joins the answer with the text around it")
+    return token

@@ -1,27 +1,24 @@
-"""Chat templates: choosing one, rendering messages to text with it, and checking the text of an answer.
+"""Chat templates: choosing one, and rendering messages to text with it.
 
 A template is the tokenizer's own, a user's file, a named one, or one made of headers as in SpecForge.
 """
 
 import difflib
+import functools
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Int32
-
-from jeagle.config import DataConfig
-from jeagle.data.sources.schema import prompt_ids, shown
+from jeagle.data.sources.schema import shown
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
 Messages = Sequence[dict[str, Any]]
-THINK_START, THINK_END = "<think>", "</think>"
 
 # Name -> the model families that use the template. The files are in data/chat/jinja.
 TEMPLATES = {
@@ -163,7 +160,7 @@ class RenderRequest(NamedTuple):
     """One text that the template is to render.
 
     Attributes:
-      messages, tools: the conversation, and JSON schemas of the tools on offer.
+      messages, tools: the conversation, as `ChatTemplate.shown` returns it, and JSON schemas of the tools on offer.
       thinking: the value of the template's `enable_thinking`.
       prompt: whether the generation prompt is added at the end.
     """
@@ -182,10 +179,11 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]):
+        self.source = str(tokenizer.chat_template)
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
-        template = str(tokenizer.chat_template)
-        # gpt-oss's template calls the reasoning of a message "thinking".
-        self._thinking_field = "message.thinking" in template and "reasoning_content" not in template
+        # Other names of a message's reasoning: those of gpt-oss, Gemma 4, MiniCPM3, and of Command A before a call.
+        names = ("thinking", "reasoning", "thought", "tool_plan")
+        self._aliases = [n for n in names if re.search(rf"\.{n}\b|get\(.{n}.|\[.{n}.\]|.{n}. in ", self.source)]
 
     def texts(self, requests: Sequence[RenderRequest]) -> list[str | ConversationError]:
         """Returns a text for each request, or the reason why the template cannot render it."""
@@ -206,6 +204,41 @@ class ChatTemplate:
         """Returns the ids that transformers' apply_chat_template(tokenize=True) gives for the request."""
         return list(self._apply([request], tokenize=True, return_dict=False)[0])
 
+    def shown(self, messages: Messages) -> list[dict[str, Any]]:
+        """Returns the messages as servers show them to the template.
+
+        They have no marks. The arguments of tool calls are objects and empty content is an empty text, unless the
+        template needs the arguments as text, or null content, to write a call.
+        """
+        return [message if message.keys() <= {"role", "content"} else self._shown(message) for message in messages]
+
+    def _shown(self, message: dict[str, Any], form: tuple[bool, bool] | None = None) -> dict[str, Any]:
+        seen = shown(message)
+        if reasoning := seen.get("reasoning_content"):
+            seen |= dict.fromkeys(self._aliases, reasoning)
+        if not seen.get("tool_calls"):
+            return seen
+        as_text, null = self._form_of_calls if form is None else form
+        if as_text:
+            seen["tool_calls"] = [
+                call | {"function": call["function"] | {"arguments": _argument_text(original["function"]["arguments"])}}
+                for call, original in zip(seen["tool_calls"], message["tool_calls"], strict=True)
+            ]
+        return seen | {"content": None} if null and not seen["content"] else seen
+
+    @functools.cached_property
+    def _form_of_calls(self) -> tuple[bool, bool]:
+        """Whether the template needs the arguments of tool calls as text, and null for empty content."""
+        for form in itertools.product((False, True), repeat=2):
+            messages = [{"role": "user", "content": "?"}, self._shown(PROBE_CALL, form)]
+            for tools in ((PROBE_TOOL,), ()):
+                [text] = self.texts([RenderRequest(messages, tools, False, False)])
+                written = text.rpartition(_CALL_NAME)[2] if isinstance(text, str) else ""
+                # An object that is joined to a text appears in Python's notation, and a text as JSON within JSON.
+                if PROBE_VALUE in written and not re.search(rf"'{_CALL_KEY}'|\\\\\"{_CALL_KEY}", written):
+                    return form
+        return False, False
+
     def _text(self, request: RenderRequest) -> str | ConversationError:
         try:
             return self._apply([request])[0]
@@ -214,104 +247,33 @@ class ChatTemplate:
 
     def _apply(self, requests: Sequence[RenderRequest], **more: Any) -> list[Any]:
         """Renders requests that differ in their messages alone."""
-        conversations = [[shown(message) for message in request.messages] for request in requests]
         _, tools, thinking, prompt = requests[0]
-        if self._thinking_field:
-            for messages in conversations:
-                messages[:] = [
-                    m | {"thinking": m["reasoning_content"]} if "reasoning_content" in m else m for m in messages
-                ]
         options = {"tokenize": False, "add_generation_prompt": prompt}
         options |= {"enable_thinking": thinking, "thinking": thinking}  # the names that Qwen and DeepSeek use
         options |= self._arguments | more
+        conversations = [list(request.messages) for request in requests]
         return self._tokenizer.apply_chat_template(conversations, tools=list(tools) or None, **options)
 
 
-def render_prompt(
-    tokenizer: Any,
-    messages: Messages,
-    *,
-    system_prompt: str | None = None,
-    tools: Sequence[dict[str, Any]] = (),
-    thinking: bool = True,
-    arguments: Mapping[str, Any] = MappingProxyType({}),
-) -> Int32[np.ndarray, " T"]:
-    """Returns the ids of a conversation up to where the target is to answer, generation prompt included.
-
-    A plain text is tokenised as it is, and token ids are returned up to the first supervised one.
-
-    Raises:
-      ConversationError: if the template cannot render the messages.
-    """
-    if messages[0]["role"] == "ids":
-        return np.asarray(prompt_ids(messages[0]), np.int32)
-    if messages[0]["role"] == "text":
-        return np.asarray(tokenizer(messages[0]["content"])["input_ids"], np.int32)
-    request = RenderRequest(with_system(messages, system_prompt), tools, thinking, True)
-    text = ChatTemplate(tokenizer, arguments).texts([request])[0]
-    if isinstance(text, ConversationError):
-        raise text
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+def _argument_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def enables_thinking(config: DataConfig, answers: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the template is told to think for a document with these answers."""
-    return any(map(has_reasoning, answers)) if config.thinking == "auto" else config.thinking == "on"
-
-
-def has_reasoning(message: Mapping[str, Any]) -> bool:
-    """Whether an answer contains reasoning, in a field of its own or between tags in its text."""
-    return bool(message.get("reasoning_content")) or THINK_END in message["content"]
-
-
-def split_reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
-    """Splits an answer into its reasoning and the rest, without the tags and the white space around them."""
-    content, reasoning = message["content"], message.get("reasoning_content", "")
-    if not reasoning and THINK_END in content:
-        reasoning, content = content.split(THINK_END, 1)
-        reasoning = reasoning.split(THINK_START, 1)[-1]
-    return reasoning.strip(), content.strip()
-
-
-def without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Returns the message without its reasoning."""
-    if message["role"] != "assistant" or not has_reasoning(message):
-        return message
-    rest = {name: value for name, value in message.items() if name != "reasoning_content"}
-    return rest | {"content": split_reasoning(message | {"reasoning_content": ""})[1]}
-
-
-def check_sampled(sampled: str, message: Mapping[str, Any], *, starts_special: bool) -> None:
-    """Checks that `sampled` is what the target would have sampled for `message`.
-
-    It must be exactly the text of the message, apart from white space around it. Before the text there may be the
-    reasoning, or a header that begins with a special token (such as the name of a channel), because the target samples
-    these too. An empty reasoning block is refused, because no target samples it. Tool calls are written in the
-    template's form, but each of them must be present.
-
-    Args:
-      sampled: the text between the generation prompt and the end token.
-      starts_special: whether its first token is a special token.
-
-    Raises:
-      ConversationError: if `sampled` is anything else.
-    """
-    text, calls = sampled.strip(), message.get("tool_calls", ())
-    if text == message["content"].strip() and not calls and not message.get("reasoning_content"):
-        return
-    reasoning, content = split_reasoning(message)
-    if missing := [call["function"]["name"] for call in calls if call["function"]["name"] not in text]:
-        raise ConversationError(f"the template does not write tool calls ({missing[0]})")
-    if reasoning and reasoning not in text:
-        raise ConversationError("the template does not write the reasoning: --data.reasoning drop removes it")
-    if content not in text or not (calls or text.endswith(content)):
-        raise ConversationError("the template puts text other than the answer before the end token")
-    if reasoning or calls or starts_special:
-        return
-    lead = text[: len(text) - len(content)] if content else text
-    if lead.replace(THINK_START, "").replace(THINK_END, "").strip() == "":
-        raise ConversationError(
-            "the template puts an empty reasoning block into the answer, which the target does not sample: use "
-            "--data.thinking off"
-        )
-    raise ConversationError("the template puts text other than the answer before the end token")
+# A tool and a call of it, whose texts occur in no template. Mistral's templates want an id of nine characters.
+_CALL_NAME, _CALL_KEY, PROBE_VALUE = "jeaglecall", "jeaglekey", "jeaglevalue"
+_PARAMETERS = {"type": "object", "properties": {_CALL_KEY: {"type": "string", "description": "?"}}, "required": []}
+PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": _CALL_NAME, "description": "?", "parameters": _PARAMETERS},
+}
+PROBE_CALL: dict[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {
+            "id": "jeaglecal",
+            "type": "function",
+            "function": {"name": _CALL_NAME, "arguments": {_CALL_KEY: PROBE_VALUE}},
+        }
+    ],
+}

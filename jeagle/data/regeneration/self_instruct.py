@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jeagle.data.chat.templates import split_reasoning
+from jeagle.data.chat.form import split_reasoning
 from jeagle.data.near_duplicates import NearDuplicateFilter
 from jeagle.data.regeneration.prompts import make_prompt
 from jeagle.data.starter import starter_prompts
@@ -97,7 +97,8 @@ def collect_prompts(rows: Sequence[dict[str, Any]], count: int) -> WrittenPrompt
 
 def _written_prompt(reply: dict[str, Any]) -> str:
     """Returns the prompt in a reply without reasoning and quotation marks; an empty text if it is not usable."""
-    text = split_reasoning({"content": reply.get("content") or ""})[1]
+    content = reply.get("content") or ""
+    _, text = split_reasoning(content) or ("", content.strip())
     if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return text if len(text) <= _LONGEST and any(map(str.isalnum, text)) else ""

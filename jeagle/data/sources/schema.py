@@ -25,7 +25,7 @@ _PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "u
 _ANSWERS = ("response", "completion", "output", "answer", "solution", "generation", "assistant")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 ANSWERING = ("assistant", "text", "ids")  # the roles of messages that have supervised tokens
-MARKS = ("cut", "learn", "sampled_ids")  # fields of a message that a chat template never sees
+MARKS = ("cut", "learn", "sampled_ids", "sampled_hash")  # fields of a message that a chat template never sees
 
 
 class Columns(NamedTuple):
