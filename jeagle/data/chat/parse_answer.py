@@ -62,7 +62,7 @@ def _pairs(pair: str) -> Callable[[re.Match, Tools], Iterable[Call]]:
 
 
 def _value(text: str) -> Any:
-    """Returns the value that JSON, or Python for a list or an object, writes with these very characters, or the text."""
+    """Returns the value that JSON (or Python, for lists and objects) writes with these very characters, or the text."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
         if not isinstance(value, str) and json.dumps(value, ensure_ascii=False) == text:
