@@ -35,6 +35,9 @@ class DataConfig:
     source: str = ""
     """Files, a folder or a glob (.jsonl, .json, .parquet; .gz, .zst), a named data set, OWNER/NAME of the hub, or
     `starter`. Several are separated by commas; `0.7*ultrachat,0.3*chats.jsonl` mixes them in that proportion."""
+    columns: str = ""
+    """Columns of the rows where they are not recognised, such as `prompt=question,context=passage,answer=reply,
+    reasoning=thoughts,system=role,ignore=image`; also chat, history, text, and ids with mask."""
     streaming: bool = False
     """Read hub data sets while they are downloaded, without storing a copy."""
     max_conversations: int = 0

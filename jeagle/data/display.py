@@ -12,6 +12,7 @@ from jeagle.interfaces import Batch
 from jeagle.runtime.outputs import signed_file
 
 _ENOUGH_COVERAGE = 0.95  # of the supervised tokens by the draft vocabulary
+_LISTED = 40  # columns that a note lists
 _MANY_CUT_SHORT = 0.05  # share of answers that may be cut short without a warning
 _MANY_LEAKED = 0.05  # share of held-out conversations that may be near-duplicates of training ones without a warning
 _ENOUGH_ON_POLICY = 0.9  # share of answers that should be the target's own
@@ -86,7 +87,15 @@ def _notes(s: dict[str, Any]) -> list[str]:
             "template_reads_date"
         ],
     }
-    return [text for text, count in counts.items() if count] + [f"{text} ({n} x)" for text, n in s["notes"].items()]
+    unused = [
+        f"of {label} these columns are not used: {', '.join([*names][:_LISTED])}" + ", ..." * (len(names) > _LISTED)
+        for label, names in s.get("unused", {}).items()
+    ]
+    return (
+        unused
+        + [text for text, count in counts.items() if count]
+        + [f"{text} ({n} x)" for text, n in s["notes"].items()]
+    )
 
 
 def _warnings(s: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from jeagle.data.chat.templates import ConversationError
 from jeagle.data.near_duplicates import NearDuplicateIndex, document_signatures
 from jeagle.data.rows import Packer, RowWriter, rows_of
 from jeagle.data.sources.catalog import SourcePart
+from jeagle.data.sources.columns import parse_columns
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
 from jeagle.data.sources.schema import ANSWERING
 from jeagle.data.vocabulary import count_supervised
@@ -64,12 +65,14 @@ def prepare_rows(
         SplitWriter(folder / "held_out", config, vocab) as evaluation,
     ):
         report = SourceReport(log=log, bad_share=config.bad_share)
-        conversations = read_source(parts, report, streaming=config.streaming)
+        named = parse_columns(config.columns)
+        conversations = read_source(parts, report, streaming=config.streaming, columns=named)
         used = itertools.islice(conversations, config.max_conversations or None)
         renderer = Renderer(tokenizer, config, end_token_ids)
         for conversation, held_out, documents, signature in _render_all(used, renderer, config.held_out):
             counts["conversations"] += 1
             on_done(counts["conversations"])
+            documents = _checked(documents, vocab)
             if isinstance(documents, ConversationError):
                 report.reject_not_rendered(str(documents), conversation.where)
                 continue
@@ -98,6 +101,7 @@ def prepare_rows(
         "rejected": dict(report.rejected),
         "notes": dict(report.notes),
         "columns": [f"{label}: {columns}" for label, columns in report.columns],
+        "unused": report.unused_columns(),
     }
     return {name: int(counts[name]) for name in names} | read | near_counts | splits
 
@@ -147,6 +151,16 @@ class SplitWriter(RowWriter):
             self._documents += int(rows.segments_BT.max(axis=1, initial=0).sum())
             self.write(rows)
         self._closed = []
+
+
+def _checked(documents: list[Rendered] | ConversationError, vocab: int) -> list[Rendered] | ConversationError:
+    """Returns the documents, or an error if the target has no embedding for one of their ids."""
+    if isinstance(documents, ConversationError):
+        return documents
+    largest = max(int(document.ids.max(initial=0)) for document in documents)
+    if largest < vocab:
+        return documents
+    return ConversationError(f"token id {largest} is beyond the {vocab} ids of the target's embedding")
 
 
 def is_same_model(model: str, other: str) -> bool:

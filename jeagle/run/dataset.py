@@ -115,7 +115,7 @@ def shaping(config: RunConfig) -> dict[str, Any]:
 
 
 _SHAPING = (  # settings that change rows; --data.streaming reads the same ones otherwise
-    *("max_conversations", "row_length", "long", "held_out", "bad_share", "near_duplicates"),
+    *("columns", "max_conversations", "row_length", "long", "held_out", "bad_share", "near_duplicates"),
     *("system_prompt", "reasoning", "thinking", "rewritten", "template_arguments"),
 )
 

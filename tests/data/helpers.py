@@ -11,6 +11,7 @@ from jeagle.config import DataConfig
 from jeagle.data import ConversationError, Rendered, RowWriter, parse_source, rows_of
 from jeagle.data.chat.render import Renderer
 from jeagle.data.rows import Packer
+from jeagle.data.sources.columns import parse_columns
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
 from jeagle.interfaces import Batch
 
@@ -22,10 +23,11 @@ class Read(SourceReport):
     conversations: list[Conversation] = dataclasses.field(default_factory=list)
 
 
-def read_conversations(source: str, *, streaming: bool = False) -> Read:
+def read_conversations(source: str, *, streaming: bool = False, columns: str = "", bad_share: float = 0.01) -> Read:
     """Reads a whole source. UserError if too much of it is rejected."""
-    read = Read()
-    read.conversations.extend(read_source(parse_source(source), read, streaming=streaming))
+    read = Read(bad_share=bad_share)
+    named = parse_columns(columns)
+    read.conversations.extend(read_source(parse_source(source), read, streaming=streaming, columns=named))
     read.check()
     return read
 

@@ -1,18 +1,16 @@
 """Reads prompts, and writes files of answers that survive an interruption."""
 
 import contextlib
-import functools
 import gzip
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from jeagle.data.sources.catalog import SourcePart, parse_source
-from jeagle.data.sources.conversations import SourceReport, read_source
-from jeagle.data.sources.files import Record, records
-from jeagle.data.sources.schema import Columns, find_columns, messages_of, tools_of
+from jeagle.data.sources.catalog import parse_source
+from jeagle.data.sources.conversations import Conversation, SourceReport, read_source
+from jeagle.data.sources.files import records
+from jeagle.data.sources.schema import prompt_ids
 from jeagle.data.starter import starter_prompts
 from jeagle.errors import UserError
 from jeagle.runtime.lock import only_writer
@@ -40,8 +38,8 @@ def read_prompts(source: str, *, every_turn: bool = False, most: int = 0) -> lis
       most: stops after this number of prompts; 0 = all.
 
     Returns:
-      {"id", "category", "messages", "where"}, and "tools" and "thinking" if the row has them. The id follows from all
-      of these but the answers and the place.
+      {"id", "messages", "where"}, and "tools" and "thinking" if the row has them. The id follows from all of these but
+      the answers and the place.
 
     Raises:
       UserError: if the source cannot be read, has no prompts, or if more than 1 % of its rows cannot be used.
@@ -49,30 +47,25 @@ def read_prompts(source: str, *, every_turn: bool = False, most: int = 0) -> lis
     if source == "starter":
         return starter_prompts()[: most or None]
     report = _PromptReport()
-    parts = parse_source(source)
-    parse = functools.partial(_parse_prompt, every_turn=every_turn)
-    found = itertools.islice(read_source(parts, report, streaming=bool(most), parse=parse), most or None)
-    prompts = [prompt.row for prompt in found]
+    found = read_source(parse_source(source), report, streaming=bool(most), answered=False)
+    prompts: dict[str, Row] = {}
+    for prompt in (_prompt_of(conversation, every_turn) for conversation in found):
+        prompts.setdefault(prompt["id"], prompt)
+        if len(prompts) == most:
+            break
     report.check()
     if report.rejected:
         print(f"note: {report.rejected.total()} of {report.rows} rows have no usable prompt: {report.reasons()}")
     if not prompts:
         raise UserError(f'{source} contains no prompts: write {{"turns": ["..."]}} on each line.')
-    return prompts
+    return list(prompts.values())
 
 
 def make_prompt(messages: list[dict[str, Any]], category: str = "", more: Row | None = None) -> Row:
-    """Returns {"id", "category", "messages"} and further fields; the id follows from the turns but the answers."""
+    """Returns {"id", "messages"} and the further fields; the id follows from all of them but the answers."""
     asked: Any = [message for message in messages if message["role"] != "assistant"]
     number = fingerprint([asked, more] if more else asked)[:12]
-    return {"id": number, "category": category, "messages": messages} | (more or {})
-
-
-class _Prompt(NamedTuple):
-    """A prompt as `read_source` yields it."""
-
-    id: str
-    row: Row
+    return {"id": number} | ({"category": category} if category else {}) | {"messages": messages} | (more or {})
 
 
 class _PromptReport(SourceReport):
@@ -87,36 +80,20 @@ class _PromptReport(SourceReport):
             )
 
 
-def _parse_prompt(record: Record, part: SourcePart, report: SourceReport, *, every_turn: bool) -> _Prompt:
-    if record.reason:
-        raise ValueError(record.reason)
-    row = record.row
-    if isinstance(row, dict) and "turns" in row:
-        messages = messages_of({"messages": [{"role": "user", "content": turn} for turn in row["turns"]]}, _MESSAGES)
-        messages = messages if every_turn else messages[:1]
-    else:
-        messages = messages_of(row, find_columns(row, part.columns))
-    roles = [message["role"] for message in messages]
-    if roles[0] == "text":
+def _prompt_of(conversation: Conversation, every_turn: bool) -> Row:
+    messages = list(conversation.messages)
+    if messages[0]["role"] == "ids":
+        ids = prompt_ids(messages[0])
+        messages = [{"role": "ids", "ids": ids, "mask": [False] * len(ids)}]
+    elif messages[0]["role"] == "text":
         words = messages[0]["content"].split(" ")
         messages = [{"role": "text", "content": " ".join(words[: (len(words) + 1) // 2])}]
-    elif "user" in roles:
-        begin = roles.index("user") if "assistant" in roles[: roles.index("user")] else 0
-        if begin:
-            report.notes["a conversation begins with an answer, which is removed"] += 1
-            messages = [*(m for m in messages[:begin] if m["role"] == "system"), *messages[begin:]]
-    elif roles[0] != "ids":
-        raise ValueError("the conversation has no turn of a user")
-    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-    messages = messages if every_turn else messages[:first]
-    tools = tools_of(row)
-    more = {"tools": tools} if tools else {}
-    more |= {"thinking": row["thinking"]} if isinstance(row.get("thinking"), bool) else {}
-    prompt = make_prompt(messages, str(row.get("category", "")), more)
-    return _Prompt(prompt["id"], prompt | {"where": record.where})
-
-
-_MESSAGES = Columns(chat="messages")
+    elif not every_turn:
+        roles = [message["role"] for message in messages]
+        messages = messages[: roles.index("assistant") if "assistant" in roles else roles.index("user") + 1]
+    more = {"tools": list(conversation.tools)} if conversation.tools else {}
+    more |= {} if conversation.thinking is None else {"thinking": conversation.thinking}
+    return make_prompt(messages, more=more) | {"where": conversation.where}
 
 
 def _foreign(out: Path) -> str:
@@ -130,7 +107,7 @@ def _foreign(out: Path) -> str:
 
 
 _NOTE = ".made_from.json"
-_ANSWERS = jsonl_file("file of answers that jeagle wrote", "id", "messages", "finish_reason")
+_ANSWERS = jsonl_file("file of answers that jeagle wrote", "id", "finish_reason")
 VARIETY = json_file("file of jeagle's on how varied prompts are", "kept", "unusable")
 # The kinds of the files that belong to one file of answers, by the ending that is appended to its name.
 ANSWER_FILES = {

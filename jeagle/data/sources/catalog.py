@@ -16,8 +16,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jeagle.data.sources.files import Record, expand, first_line, records, without_nulls
-from jeagle.data.sources.schema import Columns
+from jeagle.data.sources.columns import Columns
+from jeagle.data.sources.files import expand, first_line, records, without_nulls
+from jeagle.data.sources.json_rows import Record
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import file_fingerprint, fingerprint
 

@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jeagle.config import DataConfig
 from jeagle.data.sources.catalog import SourcePart
-from jeagle.data.sources.files import Record
-from jeagle.data.sources.schema import ANSWERING, find_columns, messages_of, prompt_ids, shown, tools_of
+from jeagle.data.sources.columns import MODELS, NO_COLUMNS, Columns, find_columns, thinking_of, unused
+from jeagle.data.sources.json_rows import Record
+from jeagle.data.sources.schema import ANSWERING, messages_of, prompt_ids, shown, tools_of, unused_fields
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import fingerprint
 
@@ -52,6 +53,7 @@ class SourceReport:
       examples: the place of the first rejected row for each reason; the log has all of them.
       notes: what was corrected, and how often.
       columns: (label of the part, columns that hold the conversation) and the number of rows.
+      unused: (label of the part, column that is not used) and the number of rows that have it.
       log: an open text file for one JSON line per rejected row, or None.
       bad_share: the largest share of rows that may be rejected.
     """
@@ -64,6 +66,7 @@ class SourceReport:
     examples: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     columns: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    unused: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     log: Any = None
     bad_share: float = DataConfig.bad_share
 
@@ -99,28 +102,35 @@ class SourceReport:
                 f"--data.bad-share {self.bad_share:g} is the share that may be rejected."
             )
 
+    def unused_columns(self) -> dict[str, dict[str, int]]:
+        """Returns for each part the columns that are not used, and how many rows have them."""
+        labels = dict.fromkeys(label for label, _ in self.unused)
+        return {label: {name: n for (part, name), n in self.unused.items() if part == label} for label in labels}
+
     def reasons(self) -> str:
         """Lists the most common reasons, with their numbers and the place of the first row of each."""
         common = self.rejected.most_common(8)
         return "; ".join(f"{reason} ({n} times, first {self.examples[reason]})" for reason, n in common)
 
 
-Parse = Callable[[Record, SourcePart, SourceReport], Any]
-
-
 def read_source(
-    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False, parse: Parse | None = None
-) -> Iterator[Any]:
+    parts: Sequence[SourcePart],
+    report: SourceReport,
+    *,
+    streaming: bool = False,
+    columns: Columns = NO_COLUMNS,
+    answered: bool = True,
+) -> Iterator[Conversation]:
     """Yields the conversations of a source one at a time, without duplicates.
 
     Parts without weights are read one after another. Parts with weights are mixed in this proportion until one of
     them is exhausted, which `report` notes.
 
     Args:
-      parse: makes what is yielded of a row, with an `id` in hexadecimal digits; None = a `Conversation`. Rows for which
-        it raises an error are rejected.
+      columns: the columns that the user names.
+      answered: whether a conversation must have an answer. If not, rows of {"turns": ["...", ...]} are read too.
     """
-    streams = [_read_part(part, report, streaming, parse or _parse_conversation) for part in parts]
+    streams = [_read_part(part, report, streaming, columns, answered) for part in parts]
     mixed = _mix(parts, streams, report) if len(parts) > 1 and parts[0].weight is not None else None
     known: set[int] = set()
     for conversation in mixed or (c for stream in streams for c in stream):
@@ -151,45 +161,58 @@ def rejection_reason(error: Exception) -> str:
     return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _read_part(part: SourcePart, report: SourceReport, streaming: bool, parse: Parse) -> Iterator[Any]:
+def _read_part(
+    part: SourcePart, report: SourceReport, streaming: bool, columns: Columns, answered: bool
+) -> Iterator[Conversation]:
     for record in part.rows(streaming=streaming):
         report.rows += 1
         try:
-            conversation = parse(record, part, report)
+            conversation = _parse_conversation(record, part, report, columns, answered)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             report.reject(rejection_reason(error), record.where)
         else:
             yield conversation
 
 
-def _parse_conversation(record: Record, part: SourcePart, report: SourceReport) -> Conversation:
+def _parse_conversation(
+    record: Record, part: SourcePart, report: SourceReport, given: Columns, answered: bool
+) -> Conversation:
     """Parses a row. Answers before the first prompt, as conversations that were cut into pieces have them, go."""
     if record.reason:
         raise ValueError(record.reason)
-    row, columns = record.row, find_columns(record.row, part.columns)
-    messages, tools = messages_of(row, columns), tools_of(row)
+    row = record.row
+    if not answered and isinstance(row, dict) and isinstance(row.get("turns"), list):
+        row = row | {"messages": [{"role": "user", "content": text} for text in row["turns"]], "turns": None}
+    columns = find_columns(row, given, part.columns, answered=answered)
+    messages, tools = messages_of(row, columns), tools_of(row, columns.ignore)
     roles = [m["role"] for m in messages]
-    if not any(m.get("learn", True) for m in messages if m["role"] in ANSWERING):
+    if answered and not any(m.get("learn", True) for m in messages if m["role"] in ANSWERING):
         raise ValueError("the conversation has no answer")
+    if not (answered or {"user", "text", "ids"} & set(roles)):
+        raise ValueError("the conversation has no turn of a user")
     report.columns[part.label, columns] += 1
+    for name in (*unused(row, columns, messages), *unused_fields(row, columns, messages)):
+        report.unused[part.label, name] += 1
+    if tools and any("<tools>" in m["content"] for m in messages if m["role"] == "system"):
+        report.notes["the system turn lists the tools itself, so that the template is not given them again"] += 1
+        tools = []
     plain = [shown(m) for m in messages]  # rows that differ in marks alone are duplicates
     number = fingerprint({"messages": plain, "tools": tools} if tools else plain)
     first = next(i for i, role in enumerate(roles) if role != "system")
     if roles[first] == "assistant":
         stop = roles.index("user") if "user" in roles else len(roles)
-        if "assistant" not in roles[stop:]:
+        if ("assistant" if answered else "user") not in roles[stop:]:
             raise ValueError("the conversation has an answer without a prompt")
         messages = [*messages[:first], *messages[stop:]]
         report.notes["a conversation begins with an answer, which is removed"] += 1
-    model = next((row[name] for name in ("model", "generator") if isinstance(row.get(name), str)), "") or part.model
-    if row.get("finish_reason") == "length":
-        messages[-1]["cut"] = True
-    thinking = row["thinking"] if isinstance(row.get("thinking"), bool) else None
-    sampled_with = str(row.get("sampled_with", ""))
-    return Conversation(number, tuple(messages), tuple(tools), model, thinking, sampled_with, record.where)
+    model = next((row[name] for name in MODELS if isinstance(row.get(name), str)), "") or part.model
+    sampled_with = str(row.get("sampled_with") or "")
+    return Conversation(number, tuple(messages), tuple(tools), model, thinking_of(row), sampled_with, record.where)
 
 
-def _mix(parts: Sequence[SourcePart], streams: Sequence[Iterator[Any]], report: SourceReport) -> Iterator[Any]:
+def _mix(
+    parts: Sequence[SourcePart], streams: Sequence[Iterator[Conversation]], report: SourceReport
+) -> Iterator[Conversation]:
     weights = [part.weight or 1.0 for part in parts]
     taken = [0] * len(parts)
     while True:

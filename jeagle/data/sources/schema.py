@@ -7,67 +7,41 @@ A message is {"role": system | user | assistant | tool, "content": text}. A tool
   "cut": True          a length limit cut off this answer, so that its end is not supervised
   "learn": False       this answer is not supervised
   "sampled_ids"        the token ids that the target sampled for this answer, its end token included if it ended
+  "sampled_hash"       fingerprint of these ids, by which a row without them is checked
 A row without turns becomes one message: {"role": "text", "content": text} for plain text, of which every token is
 supervised, or {"role": "ids", "ids": token ids, "mask": whether each of them is supervised}.
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jeagle.data.sources.columns import (
+    LEARN_LISTS,
+    NAMES,
+    TOOLS,
+    Columns,
+    is_choices,
+    is_contained,
+    is_full,
+    is_switch,
+    plain_name,
+)
+from jeagle.data.sources.marks import cut_marks, is_cut_mark, is_learn_mark, is_learnt, spread
 
 _ROLES = (
     {"human": "user", "user": "user", "prompter": "user", "system": "system", "developer": "system"}
-    | dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "function_call"), "assistant")
-    | dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool")
+    | dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant")
+    | dict.fromkeys(("function_call", "tool_call"), "assistant")
+    | dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool")
 )
-_CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-_PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "user")
-_ANSWERS = ("response", "completion", "output", "answer", "solution", "generation", "assistant")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+_SPEAKERS = ("role", "from", "speaker")
+_TEXTS = ("content", "value", "text", "system_prompt")  # where a turn may have its text
+_PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "thinking": "thinking", "reasoning": "text"}
+_PAIRS = (("human", "assistant"), ("user", "assistant"), ("prompt", "response"), ("question", "answer"))
 ANSWERING = ("assistant", "text", "ids")  # the roles of messages that have supervised tokens
 MARKS = ("cut", "learn", "sampled_ids", "sampled_hash")  # fields of a message that a chat template never sees
-
-
-class Columns(NamedTuple):
-    """The fields of a row that hold its conversation.
-
-    Attributes:
-      chat: the field with a list of turns.
-      prompt, answer: the fields of a prompt and its answer.
-      more: a field that is appended to the prompt if it is not empty (Alpaca's "input").
-      text: the field with plain text.
-    """
-
-    chat: str = ""
-    prompt: str = ""
-    answer: str = ""
-    more: str = ""
-    text: str = ""
-
-    def __str__(self) -> str:
-        names = [name for name in (self.chat, self.prompt, self.more, self.answer, self.text) if name]
-        return ("column " if len(names) == 1 else "columns ") + " and ".join(names)
-
-
-def find_columns(row: Any, known: Columns | None = None) -> Columns:
-    """Returns the columns that hold the row's conversation: the known ones if the row has them, else recognised ones.
-
-    Raises:
-      ValueError: if the row has no such columns.
-    """
-    if not isinstance(row, dict):
-        raise ValueError("the row is not a JSON object: write one conversation per line")
-    if known and all(name in row for name in (known.chat, known.prompt, known.answer, known.text) if name):
-        return known
-    if chat := next((name for name in _CHATS if name in row), ""):
-        return Columns(chat=chat)
-    prompt = next((name for name in _PROMPTS if name in row), "")
-    answer = next((name for name in _ANSWERS if name in row and name != prompt), "")
-    if prompt and answer:
-        return Columns(prompt=prompt, answer=answer, more="input" if prompt == "instruction" and "input" in row else "")
-    if "text" in row:
-        return Columns(text="text")
-    raise ValueError("the row has no messages, no conversations, no prompt with a response, and no text")
+_READ = {*_SPEAKERS, *NAMES["reasoning"], "tool_calls", "function_call", "name", "tool_call_id", *MARKS}
 
 
 def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]]:
@@ -76,35 +50,59 @@ def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]
     Raises:
       ValueError, KeyError or TypeError: if the row has no usable messages; the text says why.
     """
+    row = {name: value for name, value in row.items() if value is not None and name not in columns.ignore}
+    if columns.ids:
+        return [_ids_message(row, columns)]
     if columns.text:
         turns = [{"role": "text", "content": row[columns.text]}]
     elif columns.chat:
-        turns = _from_json(row[columns.chat])
+        turns = _turns(row[columns.chat], columns.chat)
     else:
-        prompt, answer = row[columns.prompt], row[columns.answer]
-        more = row.get(columns.more) if columns.more else None
-        if isinstance(prompt, list):  # the prompt is a list of turns; the answer is a list of turns or a text
-            turns = [*prompt, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
-        else:
-            prompt = f"{prompt}\n\n{more}" if isinstance(more, str) and more.strip() else prompt
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        turns = _turns_in(row[columns.prompt]) or [{"role": "user", "content": row[columns.prompt]}]
+        answer = _answer_turns(row[columns.answer], columns.answer) if columns.answer else []
+        begins = bool(answer) and _role(answer[0]) != "assistant"  # the answer is a whole conversation
+        turns = answer if begins and _content(turns[-1]) in map(_content, answer) else [*turns, *answer]
+    if not turns:
         raise ValueError(f"{columns} without a list of turns")
-    turns = [turn for turn in turns if not _is_empty_system(turn)]
-    system = row.get("system") or row.get("system_prompt")
-    if isinstance(system, str) and system.strip() and not columns.text:
-        turns = [{"role": "system", "content": system}, *turns]
+    turns = [{n: value for n, value in turn.items() if value is not None and n not in columns.ignore} for turn in turns]
+    _add_context(turns, row, columns)
+    if columns.history:
+        turns = [*_turns(row[columns.history], columns.history), *turns]
+    if is_choices(row.get("choices")) and columns.chat and _role(turns[-1]) != "assistant":
+        turns += _answer_turns(row["choices"], "choices")
+    _mark(turns, row, columns)
+    if not columns.text:
+        _add_columns(turns, row, columns)
+        turns = [turn for turn in turns if not _is_empty_system(turn)]
     if not turns:
         raise ValueError("the row has no turns")
     return [_message(turn) for turn in turns]
 
 
-def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def tools_of(row: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Returns the tools that the row offers, as JSON schemas; tools that are stored as text are parsed."""
-    tools = _from_json(row.get("tools") or row.get("functions") or [])
+    name = next((name for name in TOOLS if is_full(row.get(name)) and name not in ignore), "")
+    tools = _from_json(row[name]) if name else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("the tools are not a list of functions")
+    json.dumps(tools, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate
     return tools
+
+
+def unused_fields(row: Mapping[str, Any], columns: Columns, messages: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Returns the fields of the row's turns with content that is not used, as COLUMN.FIELD."""
+    turns = row.get(columns.chat)
+    found = set()
+    texts = [m[name] for m in messages for name in ("content", "reasoning_content") if name in m]
+    for turn in turns if isinstance(turns, list) else ():
+        for name in turn.keys() - _READ - {*columns.ignore} if isinstance(turn, dict) else ():
+            if (
+                is_full(turn[name])
+                and not (is_cut_mark(name) or is_learn_mark(name))
+                and not is_contained(turn[name], texts)
+            ):
+                found.add(f"{columns.chat}.{plain_name(name)}")
+    return found
 
 
 def shown(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,53 +122,266 @@ def prompt_ids(message: Mapping[str, Any]) -> list[int]:
     return ids[: mask.index(True)] if True in mask else ids
 
 
+def _ids_message(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    ids, mask = row[columns.ids], row[columns.mask]
+    if len(ids) == 1 and isinstance(ids[0], list):  # a batch of one, as trainers store it
+        ids, mask = ids[0], mask[0] if isinstance(mask[0], list) else mask
+    here = row.get("attention_mask")
+    if isinstance(here, list) and len(here) == len(ids) == len(mask):  # padding goes
+        ids, mask = ([x for x, on in zip(values, here, strict=True) if on] for values in (ids, mask))
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"{columns.ids} is not a list of token ids")
+    if len(mask) != len(ids):
+        raise ValueError(f"{columns.mask} and {columns.ids} differ in length")
+    if columns.mask == "labels":  # transformers' form: the id itself, or -100 where nothing is learnt
+        if any(label not in (-100, i) for label, i in zip(mask, ids, strict=True)):
+            raise ValueError(f"labels are not -100 or the id of {columns.ids} at the same place")
+        mask = [label != -100 for label in mask]
+    elif any(flag not in (0, 1) for flag in mask):
+        raise ValueError(f"{columns.mask} has values other than 0 and 1")
+    message = {"role": "ids", "ids": ids, "mask": [bool(flag) for flag in mask]}
+    if any(any(mark) if isinstance(mark, list) else mark for mark in cut_marks(row)):
+        message["cut"] = True
+    return message | ({} if any(mask) else {"learn": False})
+
+
+def _turns(value: Any, name: str) -> list[dict[str, Any]]:
+    """Returns a list of turns, which may be stored as JSON text, or as pairs of a prompt and its answer."""
+    turns, found = _from_json(value), []
+    if not isinstance(turns, list):
+        raise ValueError(f"column {name} without a list of turns")
+    if name == "data" and all(isinstance(turn, str) for turn in turns):  # UltraChat's texts in turn
+        turns = [turns[i : i + 2] for i in range(0, len(turns), 2)]
+    for turn in turns:
+        pair = next((p for p in _PAIRS if isinstance(turn, dict) and set(p) <= turn.keys()), None)
+        if isinstance(turn, list) and 0 < len(turn) <= 2 and all(isinstance(text, str) for text in turn):
+            speakers = zip(("user", "assistant"), turn, strict=False)
+            found += [{"role": role, "content": text} for role, text in speakers]
+        elif pair and not {*_SPEAKERS} & turn.keys():
+            found += [{"role": role, "content": turn[n]} for role, n in zip(("user", "assistant"), pair, strict=True)]
+        elif isinstance(turn, dict):
+            found.append(turn)
+        else:
+            raise ValueError(f"column {name} without a list of turns")
+    return found
+
+
+def _are_turns(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(t, dict) and {*_SPEAKERS} & t.keys() for t in value)
+    )
+
+
+def _turns_in(value: Any) -> list[dict[str, Any]] | None:
+    """Returns the turns that a prompt or an answer holds instead of a text, or None."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        value = parsed if _are_turns(parsed) else None
+    elif isinstance(value, dict) and {*_SPEAKERS} & value.keys():
+        value = [value]
+    return value if _are_turns(value) else None
+
+
+def _answer_turns(answer: Any, name: str) -> list[dict[str, Any]]:
+    """Returns the turns of an answer: a text, turns, a server's reply, or tool calls (xLAM's "answers")."""
+    if turns := _turns_in(answer):
+        return turns
+    if name == "answers" and isinstance(answer, str):
+        answer = _from_json(answer)
+    if isinstance(answer, dict) and "name" in answer and "arguments" in answer:
+        answer = [answer]
+    if not isinstance(answer, list):
+        return [{"role": "assistant"} | (answer if isinstance(answer, dict) else {"content": answer})]
+    if answer and all(isinstance(call, dict) and "name" in call for call in answer):
+        return [{"role": "assistant", "content": "", "tool_calls": answer}]
+    if len(answer) != 1:
+        raise ValueError(f"the column {plain_name(name)} has {len(answer)} answers: write one row for each")
+    [only] = answer
+    if isinstance(only, dict) and isinstance(only.get("message"), dict):  # one of a server's choices
+        return [{"role": "assistant"} | only["message"] | {n: v for n, v in only.items() if is_cut_mark(n)}]
+    return _answer_turns(only, name)
+
+
+def _mark(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: Columns) -> None:
+    """Marks the turns that the row's own columns say were cut off, or are not to be learnt."""
+    answers = [i for i, turn in enumerate(turns) if _role(turn) in ANSWERING]
+    if not answers:
+        return
+    rest = {name: value for name, value in row.items() if name not in (*columns.used(), *TOOLS)}
+    for mark in cut_marks(rest):
+        if isinstance(mark, bool) or len(mark) == 1:
+            flags = [False] * (len(answers) - 1) + [mark if isinstance(mark, bool) else mark[0]]
+        else:  # a list of another length may be about any of them
+            flags = spread(mark, len(turns), answers) or [any(mark)] * len(answers)
+        for i, flag in zip(answers, flags, strict=True):
+            if flag:
+                turns[i]["cut"] = True
+    for name in LEARN_LISTS:
+        if isinstance(values := rest.get(name), list):
+            flags = spread(values, len(turns), answers)
+            if flags is None:
+                raise ValueError(f"the column {name} has neither one value for each turn nor for each answer")
+            for i, flag in zip(answers, flags, strict=True):
+                turns[i]["learn"] = is_learnt(turns[i]) and is_learnt({"loss_mask": flag})
+    if len({turns[i]["mask"] for i in answers if isinstance(turns[i].get("mask"), bool)}) > 1:
+        raise ValueError("the turns differ in mask, which may mean learnt or left out: --data.columns ignore=mask")
+
+
+def _add_context(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: Columns) -> None:
+    """Appends the context, which stands in columns beside the turns, to the first user's turn."""
+    for name in columns.context:
+        first = next((turn for turn in turns if _role(turn) == "user"), None)
+        if first is not None and not is_contained(row[name], [_parts(_content(first))[0]]):
+            text = row[name] if isinstance(row[name], str) else json.dumps(row[name], ensure_ascii=False)
+            first |= {_text_field(first): f"{_parts(_content(first))[0]}\n\n{text}"}
+
+
+def _add_columns(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: Columns) -> None:
+    """Adds the reasoning and the system prompt that stand in columns beside the turns."""
+    if columns.reasoning and not is_switch(row[columns.reasoning]):
+        reasoning, answers = _reasoning_text(row[columns.reasoning]), [t for t in turns if _role(t) == "assistant"]
+        texts = [text for turn in answers for text in (_parts(_content(turn))[0], _reasoning(turn))]
+        if not is_contained(reasoning, texts):
+            if len(answers) != 1 and (columns.chat or not answers):
+                raise ValueError(
+                    f"the column {columns.reasoning} does not say which answer it belongs to: --data.columns "
+                    f"ignore={columns.reasoning} leaves it out"
+                )
+            answers[-1]["reasoning_content"] = reasoning
+    system = row.get(columns.system, "")
+    if not is_full(system):
+        return
+    own = next((_parts(_content(turn))[0].strip() for turn in turns if _role(turn) == "system"), "")
+    if own and own != _parts(system)[0].strip():
+        raise ValueError(
+            f"the column {columns.system} differs from the system turn: --data.columns ignore={columns.system} takes "
+            "the turn"
+        )
+    if not own:
+        turns.insert(0, {"role": "system", "content": system})
+
+
+def _role(turn: Mapping[str, Any]) -> str | None:
+    speaker = next((turn[name] for name in _SPEAKERS if turn.get(name) is not None), None)
+    return "text" if speaker == "text" else _ROLES.get(speaker.lower() if isinstance(speaker, str) else "")
+
+
+def _text_field(turn: Mapping[str, Any]) -> str:
+    return next((name for name in _TEXTS if turn.get(name) is not None), _TEXTS[0])
+
+
+def _content(turn: Mapping[str, Any]) -> Any:
+    return turn.get(_text_field(turn))
+
+
 def _is_empty_system(turn: Mapping[str, Any]) -> bool:
     """Whether this is an empty system turn, as datasets have it whose rows must all have the same form."""
-    content = turn.get("content", turn.get("value"))
-    is_empty = not (content.strip() if isinstance(content, str) else content)
-    return is_empty and "system" in (turn.get("role"), turn.get("from"))
+    return _role(turn) == "system" and not is_full(_content(turn))
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    speaker = turn.get("role", turn.get("from", turn.get("speaker")))
+    speaker = next((turn[name] for name in _SPEAKERS if name in turn), None)
     if speaker is None:
         raise ValueError("a turn has no role")
-    role = "text" if speaker == "text" else _ROLES.get(speaker if isinstance(speaker, str) else "")
+    role = _role(turn)
     if role is None:
         raise ValueError(f"a turn has the unknown {'role' if 'role' in turn else 'speaker'} {speaker!r}")
-    content = _text(turn.get("content", turn.get("value", turn.get("text"))))
+    content, thoughts, calls = _parts(_content(turn))
     message: dict[str, Any] = {"role": role, "content": content}
-    calls: list[dict[str, Any]] = []
     if role == "assistant":
-        if speaker == "function_call":
-            calls, message["content"] = _tool_calls(_from_json(content)), ""
-        else:
-            calls = _tool_calls(_from_json(turn.get("tool_calls") or turn.get("function_call") or []))
-        reasoning = next((turn[name] for name in _REASONING if isinstance(turn.get(name), str)), "")
-        if reasoning.strip():
-            message["reasoning_content"] = reasoning
-        if calls:
-            message["tool_calls"] = calls
+        if str(speaker).lower() in ("function_call", "tool_call"):
+            calls, message["content"] = _from_json(content), ""
+        message |= _answer_fields(turn, thoughts, calls)
+    elif thoughts or calls:
+        raise ValueError(f"a {role} turn has reasoning or tool calls")
     elif role == "tool":
         message |= {name: turn[name] for name in ("name", "tool_call_id") if isinstance(turn.get(name), str)}
+    elif role == "text" and turn.get("cut"):
+        message["cut"] = True
     text = message["content"]
-    if not isinstance(text, str) or not (text.strip() or calls or role == "tool"):
+    has_more = role == "tool" or message.keys() & {"tool_calls", "reasoning_content", "sampled_ids"}
+    if not isinstance(text, str) or not (text.strip() or has_more):
         raise ValueError("a turn is empty or is not text")
-    for part in (text, message.get("reasoning_content", "")):
-        part.encode()  # raises UnicodeError for a lone surrogate
+    json.dumps(message, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate
     return message
 
 
-def _text(content: Any) -> Any:
-    if content is None:
-        return ""
-    if isinstance(content, list):  # a list of parts, as in OpenAI's API
-        kinds = {part.get("type", "text") for part in content if isinstance(part, dict)}
-        if not all(isinstance(part, dict) for part in content) or kinds - {"text"}:
-            other = ", ".join(sorted(map(str, kinds - {"text"}))) or "?"
-            raise ValueError(f"a turn has parts of type {other}, but only text is supported")
-        return "".join(part["text"] for part in content)
-    return content
+def _answer_fields(turn: Mapping[str, Any], thoughts: str, calls: Any) -> dict[str, Any]:
+    """Returns the further fields of an assistant message.
+
+    Args:
+      thoughts, calls: reasoning and tool calls among the parts of its content.
+    """
+    fields: dict[str, Any] = {}
+    if (reasoning := thoughts or _reasoning(turn)).strip():
+        fields["reasoning_content"] = reasoning
+    calls = calls or _from_json(turn.get("tool_calls") or turn.get("function_call") or [])
+    if parsed := _tool_calls(calls):
+        fields["tool_calls"] = parsed
+    if any(any(mark) if isinstance(mark, list) else mark for mark in cut_marks(_beside_content(turn))):
+        fields["cut"] = True
+    if not is_learnt(turn):
+        fields["learn"] = False
+    ids = turn.get("sampled_ids")
+    if ids is not None:
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError("sampled_ids is not a list of token ids")
+        fields["sampled_ids"] = ids
+    if isinstance(turn.get("sampled_hash"), str):
+        fields["sampled_hash"] = turn["sampled_hash"]
+    return fields
+
+
+def _beside_content(turn: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in turn.items() if name not in (*_TEXTS, "tool_calls", "function_call")}
+
+
+def _parts(content: Any) -> tuple[Any, str, list[Any]]:
+    """Splits the content of a turn, which may be a list of parts as in chat APIs: (text, reasoning, calls)."""
+    if not isinstance(content, list):
+        return ("" if content is None else content), "", []
+    if not all(isinstance(part, dict) for part in content):
+        raise ValueError("a turn has parts of type ?, but only text is supported")
+    texts, thoughts, calls = [], [], []
+    for part in content:
+        kind = part.get("type", "text")
+        if kind == "tool_use":
+            calls.append({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input") or {}})
+        elif kind in _PART_TEXTS:
+            (texts if _PART_TEXTS[kind] == "text" and kind != "reasoning" else thoughts).append(part[_PART_TEXTS[kind]])
+        else:
+            raise ValueError(f"a turn has parts of type {kind}, but only text is supported")
+    return "".join(texts), "".join(thoughts), calls
+
+
+def _reasoning(turn: Mapping[str, Any]) -> str:
+    """Returns the reasoning of a turn; ValueError if its fields contradict one another."""
+    texts = {
+        name: _reasoning_text(turn[name])
+        for name in NAMES["reasoning"]
+        if is_full(turn.get(name)) and not is_switch(turn[name])
+    }
+    longest = max(texts.values(), key=len, default="")
+    if other := next((name for name, text in texts.items() if not is_contained(text, [longest])), ""):
+        raise ValueError(f"a turn has several fields of reasoning that differ: --data.columns ignore={other}")
+    return longest
+
+
+def _reasoning_text(value: Any) -> str:
+    """Returns reasoning from a text, an object with a text, or a list of them (OpenRouter's "reasoning_details")."""
+    if isinstance(value, list):
+        return "".join(map(_reasoning_text, value))
+    if isinstance(value, dict):
+        kind = str(value.get("type", ""))
+        if "encrypted" in kind or "redacted" in kind or "summary" in kind:
+            raise ValueError(f"the reasoning is not what was sampled, but {kind}")
+        value = next((value[name] for name in ("text", "content", "thinking", "reasoning") if name in value), None)
+    if not isinstance(value, str):
+        raise ValueError("the reasoning is not text")
+    return value
 
 
 def _tool_calls(calls: Any) -> list[dict[str, Any]]:
@@ -179,7 +390,8 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
         raise ValueError("the tool calls are not a list")
     parsed = []
     for call in calls:
-        function = _from_json(call).get("function", call)
+        call = _from_json(call)
+        function = call.get("function", call)
         arguments = function.get("arguments", function.get("parameters", {})) or {}
         if not isinstance(function.get("name"), str) or not isinstance(_from_json(arguments), dict):
             raise ValueError("a tool call has no name, or its arguments are not an object")

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from jeagle.data import parse_source, read_prompts, source_fingerprint
-from jeagle.data.sources import files
+from jeagle.data.sources import json_rows
 from jeagle.data.sources.catalog import NAMED_DATASETS
 from jeagle.data.sources.files import records
 from jeagle.errors import UserError
@@ -62,7 +62,7 @@ def test_columns_are_recognised_in_every_file_format(tmp_path, shape, suffix):
 
 
 def test_a_long_json_list_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_CHUNK", 7)  # every boundary falls somewhere
+    monkeypatch.setattr(json_rows, "CHUNK", 7)  # every boundary falls somewhere
     rows = [{"messages": CHAT, "n": [i, {"é": "}]"}]} for i in range(50)]
     for indent in (None, 1):
         (tmp_path / "x.json").write_text(json.dumps(rows, indent=indent))
