@@ -1,4 +1,4 @@
-"""What `prepare` learns from the rows of `regenerate` is what the target sampled, for all turns, behind the same prompts.
+"""What `prepare` learns from the rows of `regenerate` is what the target sampled, turn by turn, after the same prompt.
 
 Without the sampled ids in the file it is the same, or the row is rejected and counted.
 """

@@ -61,11 +61,13 @@ class Turn(NamedTuple):
 
     Attributes:
       message: the answer; it has sampled_ids and sampled_hash only where they are valid.
+      form: the form of its text.
       prompt, shown: the requests for its prompt, and for the chat that ends with it.
       next_role: role of the message after it; empty if there is none.
     """
 
     message: dict[str, Any]
+    form: AnswerForm
     prompt: RenderRequest
     shown: RenderRequest
     next_role: str
@@ -75,7 +77,7 @@ class DocumentBuilder:
     """Renders conversations to the texts of their documents, in which it locates the answers."""
 
     def __init__(self, tokenizer: Any, config: DataConfig, end_token_ids: Sequence[int]):
-        self.template, self._form = template_and_form(tokenizer, config.template_arguments, tuple(end_token_ids))
+        self.template, self._forms = template_and_forms(tokenizer, config.template_arguments, tuple(end_token_ids))
         self._config = config
         self._sampled_with = sampled_with(tokenizer)
 
@@ -112,7 +114,7 @@ class DocumentBuilder:
         Raises:
           ConversationError: if a turn has no form in the template, or if it spells the beginning of an answer.
         """
-        form, config = self._form, self._config
+        form, config = self._forms[bool(conversation.tools)], self._config
         messages = [
             form.with_fields(m, conversation.thinking) for m in with_system(conversation.messages, config.system_prompt)
         ]
@@ -129,7 +131,8 @@ class DocumentBuilder:
             if message["role"] == "assistant" and message.get("learn", True):
                 prompt = RenderRequest(seen[:i], conversation.tools, self._thinks(message, conversation), True)
                 shown = prompt._replace(messages=seen[: i + 1], prompt=False)
-                turns.append(Turn(message, prompt, shown, messages[i + 1]["role"] if i + 1 < len(messages) else ""))
+                next_role = messages[i + 1]["role"] if i + 1 < len(messages) else ""
+                turns.append(Turn(message, form, prompt, shown, next_role))
         if not turns:
             raise ConversationError("the conversation has no answer to learn")
         return turns
@@ -144,7 +147,7 @@ class DocumentBuilder:
 
     def _is_plain(self, turns: Sequence[Turn]) -> bool:
         return all(
-            turn.message.keys() <= {"role", "content", "cut", "learn"} and self._form.is_simple[turn.prompt.thinking]
+            turn.message.keys() <= {"role", "content", "cut", "learn"} and turn.form.is_simple[turn.prompt.thinking]
             for turn in turns
         )
 
@@ -163,9 +166,10 @@ class DocumentBuilder:
         """Returns the document of a plain chat, or None if its text does not show all answers as they are sampled."""
         spans = []
         for turn, prompt in zip(turns, prompts, strict=True):
-            end, content = self._form.ending(turn.message, turn.next_role), turn.message["content"]
+            end = turn.form.ending(turn.message, turn.next_role, thinking=turn.prompt.thinking)
+            content = turn.message["content"]
             # Templates remove white space around the text, or some of it.
-            forms = (f"{self._form.lead}{text}{end}" for text in (content, content.strip(), content.lstrip()))
+            forms = (f"{turn.form.lead}{text}{end}" for text in (content, content.strip(), content.lstrip()))
             length = next((len(text) for text in forms if whole.startswith(text, len(prompt))), 0)
             if not length or not whole.startswith(prompt):
                 return None
@@ -182,8 +186,8 @@ class DocumentBuilder:
                 continue
             previous, thinking = turn.prompt.messages[-1:], turn.prompt.thinking
             before = (previous[0]["content"] or "") if previous else ""
-            text = prompt + self._form.sampled(prompt, next(shown), turn.message, before, thinking=thinking)
-            end = self._form.ending(turn.message, turn.next_role)
+            text = prompt + turn.form.sampled(prompt, next(shown), turn.message, before, thinking=thinking)
+            end = turn.form.ending(turn.message, turn.next_role, thinking=thinking)
             span = Span(len(prompt), len(text + end), bool(end), turn.message.get("sampled_hash", ""))
             document = Document(text + end, (span,), lead, turn.prompt)
             if documents and not documents[-1].sampled_ids and prompt.startswith(documents[-1].text):
@@ -192,17 +196,18 @@ class DocumentBuilder:
         return documents
 
 
-def template_and_form(
-    tokenizer: Any, arguments: str, end_token_ids: tuple[int, ...]
-) -> tuple[ChatTemplate, AnswerForm]:
-    """Returns the template with these further variables (JSON), and the form of its answers."""
-    return _cached_form(tokenizer, str(tokenizer.chat_template), arguments, end_token_ids)
+Forms = tuple[AnswerForm, AnswerForm]
+
+
+def template_and_forms(tokenizer: Any, arguments: str, end_token_ids: tuple[int, ...]) -> tuple[ChatTemplate, Forms]:
+    """Returns the template with these further variables (JSON), and the forms of answers without and with tools."""
+    return _cached_forms(tokenizer, str(tokenizer.chat_template), arguments, end_token_ids)
 
 
 @functools.lru_cache(maxsize=8)
-def _cached_form(tokenizer: Any, _: str, arguments: str, ends: tuple[int, ...]) -> tuple[ChatTemplate, AnswerForm]:
-    template = ChatTemplate(tokenizer, parse_arguments(arguments))
-    return template, AnswerForm(template, tokenizer.added_tokens_decoder, ends)
+def _cached_forms(tokenizer: Any, _: str, arguments: str, ends: tuple[int, ...]) -> tuple[ChatTemplate, Forms]:
+    template, added = ChatTemplate(tokenizer, parse_arguments(arguments)), tokenizer.added_tokens_decoder
+    return template, (AnswerForm(template, added, ends), AnswerForm(template, added, ends, tools=True))
 
 
 def _is_sampled(turn: Turn) -> bool:

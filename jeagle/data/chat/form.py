@@ -61,42 +61,48 @@ class AnswerForm:
       is_simple: thinking switch -> whether a plain answer stands as it is behind its generation prompt.
     """
 
-    def __init__(self, template: ChatTemplate, added: Mapping[int, Any], end_token_ids: Sequence[int]):
-        self._template, self._added = template, {token.content: token for token in added.values()}
+    def __init__(
+        self, template: ChatTemplate, added: Mapping[int, Any], end_token_ids: Sequence[int], *, tools: bool = False
+    ):
+        self._template, self._tools = template, tools
+        self._added = {token.content: token for token in added.values()}
         self._ends = {added[i].content for i in end_token_ids if i in added}
         longest_first = sorted(self._added, key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._prompts = {on: self._render(_USER, thinking=on, prompt=True) for on in (False, True)}
         self._answers = {on: self._render(_USER, _PLAIN, thinking=on) for on in (False, True)}
-        self._calls = self._render(_USER, PROBE_CALL, tools=True)
-        # What generation prompts have beyond the beginning of the answers that the template shows.
+        # What generation prompts have beyond the beginning of the answers that the template shows, and what the
+        # template shows there instead.
         self._extras = {on: self._beyond(self._prompts[on], self._answers[on]) for on in (False, True)}
+        self._heads = {on: self._head(on) for on in (False, True)}
         self.open, self.close = self._reasoning_marks()
         self.opens = self._is_open(self._prompts[True])
-        self._heads = {on: self._head(on) for on in (False, True)}
         on = not self._prompts[False]
-        self.lead = "" if self._extras[on] else self._without_empty_block(self._heads[on])
+        beyond = self._extras[on].replace(self.open.strip(), "").replace(self.close.strip(), "")
+        self.lead = "" if beyond.strip() else self._without_empty_block(self._heads[on])
         self.close = self.close.removesuffix(self.lead)
         self.is_simple = {on: self._shows_plainly(on) for on in (False, True)}
         self.opening = self._find_opening()
-        plain = self._render(_USER, _PLAIN, {"role": "user", "content": _NEXT})
-        self._plain_ending = self._find_ending(self._answers[on], plain, _ANSWER, _NEXT) or Ending()
-        continued = self._render(_USER, PROBE_CALL, _TOOL, tools=True)
-        self._calls_ending = self._find_ending(self._calls, continued, PROBE_VALUE, _RESULT) or self._plain_ending
+        self._endings = {(calls, on): self._find_ending(calls, on) for calls in (False, True) for on in (False, True)}
 
-    def ending(self, message: Message, next_role: str) -> str:
+    def ending(self, message: Message, next_role: str, *, thinking: bool) -> str:
         """Returns the text that ends an answer; empty if it was cut off, or if only a further turn would end it.
 
         Raises:
           ConversationError: if no end token ever follows such an answer.
         """
-        ending = self._calls_ending if message.get("tool_calls") else self._plain_ending
+        ending = self._ending(message, thinking)
         if message.get("cut"):
             return ""
         if not (ending.text or ending.by_next):
             raise ConversationError(self._why_endless())
-        by_next = {**self._calls_ending.by_next, **self._plain_ending.by_next} if ending.by_next else {}
-        return ending.text or by_next.get(next_role, by_next.get("", ""))
+        if ending.text:
+            return ending.text
+        by_next = {**self._endings[True, thinking].by_next, **self._endings[False, thinking].by_next}
+        return by_next.get(next_role, by_next.get("", ""))
+
+    def _ending(self, message: Message, thinking: bool) -> Ending:
+        return self._endings[bool(message.get("tool_calls")), thinking]
 
     def with_fields(self, message: dict[str, Any], thinking: bool | None = None) -> dict[str, Any]:
         """Returns an answer whose reasoning is in a field of its own, if its text has the marks of reasoning.
@@ -144,7 +150,7 @@ class AnswerForm:
         opened = "" if self._is_open(prompt) else self.open
         if message.get("cut") and reasoning and not (calls or message["content"].strip()):
             return opened + message["reasoning_content"].lstrip()
-        body = self._body(prompt, shown, message, previous.strip())
+        body = self._body(prompt, shown, message, previous.strip(), self._ending(message, thinking))
         rest = self._without_empty_block(body)
         if reasoning:
             text = opened + reasoning + self.close + rest
@@ -172,10 +178,11 @@ class AnswerForm:
             remedy = "--data.reasoning drop removes it" if thinking else "use --data.thinking on"
             raise ConversationError(f"the generation prompt rules out the reasoning that the answer has: {remedy}")
 
-    def _body(self, prompt: str, shown: str, message: Message, previous: str) -> str:
+    def _body(self, prompt: str, shown: str, message: Message, previous: str, ending: Ending) -> str:
         """Returns what the template shows of an answer behind its prompt, apart from the end."""
-        calls = message.get("tool_calls")
-        begin, ending = self._behind(prompt, shown, previous), self._calls_ending if calls else self._plain_ending
+        calls, begin = message.get("tool_calls", ()), self._behind(prompt, shown, previous)
+        if missing := [name for call in calls if (name := call["function"]["name"]) not in shown]:
+            raise ConversationError(f"the template does not write tool calls ({missing[0]})")
         if begin is None and calls:
             raise ConversationError("the chat template renders a tool call differently than its generation prompt")
         if begin is None:
@@ -183,11 +190,11 @@ class AnswerForm:
         body = shown[begin : len(shown) - ending.after]
         if not body.endswith(ending.text):
             raise ConversationError(self._why_endless())
-        body = body.removesuffix(ending.text) if ending.text else body.rstrip()
+        body = body.removesuffix(ending.text)
         if shown.startswith(prompt):
             return body
-        heads = (head for head in self._heads.values() if head.strip() and body.startswith(head))
-        return body.lstrip().removeprefix(next(heads, ""))
+        heads = [head for head in self._heads.values() if head.strip() and body.startswith(head)]
+        return self.lead + body.removeprefix(heads[0]) if heads else body.lstrip()
 
     def _behind(self, prompt: str, shown: str, previous: str) -> int | None:
         """Returns where an answer begins in the chat that ends with it, or None if that is not known.
@@ -212,7 +219,7 @@ class AnswerForm:
         if reasoning not in text:
             raise ConversationError("the template does not write the reasoning: --data.reasoning drop removes it")
         wanted = (opened + reasoning + self.close if reasoning else "") + self.lead + content
-        if content not in text or not (place or text.split() == wanted.split()):
+        if content not in text or not (place or "".join(text.split()) == "".join(wanted.split())):
             raise ConversationError("the template puts text other than the answer before the end token")
 
     def _advice(self, thinking: bool) -> str:
@@ -237,7 +244,7 @@ class AnswerForm:
 
     def _without_marks(self, text: str) -> str:
         """Returns the text of an answer without the special tokens that stand around it."""
-        lead, end = self.lead.strip(), self._plain_ending.text.strip()
+        lead, end = self.lead.strip(), self._endings[False, False].text.strip()
         if self._tokens.search(lead) and text.lstrip().startswith(lead):
             text = text.lstrip().removeprefix(lead)
         return text.removesuffix(end) if end else text
@@ -247,7 +254,7 @@ class AnswerForm:
     ) -> str:
         """Renders a chat of marks with tools or without them, as the template allows; empty if it refuses the chat."""
         shown = self._template.shown(messages)
-        for offered in ((PROBE_TOOL,), ()) if tools else ((), (PROBE_TOOL,)):
+        for offered in ((PROBE_TOOL,), ()) if tools or self._tools else ((), (PROBE_TOOL,)):
             [text] = self._template.texts([RenderRequest(shown, offered, thinking, prompt)])
             if isinstance(text, str):
                 return text
@@ -270,7 +277,8 @@ class AnswerForm:
             before, found, after = text.partition(_REASONING)
             between, answered, _ = after.partition(_ANSWER)
             if not answered:  # the calls follow, as they stand without reasoning
-                stop = len(after) - _common_length(after[::-1], self._calls[::-1])
+                bare = self._render(_USER, PROBE_CALL, thinking=True, tools=True)
+                stop = max(1, len(after) - _common_length(after[::-1], bare[::-1]))
                 stop = max([stop, *(t.end() for t in re.finditer(_TAG, after) if t.start() < stop < t.end())])
                 between = after[:stop]
             if not found or PROBE_CALL["tool_calls"][0]["function"]["name"] in between:
@@ -280,14 +288,15 @@ class AnswerForm:
             opened = before.removeprefix(base) if before.startswith(base) else ""
             if not opened.strip():  # the prompt has opened the block
                 tag = re.search(rf"(?:{_TAG})\s*$", before)
-                opened = self._extras[True] or (tag[0] if tag else opened)
+                extra = self._extras[True]
+                opened = extra if extra.strip() else tag[0] if tag else opened
             return opened, between
         return self._unseen_marks()
 
     def _unseen_marks(self) -> tuple[str, str]:
         """Returns the marks of reasoning, by its prompts and the tags it mentions, of a template that writes none."""
         for begin, end in _PAIRS:
-            if end not in self._template.source:
+            if begin not in self._template.source and end not in self._template.source:
                 continue
             for text in (*self._prompts.values(), self._answers[False]):
                 if block := re.search(rf"{re.escape(begin)}(\s*)(?:{re.escape(end)}(\s*)(?:$|{_ANSWER})|$)", text):
@@ -317,15 +326,20 @@ class AnswerForm:
         line = added.strip().partition("\n")[0]
         return line if self._tokens.search(line) else ""
 
-    def _find_ending(self, last: str, continued: str, mark: str, next_mark: str) -> Ending | None:
-        """Finds how answers end from a chat that ends with one, and from one that goes on with another message.
+    def _find_ending(self, calls: bool, on: bool) -> Ending:
+        """Finds how answers end from a chat that ends with one, and from one that goes on with another message."""
+        mark, next_mark = (PROBE_VALUE, _RESULT) if calls else (_ANSWER, _NEXT)
+        following = _TOOL if calls else {"role": "user", "content": _NEXT}
+        for answer in (PROBE_CALL, PROBE_CALL | {"reasoning_content": _REASONING}) if calls else (_PLAIN,):
+            last = self._render(_USER, answer, thinking=on, tools=calls)
+            if mark in last:
+                continued = self._render(_USER, answer, following, thinking=on, tools=calls)
+                tail, follow = last.rpartition(mark)[2], continued.partition(next_mark)[0].rpartition(mark)[2]
+                return self._end_of(tail, follow, following["role"])
+        return Ending()
 
-        Returns:
-          None if the template does not write the answer.
-        """
-        if mark not in last:
-            return None
-        tail, follow = last.rpartition(mark)[2], continued.partition(next_mark)[0].rpartition(mark)[2]
+    def _end_of(self, tail: str, follow: str, role: str) -> Ending:
+        """Finds an end in what stands behind an answer: `tail` at the end of a chat, `follow` before the next role."""
         at_end, goes_on = list(self._tokens.finditer(tail)), list(self._tokens.finditer(follow))
         same = _common_length([t[0] for t in at_end], [t[0] for t in goes_on])
         end = next((t for t in at_end if t[0] in self._ends), None)
@@ -334,14 +348,12 @@ class AnswerForm:
             special = [t for t in at_end[: same or None] if self._added[t[0]].special]
             end = special[-1 if same else 0] if special else None
         if end is not None:
-            return Ending(end[0] if mark == PROBE_VALUE else tail[: end.end()], len(tail) - end.end())
+            return Ending(end[0] if role == "tool" else tail[: end.end()], len(tail) - end.end())
         if following is None or self.opening.startswith(following[0]):
             return Ending()
-        stop = len(follow[: following.start()].rstrip())
-        stop = min(stop, len(tail) - len(self._beyond(tail, follow)))
-        role = "tool" if next_mark == _RESULT else "user"
-        every = {"": follow[stop : following.end()]} if following is not goes_on[-1] else {}
-        return Ending("", len(tail) - stop, {role: follow[stop : following.end()], **every})
+        own = (tail[: at_end[same].start()] if same < len(at_end) else tail).rstrip()
+        text = follow[len(follow[: following.start()].rstrip()) : following.end()]
+        return Ending("", len(tail) - len(own), {role: text} | ({"": text} if following is not goes_on[-1] else {}))
 
     def _why_endless(self) -> str:
         """Says why no end token follows the answers."""

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from jeagle.config import DataConfig
-from jeagle.data.chat.documents import Document, DocumentBuilder, template_and_form
+from jeagle.data.chat.documents import Document, DocumentBuilder, template_and_forms
 from jeagle.data.chat.templates import ConversationError, Messages, RenderRequest, with_system
 from jeagle.data.chat.token_offsets import Encoder, Encoding
 from jeagle.data.sources.conversations import Conversation
@@ -157,10 +157,10 @@ def render_prompt(
         return np.asarray(prompt_ids(messages[0]), np.int32)
     if messages[0]["role"] == "text":
         return np.asarray(tokenizer(messages[0]["content"])["input_ids"], np.int32)
-    template, form = template_and_form(
+    template, forms = template_and_forms(
         tokenizer, json.dumps(dict(arguments)) if arguments else "", tuple(end_token_ids)
     )
-    fields = [form.with_fields(message, thinking) for message in with_system(messages, system_prompt)]
+    fields = [forms[bool(tools)].with_fields(message, thinking) for message in with_system(messages, system_prompt)]
     text = template.texts([RenderRequest(template.shown(fields), tools, thinking, True)])[0]
     if isinstance(text, ConversationError):
         raise text
