@@ -15,7 +15,6 @@ from jeagle.data.chat.templates import ConversationError
 from jeagle.data.near_duplicates import NearDuplicateIndex, document_signatures
 from jeagle.data.rows import Packer, RowWriter, rows_of
 from jeagle.data.sources.catalog import SourcePart
-from jeagle.data.sources.columns import parse_columns
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
 from jeagle.data.sources.schema import ANSWERING
 from jeagle.data.vocabulary import count_supervised
@@ -65,8 +64,7 @@ def prepare_rows(
         SplitWriter(folder / "held_out", config, vocab) as evaluation,
     ):
         report = SourceReport(log=log, bad_share=config.bad_share)
-        named = parse_columns(config.columns)
-        conversations = read_source(parts, report, streaming=config.streaming, columns=named)
+        conversations = read_source(parts, report, streaming=config.streaming)
         used = itertools.islice(conversations, config.max_conversations or None)
         renderer = Renderer(tokenizer, config, end_token_ids)
         for conversation, held_out, documents, signature in _render_all(used, renderer, config.held_out):

@@ -48,7 +48,7 @@ def prepare(config: RunConfig) -> Prepared:
     """Makes the run's data and tables, or finds them made from the same inputs."""
     check_folder(config)
     files = targets.resolve(config.target.ref)
-    tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source)
+    tokenizer, parts = load_tokenizer(config, files), room.parse_source(config.data.source, config.data.columns)
     made = made_from(config, tokenizer, targets.open_weights(files).config, parts)
     data = config.folder / "data"
     _given_vocabulary(config, made)  # refused before the rows are made, where it does not fit
@@ -111,11 +111,12 @@ def made_from(config: RunConfig, tokenizer: Any, target_config: dict[str, Any], 
 
 def shaping(config: RunConfig) -> dict[str, Any]:
     """The settings that change rows."""
-    return {name: getattr(config.data, name) for name in _SHAPING}
+    named = {"columns": config.data.columns} if config.data.columns else {}  # rows of older versions have no such entry
+    return {name: getattr(config.data, name) for name in _SHAPING} | named
 
 
 _SHAPING = (  # settings that change rows; --data.streaming reads the same ones otherwise
-    *("columns", "max_conversations", "row_length", "long", "held_out", "bad_share", "near_duplicates"),
+    *("max_conversations", "row_length", "long", "held_out", "bad_share", "near_duplicates"),
     *("system_prompt", "reasoning", "thinking", "rewritten", "template_arguments"),
 )
 

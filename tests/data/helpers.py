@@ -11,7 +11,6 @@ from jeagle.config import DataConfig
 from jeagle.data import ConversationError, Rendered, RowWriter, parse_source, rows_of
 from jeagle.data.chat.render import Renderer
 from jeagle.data.rows import Packer
-from jeagle.data.sources.columns import parse_columns
 from jeagle.data.sources.conversations import Conversation, SourceReport, is_held_out, read_source
 from jeagle.interfaces import Batch
 
@@ -23,11 +22,12 @@ class Read(SourceReport):
     conversations: list[Conversation] = dataclasses.field(default_factory=list)
 
 
-def read_conversations(source: str, *, streaming: bool = False, columns: str = "", bad_share: float = 0.01) -> Read:
+def read_conversations(
+    source: str, *, streaming: bool = False, columns: str = "", bad_share: float = 0.01, log: Any = None
+) -> Read:
     """Reads a whole source. UserError if too much of it is rejected."""
-    read = Read(bad_share=bad_share)
-    named = parse_columns(columns)
-    read.conversations.extend(read_source(parse_source(source), read, streaming=streaming, columns=named))
+    read = Read(bad_share=bad_share, log=log)
+    read.conversations.extend(read_source(parse_source(source, columns), read, streaming=streaming))
     read.check()
     return read
 

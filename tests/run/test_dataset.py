@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -122,3 +123,10 @@ def test_every_setting_that_shapes_rows_is_named_when_it_changes(tmp_path, capsy
         assert not prepare(tmp_path, **{f"data__{name}": value}).reused
         assert name in capsys.readouterr().out
     assert {*CHANGES, "row_length"} == set(dataset._SHAPING)
+
+
+def test_named_columns_shape_the_rows_and_old_rows_have_none():
+    plain = RunConfig(name="t")
+    named = dataclasses.replace(plain, data=dataclasses.replace(plain.data, columns="chat=talk"))
+    assert dataset.shaping(named) == dataset.shaping(plain) | {"columns": "chat=talk"}
+    assert "columns" not in dataset.shaping(plain)

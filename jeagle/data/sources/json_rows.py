@@ -4,12 +4,13 @@ Every row carries its place (file and line), so that a message about a bad row c
 """
 
 import codecs
+import gzip
 import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from jeagle.data.sources.columns import NAMES
 from jeagle.errors import UserError
@@ -34,7 +35,7 @@ class Record(NamedTuple):
     reason: str = ""
 
 
-def is_json_lines(file: BinaryIO, *, lines_expected: bool) -> bool:
+def is_json_lines(file: gzip.GzipFile | io.BufferedReader, *, lines_expected: bool) -> bool:
     """Whether JSON is stored as one row per line, and not as one text over many lines.
 
     Args:
@@ -64,7 +65,7 @@ def read_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Record]:
             yield from _parse_line(f"{path}:{number}", line)
 
 
-def read_text(path: Path, file: BinaryIO) -> Iterator[Record]:
+def read_text(path: Path, file: gzip.GzipFile | io.BufferedReader) -> Iterator[Record]:
     """Reads lists of rows and objects, one after another, of which only a few rows are in memory at a time.
 
     A single object may be a row, or hold all rows of a table.

@@ -1,7 +1,8 @@
 """Reads which answers of a row were cut off, and which are not to be learnt, wherever the row says so."""
 
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Names are compared in lower case and without underscores, values in lower case and without the name of an enum.
@@ -20,9 +21,7 @@ _CUT_VALUES = (
     *("content_filter", "abort", "aborted", "cancelled", "timeout", "error"),
 )
 # Fields that are true or false -> the value that an answer has which was cut off.
-_CUT_FLAGS = dict.fromkeys(("cut", "cutoff", "truncated", "istruncated"), True) | dict.fromkeys(
-    ("iscomplete", "isfinished", "isreasoningcomplete"), False
-)
+_CUT_FLAGS = {"cut": True, "cutoff": True, "iscomplete": False, "isfinished": False, "isreasoningcomplete": False}
 _LEARN_FLAGS = (
     dict.fromkeys(("learn", "train", "training", "trainable", "loss", "weight", "lossweight"), True)
     | dict.fromkeys(("lossmask", "trainmask"), True)
@@ -46,9 +45,11 @@ def cut_marks(tree: Mapping[str, Any], depth: int = 3) -> Iterator[bool | list[b
     for name, value in tree.items():
         plain = _plain(name)
         if plain in _FINISH_NAMES:
-            yield _each(value, _is_cut)
+            yield [_is_cut(item) for item in value] if isinstance(value, list) else _is_cut(value)
         elif plain in _CUT_FLAGS and isinstance(value, bool | int | list):
-            yield _each(value, lambda flag, cut=_CUT_FLAGS[plain]: isinstance(flag, bool | int) and bool(flag) is cut)
+            flags = value if isinstance(value, list) else [value]
+            cut = [isinstance(flag, bool | int) and bool(flag) is _CUT_FLAGS[plain] for flag in flags]
+            yield cut if isinstance(value, list) else cut[0]
         elif plain in _METADATA and isinstance(value, str) and value.lstrip().startswith("{"):
             try:
                 parsed = json.loads(value)
@@ -99,9 +100,7 @@ def _is_cut(value: Any) -> bool:
     return isinstance(value, str) and value.lower().rpartition(".")[2] in _CUT_VALUES
 
 
-def _each(value: Any, judge: Callable[[Any], bool]) -> bool | list[bool]:
-    return [judge(item) for item in value] if isinstance(value, list) else judge(value)
-
-
+@functools.lru_cache(maxsize=4096)
 def _plain(name: Any) -> str:
-    return name.lower().replace("_", "") if isinstance(name, str) else ""
+    plain = name.lower().replace("_", "") if isinstance(name, str) else ""
+    return "cut" if plain.endswith("truncated") else plain  # is_truncated, was_truncated, response_truncated

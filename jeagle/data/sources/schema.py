@@ -7,7 +7,7 @@ A message is {"role": system | user | assistant | tool, "content": text}. A tool
   "cut": True          a length limit cut off this answer, so that its end is not supervised
   "learn": False       this answer is not supervised
   "sampled_ids"        the token ids that the target sampled for this answer, its end token included if it ended
-  "sampled_hash"       fingerprint of these ids, by which a row without them is checked
+  "sampled_hash"       the fingerprint of these ids
 A row without turns becomes one message: {"role": "text", "content": text} for plain text, of which every token is
 supervised, or {"role": "ids", "ids": token ids, "mask": whether each of them is supervised}.
 """
@@ -21,6 +21,7 @@ from jeagle.data.sources.columns import (
     NAMES,
     TOOLS,
     Columns,
+    check_media,
     is_choices,
     is_contained,
     is_full,
@@ -28,6 +29,7 @@ from jeagle.data.sources.columns import (
     plain_name,
 )
 from jeagle.data.sources.marks import cut_marks, is_cut_mark, is_learn_mark, is_learnt, spread
+from jeagle.data.sources.turns import SPEAKERS, answer_turns, from_json, ids_message, turns_in, turns_of
 
 _ROLES = (
     {"human": "user", "user": "user", "prompter": "user", "system": "system", "developer": "system"}
@@ -35,13 +37,11 @@ _ROLES = (
     | dict.fromkeys(("function_call", "tool_call"), "assistant")
     | dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool")
 )
-_SPEAKERS = ("role", "from", "speaker")
 _TEXTS = ("content", "value", "text", "system_prompt")  # where a turn may have its text
 _PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "thinking": "thinking", "reasoning": "text"}
-_PAIRS = (("human", "assistant"), ("user", "assistant"), ("prompt", "response"), ("question", "answer"))
 ANSWERING = ("assistant", "text", "ids")  # the roles of messages that have supervised tokens
 MARKS = ("cut", "learn", "sampled_ids", "sampled_hash")  # fields of a message that a chat template never sees
-_READ = {*_SPEAKERS, *NAMES["reasoning"], "tool_calls", "function_call", "name", "tool_call_id", *MARKS}
+_READ = {*SPEAKERS, *NAMES["reasoning"], "tool_calls", "function_call", "name", "tool_call_id", *MARKS}
 
 
 def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]]:
@@ -52,14 +52,14 @@ def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]
     """
     row = {name: value for name, value in row.items() if value is not None and name not in columns.ignore}
     if columns.ids:
-        return [_ids_message(row, columns)]
+        return [ids_message(row, columns)]
     if columns.text:
         turns = [{"role": "text", "content": row[columns.text]}]
     elif columns.chat:
-        turns = _turns(row[columns.chat], columns.chat)
+        turns = turns_of(row[columns.chat], columns.chat)
     else:
-        turns = _turns_in(row[columns.prompt]) or [{"role": "user", "content": row[columns.prompt]}]
-        answer = _answer_turns(row[columns.answer], columns.answer) if columns.answer else []
+        turns = turns_in(row[columns.prompt]) or [{"role": "user", "content": row[columns.prompt]}]
+        answer = answer_turns(row[columns.answer], columns.answer) if columns.answer else []
         begins = bool(answer) and _role(answer[0]) != "assistant"  # the answer is a whole conversation
         turns = answer if begins and _content(turns[-1]) in map(_content, answer) else [*turns, *answer]
     if not turns:
@@ -67,9 +67,9 @@ def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]
     turns = [{n: value for n, value in turn.items() if value is not None and n not in columns.ignore} for turn in turns]
     _add_context(turns, row, columns)
     if columns.history:
-        turns = [*_turns(row[columns.history], columns.history), *turns]
+        turns = [*map(dict, turns_of(row[columns.history], columns.history)), *turns]
     if is_choices(row.get("choices")) and columns.chat and _role(turns[-1]) != "assistant":
-        turns += _answer_turns(row["choices"], "choices")
+        turns += answer_turns(row["choices"], "choices")
     _mark(turns, row, columns)
     if not columns.text:
         _add_columns(turns, row, columns)
@@ -82,26 +82,21 @@ def messages_of(row: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]
 def tools_of(row: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Returns the tools that the row offers, as JSON schemas; tools that are stored as text are parsed."""
     name = next((name for name in TOOLS if is_full(row.get(name)) and name not in ignore), "")
-    tools = _from_json(row[name]) if name else []
+    tools = from_json(row[name]) if name else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("the tools are not a list of functions")
-    json.dumps(tools, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate
     return tools
 
 
 def unused_fields(row: Mapping[str, Any], columns: Columns, messages: Sequence[Mapping[str, Any]]) -> set[str]:
     """Returns the fields of the row's turns with content that is not used, as COLUMN.FIELD."""
-    turns = row.get(columns.chat)
-    found = set()
+    turns, found = row.get(columns.chat), set()
     texts = [m[name] for m in messages for name in ("content", "reasoning_content") if name in m]
     for turn in turns if isinstance(turns, list) else ():
-        for name in turn.keys() - _READ - {*columns.ignore} if isinstance(turn, dict) else ():
-            if (
-                is_full(turn[name])
-                and not (is_cut_mark(name) or is_learn_mark(name))
-                and not is_contained(turn[name], texts)
-            ):
-                found.add(f"{columns.chat}.{plain_name(name)}")
+        if isinstance(turn, dict):
+            names = turn.keys() - _READ - {_text_field(turn), *columns.ignore}
+            names = {n for n in names if is_full(turn[n]) and not (is_cut_mark(n) or is_learn_mark(n))}
+            found |= {f"{columns.chat}.{plain_name(n)}" for n in names if not is_contained(turn[n], texts)}
     return found
 
 
@@ -110,7 +105,7 @@ def shown(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: value for name, value in message.items() if name not in MARKS}
     if calls := message.get("tool_calls"):
         plain["tool_calls"] = [
-            call | {"function": call["function"] | {"arguments": _from_json(call["function"]["arguments"])}}
+            call | {"function": call["function"] | {"arguments": from_json(call["function"]["arguments"])}}
             for call in calls
         ]
     return plain
@@ -120,89 +115,6 @@ def prompt_ids(message: Mapping[str, Any]) -> list[int]:
     """Returns the token ids before the first supervised one of a message with the role "ids"."""
     ids, mask = message["ids"], list(message["mask"])
     return ids[: mask.index(True)] if True in mask else ids
-
-
-def _ids_message(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    ids, mask = row[columns.ids], row[columns.mask]
-    if len(ids) == 1 and isinstance(ids[0], list):  # a batch of one, as trainers store it
-        ids, mask = ids[0], mask[0] if isinstance(mask[0], list) else mask
-    here = row.get("attention_mask")
-    if isinstance(here, list) and len(here) == len(ids) == len(mask):  # padding goes
-        ids, mask = ([x for x, on in zip(values, here, strict=True) if on] for values in (ids, mask))
-    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
-        raise ValueError(f"{columns.ids} is not a list of token ids")
-    if len(mask) != len(ids):
-        raise ValueError(f"{columns.mask} and {columns.ids} differ in length")
-    if columns.mask == "labels":  # transformers' form: the id itself, or -100 where nothing is learnt
-        if any(label not in (-100, i) for label, i in zip(mask, ids, strict=True)):
-            raise ValueError(f"labels are not -100 or the id of {columns.ids} at the same place")
-        mask = [label != -100 for label in mask]
-    elif any(flag not in (0, 1) for flag in mask):
-        raise ValueError(f"{columns.mask} has values other than 0 and 1")
-    message = {"role": "ids", "ids": ids, "mask": [bool(flag) for flag in mask]}
-    if any(any(mark) if isinstance(mark, list) else mark for mark in cut_marks(row)):
-        message["cut"] = True
-    return message | ({} if any(mask) else {"learn": False})
-
-
-def _turns(value: Any, name: str) -> list[dict[str, Any]]:
-    """Returns a list of turns, which may be stored as JSON text, or as pairs of a prompt and its answer."""
-    turns, found = _from_json(value), []
-    if not isinstance(turns, list):
-        raise ValueError(f"column {name} without a list of turns")
-    if name == "data" and all(isinstance(turn, str) for turn in turns):  # UltraChat's texts in turn
-        turns = [turns[i : i + 2] for i in range(0, len(turns), 2)]
-    for turn in turns:
-        pair = next((p for p in _PAIRS if isinstance(turn, dict) and set(p) <= turn.keys()), None)
-        if isinstance(turn, list) and 0 < len(turn) <= 2 and all(isinstance(text, str) for text in turn):
-            speakers = zip(("user", "assistant"), turn, strict=False)
-            found += [{"role": role, "content": text} for role, text in speakers]
-        elif pair and not {*_SPEAKERS} & turn.keys():
-            found += [{"role": role, "content": turn[n]} for role, n in zip(("user", "assistant"), pair, strict=True)]
-        elif isinstance(turn, dict):
-            found.append(turn)
-        else:
-            raise ValueError(f"column {name} without a list of turns")
-    return found
-
-
-def _are_turns(value: Any) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(t, dict) and {*_SPEAKERS} & t.keys() for t in value)
-    )
-
-
-def _turns_in(value: Any) -> list[dict[str, Any]] | None:
-    """Returns the turns that a prompt or an answer holds instead of a text, or None."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-        value = parsed if _are_turns(parsed) else None
-    elif isinstance(value, dict) and {*_SPEAKERS} & value.keys():
-        value = [value]
-    return value if _are_turns(value) else None
-
-
-def _answer_turns(answer: Any, name: str) -> list[dict[str, Any]]:
-    """Returns the turns of an answer: a text, turns, a server's reply, or tool calls (xLAM's "answers")."""
-    if turns := _turns_in(answer):
-        return turns
-    if name == "answers" and isinstance(answer, str):
-        answer = _from_json(answer)
-    if isinstance(answer, dict) and "name" in answer and "arguments" in answer:
-        answer = [answer]
-    if not isinstance(answer, list):
-        return [{"role": "assistant"} | (answer if isinstance(answer, dict) else {"content": answer})]
-    if answer and all(isinstance(call, dict) and "name" in call for call in answer):
-        return [{"role": "assistant", "content": "", "tool_calls": answer}]
-    if len(answer) != 1:
-        raise ValueError(f"the column {plain_name(name)} has {len(answer)} answers: write one row for each")
-    [only] = answer
-    if isinstance(only, dict) and isinstance(only.get("message"), dict):  # one of a server's choices
-        return [{"role": "assistant"} | only["message"] | {n: v for n, v in only.items() if is_cut_mark(n)}]
-    return _answer_turns(only, name)
 
 
 def _mark(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: Columns) -> None:
@@ -221,10 +133,10 @@ def _mark(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: Columns)
                 turns[i]["cut"] = True
     for name in LEARN_LISTS:
         if isinstance(values := rest.get(name), list):
-            flags = spread(values, len(turns), answers)
-            if flags is None:
+            learnt = spread(values, len(turns), answers)
+            if learnt is None:
                 raise ValueError(f"the column {name} has neither one value for each turn nor for each answer")
-            for i, flag in zip(answers, flags, strict=True):
+            for i, flag in zip(answers, learnt, strict=True):
                 turns[i]["learn"] = is_learnt(turns[i]) and is_learnt({"loss_mask": flag})
     if len({turns[i]["mask"] for i in answers if isinstance(turns[i].get("mask"), bool)}) > 1:
         raise ValueError("the turns differ in mask, which may mean learnt or left out: --data.columns ignore=mask")
@@ -241,11 +153,12 @@ def _add_context(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: C
 
 def _add_columns(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: Columns) -> None:
     """Adds the reasoning and the system prompt that stand in columns beside the turns."""
-    if columns.reasoning and not is_switch(row[columns.reasoning]):
-        reasoning, answers = _reasoning_text(row[columns.reasoning]), [t for t in turns if _role(t) == "assistant"]
+    answers = [turn for turn in turns if _role(turn) == "assistant"]
+    if columns.reasoning and answers and not is_switch(row[columns.reasoning]):
+        reasoning = _reasoning_text(row[columns.reasoning])
         texts = [text for turn in answers for text in (_parts(_content(turn))[0], _reasoning(turn))]
         if not is_contained(reasoning, texts):
-            if len(answers) != 1 and (columns.chat or not answers):
+            if len(answers) > 1 and columns.chat:
                 raise ValueError(
                     f"the column {columns.reasoning} does not say which answer it belongs to: --data.columns "
                     f"ignore={columns.reasoning} leaves it out"
@@ -265,7 +178,7 @@ def _add_columns(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: C
 
 
 def _role(turn: Mapping[str, Any]) -> str | None:
-    speaker = next((turn[name] for name in _SPEAKERS if turn.get(name) is not None), None)
+    speaker = turn.get("role") or turn.get("from") or turn.get("speaker")
     return "text" if speaker == "text" else _ROLES.get(speaker.lower() if isinstance(speaker, str) else "")
 
 
@@ -283,17 +196,18 @@ def _is_empty_system(turn: Mapping[str, Any]) -> bool:
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    speaker = next((turn[name] for name in _SPEAKERS if name in turn), None)
+    speaker = next((turn[name] for name in SPEAKERS if name in turn), None)
     if speaker is None:
         raise ValueError("a turn has no role")
     role = _role(turn)
     if role is None:
         raise ValueError(f"a turn has the unknown {'role' if 'role' in turn else 'speaker'} {speaker!r}")
+    check_media(turn)
     content, thoughts, calls = _parts(_content(turn))
     message: dict[str, Any] = {"role": role, "content": content}
     if role == "assistant":
         if str(speaker).lower() in ("function_call", "tool_call"):
-            calls, message["content"] = _from_json(content), ""
+            calls, message["content"] = from_json(content), ""
         message |= _answer_fields(turn, thoughts, calls)
     elif thoughts or calls:
         raise ValueError(f"a {role} turn has reasoning or tool calls")
@@ -302,10 +216,12 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     elif role == "text" and turn.get("cut"):
         message["cut"] = True
     text = message["content"]
+    if message.get("cut") and not is_full(text) and message.keys() <= {"role", "content", "cut"}:
+        message["learn"] = False  # a server hides reasoning that was cut off, so that nothing of the answer is known
+        return message
     has_more = role == "tool" or message.keys() & {"tool_calls", "reasoning_content", "sampled_ids"}
     if not isinstance(text, str) or not (text.strip() or has_more):
         raise ValueError("a turn is empty or is not text")
-    json.dumps(message, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate
     return message
 
 
@@ -318,7 +234,7 @@ def _answer_fields(turn: Mapping[str, Any], thoughts: str, calls: Any) -> dict[s
     fields: dict[str, Any] = {}
     if (reasoning := thoughts or _reasoning(turn)).strip():
         fields["reasoning_content"] = reasoning
-    calls = calls or _from_json(turn.get("tool_calls") or turn.get("function_call") or [])
+    calls = calls or from_json(turn.get("tool_calls") or turn.get("function_call") or [])
     if parsed := _tool_calls(calls):
         fields["tool_calls"] = parsed
     if any(any(mark) if isinstance(mark, list) else mark for mark in cut_marks(_beside_content(turn))):
@@ -390,21 +306,11 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
         raise ValueError("the tool calls are not a list")
     parsed = []
     for call in calls:
-        call = _from_json(call)
+        call = from_json(call)
         function = call.get("function", call)
         arguments = function.get("arguments", function.get("parameters", {})) or {}
-        if not isinstance(function.get("name"), str) or not isinstance(_from_json(arguments), dict):
+        if not isinstance(function.get("name"), str) or not isinstance(from_json(arguments), dict):
             raise ValueError("a tool call has no name, or its arguments are not an object")
         tree = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         parsed.append(({"id": call["id"]} if isinstance(call.get("id"), str) else {}) | tree)
     return parsed
-
-
-def _from_json(value: Any) -> Any:
-    """Parses a list or object that is stored as JSON text, as in many datasets."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("a list or object is stored as text that is not valid JSON") from error
