@@ -120,7 +120,7 @@ class CallForm(NamedTuple):
     begin: str | None = None
 
 
-_JSON = r"(?P<json>[\[{].*[\]}])"
+_JSON = r"(?P<json>[\[{].*[\]}])[;\s]*"
 _PYTHON = "(?P<python>.+)"
 _FUNCTION = r"<function=(?P<name>[^>\n]+)>(?P<pairs>.*?)</function>"
 _PARAMETER = _pairs(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>")
@@ -269,8 +269,9 @@ def _split_reasoning(text: str, template: str, prompt: str) -> tuple[str, str]:
         begun = text.lstrip().startswith(begin)
         opened = prompt.rstrip().endswith(begin.rstrip())
         if begun or opened or (not template and end in text):
-            reasoning, _, rest = (text.lstrip().removeprefix(begin) if begun else text).partition(end)
-            break
+            reasoning, closed, rest = (text.lstrip().removeprefix(begin) if begun else text).partition(end)
+            if closed or reasoning.strip():
+                break
     else:
         reasoning, rest = "", text
     for before, after in _AROUND:
