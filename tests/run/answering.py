@@ -36,10 +36,14 @@ def random_sampler(tokenizer: Any, ends: Sequence[int], seed: int, most: int = 1
 def regenerate(
     tokenizer: Any, ends: Sequence[int], prompts: list[dict], out: Path, sample: Sampler, **settings: Any
 ) -> tuple[list[dict], set[tuple]]:
-    """Answers all turns; returns the rows, and (the ids before an answer, the ids of the answer) of every turn."""
+    """Answers all turns; returns the rows, and (the ids before an answer, the ids of the answer) of every turn.
+
+    No two turns may have the same number, because their randomness would be the same.
+    """
     sampled: set[tuple] = set()
 
-    def generate(target, prompts, *, follow_up, **_):
+    def generate(target, prompts, *, follow_up, numbers, **_):
+        used = list(numbers)
         waiting = deque((i, prompt, 0) for i, prompt in enumerate(prompts))
         while waiting:
             i, prompt, turn = waiting.popleft()
@@ -48,7 +52,9 @@ def regenerate(
             answer = targets.GeneratedAnswer(i, np.asarray(ids, np.int32), "stop" if ended else "length")
             if (following := follow_up(answer)) is not None:
                 waiting.append((i, following[0], turn + 1))
+                used.append(following[1])
             yield answer
+        assert len(set(used)) == len(used) and max(used) < 1 << 32
 
     spec = SimpleNamespace(max_positions=1 << 20, vocab=len(tokenizer))
     loaded = LoadedTarget(None, tokenizer, tuple(ends), SimpleNamespace(spec=spec))  # type: ignore[arg-type]

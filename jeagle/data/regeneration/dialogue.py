@@ -1,5 +1,6 @@
 """A conversation whose answers a target generates one after another, each after its own answers so far."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jeagle.data.chat.templates import with_system
@@ -113,15 +114,15 @@ class Dialogue:
         return calls, results
 
 
-def read_back(messages: list[Row]) -> list[Row]:
+def read_back(messages: Sequence[Row]) -> list[Row]:
     """Returns messages as `prepare` reads them from a row.
 
     Raises:
       ValueError: if `prepare` would reject the row.
     """
     if messages[0]["role"] in WITHOUT_TURNS:
-        return messages
-    return messages_of({"messages": messages}, Columns(chat="messages"))
+        return list(messages)
+    return messages_of({"messages": list(messages)}, Columns(chat="messages"))
 
 
 def _names(calls: list[Row]) -> list[str]:

@@ -91,7 +91,7 @@ def _prompt_of(conversation: Conversation, every_turn: bool) -> Row:
     elif not every_turn:
         roles = [message["role"] for message in messages]
         messages = messages[: roles.index("assistant") if "assistant" in roles else roles.index("user") + 1]
-    more = {"tools": list(conversation.tools)} if conversation.tools else {}
+    more: Row = {"tools": list(conversation.tools)} if conversation.tools else {}
     more |= {} if conversation.thinking is None else {"thinking": conversation.thinking}
     return make_prompt(messages, more=more) | {"where": conversation.where}
 

@@ -269,7 +269,7 @@ class _Generation:
     def _empty(self) -> None:
         """Makes caches for prompts of up to `bucket` tokens."""
         room = max(self.limits, default=0) + 1
-        self.state = None  # so that the old caches do not stay in memory
+        self.state: Any = None  # so that the old caches do not stay in memory
         self.state = idle_rows(*self.model, self.mesh, self.batch, self.bucket + room, room)
 
     def run(self, stops: Stops | None, follow_up: FollowUp | None) -> Iterator[GeneratedAnswer]:

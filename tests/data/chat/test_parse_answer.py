@@ -117,6 +117,7 @@ def test_reasoning_is_read_with_its_marks_after_the_prompt_that_opened_it_and_wh
     assert parse_answer(f"so\n{end}\n\nyes", template=template, prompt=f"user {begin}\n") == whole
     assert parse_answer(f"{begin}so", template=template) == cut == parse_answer("so", template=template, prompt=begin)
     assert parse_answer("so", template=template, prompt=f"{begin}{end}") == {"role": "assistant", "content": "so"}
+    assert parse_answer(begin, template=template) == {"role": "assistant", "content": begin}
     plain = parse_answer(f"{begin}so{end}yes", template="a template without reasoning")
     assert plain["content"] == f"{begin}so{end}yes" and "reasoning_content" not in plain
 
