@@ -59,7 +59,7 @@ class DataConfig:
     reasoning: Literal["keep", "drop"] = "keep"
     """Whether the reasoning of answers is kept."""
     thinking: Literal["auto", "on", "off"] = "auto"
-    """Value of `enable_thinking` for the template; auto is on where an answer has reasoning."""
+    """Value of `enable_thinking` for the template; auto is what the row says, or on where an answer has reasoning."""
     rewritten: Literal["per_answer", "reject"] = "per_answer"
     """What happens to a conversation whose earlier turns are rendered differently once more turns follow (Qwen 3 drops
     reasoning): one document per answer, as a server sees it, or rejected."""

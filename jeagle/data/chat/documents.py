@@ -28,13 +28,11 @@ class Span(NamedTuple):
 
     Attributes:
       begin, stop: its first character, and the one behind it.
-      ended: whether it includes its end.
       sampled_hash: fingerprint of the ids that the target sampled; empty if it is not known.
     """
 
     begin: int
     stop: int
-    ended: bool
     sampled_hash: str = ""
 
 
@@ -77,8 +75,8 @@ class DocumentBuilder:
     """Renders conversations to the texts of their documents, in which it locates the answers."""
 
     def __init__(self, tokenizer: Any, config: DataConfig, end_token_ids: Sequence[int]):
-        self.template, self._forms = template_and_forms(tokenizer, config.template_arguments, tuple(end_token_ids))
-        self._config = config
+        self.template, self._config = ChatTemplate(tokenizer, parse_arguments(config.template_arguments)), config
+        self._form_of = functools.partial(template_and_form, tokenizer, config.template_arguments, end_token_ids)
         self._sampled_with = sampled_with(tokenizer)
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[list[Document] | ConversationError]:
@@ -94,10 +92,9 @@ class DocumentBuilder:
         plain = {i for i, turns in chats.items() if self._is_plain(turns)}
         requests = {i: [turn.prompt for turn in turns] for i, turns in chats.items()}
         texts = self._texts({i: some + [chats[i][-1].shown] * (i in plain) for i, some in requests.items()}, results)
-        for i in plain & texts.keys():
-            *prompts, whole = texts[i]
-            texts[i] = prompts
-            if document := self._plain_document(chats[i], prompts, whole):
+        whole = {i: texts[i].pop() for i in plain & texts.keys()}
+        for i, text in whole.items():
+            if (document := self._plain_document(chats[i], texts[i], text)) is not None:
                 results[i] = [document]
         rest = [i for i in texts if results[i] is None]
         shown = self._texts({i: [turn.shown for turn in chats[i] if not _is_sampled(turn)] for i in rest}, results)
@@ -114,7 +111,7 @@ class DocumentBuilder:
         Raises:
           ConversationError: if a turn has no form in the template, or if it spells the beginning of an answer.
         """
-        form, config = self._forms[bool(conversation.tools)], self._config
+        (_, form), config = self._form_of(tools=bool(conversation.tools)), self._config
         messages = [
             form.with_fields(m, conversation.thinking) for m in with_system(conversation.messages, config.system_prompt)
         ]
@@ -166,14 +163,14 @@ class DocumentBuilder:
         """Returns the document of a plain chat, or None if its text does not show all answers as they are sampled."""
         spans = []
         for turn, prompt in zip(turns, prompts, strict=True):
-            end = turn.form.ending(turn.message, turn.next_role, thinking=turn.prompt.thinking)
+            end = turn.form.ending(turn.message, whole, turn.next_role, thinking=turn.prompt.thinking)
             content = turn.message["content"]
             # Templates remove white space around the text, or some of it.
             forms = (f"{turn.form.lead}{text}{end}" for text in (content, content.strip(), content.lstrip()))
             length = next((len(text) for text in forms if whole.startswith(text, len(prompt))), 0)
-            if not length or not whole.startswith(prompt):
+            if not length or not whole.startswith(prompt) or turn.form.has_end(content):
                 return None
-            spans.append(Span(len(prompt), len(prompt) + length, bool(end)))
+            spans.append(Span(len(prompt), len(prompt) + length))
         return Document(whole, tuple(spans), _lead(prompts[0], turns[0].prompt.messages), turns[-1].prompt)
 
     def _documents(self, turns: Sequence[Turn], prompts: Sequence[str], shown: Iterator[str]) -> list[Document]:
@@ -186,9 +183,10 @@ class DocumentBuilder:
                 continue
             previous, thinking = turn.prompt.messages[-1:], turn.prompt.thinking
             before = (previous[0]["content"] or "") if previous else ""
-            text = prompt + turn.form.sampled(prompt, next(shown), turn.message, before, thinking=thinking)
-            end = turn.form.ending(turn.message, turn.next_role, thinking=thinking)
-            span = Span(len(prompt), len(text + end), bool(end), turn.message.get("sampled_hash", ""))
+            chat = next(shown)
+            text = prompt + turn.form.sampled(prompt, chat, turn.message, before, thinking=thinking)
+            end = turn.form.ending(turn.message, chat, turn.next_role, thinking=thinking)
+            span = Span(len(prompt), len(text + end), turn.message.get("sampled_hash", ""))
             document = Document(text + end, (span,), lead, turn.prompt)
             if documents and not documents[-1].sampled_ids and prompt.startswith(documents[-1].text):
                 document = document._replace(spans=(*documents.pop().spans, span))
@@ -196,18 +194,19 @@ class DocumentBuilder:
         return documents
 
 
-Forms = tuple[AnswerForm, AnswerForm]
-
-
-def template_and_forms(tokenizer: Any, arguments: str, end_token_ids: tuple[int, ...]) -> tuple[ChatTemplate, Forms]:
-    """Returns the template with these further variables (JSON), and the forms of answers without and with tools."""
-    return _cached_forms(tokenizer, str(tokenizer.chat_template), arguments, end_token_ids)
+def template_and_form(
+    tokenizer: Any, arguments: str, end_token_ids: Sequence[int], *, tools: bool
+) -> tuple[ChatTemplate, AnswerForm]:
+    """Returns the template with these further variables (JSON), and the form of answers with tools or without."""
+    return _cached_form(tokenizer, str(tokenizer.chat_template), arguments, tuple(end_token_ids), tools)
 
 
 @functools.lru_cache(maxsize=8)
-def _cached_forms(tokenizer: Any, _: str, arguments: str, ends: tuple[int, ...]) -> tuple[ChatTemplate, Forms]:
-    template, added = ChatTemplate(tokenizer, parse_arguments(arguments)), tokenizer.added_tokens_decoder
-    return template, (AnswerForm(template, added, ends), AnswerForm(template, added, ends, tools=True))
+def _cached_form(
+    tokenizer: Any, _: str, arguments: str, ends: tuple[int, ...], tools: bool
+) -> tuple[ChatTemplate, AnswerForm]:
+    template = ChatTemplate(tokenizer, parse_arguments(arguments))
+    return template, AnswerForm(template, tokenizer.added_tokens_decoder, ends, tools=tools)
 
 
 def _is_sampled(turn: Turn) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from jeagle.config import DataConfig
-from jeagle.data.chat.documents import Document, DocumentBuilder, template_and_forms
+from jeagle.data.chat.documents import Document, DocumentBuilder, template_and_form
 from jeagle.data.chat.templates import ConversationError, Messages, RenderRequest, with_system
 from jeagle.data.chat.token_offsets import Encoder, Encoding
 from jeagle.data.sources.conversations import Conversation
@@ -41,7 +41,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, config: DataConfig, end_token_ids: Sequence[int]):
         self._tokenizer, self._config = tokenizer, config
-        self._end_token_ids, self._end_ids = tuple(end_token_ids), frozenset(end_token_ids)
+        self._end_token_ids = tuple(end_token_ids)
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -95,8 +95,6 @@ class Renderer:
         supervised[len(ids) :] = True
         for span in document.spans:
             prompt, stop = (_token_at(place, document.text, encoding) for place in (span.begin, span.stop))
-            if not self._end_ids.isdisjoint(ids[prompt : stop - span.ended]):
-                raise ConversationError("an end token stands within an answer")
             if span.sampled_hash and fingerprint(ids[prompt:stop]) != span.sampled_hash:
                 raise ConversationError("an answer's text gives other ids than its sampled_ids, which are missing")
             supervised[prompt:stop] = True
@@ -157,10 +155,9 @@ def render_prompt(
         return np.asarray(prompt_ids(messages[0]), np.int32)
     if messages[0]["role"] == "text":
         return np.asarray(tokenizer(messages[0]["content"])["input_ids"], np.int32)
-    template, forms = template_and_forms(
-        tokenizer, json.dumps(dict(arguments)) if arguments else "", tuple(end_token_ids)
-    )
-    fields = [forms[bool(tools)].with_fields(message, thinking) for message in with_system(messages, system_prompt)]
+    given = json.dumps(dict(arguments)) if arguments else ""
+    template, form = template_and_form(tokenizer, given, tuple(end_token_ids), tools=bool(tools))
+    fields = [form.with_fields(message, thinking) for message in with_system(messages, system_prompt)]
     text = template.texts([RenderRequest(template.shown(fields), tools, thinking, True)])[0]
     if isinstance(text, ConversationError):
         raise text

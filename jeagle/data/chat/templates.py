@@ -181,7 +181,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]):
         self.source = str(tokenizer.chat_template)
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
-        names = ("thinking", "reasoning")  # other names of a message's reasoning, as gpt-oss and Gemma 4 have them
+        # Other names of a message's reasoning: those of gpt-oss, Gemma 4, MiniCPM3, and of Command A before a call.
+        names = ("thinking", "reasoning", "thought", "tool_plan")
         self._aliases = [n for n in names if re.search(rf"\.{n}\b|get\(.{n}.|\[.{n}.\]|.{n}. in ", self.source)]
 
     def texts(self, requests: Sequence[RenderRequest]) -> list[str | ConversationError]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,18 +64,28 @@ def end_token_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any])
 
 
 def chat_turn_end(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Returns the id of the special token that the chat template writes after an answer; None if it writes none."""
-    if not tokenizer.chat_template:
-        return None
-    answer = "jeagle's answer"
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    """Returns the id of the added token with which the chat template ends an answer; None if it writes none.
+
+    It is the last one that stands behind an answer whether or not another turn follows: what only an earlier answer has
+    may belong to the next turn, and what only the last one has may end the whole text.
+    """
+    question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "jeagle's answer"}
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # a template may refuse this chat with any error of Jinja's
+        chats = ([question, answer], [question, answer, question])
+        texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
+        prompt = str(tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True))
+    except (
+        Exception
+    ):  # a tokenizer may have no template, and a template may refuse these chats with any error of Jinja's
         return None
-    _, matched, tail = text.rpartition(answer)
-    ids = tokenizer(tail, add_special_tokens=False).input_ids if matched else []
-    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+    tails = [text.rpartition(answer["content"])[2] for text in texts]
+    last, earlier = (
+        [i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in tokenizer.added_tokens_decoder]
+        for tail in tails
+    )
+    shared = [i for i, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(last, earlier, strict=False))]
+    opening = tokenizer(prompt, add_special_tokens=False).input_ids
+    return shared[-1] if shared else next((i for i in last[:1] if i not in opening), None)
 
 
 def wrap_tokenizer(
