@@ -186,7 +186,7 @@ def _recognised(row: Mapping[str, Any], answered: bool) -> Columns:
     answer = _first(row, "answer", (prompt,)) if answered else ""
     if prompt and (answer or not answered):
         return Columns(prompt=prompt, answer=answer)
-    if chats and isinstance(row["data"], list):
+    if chats and isinstance(row["data"], list) and all(isinstance(text, str) for text in row["data"]):
         return Columns(chat="data")
     if "text" in row and not ids and prompt in ("", "user"):  # otherwise the text may hold a prompt, too
         return Columns(text="text")

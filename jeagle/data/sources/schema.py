@@ -222,6 +222,9 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     has_more = role == "tool" or message.keys() & {"tool_calls", "reasoning_content", "sampled_ids"}
     if not isinstance(text, str) or not (text.strip() or has_more):
         raise ValueError("a turn is empty or is not text")
+    written = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
+    for part in (text, message.get("reasoning_content", ""), written):
+        part.encode()  # raises UnicodeError for a lone surrogate
     return message
 
 

@@ -11,8 +11,9 @@ from jeagle.config import DataConfig
 from jeagle.data import ConversationError, use_template
 from jeagle.data.chat.render import Renderer
 from jeagle.data.chat.templates import TEMPLATES, from_headers
+from jeagle.data.sources.columns import Columns
 from jeagle.data.sources.conversations import Conversation
-from jeagle.data.sources.schema import Columns, messages_of
+from jeagle.data.sources.schema import messages_of, shown
 from jeagle.errors import UserError
 from tests.data.chats import CALL, CHATS, KINDS, SPECIAL, TOOL, TOOL_CHAT, USER, end_ids, make_tokenizer, tokenizer_for
 from tests.data.helpers import render
@@ -214,6 +215,7 @@ def test_arguments_as_text_and_as_objects_render_alike():
     text[1] = text[1] | {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Paris"}'}}]}
     tree = [TOOL_CHAT[0], TOOL_CHAT[1] | {"tool_calls": [CALL]}, *TOOL_CHAT[2:]]
     made = [messages_of({"messages": m}, Columns(chat="messages")) for m in (text, tree)]
+    assert [shown(m) for m in made[0]] == made[1]  # rows keep what they have; a template gets objects
     for template in CALLS:
         first, second = (documents(tokenizer_for(template), messages, [TOOL]) for messages in made)
         assert first == second
