@@ -133,6 +133,7 @@ def test_prompts_that_the_target_cannot_read_are_counted_and_the_others_answered
     [stopped] = [row for row in rows if "stopped" in row]
     assert stopped["id"] == later["id"] and [m["role"] for m in stopped["messages"]] == ["user", "assistant"]
     assert "1 conversations end before their last turn" in printed
+    assert regenerate(args, [*prompts, long, later]) == rows  # the refused one is refused again, and is still 1 of 122
     with pytest.raises(UserError, match=r"refuses 1 of 3 prompts.*remove these prompts"):
         regenerate(dataclasses.replace(args, out=folder / "odd2.jsonl"), [*prompts[:2], long])
 

@@ -1,6 +1,7 @@
 """Generates answers to prompts, with the target itself or with a server, and lets the target write prompts."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -99,11 +100,12 @@ def regenerate(
         rows = file.finished()
         waiting = [prompt for prompt in prompts if prompt["id"] not in rows]
         if waiting and args.server:
-            rows |= answers_from_server(args, waiting, file)
+            rows |= answers_from_server(args, waiting, file, total=len(prompts))
         elif waiting:
             rows |= file.unfinished()
             if waiting := [prompt for prompt in waiting if prompt["id"] not in rows]:
-                rows |= answers_from_target(args, waiting, file, (load or target_loader(args))())
+                loaded = (load or target_loader(args))()
+                rows |= answers_from_target(args, waiting, file, loaded, total=len(prompts))
         # Some of the prompts may have been refused.
         ordered = [rows[number] for number in sorted(prompt["id"] for prompt in prompts) if number in rows]
         file.finish(ordered)
@@ -164,15 +166,18 @@ def _report_variety(args: RegenerateArguments, written: data.WrittenPrompts) -> 
 
 
 def answers_from_server(
-    args: RegenerateArguments, prompts: Sequence[dict[str, Any]], file: data.AnswerFile
+    args: RegenerateArguments, prompts: Sequence[dict[str, Any]], file: data.AnswerFile, *, total: int
 ) -> dict[str, dict[str, Any]]:
     """Generates answers with a server.
+
+    Args:
+      total: number of prompts, those included that are answered already.
 
     Returns:
       Rows by id of the prompts that the server answered.
 
     Raises:
-      UserError: if the server refuses more than 1 % of the prompts.
+      UserError: if the server refuses more than 1 % of all prompts.
     """
     # A server has its own defaults for these fields, which are left alone unless the user changes ours.
     changed = {"top_p": (args.top_p, 1.0), "top_k": (args.top_k, 0), "stop": (list(args.stop), [])}
@@ -187,32 +192,37 @@ def answers_from_server(
         fields=fields | ({"seed": args.seed} if args.temperature else {}),
     )
     if Path(args.target).expanduser().exists():
-        tokenizer = targets.load_tokenizer(targets.resolve(args.target))
-        if tokenizer.chat_template:
-            server = dataclasses.replace(
-                server,
-                prompt_ids=lambda messages, tools, thinking: data.render_prompt(
-                    tokenizer, data.read_back(messages), tools=tools, thinking=thinking
-                ).tolist(),
-                sampled_with=data.sampled_with(tokenizer),
-                template=str(tokenizer.chat_template),
-            )
+        with contextlib.suppress(UserError):  # it need not be a target: a server may give it any name
+            server = _with_tokenizer(server, targets.resolve(args.target))
     with Progress(len(prompts), "conversations", "regenerate") as progress:
         rows, refused = data.ask_server(
             server, prompts, file, lambda done, refused: progress.update(done, refused=refused)
         )
-    _check_refused({prompt["id"]: prompt for prompt in prompts}, refused, f"the server {args.server}")
+    _check_refused(prompts, refused, total, f"the server {args.server}")
     return rows
 
 
-def _check_refused(prompts: dict[str, dict[str, Any]], refused: dict[str, str], by: str) -> None:
-    """Prints which prompts were refused. UserError if they are more than 1 %."""
+def _with_tokenizer(server: data.AnswerServer, files: targets.TargetFiles) -> data.AnswerServer:
+    """Lets the token ids of a server be compared with those of a target's folder. UserError if it has no template."""
+    tokenizer = targets.load_tokenizer(files)
+    ends = targets.end_token_ids(tokenizer, targets.open_weights(files).config)
+
+    def prompt_ids(messages: Sequence[dict], tools: Sequence[dict], thinking: bool) -> list[int]:
+        messages = data.read_back(messages)
+        return data.render_prompt(tokenizer, messages, tools=tools, thinking=thinking, end_token_ids=ends).tolist()
+
+    hashes, template = data.sampled_with(tokenizer), str(tokenizer.chat_template)
+    return dataclasses.replace(server, prompt_ids=prompt_ids, sampled_with=hashes, template=template)
+
+
+def _check_refused(prompts: Sequence[dict[str, Any]], refused: dict[str, str], total: int, by: str) -> None:
+    """Prints which prompts were refused. UserError if they are more than 1 % of all."""
     if not refused:
         return
     first = next(iter(refused))
-    place = prompts[first].get("where", first)
-    text = f"{by} refuses {len(refused)} of {len(prompts)} prompts, such as {place} ({refused[first]})"
-    if len(refused) > DataConfig.bad_share * len(prompts):
+    place = next(prompt for prompt in prompts if prompt["id"] == first).get("where", first)
+    text = f"{by} refuses {len(refused)} of {total} prompts, such as {place} ({refused[first]})"
+    if len(refused) > DataConfig.bad_share * total:
         raise UserError(f"{text[0].upper()}{text[1:]}: remove these prompts.")
     print(f"note: {text}")
 
@@ -229,11 +239,16 @@ def answers_from_target(
     prompts: Sequence[dict[str, Any]],
     file: data.AnswerFile,
     loaded: assemble.LoadedTarget,
+    *,
+    total: int,
 ) -> dict[str, dict[str, Any]]:
     """Generates answers with the target itself, and appends each conversation to `file`; returns the rows by id.
 
+    Args:
+      total: number of prompts, those included that are answered already.
+
     Raises:
-      UserError: if more than 1 % of the prompts cannot be rendered or are too long.
+      UserError: if more than 1 % of all prompts cannot be rendered or are too long.
     """
     writer, refused = _Writer(args, loaded), {}
     dialogues, prompt_ids = [], []
@@ -244,7 +259,7 @@ def answers_from_target(
             dialogues.append(dialogue)
         except data.ConversationError as error:
             refused[prompt["id"]] = str(error)
-    _check_refused({prompt["id"]: prompt for prompt in prompts}, refused, f"the target {args.target}")
+    _check_refused(prompts, refused, total, f"the target {args.target}")
 
     def follow_up(answer: targets.GeneratedAnswer) -> tuple[np.ndarray, int] | None:
         dialogue = dialogues[answer.index]
@@ -293,9 +308,13 @@ class _Writer:
         Raises:
           ConversationError: if the template cannot render them, or if the target cannot read them.
         """
+        try:
+            messages = data.read_back(dialogue.messages)
+        except ValueError as error:
+            raise data.ConversationError(str(error)) from error
         ids = data.render_prompt(
             self._tokenizer,
-            data.read_back(dialogue.messages),
+            messages,
             tools=dialogue.prompt.get("tools", ()),
             thinking=dialogue.prompt.get("thinking", True),
             end_token_ids=self._loaded.end_token_ids,
