@@ -16,10 +16,14 @@ def main(arguments: list[str]) -> None:
     prepare_host(devices=not args.server)
     load = target_loader(args)
     with data.AnswerFile(args.out, answer_settings(args)).alone():
-        prompts = self_instructed(args, load) if args.self_instruct else data.read_prompts(args.prompts)
-        rows = regenerate(args, prompts[: args.limit or None], load)
-    cut = sum(row["finish_reason"] == "length" for row in rows)
-    print(f"{len(rows)} answers in {args.out}, of which {cut} are cut off at {args.max_new_tokens} tokens")
+        if args.self_instruct:
+            prompts = self_instructed(args, load)[: args.limit or None]
+        else:
+            prompts = data.read_prompts(args.prompts, every_turn=True, most=args.limit)
+        rows = regenerate(args, prompts, load)
+    answers = [m for row in rows for m in row.get("messages", [row]) if "finish_reason" in m]
+    cut = sum(answer["finish_reason"] == "length" for answer in answers)
+    print(f"{len(answers)} answers in {args.out}, of which {cut} are cut off at {args.max_new_tokens} tokens")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
 import pytest
 
-from jeagle.data import read_prompts
+from jeagle.data import AnswerFile, read_prompts
+from jeagle.data.regeneration.prompts import make_prompt
 from jeagle.errors import UserError
-from jeagle.run.answers import RegenerateArguments, regenerate, stop_finder
+from jeagle.run.answers import RegenerateArguments, answer_settings, regenerate, stop_finder
 from tests import tiny
+from tests.data.helpers import read_conversations
 
 pytestmark = pytest.mark.usefixtures("one_device")
 SAMPLED = {"temperature": 1.2, "top_p": 0.95, "top_k": 50, "seed": 3}
@@ -70,6 +73,88 @@ def test_an_unfinished_file_of_other_settings_is_refused_by_name(folder):
         regenerate(dataclasses.replace(args, seed=4, top_k=7), prompts)
     assert regenerate(args, prompts) == whole
     assert not (folder / "partial.jsonl.partial").exists()
+
+
+def conversations(folder, out: str, **settings) -> dict[str, dict]:
+    turns = [[" ".join(tiny.WORDS[i : i + 3 + 9 * (k == 1)]) for k in range(1 + i % 3)] for i in range(6)]
+    (folder / "turns.jsonl").write_text("".join(json.dumps({"turns": texts}) + "\n" for texts in turns))
+    prompts = read_prompts(str(folder / "turns.jsonl"), every_turn=True)
+    rows = regenerate(arguments(folder, out, **settings), prompts)
+    asked = [[m["content"] for m in row["messages"] if m["role"] == "user"] for row in rows]
+    assert sorted(asked) == sorted(turns)
+    return {row["id"]: row for row in rows}
+
+
+def test_every_turn_is_answered_in_one_queue(folder, monkeypatch):
+    """Later turns are longer than the first caches, and each answer still follows from its conversation alone."""
+    monkeypatch.setattr("jeagle.targets.model.generate.PROMPT_BUCKET", 16)
+    together = conversations(folder, "m1.jsonl", batch=4, **SAMPLED)
+    for row in together.values():
+        replies = [m for m in row["messages"] if m["role"] == "assistant"]
+        assert row["sampled_with"].count("/") == 1 and row["finish_reason"] == replies[-1]["finish_reason"]
+        assert all(len(m["sampled_ids"]) == 12 or m["finish_reason"] == "stop" for m in replies)
+        assert len({tuple(m["sampled_ids"]) for m in replies}) == len(replies)  # turns do not share their randomness
+    assert conversations(folder, "m2.jsonl", batch=1, **SAMPLED) == together
+
+
+def test_a_kill_loses_only_the_conversations_under_way(folder, monkeypatch):
+    whole = conversations(folder, "k1.jsonl", batch=2, **SAMPLED)
+    appended, real = [], AnswerFile.growing
+
+    @contextlib.contextmanager
+    def killed(self):
+        with real(self) as append:
+
+            def counted(row):
+                append(row)
+                appended.append(row["id"])
+                if len(appended) == 3:
+                    raise KeyboardInterrupt
+
+            yield counted
+
+    monkeypatch.setattr(AnswerFile, "growing", killed)
+    with pytest.raises(KeyboardInterrupt):
+        conversations(folder, "k2.jsonl", batch=2, **SAMPLED)
+    monkeypatch.undo()
+    assert len((folder / "k2.jsonl.partial").read_text().splitlines()) == 4
+    assert conversations(folder, "k2.jsonl", batch=2, **SAMPLED) == whole
+
+
+def test_prompts_that_the_target_cannot_read_are_counted_and_the_others_answered(folder, capsys, monkeypatch):
+    prompts = [make_prompt([{"role": "user", "content": f"{i} the cat"}]) for i in range(120)]
+    long = make_prompt([{"role": "user", "content": "cat " * 600}])
+    later = make_prompt([{"role": "user", "content": "one"}, {"role": "user", "content": "cat " * 600}])
+    args = dataclasses.replace(arguments(folder, "odd.jsonl"), max_new_tokens=1)
+    rows = regenerate(args, [*prompts, long, later])
+    assert len(rows) == 121 and long["id"] not in {row["id"] for row in rows}
+    printed = capsys.readouterr().out
+    assert "refuses 1 of 122 prompts" in printed and "exceed the target's longest sequence" in printed
+    [stopped] = [row for row in rows if "stopped" in row]
+    assert stopped["id"] == later["id"] and [m["role"] for m in stopped["messages"]] == ["user", "assistant"]
+    assert "1 conversations end before their last turn" in printed
+    assert regenerate(args, [*prompts, long, later]) == rows  # the refused one is refused again, and is still 1 of 122
+    with pytest.raises(UserError, match=r"refuses 1 of 3 prompts.*remove these prompts"):
+        regenerate(dataclasses.replace(args, out=folder / "odd2.jsonl"), [*prompts[:2], long])
+
+
+def test_a_text_without_turns_becomes_ids_of_which_the_answer_is_supervised(folder):
+    (folder / "text.jsonl").write_text('{"text": "the cat sat on a mat and saw"}\n')
+    [prompt] = read_prompts(str(folder / "text.jsonl"), every_turn=True)
+    [row] = regenerate(arguments(folder, "text-out.jsonl"), [prompt])
+    [conversation] = read_conversations(str(folder / "text-out.jsonl")).conversations
+    [message] = conversation.messages
+    assert message["role"] == "ids" and message["ids"] == row["input_ids"] and sum(message["mask"]) <= 12
+    assert message["mask"] == [bool(flag) for flag in row["loss_mask"]] and "messages" not in row
+    assert regenerate(arguments(folder, "text-out.jsonl"), [prompt]) == [row]
+
+
+def test_an_unfinished_file_of_the_form_without_turns_is_refused(folder):
+    made_from = answer_settings(arguments(folder, "old.jsonl"))
+    made_from.pop("rows_form")
+    (folder / "old.jsonl.partial").write_text(json.dumps({"made_from": made_from}) + "\n")
+    with pytest.raises(UserError, match="begun with other settings .rows_form.: delete it"):
+        conversations(folder, "old.jsonl")
 
 
 def test_stop_texts_end_an_answer_and_are_removed(folder):

@@ -1,4 +1,4 @@
-"""Asks any OpenAI-compatible server for answers, many at a time, with retries; every prompt is answered once."""
+"""Asks any OpenAI-compatible server for answers, many at a time, with retries; every turn is answered once."""
 
 import contextlib
 import dataclasses
@@ -12,12 +12,15 @@ from typing import Any
 
 import httpx2
 
-from jeagle.data.chat.templates import with_system
+from jeagle.data.chat.parse_answer import parse_answer
+from jeagle.data.chat.templates import ConversationError
+from jeagle.data.regeneration.dialogue import SAMPLED, WITHOUT_TURNS, Dialogue, read_back
 from jeagle.data.regeneration.prompts import AnswerFile, Row
 from jeagle.errors import UserError
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses of failures that may be temporary
 _LONGEST_PAUSE = 30.0  # seconds
+_IDS = "return_token_ids"  # the field with which vLLM and SGLang are asked for token ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,11 @@ class AnswerServer:
       first_pause: seconds before the first retry; every further pause is twice as long, up to 30 s.
       system_prompt: added to prompts that have none.
       fields: further fields of every request, such as max_tokens and temperature.
+      prompt_ids: renders messages, with tools and the thinking switch, to the ids that the target reads. If it is
+        given, the server is asked for token ids (`return_token_ids` of vLLM and SGLang), which are kept if the server
+        read the very same prompt.
+      sampled_with: TOKENIZER_HASH/TEMPLATE_HASH of `prompt_ids`.
+      template: the target's chat template; empty if it is not known.
     """
 
     url: str
@@ -45,6 +53,9 @@ class AnswerServer:
     first_pause: float = 0.5
     system_prompt: str | None = None
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt_ids: Callable[[Sequence[Row], Sequence[Row], bool], Sequence[int]] | None = None
+    sampled_with: str = ""
+    template: str = ""
 
 
 class RequestRefusedError(Exception):
@@ -57,14 +68,14 @@ def ask_server(
     file: AnswerFile,
     on_done: Callable[[int, int], None] = lambda done, refused: None,
 ) -> tuple[dict[str, Row], dict[str, str]]:
-    """Asks for an answer to each prompt that the unfinished `file` does not contain yet, and appends it to the file.
+    """Asks for the answers to each prompt that the unfinished `file` does not contain yet, and appends them to it.
 
     Args:
       prompts: {"id", "messages"}, optionally with "tools" and "thinking".
       on_done: called with the numbers of answered and refused prompts.
 
     Returns:
-      ({id: the prompt's row with the answer, finish_reason and model}, {id: why the server refuses the prompt}).
+      ({id: the row of its `Dialogue`, with the model}, {id: why the server refuses its first turn}).
 
     Raises:
       UserError: if the server cannot be reached, if it does not give answers of this kind, or if it fails again and
@@ -74,11 +85,11 @@ def ask_server(
     client = _Client(server, stop)
     with client.http, file.growing() as append, ThreadPoolExecutor(server.concurrency, "answers") as pool:
         try:
-            requests = {pool.submit(client.ask, prompt): prompt for prompt in prompts if prompt["id"] not in rows}
+            requests = {pool.submit(client.converse, prompt): prompt for prompt in prompts if prompt["id"] not in rows}
             for done in as_completed(requests):
                 prompt = requests[done]
                 try:
-                    rows[prompt["id"]] = prompt | done.result()
+                    rows[prompt["id"]] = done.result()
                     append(rows[prompt["id"]])
                 except RequestRefusedError as error:
                     refused[prompt["id"]] = str(error)
@@ -90,7 +101,7 @@ def ask_server(
 
 
 class _Client:
-    """Asks for one answer at a time, from any thread, and retries until `stop` is set.
+    """Leads one conversation at a time, from any thread, and retries until `stop` is set.
 
     Redirects are not followed and proxies are not used, so that the key is sent to the server's address alone.
     """
@@ -107,7 +118,7 @@ class _Client:
             raise UserError(
                 "The server's key has a line break or another character that HTTP does not allow: set it again."
             )
-        self._url = f"{str(url).rstrip('/')}/chat/completions"
+        self._url, self._wants_ids = f"{str(url).rstrip('/')}/chat/completions", server.prompt_ids is not None
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {server.key}"} if server.key else {}
         self.http = httpx2.Client(
@@ -118,10 +129,30 @@ class _Client:
             verify=ssl.create_default_context(),
         )
 
-    def ask(self, prompt: Row) -> Row:
-        """Returns {"messages" with the answer, "finish_reason", "model"}."""
+    def converse(self, prompt: Row) -> Row:
+        """Returns the row of a conversation in which the server has answered every turn.
+
+        Raises:
+          RequestRefusedError: if it refuses the first one.
+        """
+        dialogue, more = Dialogue(prompt, self._server.system_prompt), {"model": self._server.model}
+        if dialogue.messages[0]["role"] in WITHOUT_TURNS:
+            raise RequestRefusedError("a text without turns is no chat")
+        while not dialogue.ended:
+            try:
+                reply, finish_reason, ids, found = self._ask(dialogue, more)
+            except RequestRefusedError:
+                if not dialogue.turn:
+                    raise
+                dialogue.stop("the server refuses the next turn")
+            else:
+                dialogue.answer(reply, finish_reason, ids)
+                more |= found
+        return dialogue.row() | more
+
+    def _ask(self, dialogue: Dialogue, more: Row) -> tuple[Row, str, list[int] | None, Row]:
+        """Returns the answer to the dialogue's last turn, as `_read` does."""
         pause, reason, status = self._server.first_pause, "", 0
-        content = json.dumps(self._request(prompt)).encode()
         for attempt in range(self._server.retries + 1):
             if attempt:
                 self._stop.wait(pause * (0.5 + random.random()))  # random, so that not all retry at the same time
@@ -129,14 +160,14 @@ class _Client:
             if self._stop.is_set():
                 raise UserError("The requests were stopped.")
             try:
-                response = self.http.post(self._url, content=content)
+                response = self._post(dialogue)
             except httpx2.RequestError as error:
                 status, reason = 0, f"{type(error).__name__}: {error}"
                 continue
             status = response.status_code
             if status == 200:
                 try:
-                    return self._answer(prompt, response.json())
+                    return self._read(response.json(), dialogue, more)
                 except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                     reason = f"the answer cannot be read: {error!r}"
                     continue
@@ -154,29 +185,61 @@ class _Client:
             "The answers so far are saved: the same command continues from there."
         )
 
-    def _request(self, prompt: Row) -> dict[str, Any]:
-        request = {
-            "model": self._server.model,
-            "messages": with_system(prompt["messages"], self._server.system_prompt),
-            **self._server.fields,
-        }
-        if prompt.get("tools"):
-            request["tools"] = prompt["tools"]
-        if "thinking" in prompt:  # SGLang and vLLM pass these on to the template; the names are Qwen's and DeepSeek's
-            request["chat_template_kwargs"] = dict.fromkeys(("enable_thinking", "thinking"), prompt["thinking"])
-        return request
+    def _post(self, dialogue: Dialogue) -> httpx2.Response:
+        request = self._request(dialogue)
+        response = self.http.post(self._url, content=json.dumps(request).encode())
+        if _IDS not in request or response.status_code not in (400, 422) or _IDS not in response.text:
+            return response
+        self._wants_ids = False  # this server does not know the field
+        return self._post(dialogue)
 
-    def _answer(self, prompt: Row, tree: dict[str, Any]) -> Row:
-        choice = tree["choices"][0]
-        message = choice["message"]
-        reply: dict[str, Any] = {"role": "assistant", "content": message.get("content") or ""}
-        for name in ("reasoning_content", "reasoning", "tool_calls"):
-            if message.get(name):
-                reply["reasoning_content" if name == "reasoning" else name] = message[name]
-        if len(reply) == 2 and not reply["content"].strip() and choice.get("finish_reason") != "length":
+    def _request(self, dialogue: Dialogue) -> dict[str, Any]:
+        request = {"model": self._server.model, "messages": list(map(_sent, dialogue.messages)), **self._server.fields}
+        if dialogue.prompt.get("tools"):
+            request["tools"] = dialogue.prompt["tools"]
+        if "thinking" in dialogue.prompt:  # SGLang and vLLM pass these on to the template, as Qwen and DeepSeek call it
+            names = ("enable_thinking", "thinking")
+            request["chat_template_kwargs"] = dict.fromkeys(names, dialogue.prompt["thinking"])
+        return request | ({_IDS: True} if self._wants_ids else {})
+
+    def _read(self, tree: dict[str, Any], dialogue: Dialogue, more: Row) -> tuple[Row, str, list[int] | None, Row]:
+        """Returns (the answer, its finish reason, its token ids if they are known, more fields of the row)."""
+        choice, tools = tree["choices"][0], dialogue.prompt.get("tools", ())
+        message, finish_reason = choice["message"], choice.get("finish_reason") or "stop"
+        given = {"reasoning_content": message.get("reasoning_content") or message.get("reasoning")}
+        given |= {"tool_calls": message.get("tool_calls")}
+        given = {name: value for name, value in given.items() if value}
+        content = message.get("content") or ""
+        reply = parse_answer(content, template=self._server.template, tools=() if "tool_calls" in given else tools)
+        if given.keys() & reply.keys():  # the server's parser has left this text
+            reply = {"role": "assistant", "content": content}
+        reply |= given
+        if given and not reply["content"]:
+            reply["content"] = None
+        if len(reply) == 2 and not content.strip():
+            if finish_reason == "length":
+                raise RequestRefusedError("the answer is empty where it is cut off: raise --max-new-tokens")
             raise ValueError("it is empty")
-        return {
-            "messages": [*prompt["messages"], reply],
-            "finish_reason": choice.get("finish_reason"),
-            "model": tree.get("model") or self._server.model,
-        }
+        read_back([reply])
+        found = {"model": tree.get("model") or self._server.model}
+        ids, read = choice.get("token_ids"), choice.get("prompt_token_ids") or tree.get("prompt_token_ids")
+        thinking = self._thinking(dialogue, more.get("thinking"), read) if ids and read else None
+        if thinking is None:
+            return reply, finish_reason, None, found
+        found |= {"thinking": thinking} if "thinking" in self._server.template else {}
+        return reply, finish_reason, ids, found | {"sampled_with": self._server.sampled_with}
+
+    def _thinking(self, dialogue: Dialogue, known: bool | None, read: list[int]) -> bool | None:
+        """Returns the thinking switch with which the server has rendered this prompt; None if neither gives its ids."""
+        known, render = dialogue.prompt.get("thinking", known), self._server.prompt_ids
+        for thinking in (True, False) if known is None else (known,):
+            with contextlib.suppress(ConversationError):
+                if render and list(render(dialogue.messages, dialogue.prompt.get("tools", ()), thinking)) == read:
+                    return thinking
+        return None
+
+
+def _sent(message: Row) -> Row:
+    """Returns a message as it is sent: reasoning has two names, of which servers know at least one."""
+    sent = {name: value for name, value in message.items() if name not in SAMPLED}
+    return sent | ({"reasoning": message["reasoning_content"]} if "reasoning_content" in message else {})

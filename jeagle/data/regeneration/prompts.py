@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jeagle.data.sources.columns import find_columns, thinking_of
-from jeagle.data.sources.conversations import rejection_reason
-from jeagle.data.sources.files import expand, records
-from jeagle.data.sources.json_rows import Record
-from jeagle.data.sources.schema import messages_of, prompt_ids, tools_of
-from jeagle.data.sources.trees import assemble_trees
+from jeagle.data.sources.catalog import parse_source
+from jeagle.data.sources.conversations import Conversation, SourceReport, read_source
+from jeagle.data.sources.files import records
+from jeagle.data.sources.schema import prompt_ids
 from jeagle.data.starter import starter_prompts
 from jeagle.errors import UserError
 from jeagle.runtime.lock import only_writer
@@ -27,59 +25,75 @@ def read_rows(path: Path) -> list[Row]:
     return [record.row for record in records(path)]
 
 
-def read_prompts(source: str) -> list[Row]:
+def read_prompts(source: str, *, every_turn: bool = False, most: int = 0) -> list[Row]:
     """Reads prompts, each of them once.
 
+    Rows that cannot be used are left out and printed, as `prepare` does.
+
     Args:
-      source: `starter`, or files of {"turns"}, {"messages"} or other rows of conversations. The prompt of a
-        conversation is the turns before its first answer; the prompt of a text is the first half of its words.
+      source: `starter`, or anything that --data.source accepts; rows of {"turns": ["...", ...]} and rows without
+        answers are prompts too.
+      every_turn: whether all turns of a conversation are returned, its answers included. If not, it is the turns before
+        the first answer, and for {"turns"} the first one. The prompt of a text is the first half of its words.
+      most: stops after this number of prompts; 0 = all.
 
     Returns:
-      {"id", "category", "messages"}, and "tools" and "thinking" if the row has them.
+      {"id", "messages", "where"}, and "tools" and "thinking" if the row has them. The id follows from all of these but
+      the answers and the place.
 
     Raises:
-      UserError: if a line cannot be read or has no prompt; the message names the line.
+      UserError: if the source cannot be read, has no prompts, or if more than 1 % of its rows cannot be used.
     """
     if source == "starter":
-        return starter_prompts()
-    prompts = [_parse_prompt(record) for path in expand(source) for record in assemble_trees(records(path))]
+        return starter_prompts()[: most or None]
+    report = _PromptReport()
+    found = read_source(parse_source(source), report, streaming=bool(most), answered=False)
+    prompts: dict[str, Row] = {}
+    for prompt in (_prompt_of(conversation, every_turn) for conversation in found):
+        prompts.setdefault(prompt["id"], prompt)
+        if len(prompts) == most:
+            break
+    report.check()
+    if report.rejected:
+        print(f"note: {report.rejected.total()} of {report.rows} rows have no usable prompt: {report.reasons()}")
     if not prompts:
         raise UserError(f'{source} contains no prompts: write {{"turns": ["..."]}} on each line.')
-    return list({p["id"]: p for p in prompts}.values())
+    return list(prompts.values())
 
 
-def make_prompt(messages: list[dict[str, Any]], category: str = "") -> Row:
-    """Returns {"id", "category", "messages"}; the id follows from the messages."""
-    return {"id": fingerprint(messages)[:12], "category": category, "messages": messages}
+def make_prompt(messages: list[dict[str, Any]], category: str = "", more: Row | None = None) -> Row:
+    """Returns {"id", "messages"} and the further fields; the id follows from all of them but the answers."""
+    asked: Any = [message for message in messages if message["role"] != "assistant"]
+    number = fingerprint([asked, more] if more else asked)[:12]
+    return {"id": number} | ({"category": category} if category else {}) | {"messages": messages} | (more or {})
 
 
-def _parse_prompt(record: Record) -> Row:
-    try:
-        if record.reason:
-            raise ValueError(record.reason)
-        row = record.row
-        if isinstance(row, dict) and "turns" in row:
-            messages = [{"role": "user", "content": row["turns"][0]}]
-        else:
-            messages = messages_of(row, find_columns(row, answered=False))
-        tools = tools_of(row)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            f'{record.where} is not a prompt ({rejection_reason(error)}): write {{"turns": ["..."]}}.'
-        ) from error
+class _PromptReport(SourceReport):
+    """Counts the rows that have no prompt."""
+
+    def check(self) -> None:
+        """Raises a UserError that lists the reasons if more rows were rejected than `bad_share` allows."""
+        if self.rejected.total() > self.bad_share * max(self.rows, 1):
+            raise UserError(
+                f"{self.rejected.total()} of {self.rows} rows have no usable prompt: {self.reasons()}. Write "
+                f'{{"turns": ["..."]}} or a conversation on each line; {self.bad_share:.0%} of them may be left out.'
+            )
+
+
+def _prompt_of(conversation: Conversation, every_turn: bool) -> Row:
+    messages = list(conversation.messages)
     if messages[0]["role"] == "ids":
         ids = prompt_ids(messages[0])
         messages = [{"role": "ids", "ids": ids, "mask": [False] * len(ids)}]
-    if messages[0]["role"] == "text":
+    elif messages[0]["role"] == "text":
         words = messages[0]["content"].split(" ")
         messages = [{"role": "text", "content": " ".join(words[: (len(words) + 1) // 2])}]
-    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-    if first == 0:
-        raise UserError(f"{record.where} begins with an answer: a prompt needs a user turn.")
-    more: Row = {"tools": tools} if tools else {}
-    thinking = thinking_of(row)
-    more |= {} if thinking is None else {"thinking": thinking}
-    return make_prompt(messages[:first], str(row.get("category", ""))) | more
+    elif not every_turn:
+        roles = [message["role"] for message in messages]
+        messages = messages[: roles.index("assistant") if "assistant" in roles else roles.index("user") + 1]
+    more: Row = {"tools": list(conversation.tools)} if conversation.tools else {}
+    more |= {} if conversation.thinking is None else {"thinking": conversation.thinking}
+    return make_prompt(messages, more=more) | {"where": conversation.where}
 
 
 def _foreign(out: Path) -> str:
@@ -93,7 +107,7 @@ def _foreign(out: Path) -> str:
 
 
 _NOTE = ".made_from.json"
-_ANSWERS = jsonl_file("file of answers that jeagle wrote", "id", "messages", "finish_reason")
+_ANSWERS = jsonl_file("file of answers that jeagle wrote", "id", "finish_reason")
 VARIETY = json_file("file of jeagle's on how varied prompts are", "kept", "unusable")
 # The kinds of the files that belong to one file of answers, by the ending that is appended to its name.
 ANSWER_FILES = {

@@ -24,6 +24,8 @@ ADMITTED_AT_ONCE = 8
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of so many tokens
 
 Stops = Callable[[np.ndarray], int | None]
+# Maps an answer to the next prompt in its place, int32 [n], and that prompt's number; None if there is none.
+FollowUp = Callable[["GeneratedAnswer"], tuple[np.ndarray, int] | None]
 
 
 class GenerationState(NamedTuple):
@@ -155,6 +157,7 @@ def generate(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     stops: Stops | None = None,
+    follow_up: FollowUp | None = None,
 ) -> Iterator[GeneratedAnswer]:
     """Generates answers to `prompts` (int32 [n] each), in the order in which they finish.
 
@@ -167,6 +170,9 @@ def generate(
       sampling: None = greedy.
       numbers: a number below 2**32 for each prompt; None = their indices.
       stops: maps the tokens written so far to how many of them the answer keeps if it ends there, or to None.
+      follow_up: called with every answer before it is yielded. A prompt that it returns is answered too, with the same
+        index and the same limit, and before the prompts that wait. If it is longer than the caches, they grow by half
+        at least, as soon as the rows that are busy have finished.
 
     Raises:
       UserError: for an empty prompt, a limit below 1, a prompt that exceeds the target's longest sequence together with
@@ -185,14 +191,21 @@ def generate(
             )
     numbers = range(len(prompts)) if numbers is None else numbers
     sampling = sampling or Sampling()
-    yield from _Generation(target, prompts, limits, numbers, tuple(end_token_ids), batch, sampling, seed).run(stops)
+    generation = _Generation(target, prompts, limits, numbers, tuple(end_token_ids), batch, sampling, seed)
+    yield from generation.run(stops, follow_up)
+
+
+def in_buckets(length: int) -> int:
+    """Returns the length to which prompts of so many tokens are padded."""
+    return -(-length // PROMPT_BUCKET) * PROMPT_BUCKET
 
 
 class _Generation:
     """The host's part: it decides which prompt sits in which row."""
 
     def __init__(self, target, prompts, limits, numbers, ends, batch, sampling, seed):
-        self.prompts, self.limits, self.numbers = prompts, limits, numbers
+        self.prompts, self.limits, self.numbers = list(prompts), limits, list(numbers)
+        self.longest = target.spec.max_positions
         self.model, self.mesh, self.sampling = (target.graphdef, target.state), target.mesh, sampling
         self.ends, self.key = jnp.array(ends, jnp.int32), jax.random.key(seed)
         parts = row_parts(self.mesh) if self.mesh is not None else 1
@@ -200,23 +213,39 @@ class _Generation:
         # The longest prompts come first, so that the last rows to finish are short ones.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         self.in_row: list[int | None] = [None] * self.batch
-        bucket = -(-max(map(len, prompts), default=0) // PROMPT_BUCKET) * PROMPT_BUCKET
-        room = max(limits, default=0) + 1
-        self.state = idle_rows(*self.model, self.mesh, self.batch, bucket + room, room)
+        self.bucket = in_buckets(max(map(len, prompts), default=0))
+        self._empty()
 
-    def run(self, stops: Stops | None) -> Iterator[GeneratedAnswer]:
+    def _empty(self) -> None:
+        """Makes caches for prompts of up to `bucket` tokens."""
+        room = max(self.limits, default=0) + 1
+        self.state: Any = None  # so that the old caches do not stay in memory
+        self.state = idle_rows(*self.model, self.mesh, self.batch, self.bucket + room, room)
+
+    def run(self, stops: Stops | None, follow_up: FollowUp | None) -> Iterator[GeneratedAnswer]:
         while self.waiting or any(i is not None for i in self.in_row):
             self._admit()
             self.state = decode_steps(*self.model, self.state, self.ends, self.key, self.mesh, self.sampling)
-            yield from self._finished(stops)
+            for answer in self._finished(stops):
+                if follow_up and (following := follow_up(answer)) is not None:
+                    self.prompts[answer.index], self.numbers[answer.index] = following
+                    self.waiting.appendleft(answer.index)
+                yield answer
 
     def _admit(self) -> None:
         """Prefills waiting prompts into idle rows."""
         idle = [row for row, index in enumerate(self.in_row) if index is None]
         while idle and self.waiting:
-            indices = [self.waiting.popleft() for _ in range(min(self.admitted, len(idle), len(self.waiting)))]
-            longest = max(len(self.prompts[i]) for i in indices)
-            tokens = np.zeros((self.admitted, -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET), np.int32)
+            if not self._fits():
+                if len(idle) < self.batch:
+                    return
+                longest = max(len(self.prompts[i]) for i in self.waiting)
+                self.bucket = max(in_buckets(longest), in_buckets(min(3 * self.bucket // 2, self.longest)))
+                self._empty()
+            indices: list[int] = []
+            while self._fits() and len(indices) < min(self.admitted, len(idle)):
+                indices.append(self.waiting.popleft())
+            tokens = np.zeros((self.admitted, in_buckets(max(len(self.prompts[i]) for i in indices))), np.int32)
             lengths, limits = np.ones(self.admitted, np.int32), np.zeros(self.admitted, np.int32)
             rows, numbers = np.full(self.admitted, self.batch, np.int32), np.zeros(self.admitted, np.uint32)
             for slot, index in enumerate(indices):
@@ -234,6 +263,10 @@ class _Generation:
                 written = np.asarray(self.state.written_BS)[row, : count[row]]
                 check_text_finite(*self.model, np.concatenate([self.prompts[index], written]))
                 raise broken_target("one of its layers")
+
+    def _fits(self) -> bool:
+        """Whether a prompt waits and the next one fits into the caches."""
+        return bool(self.waiting) and len(self.prompts[self.waiting[0]]) <= self.bucket
 
     def _finished(self, stops: Stops | None) -> Iterator[GeneratedAnswer]:
         left, count = np.asarray(self.state.left_B), np.asarray(self.state.count_B)

@@ -23,10 +23,13 @@ PROMPTS = [{"id": f"{i:03}", "messages": [{"role": "user", "content": f"prompt {
 
 
 class Fake:
-    """Answers with the prompt turned round. `trouble(text, attempt)` says what goes wrong: a status, "drop", "half"."""
+    """Answers with the prompt turned round. `trouble(text, attempt)` says what goes wrong: a status, "drop", "half".
 
-    def __init__(self, trouble=lambda text, attempt: None, finish="stop", say=lambda text: text[::-1]):
-        self.asked, self.most, self.now = collections.Counter(), 0, 0
+    `choose(body)` gives a whole choice and more fields of the reply, or a status, in place of this.
+    """
+
+    def __init__(self, trouble=lambda text, attempt: None, finish="stop", say=lambda text: text[::-1], choose=None):
+        self.asked, self.most, self.now, self.bodies = collections.Counter(), 0, 0, []
         fake, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,6 +39,7 @@ class Fake:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 text = body["messages"][-1]["content"]
                 with lock:
+                    fake.bodies.append(body)
                     fake.asked[text] += 1
                     fake.now += 1
                     fake.most = max(fake.most, fake.now)
@@ -53,7 +57,13 @@ class Fake:
                     return
                 message = {"role": "assistant", "content": say(text)}
                 tree = {"model": body["model"], "choices": [{"message": message, "finish_reason": finish}]}
-                data = json.dumps(tree if not isinstance(wrong, int) else {"error": "no"}).encode()
+                chosen = choose(body) if choose else ({}, {})
+                if isinstance(chosen, str):
+                    wrong, tree = 400, {}
+                else:
+                    tree["choices"][0] |= chosen[0]
+                    tree |= chosen[1]
+                data = json.dumps(tree if not isinstance(wrong, int) else {"error": chosen}).encode()
                 self.send_response(wrong if isinstance(wrong, int) else 200)
                 if wrong == 429:
                     self.send_header("Retry-After", "0.01")
@@ -95,11 +105,144 @@ def check(rows: dict, partial) -> None:
         row = rows[prompt["id"]]
         assert row["messages"] == [
             *prompt["messages"],
-            {"role": "assistant", "content": prompt["messages"][0]["content"][::-1]},
+            {"role": "assistant", "content": prompt["messages"][0]["content"][::-1], "finish_reason": "stop"},
         ]
         assert row["finish_reason"] == "stop" and row["model"] == "m"
     written = [json.loads(line) for line in partial.read_text().splitlines()[1:]]
     assert sorted(row["id"] for row in written) == sorted(rows)  # none twice
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def called(name, number="theirs", arguments='{"a": 1}'):
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def answered(tmp_path, prompt, choose, **more):
+    """The row of one prompt, and the requests."""
+    with Fake(choose=choose) as fake:
+        rows, refused = ask_server(server(fake.url, **more), [{"id": "x"} | prompt], answer_file(tmp_path / "a"))
+    (tmp_path / "a.partial").unlink()
+    return rows.get("x", refused.get("x")), fake.bodies
+
+
+def test_every_turn_is_answered_after_the_servers_own_answers(tmp_path):
+    turns = [user("one"), {"role": "assistant", "content": "another model's"}, user("two"), user("three")]
+
+    def choose(body):
+        number = len(body["messages"]) // 2
+        message = {"content": None if number == 2 else f"answer {number}", "reasoning_content": f"thought {number}"}
+        return {"message": message, "finish_reason": "length" if number == 2 else "stop"}, {}
+
+    row, bodies = answered(tmp_path, {"messages": turns}, choose, system_prompt="be kind")
+    assert [m["role"] for m in row["messages"]] == ["system", *["user", "assistant"] * 3]
+    replies = row["messages"][2::2]
+    assert [(m["content"], m["reasoning_content"], m["finish_reason"]) for m in replies] == [
+        ("answer 1", "thought 1", "stop"),
+        (None, "thought 2", "length"),
+        ("answer 3", "thought 3", "stop"),
+    ]
+    assert "another" not in json.dumps(bodies) and len(bodies) == 3 and row["finish_reason"] == "stop"
+    sent = bodies[2]["messages"][2]
+    assert sent == {"role": "assistant", "content": "answer 1"} | dict.fromkeys(
+        ("reasoning", "reasoning_content"), "thought 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "stopped"),
+    [
+        ({"content": None, "tool_calls": [called("look", "ours")]}, ""),
+        ({"content": None, "tool_calls": [called("hear", "ours")]}, "the target calls other tools than the row"),
+        ({"content": "gulls"}, "the target calls no tool where the row has results of one"),
+    ],
+)
+def test_tool_results_come_from_the_row_if_the_target_calls_the_same_tool(tmp_path, message, stopped):
+    result = {"role": "tool", "tool_call_id": "theirs", "content": "gulls fly"}
+    turns = [user("what"), {"role": "assistant", "content": "", "tool_calls": [called("look")]}, result]
+    turns += [{"role": "assistant", "content": "some gulls"}, user("and now")]
+
+    def choose(body):
+        return {"message": message if len(body["messages"]) == 1 else {"content": "later"}}, {}
+
+    row, bodies = answered(tmp_path, {"messages": turns, "tools": [{"name": "look"}]}, choose)
+    assert row.get("stopped", "").startswith(stopped) and bool(row.get("stopped")) is bool(stopped)
+    if stopped:
+        assert len(bodies) == 1 and row["messages"][1:] == [{"role": "assistant", "finish_reason": "stop"} | message]
+    else:
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+        assert row["messages"][2] == result | {"tool_call_id": "ours"} == bodies[1]["messages"][2]
+
+
+def test_what_the_server_left_in_the_text_is_parsed(tmp_path):
+    text = '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
+    prompt = {"messages": [user("what")], "tools": [{"name": "look"}]}
+    row, _ = answered(tmp_path, prompt, lambda body: ({"message": {"content": text}}, {}))
+    reply = row["messages"][1]
+    assert (reply["content"], reply["reasoning_content"]) == (None, "hm") and len(reply["tool_calls"]) == 1
+    row, _ = answered(tmp_path, prompt, lambda body: ({"message": {"content": text, "reasoning": "so"}}, {}))
+    assert (row["messages"][1]["content"], row["messages"][1]["reasoning_content"]) == (text, "so")
+
+
+def test_a_later_turn_that_is_refused_ends_the_conversation_there(tmp_path):
+    def choose(body):
+        return "too long" if len(body["messages"]) > 1 else ({}, {})
+
+    row, _ = answered(tmp_path, {"messages": [user("one"), user("two")]}, choose)
+    assert row["stopped"] == "the server refuses the next turn"
+    assert [m["content"] for m in row["messages"]] == ["one", "eno"] and row["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "why"),
+    [
+        ({"content": None}, "length", "raise --max-new-tokens"),
+        ({"content": None, "tool_calls": [called("f", arguments='{"a": ')]}, "stop", "not valid JSON"),
+    ],
+)
+def test_an_answer_that_prepare_could_not_read_is_refused(tmp_path, message, finish, why):
+    choose = lambda body: ({"message": message, "finish_reason": finish}, {})  # noqa: E731
+    refused, _ = answered(tmp_path, {"messages": [user("one")]}, choose, retries=1)
+    assert why in refused
+
+
+@pytest.mark.parametrize("place", ["vLLM", "SGLang"])
+def test_token_ids_are_kept_if_the_server_read_the_same_prompt(tmp_path, place):
+    def prompt_ids(messages, tools, thinking):
+        return [len(messages), int(thinking)]
+
+    def choose(body, thinking=0):
+        read = {"prompt_token_ids": [len(body["messages"]), thinking]}
+        ids = {"token_ids": [7, len(body["messages"])]}
+        return (ids, read) if place == "vLLM" else (ids | read, {})
+
+    more = {"prompt_ids": prompt_ids, "sampled_with": "a/b", "template": "{{ enable_thinking }}"}
+    prompt = {"messages": [user("one"), user("two")]}
+    row, bodies = answered(tmp_path, prompt, choose, **more)
+    assert row["sampled_with"] == "a/b" and row["thinking"] is False and bodies[0]["return_token_ids"] is True
+    replies = row["messages"][1::2]
+    assert [m["sampled_ids"] for m in replies] == [[7, 1], [7, 3]]
+    assert [m["sampled_hash"] for m in replies] == [fingerprint([7, 1]), fingerprint([7, 3])]
+    assert not {"sampled_ids", "sampled_hash", "finish_reason"} & bodies[1]["messages"][1].keys()
+    for odd in (prompt | {"thinking": True}, prompt):  # another prompt than the server's
+        row, _ = answered(tmp_path, odd, lambda body: choose(body, 2), **more)
+        assert "sampled_with" not in row and "sampled_ids" not in row["messages"][1]
+
+
+def test_a_server_that_does_not_know_the_field_for_token_ids_is_asked_without_it(tmp_path):
+    def choose(body):
+        return "unknown field return_token_ids" if "return_token_ids" in body else ({}, {})
+
+    prompt = {"messages": [user("one"), user("two")]}
+    row, bodies = answered(tmp_path, prompt, choose, prompt_ids=lambda *_: [], retries=0)
+    assert [m["content"] for m in row["messages"]] == ["one", "eno", "two", "owt"] and len(bodies) == 3
+
+
+def test_a_text_without_turns_is_not_asked_of_a_server(tmp_path):
+    refused, bodies = answered(tmp_path, {"messages": [{"role": "text", "content": "once"}]}, None)
+    assert "no chat" in refused and not bodies
 
 
 def test_every_prompt_is_answered_once_in_spite_of_failures(tmp_path):
@@ -163,7 +306,7 @@ def test_a_killed_client_continues_after_its_last_answer(tmp_path):
         gate.set()
     with partial.open("a") as file:
         file.write('{"id": "059", "mess')  # as a kill in the middle of a line leaves it
-    kept = partial.read_text().count('"finish_reason"')
+    kept = partial.read_text().count('"model": "m"}\n')
     with Fake() as fake:
         rows, _ = ask_server(server(fake.url), PROMPTS, answer_file(tmp_path / "a"))
         assert kept >= 15 and sum(fake.asked.values()) == len(PROMPTS) - kept
@@ -229,7 +372,10 @@ def test_the_command_writes_sorted_answers_with_their_model(tmp_path, capsys):
         regenerate.main([*arguments, "--server", fake.url, "--system-prompt", "be old"])
     found = read_conversations(str(tmp_path / "a.jsonl.gz")).conversations
     assert len(found) == 20 and {c.model for c in found} == {"m"} and not list(tmp_path.glob("*.partial"))
-    assert all(c.messages[0]["role"] == "user" for c in found) and "20 answers in" in capsys.readouterr().out
+    assert (
+        all(c.messages[0] == {"role": "system", "content": "be old"} for c in found)
+        and "20 answers in" in capsys.readouterr().out
+    )
     with Fake(lambda text, attempt: 400) as fake, pytest.raises(UserError, match="refuses 20 of 20 prompts"):
         regenerate.main([*arguments[:-1], str(tmp_path / "b.jsonl"), "--server", fake.url])
     assert not (tmp_path / "b.jsonl").exists()

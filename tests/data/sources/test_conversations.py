@@ -97,3 +97,20 @@ def test_bad_prompts_are_a_user_error(tmp_path, text):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(UserError, match="p.jsonl"):
         read_prompts(str(tmp_path / "p.jsonl"))
+
+
+def test_a_prompts_file_is_any_chat_file_and_what_prepare_tolerates_is_tolerated(tmp_path, capsys):
+    turns = [("human", "one"), ("gpt", "theirs"), ("human", "two")]
+    rows = [{"turns": [f"{i}", "b"]} for i in range(300)]
+    rows += [{"prompt": "alone"}, {"conversations": [{"from": who, "value": text} for who, text in turns]}]
+    odd = [json.dumps({"conversations": [{"from": "human", "value": ""}]}), '{"conversations": [{"from": "hum']
+    (tmp_path / "p.jsonl").write_text("\n".join([*map(json.dumps, rows), *odd]) + "\n")
+    prompts = read_prompts(str(tmp_path / "p.jsonl"), every_turn=True)
+    assert [len(p["messages"]) for p in prompts] == [2] * 300 + [1, 3]
+    assert "2 of 304 rows have no usable prompt" in capsys.readouterr().out
+    assert [len(p["messages"]) for p in read_prompts(str(tmp_path / "p.jsonl"))] == [1] * 302
+    assert len({p["id"] for p in prompts}) == 302 and prompts[0]["where"].endswith("p.jsonl:1")
+    assert read_prompts(str(tmp_path / "p.jsonl"), every_turn=True, most=5) == prompts[:5]
+    (tmp_path / "q.jsonl").write_text("\n".join([*map(json.dumps, rows[:100]), *odd]) + "\n")
+    with pytest.raises(UserError, match=r"2 of 102 rows have no usable prompt: .*q.jsonl:101"):
+        read_prompts(str(tmp_path / "q.jsonl"))
