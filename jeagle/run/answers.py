@@ -18,7 +18,7 @@ import jeagle
 from jeagle import data, targets
 from jeagle.config import DataConfig, MeshConfig, RunConfig, SamplingConfig, TargetConfig
 from jeagle.errors import UserError
-from jeagle.places import Place, Places
+from jeagle.places import Place, Places, expanded
 from jeagle.run import assemble
 from jeagle.runtime.manifest import atomic_write
 from jeagle.runtime.outputs import check_output
@@ -80,6 +80,9 @@ def answer_settings(args: RegenerateArguments) -> dict[str, Any]:
     unused = _WITHOUT_EFFECT if args.temperature else (*_WITHOUT_EFFECT, "top_p", "top_k", "seed")
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in unused}
     settings["server"] = bool(args.server)  # a server of the same model at another address continues the answers
+    if os.path.exists(expanded(args.target)):
+        with contextlib.suppress(UserError):  # a server may have the weights, where this machine has none
+            settings["target"] = targets.resolve(args.target).fingerprint  # the same files at another path
     return {"version": jeagle.__version__, "rows_form": ROWS_FORM, **json.loads(json.dumps(settings))}
 
 
