@@ -179,7 +179,7 @@ SHAPES = {
         "<|/ANSWER|>{% else %}{{ m.content }}{% endif %}<|END_OF_TURN|>{% endfor %}<|TURN|><|assistant|>"
         "{{ '<|START_THINKING|><|END_THINKING|>' if enable_thinking is false else '' }}",
         ("<|END_OF_TURN|>",),
-        (REASONING | CALLS) - {"cut in thought"},
+        CALLS,
     ),
     "the last turn ends otherwise": Shape(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token if loop.last and m.role == 'assistant'"

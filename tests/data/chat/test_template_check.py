@@ -48,7 +48,7 @@ def _shifted(tokenizer, document):
 
 def _with_result(tokenizer, document):
     place = _tool_result(tokenizer, document)
-    document.supervised[document.supervised.argmax() : place + 9] = True
+    document.supervised[place : document.supervised.argmax()] = True
 
 
 def _result_beside(tokenizer, document):
@@ -71,7 +71,7 @@ def _with_prompt(tokenizer, document):
 
 FAULTS = {
     _shifted: "not the prompt",
-    _with_result: "in place of",
+    _with_result: "not the prompt",
     _result_beside: "spans are learnt",
     _without_end: "the end is not learnt",
     _without_last_turn: "spans are learnt",
