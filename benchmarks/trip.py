@@ -16,6 +16,7 @@ which jax calls.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import textwrap
@@ -102,6 +103,7 @@ def tracing() -> Iterator[dict[Entry, None]]:
         if event == "call" and (entry := entry_of(frame)):
             entries.setdefault(entry)
 
+    gc.disable()  # what it closes would appear at arbitrary places
     threading.setprofile(on_event)
     sys.setprofile(on_event)
     try:
@@ -109,6 +111,7 @@ def tracing() -> Iterator[dict[Entry, None]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
+        gc.enable()
 
 
 def trip() -> list[Entry]:

@@ -138,7 +138,7 @@ def check_template(tokenizer: Any, end_token_ids: Sequence[int]) -> dict[str, Ou
 def sample_texts(tokenizer: Any) -> list[str]:
     """Returns what the tokenizer's template writes for a chat with a system turn and for one with a call."""
     chats = [CHATS["with system"], CHATS["call"]]
-    return [text for chat in chats for text in Turn(tokenizer, chat, len(chat.messages) - 1).texts(chat.messages)]
+    return [text for chat in chats for text in JudgedTurn(tokenizer, chat, len(chat.messages) - 1).texts(chat.messages)]
 
 
 def judge(
@@ -149,7 +149,7 @@ def judge(
 ) -> Outcome:
     """Judges the documents of a chat whose fields have markers, or the reason why there are none."""
     turns = [
-        Turn(tokenizer, conversation, i)
+        JudgedTurn(tokenizer, conversation, i)
         for i, message in enumerate(conversation.messages)
         if message["role"] == "assistant" and message.get("learn", True)
     ]
@@ -178,7 +178,7 @@ def _markers(text: str) -> list[str]:
     return [marker for i, marker in enumerate(found) if "look" not in marker or marker not in found[:i]]
 
 
-class Turn:
+class JudgedTurn:
     """A turn that must be learnt, and all the ways in which the template may be asked to render it.
 
     A row that does not say with which thinking switch it was sampled, or that has arguments in a form that the
