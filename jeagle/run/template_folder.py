@@ -168,7 +168,7 @@ def table(results: Mapping[str, Mapping[str, room.Outcome]]) -> Iterator[str]:
         yield (f"{name:<{width}}" + "".join(f"{cell:<6}" for cell in cells)).rstrip()
         for kind, outcome in outcomes.items():
             if outcome.verdict != "right":
-                reasons.setdefault(tuple(outcome), {}).setdefault(kind, []).append(name)
+                reasons.setdefault((outcome.verdict, outcome.reason), {}).setdefault(kind, []).append(name)
     for (verdict, reason), places in sorted(reasons.items()):
         yield f"\n{verdict}: {reason}"
         yield from (f"    {kind}: {', '.join(names)}" for kind, names in places.items())

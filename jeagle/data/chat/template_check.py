@@ -46,7 +46,7 @@ def _answer(number: int, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": _field("answer", number)} | more
 
 
-def _thought(number: int) -> dict[str, str]:
+def _thought(number: int) -> dict[str, Any]:
     return {"reasoning_content": _field("thought", number)}
 
 
@@ -142,7 +142,10 @@ def sample_texts(tokenizer: Any) -> list[str]:
 
 
 def judge(
-    tokenizer: Any, end_token_ids: Sequence[int], conversation: Conversation, documents: Sequence[Rendered] | Exception
+    tokenizer: Any,
+    end_token_ids: Sequence[int],
+    conversation: Conversation,
+    documents: Sequence[Rendered] | ConversationError,
 ) -> Outcome:
     """Judges the documents of a chat whose fields have markers, or the reason why there are none."""
     turns = [
