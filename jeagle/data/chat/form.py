@@ -32,6 +32,7 @@ class AnswerForm(ProbedForm):
             return ""
         ending = self._ending(message, shown, thinking)
         if not (ending.text or ending.by_next):
+            _check_calls(message, shown)
             raise ConversationError(self._why_endless())
         return ending.text or ending.by_next.get(next_role, ending.by_next.get("", ""))
 
@@ -130,8 +131,7 @@ class AnswerForm(ProbedForm):
     def _body(self, prompt: str, shown: str, message: Message, previous: str, ending: Ending) -> str:
         """Returns what the template shows of an answer behind its prompt, apart from the end."""
         calls, begin = message.get("tool_calls", ()), self._behind(prompt, shown, previous)
-        if missing := [name for call in calls if (name := call["function"]["name"]) not in shown]:
-            raise ConversationError(f"the template does not write tool calls ({missing[0]})")
+        _check_calls(message, shown)
         if begin is None and calls:
             raise ConversationError("the chat template renders a tool call differently than its generation prompt")
         if begin is None:
@@ -211,6 +211,13 @@ def split_reasoning(content: str, begin: str = THINK[0], end: str = THINK[1]) ->
     if not closed or not (begin not in head or head.lstrip().startswith(begin)):
         return None
     return head.rpartition(begin)[2].strip(), rest.strip()
+
+
+def _check_calls(message: Message, shown: str) -> None:
+    """Checks that the text of a chat contains the names of an answer's tool calls."""
+    for call in message.get("tool_calls", ()):
+        if (name := call["function"]["name"]) not in shown:
+            raise ConversationError(f"the template does not write tool calls ({name})")
 
 
 def _with(message: Message, reasoning: str, content: str) -> dict[str, Any]:
