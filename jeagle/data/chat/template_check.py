@@ -16,7 +16,7 @@ import numpy as np
 
 from jeagle.config import DataConfig
 from jeagle.data.chat.render import Rendered, Renderer
-from jeagle.data.chat.templates import ConversationError
+from jeagle.data.chat.templates import ConversationError, with_one_time
 from jeagle.data.sources.conversations import Conversation
 
 _MARKER = re.compile(r"zz[a-z]+\d+")
@@ -263,13 +263,21 @@ class JudgedTurn:
     def _renderings(self, messages: Sequence[dict[str, Any]], *, prompt: bool) -> Iterator[str | None]:
         """Yields a text for each way to ask the template, or None where it refuses."""
         given, tools = self._conversation.thinking, list(self._conversation.tools) or None
+        template = self._tokenizer.chat_template  # a dict where there are several
+        template = with_one_time(template) if isinstance(template, str) else None
         for thinking, as_text, null in itertools.product(
             [False, True] if given is None else [given], *[[False, True]] * 2
         ):
             shown = [_shown(message, as_text, null) for message in messages]
-            options = {"enable_thinking": thinking, "thinking": thinking, "add_generation_prompt": prompt}
+            options = {
+                "enable_thinking": thinking,
+                "thinking": thinking,
+                "add_generation_prompt": prompt,
+            }
             try:
-                yield self._tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, **options)
+                yield self._tokenizer.apply_chat_template(
+                    shown, tools=tools, chat_template=template, tokenize=False, **options
+                )
             except Exception:  # a template refuses by any error of Jinja's
                 yield None
 

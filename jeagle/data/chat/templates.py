@@ -3,6 +3,7 @@
 A template is the tokenizer's own, a user's file, a named one, or one made of headers as in SpecForge.
 """
 
+import datetime
 import difflib
 import functools
 import hashlib
@@ -19,6 +20,7 @@ from jeagle.places import expanded
 from jeagle.runtime.manifest import fingerprint
 
 Messages = Sequence[dict[str, Any]]
+_STARTED = datetime.datetime.now()
 
 # Name -> the model families that use the template. The files are in data/chat/jinja.
 TEMPLATES = {
@@ -85,6 +87,18 @@ def from_headers(user_header: str, assistant_header: str, end_of_turn: str) -> s
         "{%- endfor %}"
         f"{{%- if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}"
     )
+
+
+def with_one_time(template: str) -> str:
+    """Returns a template that writes the time at which this process started, wherever it would write the present one.
+
+    Some templates write seconds, and the texts of a conversation are compared with one another.
+    """
+
+    def written(call: re.Match) -> str:
+        return json.dumps(_STARTED.strftime(call[2]), ensure_ascii=False)
+
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
 
 
 def reads_date(template: Any) -> bool:
@@ -193,7 +207,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]):
         self.source = str(tokenizer.chat_template)
-        self._tokenizer, self._arguments = tokenizer, dict(arguments)
+        self._tokenizer, self._arguments, self._rendered = tokenizer, dict(arguments), with_one_time(self.source)
         # Other names of a message's reasoning: those of gpt-oss, Gemma 4, MiniCPM3, and of Command A before a call.
         names = ("thinking", "reasoning", "thought", "tool_plan")
         self._aliases = [n for n in names if re.search(rf"\.{n}\b|get\(.{n}.|\[.{n}.\]|.{n}. in ", self.source)]
@@ -264,7 +278,7 @@ class ChatTemplate:
     def _apply(self, requests: Sequence[RenderRequest], **more: Any) -> list[Any]:
         """Renders requests that differ in their messages alone."""
         _, tools, thinking, prompt = requests[0]
-        options = {"tokenize": False, "add_generation_prompt": prompt}
+        options = {"chat_template": self._rendered, "tokenize": False, "add_generation_prompt": prompt}
         options |= {"enable_thinking": thinking, "thinking": thinking}  # the names that Qwen and DeepSeek use
         options |= self._arguments | more
         conversations = [list(request.messages) for request in requests]

@@ -124,6 +124,14 @@ def test_a_template_that_refuses_chats_of_marks_is_read_by_the_rows_themselves()
     assert tokenizer.decode(learnt(document)) == "sat on a mat<|im_end|>saw one red bird<|im_end|>"
 
 
+def test_a_template_that_writes_the_time_writes_one_time_in_all_texts():
+    """Hunyuan's writes the seconds; here they are microseconds, in which no two texts agree by chance."""
+    tokenizer = make_tokenizer("byte_bpe", "<|im_end|>", None, ("<|im_start|>",))
+    tokenizer.chat_template = "{{ strftime_now('%f') }}\n" + tiny.CHATML
+    [document] = make(tokenizer, CHATS["multi"])
+    assert tokenizer.decode(learnt(document)) == "sat on a mat<|im_end|>saw one red bird<|im_end|>"
+
+
 def test_a_call_ends_with_the_token_that_only_the_template_shows():
     """As gpt-oss's <|call|> in a GGUF: no result of a tool is learnt, whatever the configuration knows."""
     tokenizer = tokenizer_for("gpt-oss")
