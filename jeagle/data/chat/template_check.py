@@ -263,8 +263,7 @@ class JudgedTurn:
     def _renderings(self, messages: Sequence[dict[str, Any]], *, prompt: bool) -> Iterator[str | None]:
         """Yields a text for each way to ask the template, or None where it refuses."""
         given, tools = self._conversation.thinking, list(self._conversation.tools) or None
-        template = self._tokenizer.chat_template  # a dict where there are several
-        template = with_one_time(template) if isinstance(template, str) else None
+        template = with_one_time(self._tokenizer.chat_template)
         for thinking, as_text, null in itertools.product(
             [False, True] if given is None else [given], *[[False, True]] * 2
         ):

@@ -89,11 +89,16 @@ def from_headers(user_header: str, assistant_header: str, end_of_turn: str) -> s
     )
 
 
-def with_one_time(template: str) -> str:
+def with_one_time(template: Any) -> str | None:
     """Returns a template that writes the time at which this process started, wherever it would write the present one.
 
     Some templates write seconds, and the texts of a conversation are compared with one another.
+
+    Args:
+      template: a tokenizer's; of several (a dict) or of none, None is returned, which stands for the tokenizer's own.
     """
+    if not isinstance(template, str):
+        return None
 
     def written(call: re.Match) -> str:
         return json.dumps(_STARTED.strftime(call[2]), ensure_ascii=False)
@@ -207,7 +212,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]):
         self.source = str(tokenizer.chat_template)
-        self._tokenizer, self._arguments, self._rendered = tokenizer, dict(arguments), with_one_time(self.source)
+        self._tokenizer, self._arguments = tokenizer, dict(arguments)
+        self._rendered = with_one_time(tokenizer.chat_template)
         # Other names of a message's reasoning: those of gpt-oss, Gemma 4, MiniCPM3, and of Command A before a call.
         names = ("thinking", "reasoning", "thought", "tool_plan")
         self._aliases = [n for n in names if re.search(rf"\.{n}\b|get\(.{n}.|\[.{n}.\]|.{n}. in ", self.source)]
