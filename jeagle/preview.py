@@ -15,6 +15,7 @@ import tyro
 from jeagle import data as room
 from jeagle.data import display
 from jeagle.errors import UserError
+from jeagle.places import Place
 from jeagle.runtime.cli import parse, run
 from jeagle.runtime.manifest import atomic_write, check_intact, finished_manifest, read_manifest
 from jeagle.runtime.outputs import check_output
@@ -39,7 +40,7 @@ class PreviewArguments:
     templates: Path | None = None
     """Folder of chat templates (Jinja files, or folders of models): shows which kinds of chats each of them renders
     rightly, refuses with what reason, or renders wrongly. The exit status is 1 if one is wrong or refuses them all."""
-    target: str = ""
+    target: Place = ""
     """Target whose tokenizer is used with --templates; empty for the tokenizer beside a template, or a neutral one."""
 
 

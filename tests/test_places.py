@@ -32,7 +32,7 @@ COMMANDS = (
 NO_PLACES = {
     *("name", "target.family", "draft.module", "objective.loss", "data.system_prompt", "data.template_arguments"),
     *("data.user_header", "data.assistant_header", "data.end_of_turn"),
-    *("step", "part", "family", "server", "system_prompt"),
+    *("step", "part", "family", "server", "system_prompt", "data.columns"),
 }
 """Fields with a text that names no file or folder: a new field is listed here, or annotated as a place."""
 
@@ -100,7 +100,8 @@ def nested(field: str, value: str) -> dict[str, Any]:
 def test_a_tilde_is_the_home_folder_in_every_flag(home, kind):
     hints = get_type_hints(kind)
     for name, hint in hints.items():
-        if hint in (Path, Path | None) or name in place_fields(kind):
+        marks = place_fields(kind).get(name, ("several",))  # each part of a list is expanded where it is read
+        if hint in (Path, Path | None) or "several" not in marks:
             required = {f.name: "x" for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
             args = kind(**required | {name: Path("~/x") if "Path" in str(hint) else "~/x"})
             assert str(getattr(with_homes(args), name)) == f"{home}/x", name

@@ -203,10 +203,15 @@ def _spec(tree: dict[str, Any]) -> DraftSpec:
 
 
 def _begun(folder: Path, name: str, read: Callable[[dict[str, Any]], Any]) -> Any:
-    """What a file says of a run that has a checkpoint; None where there is no such run or file."""
+    """What a file says of a run that has a checkpoint; None for a run that has none."""
     path = folder / name
-    if last_step(folder) is None or not path.is_file():
+    if last_step(folder) is None:
         return None
+    if not path.is_file():
+        raise _Damaged(
+            f"The run {folder} has checkpoints and no {name}, so that nothing says what they were trained with: "
+            "restore it from a copy, or begin another run with another --name, or with --fresh."
+        )
     try:
         return read(json.loads(path.read_text("utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

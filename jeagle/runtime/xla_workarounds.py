@@ -48,7 +48,8 @@ def top_k_by_blocks(
     """
     size = logits.shape[-1]
     if size % block or count * block >= size:
-        return jax.lax.top_k(logits, count)
+        values, indices = jax.lax.top_k(logits, count)  # a list
+        return values, indices
     blocks = logits.reshape(*logits.shape[:-1], size // block, block)
     best_blocks = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), count)[1], axis=-1)  # ascending, so that ties keep order
     entries = jnp.take_along_axis(blocks, best_blocks[..., None], axis=-2).reshape(*logits.shape[:-1], count * block)

@@ -65,8 +65,13 @@ def test_tables_that_were_cut_off_are_a_user_error(tmp_path):
 def test_the_vocabulary_of_a_trained_draft_does_not_change(tmp_path):
     flags = tiny.flags(tmp_path)
     before = load_tables(prepare(flags).tables)
-    (tmp_path / "runs" / "tiny" / "checkpoints" / "10").mkdir(parents=True)
-    with pytest.raises(UserError, match="trained already.*draft_vocab differ"):
+    run = tmp_path / "runs" / "tiny"
+    (run / "checkpoints" / "10").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has checkpoints and no draft\.json"):
+        prepare([*flags, "--draft.vocab", "50"])
+    tables = json.loads((run / "tables" / "manifest.json").read_text())
+    (run / "draft.json").write_text(json.dumps({"draft": {}, "made_from": {"tables": tables}}))
+    with pytest.raises(UserError, match="begun with other inputs.*draft_vocab was 100 and is 50"):
         prepare([*flags, "--draft.vocab", "50"])
     np.testing.assert_array_equal(load_tables(tmp_path / "runs" / "tiny" / "tables"), before)
 

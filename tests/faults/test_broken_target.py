@@ -110,7 +110,7 @@ def test_a_draft_of_nan_is_never_accepted(world):
     """Also where its argmax, which is the first entry, stands for what the target says."""
     nothing = jax.tree.map(lambda x: x * jnp.nan, world.bench.weights.draft)
     weights, tables = world.bench.weights, world.bench.weights.tables
-    plain = decoding.decode_greedy(world.bench.models, weights, world.prompts, tokens=9, batch=4)
+    plain = decoding.decode_plain(world.bench.models, weights, world.prompts, tokens=9, batch=4)
     tables = tables._replace(draft_to_target_D=jnp.full_like(tables.draft_to_target_D, int(plain[0].tokens[1])))
     report = measure(world, world.bench._replace(weights=weights._replace(draft=nothing, tables=tables)))
     assert report["accepted_tokens"] == 0 and report["acceptance_length"] == 1.0 and report["lossless"]

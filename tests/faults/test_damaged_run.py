@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
     target = targets.read_spec(targets.open_weights(targets.resolve(config.target.ref)).config)
     spec = draft_spec(config, target, 100, ())
     tables = json.loads((config.folder / "tables" / "manifest.json").read_text())
-    write_folder(config, Draft(spec, None, None, None, {"draft": spec.to_json(), "made_from": {"tables": tables}}))
+    write_folder(config, Draft(spec, None, None, None, {"draft": spec.to_json(), "made_from": {"tables": tables}}), [])
     (config.folder / "checkpoints" / "2").mkdir(parents=True)
     shutil.copytree(config.folder, config.folder.with_name("whole"))
     return config

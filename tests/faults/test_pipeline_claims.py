@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jeagle import data, pipeline, targets
 from jeagle import flags as configs
-from jeagle import pipeline
+from jeagle.config import to_json
 from jeagle.data import AnswerFile
 from jeagle.errors import UserError
 from jeagle.export import VllmExportArguments
+from jeagle.run.draft_init import draft_spec
 from jeagle.runtime.checkpoints import Checkpoints, load_named
 from tests import tiny
 
@@ -36,12 +38,6 @@ FIGURES = (
 )
 
 
-FILES = {  # as much of them as tells that jeagle wrote them
-    "config.json": dict.fromkeys(("name", "target", "data", "draft", "train")),
-    "draft.json": {"draft": {}, "made_from": {}},
-}
-
-
 def answer(args, prompts):
     rows = [
         {"id": p["id"], "messages": [*p["messages"], {"role": "assistant", "content": "a cat"}]}
@@ -54,11 +50,14 @@ def answer(args, prompts):
 
 def train(config):
     """Goes on from the last checkpoint, as training does; the parameters follow from nothing but the step."""
-    for name in ("config.json", "draft.json"):
+    target = targets.read_spec(targets.open_weights(targets.resolve(config.target.ref)).config)
+    spec = draft_spec(config, target, len(data.load_tables(config.folder / "tables")), ())
+    described = {"draft": spec.to_json(), "made_from": {}}
+    for name, tree in {"config.json": to_json(config), "draft.json": described}.items():
         path = config.folder / name
         if path.is_file():
             json.loads(path.read_text())  # training reads what is there
-        path.write_text(json.dumps(FILES[name]) + "\n")
+        path.write_text(json.dumps(tree) + "\n")
     np.save(config.folder / "embedding.npy", np.ones((4, 2), np.float32))
     checkpoints = Checkpoints(config.folder / "checkpoints", keep=2)
     for step in range((checkpoints.latest() or 0) + 1, STEP + 1):
@@ -206,19 +205,25 @@ def test_what_follows_from_another_checkpoint_is_made_again(run, capsys):
     assert not any((run.folder / "exports" / "vllm" / "model.safetensors").read_bytes())
 
 
-OTHERS = {  # what training asks to be named anew is its own law: here it takes any settings
+OTHERS = {
     "bench": ({"bench__max_new_tokens": 5}, MEASURED),
     "training": ({"train__learning_rate": 0.5}, {"train", "measure after", "export"}),  # an untrained draft has none
     "watching": ({"train__log_every": 7, "train__save_every": 3}, set()),
-    "rows": ({"data__row_length": 160}, MEASURED | {"train"}),
-    "answers": ({"regenerate__max_new_tokens": 5}, {"answers"}),
 }
+ANOTHER_RUN = {"rows": {"data__row_length": 160}, "answers": {"regenerate__max_new_tokens": 5}}
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_results_of_another_configuration_are_made_again(run, capsys, other):
     settings, stages = OTHERS[other]
     assert again(config_of(run.folder.parents[1], **settings), capsys) == stages
+
+
+@pytest.mark.parametrize("other", ANOTHER_RUN)
+def test_other_rows_than_the_trained_ones_are_refused_and_nothing_is_made(run, capsys, other):
+    with pytest.raises(UserError, match="was begun with other settings"):
+        pipeline.pipeline(config_of(run.folder.parents[1], **ANOTHER_RUN[other]))
+    assert again(run, capsys) == set()
 
 
 def test_a_note_with_values_of_another_kind_counts_as_none(run, capsys):

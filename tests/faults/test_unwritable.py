@@ -166,6 +166,7 @@ def test_bench_shows_what_it_measured_where_the_file_cannot_be_written(inputs, t
         return {"acceptance_length": 2.5}, None
 
     monkeypatch.setattr(bench.acceptance, "measure", measured)
+    monkeypatch.setattr(bench.acceptance, "measure_baselines", lambda *args: {})
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(to_json(users.run_config(inputs, tmp_path))))

@@ -154,7 +154,9 @@ def _add_context(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: C
 def _add_columns(turns: list[dict[str, Any]], row: Mapping[str, Any], columns: Columns) -> None:
     """Adds the reasoning and the system prompt that stand in columns beside the turns."""
     answers = [turn for turn in turns if _role(turn) == "assistant"]
-    if columns.reasoning and answers and not is_switch(row[columns.reasoning]):
+    if columns.reasoning and not answers and not is_switch(row[columns.reasoning]):
+        raise ValueError(f"the column {columns.reasoning} belongs to no answer")
+    if columns.reasoning and not is_switch(row[columns.reasoning]):
         reasoning = _reasoning_text(row[columns.reasoning])
         texts = [text for turn in answers for text in (_parts(_content(turn))[0], _reasoning(turn))]
         if not is_contained(reasoning, texts):

@@ -134,7 +134,7 @@ def test_the_cache_is_split_like_the_model(case):
             name = str(path[-1])
             heads = tensor if case != "deepseek_v2" and name in (".keys", ".values", ".states") else 1
             assert leaf.addressable_shards[0].data.size * fsdp * heads == leaf.size, name
-        next(run.run(None), None)
+        next(run.run(None, None), None)
 
 
 def test_stop_strings_end_an_answer_where_they_stand():
