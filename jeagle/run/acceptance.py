@@ -190,7 +190,7 @@ def measure(
         "prompts_measured": len(prompts),
         "prompts_hash": hashlib.sha256(b"".join(p.tobytes() for p in prompts)).hexdigest()[:16],
         "draft_tokens": shape.steps,
-        "top_k": shape.top_k,
+        "tree_top_k": shape.top_k,
         "verified_tokens": shape.verify,
         **dataclasses.asdict(how.sampling),
         "rule": how.rule,
