@@ -15,9 +15,8 @@ from jeagle.decoding.speculative import (
     grouped,
     padded_width,
     read_prompts,
-    token_keys,
 )
-from jeagle.runtime.sampling import GREEDY, Sampling, sampling_scores
+from jeagle.runtime.sampling import GREEDY, Sampling, sampling_scores, token_keys
 from jeagle.runtime.xla_workarounds import argmax_by_blocks
 
 TIE = 1e-4

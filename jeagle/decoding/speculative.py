@@ -30,12 +30,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt
+from jaxtyping import Array, Float, Int
 
 from jeagle.align import shift_left
-from jeagle.decoding.tree import Accepted, Tree, TreeShape, accept_path, choose_nodes, make_tree, tree_view
+from jeagle.decoding.rejection import at_index, for_purpose, judge_by_rejection
+from jeagle.decoding.tree import TreeShape, accept_path, choose_nodes, make_tree, tree_view
 from jeagle.errors import UserError
-from jeagle.runtime.sampling import GREEDY, Sampling, log_weights, sample_tokens
+from jeagle.runtime.sampling import GREEDY, Sampling, sample_tokens, token_keys
 
 WIDTH_STEP = 32
 """Prompts are padded to a multiple of it, so that few shapes are compiled."""
@@ -204,12 +205,6 @@ def grouped(
         yield chosen, tokens_BP, np.array([len(prompt) for prompt in filled], np.int32)
 
 
-def token_keys(key: Key[Array, ""], numbers_B: UInt[Array, " B"], counts_BN: Int[Array, "B N"]) -> Key[Array, "B N"]:
-    """The randomness of the token that follows `counts_BN` tokens of an answer, as in `targets.generate`."""
-    row_keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers_B)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(row_keys, counts_BN)
-
-
 def read_prompts(
     models: Models, weights: Any, tokens_BP: jax.Array, lengths_B: jax.Array, length: int, rollback: int
 ) -> tuple[Float[Array, "B V"], Any, Any, Int[Array, "B P"]]:
@@ -217,7 +212,7 @@ def read_prompts(
     positions = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1]), tokens_BP.shape)
     cache = models.target_cache(weights, tokens_BP.shape[0], length, rollback)
     last, aux, cache = models.read(weights, cache, tokens_BP, positions, lengths_B, None)
-    return models.logits(weights, _at(lengths_B - 1, last)[:, None])[:, 0], aux, cache, positions
+    return models.logits(weights, at_index(lengths_B - 1, last)[:, None])[:, 0], aux, cache, positions
 
 
 @functools.partial(jax.jit, static_argnames=("models", "decoding", "cache_length"))
@@ -233,9 +228,11 @@ def _prefill(models, weights, tokens_BP, lengths_B, numbers_B, key, decoding: De
     for_head, hidden, draft_cache = models.draft(
         weights, draft_cache, models.fuse(weights, aux), next_tokens, positions, None
     )
-    logits_BD = models.draft_logits(weights, _at(last, for_head)[:, None])[:, 0]
+    logits_BD = models.draft_logits(weights, at_index(last, for_head)[:, None])[:, 0]
     written_B = jnp.ones_like(lengths_B)
-    return DecodingState(cache, draft_cache, lengths_B + 1, first_B, written_B, numbers_B, logits_BD, _at(last, hidden))
+    return DecodingState(
+        cache, draft_cache, lengths_B + 1, first_B, written_B, numbers_B, logits_BD, at_index(last, hidden)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("models", "decoding", "cache_length"), donate_argnames=("state",))
@@ -276,11 +273,11 @@ def _round(models, weights, state: DecodingState, key, decoding: Decoding, cache
         draft_cache,
         # A row that has finished continues unused: its slots must stay within the caches.
         jnp.minimum(state.length_B + count_B + 1, cache_length - shape.room),
-        _at(count_B, committed),
+        at_index(count_B, committed),
         state.written_B + count_B + 1,
         state.numbers_B,
-        models.draft_logits(weights, _at(count_B, for_head)[:, None])[:, 0],
-        _at(count_B, hidden),
+        models.draft_logits(weights, at_index(count_B, for_head)[:, None])[:, 0],
+        at_index(count_B, hidden),
     )
     return state, committed, count_B
 
@@ -291,7 +288,7 @@ def _draft_chain(models, weights, state: DecodingState, key, decoding: Decoding,
 
     def choose(logits_BD: jax.Array, step: jax.Array) -> jax.Array:
         if sampled:
-            keys_B = _purpose(token_keys(key, state.numbers_B, (state.written_B + step)[:, None]), "draft")[:, 0]
+            keys_B = for_purpose(token_keys(key, state.numbers_B, (state.written_B + step)[:, None]), "draft")[:, 0]
             entry_B = sample_tokens(logits_BD, keys_B, decoding.sampling)
         else:
             entry_B = jnp.argmax(logits_BD, axis=-1)
@@ -360,52 +357,6 @@ def _draft_tree(models, weights, state: DecodingState, shape: TreeShape, cache_l
     )
     tokens_BC, scores_BC, parents_BC = candidates
     return choose_nodes(state.last_B, tokens_BC, parents_BC, scores_BC, shape), cache
-
-
-def judge_by_rejection(
-    chain: Tree,
-    logits_BNV: Float[Array, "B N V"],
-    draft_logits_BKD: Float[Array, "B K D"],
-    draft_ids_D: Int[Array, " D"],
-    keys_BN: Key[Array, "B N"],
-    sampling: Sampling,
-) -> tuple[Accepted, Int[Array, "B N"]]:
-    """Speculative sampling of a chain whose tokens were sampled from the draft's distribution.
-
-    Returns:
-      (what is accepted, the committed tokens: the accepted ones and the one that is sampled after them).
-
-    Source: Leviathan et al. (arXiv 2211.17192), algorithm 1.
-    """
-    batch, nodes, vocab = logits_BNV.shape
-
-    def probabilities(logits: jax.Array) -> jax.Array:
-        flat = log_weights(logits.reshape(-1, logits.shape[-1]), sampling)
-        return jax.nn.softmax(flat, axis=-1).reshape(logits.shape)
-
-    p_BNV = probabilities(logits_BNV)
-    q_BKV = jnp.zeros((batch, nodes - 1, vocab)).at[:, :, draft_ids_D].set(probabilities(draft_logits_BKD))
-    drafted_BK = chain.tokens_BN[:, 1:]
-    p_BK, q_BK = (jnp.take_along_axis(of, drafted_BK[:, :, None], axis=2)[:, :, 0] for of in (p_BNV[:, :-1], q_BKV))
-    draws_BK = jax.vmap(jax.vmap(jax.random.uniform))(_purpose(keys_BN[:, :-1], "accept"))
-    accepted_BK = jnp.cumprod(draws_BK * q_BK < p_BK, axis=1)
-    count_B = accepted_BK.sum(axis=1)
-    # After the whole chain nothing was drafted, so that the next token is sampled from p itself.
-    rest_BV = jnp.maximum(_at(count_B, p_BNV) - _at(count_B, jnp.pad(q_BKV, ((0, 0), (0, 1), (0, 0)))), 0.0)
-    next_B = jax.vmap(jax.random.categorical)(_purpose(_at(count_B, keys_BN)[:, None], "next")[:, 0], jnp.log(rest_BV))
-    places = jnp.arange(nodes)
-    committed = jnp.where(places == count_B[:, None], next_B[:, None], jnp.pad(drafted_BK, ((0, 0), (0, 1))))
-    return Accepted(count_B, jnp.broadcast_to(places, committed.shape)), committed
-
-
-def _purpose(keys: Key[Array, "B N"], purpose: Literal["draft", "accept", "next"]) -> Key[Array, "B N"]:
-    number = ("draft", "accept", "next").index(purpose) + 1
-    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys)
-
-
-def _at(index_B: jax.Array, of_BT: jax.Array) -> jax.Array:
-    """of_BT[b, index_B[b]] for each row b."""
-    return of_BT[jnp.arange(index_B.shape[0]), index_B]
 
 
 def acceptance_counters(answers: Sequence[SpeculativeAnswer], shape: TreeShape) -> dict[str, Any]:

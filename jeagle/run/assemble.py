@@ -18,7 +18,7 @@ from jeagle.config import CHECKSUM, DraftConfig, ObjectiveConfig, RunConfig, fro
 from jeagle.drafts import Eagle3, by_path, draft_sharding
 from jeagle.errors import UserError
 from jeagle.interfaces import DraftSpec, Tables
-from jeagle.run import dataset
+from jeagle.run import dataset, resume
 from jeagle.run.draft_init import EMBEDDING_FILE, Start, draft_class, held_out_scores, own_embedding, starting_head
 from jeagle.run.parameters import Trained, served_from, served_params
 from jeagle.runtime.checkpoints import first_line, load_named
@@ -194,13 +194,9 @@ def read_config(folder: Path, *, where: str = "") -> RunConfig:
 
 def check_files(folder: Path) -> None:
     """UserError where a run has checkpoints, and the files that say what they are of are missing or damaged."""
-    if any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):
-        for name in ("config.json", "draft.json"):
-            if not (folder / name).is_file():
-                raise UserError(
-                    f"The run {folder} has checkpoints and no {name}, so that nothing says what they were trained "
-                    "with: restore it from a copy, or begin another run with another --name."
-                )
+    if resume.last_step(folder) is not None:
+        for name in (resume.CONFIG_FILE, resume.DRAFT_FILE):
+            resume.check_there(folder / name)
         read_config(folder)
         described_draft(folder)
 

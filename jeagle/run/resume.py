@@ -194,6 +194,15 @@ class _Damaged(UserError):
     """A file of a run cannot be read."""
 
 
+def check_there(path: Path) -> None:
+    """UserError where a run with a checkpoint lacks one of the files that say what it was trained with."""
+    if not path.is_file():
+        raise _Damaged(
+            f"The run {path.parent} has checkpoints and no {path.name}, so that nothing says what they were trained "
+            "with: restore it from a copy, or begin another run with another --name, or with --fresh."
+        )
+
+
 def _made_from(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree["made_from"]}
 
@@ -207,11 +216,7 @@ def _begun(folder: Path, name: str, read: Callable[[dict[str, Any]], Any]) -> An
     path = folder / name
     if last_step(folder) is None:
         return None
-    if not path.is_file():
-        raise _Damaged(
-            f"The run {folder} has checkpoints and no {name}, so that nothing says what they were trained with: "
-            "restore it from a copy, or begin another run with another --name, or with --fresh."
-        )
+    check_there(path)
     try:
         return read(json.loads(path.read_text("utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

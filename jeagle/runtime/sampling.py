@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from jeagle.errors import UserError
 from jeagle.runtime.xla_workarounds import argmax_by_blocks
@@ -78,3 +78,9 @@ def eligible_tokens(logits_BV: Float[Array, "B V"], top_p: float, top_k: int) ->
     before_BK = jnp.cumsum(probabilities_BK, axis=-1) - probabilities_BK
     within_BK = before_BK < top_p if top_p < 1 else jnp.ones_like(before_BK, bool)
     return jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], ids_BK].set(within_BK)
+
+
+def token_keys(key: Key[Array, ""], numbers_B: UInt[Array, " B"], counts_BN: Int[Array, "B N"]) -> Key[Array, "B N"]:
+    """The randomness of the token that follows `counts_BN` tokens of an answer: it follows from the prompt's number and the place alone."""
+    row_keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers_B)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(row_keys, counts_BN)

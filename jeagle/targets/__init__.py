@@ -12,7 +12,7 @@ from jeagle.targets.checkpoint.tensor_reader import Table, embedding_table, head
 from jeagle.targets.checkpoint.weights import open_weights
 from jeagle.targets.families import own_family, read_spec
 from jeagle.targets.families.common import Family, Piece, Switches
-from jeagle.targets.model.features import distributions, features, greedy_and_gap
+from jeagle.targets.model.features import distributions, features
 from jeagle.targets.model.finite import broken_target, check_finite, check_text_finite
 from jeagle.targets.model.generate import GeneratedAnswer, generate
 from jeagle.targets.model.spec import TargetSpec, check_aux_layers

@@ -84,21 +84,6 @@ def distributions(model: Any, last_BNH: Float[Array, "B N H"], top_k: int = 0) -
     return DistributionSummary(greedy_BN, lse_BN, top_BN)
 
 
-def greedy_and_gap(model: Any, last_BNH: Float[Array, "B N H"]) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
-    """argmax (int32) of the logits of states after the final norm, and its lead over the next best logit (float32).
-
-    The lead is NaN where not all logits are finite.
-    """
-
-    def gap(logits: jax.Array) -> jax.Array:
-        best = logits.max(axis=-1, keepdims=True)
-        is_best = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1)[..., None]
-        lead = best[..., 0] - jnp.where(is_best, -jnp.inf, logits).max(axis=-1)
-        return jnp.where(jnp.isfinite(logits.sum(axis=-1)), lead, jnp.nan)
-
-    return over_vocabulary(model, last_BNH, gap)
-
-
 def over_vocabulary(
     model: Any, last_BNH: Float[Array, "B N H"], reduce: Callable[[jax.Array], Any]
 ) -> tuple[Int[Array, "B N"], Any]:

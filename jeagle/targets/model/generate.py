@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jeagle.errors import UserError
 from jeagle.runtime.mesh import replicated, row_parts
-from jeagle.runtime.sampling import Sampling, sample_tokens
+from jeagle.runtime.sampling import Sampling, sample_tokens, token_keys
 from jeagle.targets.checkpoint.load import Target
 from jeagle.targets.model.attention import cache_shardings
 from jeagle.targets.model.finite import broken_target, check_text_finite
@@ -110,8 +110,7 @@ def decode_steps(
 
     def one_step(state: GenerationState, _: None) -> tuple[GenerationState, None]:
         _, last, cache = model.extend(state.last_B[:, None], state.position_B[:, None], state.cache, ())
-        fold_in = jax.vmap(lambda number, count: jax.random.fold_in(jax.random.fold_in(key, number), count))
-        keys_B = fold_in(state.number_B, state.count_B)
+        keys_B = token_keys(key, state.number_B, state.count_B[:, None])[:, 0]
         logits_BV = model.logits(last[:, 0])
         token_B = sample_tokens(logits_BV, keys_B, sampling)
         busy_B = state.left_B > 0
