@@ -81,6 +81,6 @@ def eligible_tokens(logits_BV: Float[Array, "B V"], top_p: float, top_k: int) ->
 
 
 def token_keys(key: Key[Array, ""], numbers_B: UInt[Array, " B"], counts_BN: Int[Array, "B N"]) -> Key[Array, "B N"]:
-    """The randomness of the token that follows `counts_BN` tokens of an answer: it follows from the prompt's number and the place alone."""
+    """The randomness of the token that follows `counts_BN` tokens of an answer, by the prompt's number."""
     row_keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers_B)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(row_keys, counts_BN)
